@@ -1,0 +1,334 @@
+"""Embeddings on disk: written once, a chunk at a time, and read back through memory maps.
+
+Encoding is the slow part of every experiment here, and everything after it is cheap, so each (model, texts, settings)
+is encoded once. A cache is a folder of plain arrays with a ``manifest.json`` that says in readable form what they are
+and everything they depend on. No more than one chunk of vectors is ever in memory while it is written.
+
+Four kinds of output::
+
+    sentence   values (texts, dim)                                one vector per text
+    tokens     values (tokens of all texts, dim), offsets         several vectors per text (late interaction)
+    sparse     values (active terms of all texts), indices, offsets
+    layers     values (texts, layers + 1, dim)                    masked mean of every layer, embeddings first
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import torch
+from sentence_transformers import MultiVectorEncoder, SparseEncoder
+from tqdm import tqdm
+
+from .errors import InputError
+from .files import staged_folder, write_json
+from .hub import Encoder
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["sentence", "tokens", "sparse", "layers"]
+FORMAT = "polyrep-embeddings-1"
+CHUNK = 2048
+"""Texts per chunk: enough that sorting by length inside it saves the padding, little enough to be no memory."""
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Encoded texts, memory-mapped.
+
+    Attributes:
+        kind: What a text became; see the module's table.
+        values: The numbers, in the shape of the table.
+        offsets: ``(texts + 1,)`` bounds of each text's rows for ``tokens`` and ``sparse``; else None.
+        indices: ``(active terms,)`` vocabulary index of each value for ``sparse``; else None.
+        dim: Width of a vector (vocabulary size for ``sparse``).
+        seconds: Wall time that encoding took.
+        path: The cache folder.
+    """
+
+    kind: Kind
+    values: np.ndarray
+    offsets: np.ndarray | None
+    indices: np.ndarray | None
+    dim: int
+    seconds: float
+    path: Path
+
+    def __len__(self) -> int:
+        return len(self.values) if self.offsets is None else len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Vectors (``tokens``) or active terms (``sparse``) of each text; 1 or the number of layers otherwise."""
+        if self.offsets is None:
+            return np.full(len(self.values), 1 if self.values.ndim == 2 else self.values.shape[1])
+        return np.diff(self.offsets)
+
+
+def embed(
+    model: Encoder,
+    texts: dict[str, str],
+    *,
+    task: Literal["query", "document"],
+    cache_dir: str | Path | None = None,
+    kind: Kind | None = None,
+    dtype: str = "float16",
+    batch_size: int = 16,
+    name: str = "texts",
+    show_progress: bool = True,
+) -> Embeddings:
+    """Encode texts through the cache.
+
+    Args:
+        model: Any sentence-transformers model.
+        texts: Id -> text, in the order of the result.
+        task: Whether the texts are queries or documents (prompts and asymmetric models depend on it).
+        cache_dir: Where caches live; None keeps this one only as long as the result is referenced.
+        kind: What to keep; default: what the model's family gives.
+        dtype: ``float16`` or ``float32`` on disk.
+        batch_size: Texts per forward pass.
+        name: Readable part of the cache's folder name, e.g. the data set.
+        show_progress: Show a progress bar.
+
+    Raises:
+        InputError: No text; a vector is not finite in ``dtype``; a cache of this key is damaged.
+    """
+    if not texts:
+        raise InputError(f"{name}: no text to encode.")
+    if dtype not in ("float16", "float32"):
+        raise InputError(f"dtype {dtype!r}: caches hold float16 or float32.")
+    kind = kind or kind_of(model)
+    key = cache_key(model, texts, task=task, kind=kind, dtype=dtype)
+    temporary = None
+    if cache_dir is None:
+        temporary = tempfile.mkdtemp(prefix="polyrep-")
+        cache_dir = temporary
+    path = Path(cache_dir) / f"{name}-{task}-{kind}-{_digest(key)[:12]}"
+    if not path.exists():
+        _explain_miss(path, key)
+        _write(path, key, model, list(texts), list(texts.values()), batch_size, show_progress)
+    embeddings = open_cache(path, key)
+    if temporary:
+        weakref.finalize(embeddings, shutil.rmtree, temporary, ignore_errors=True)
+    return embeddings
+
+
+def open_cache(path: str | Path, key: dict[str, Any] | None = None) -> Embeddings:
+    """Open a cache folder, refusing one that is foreign, truncated, or made for another ``key``.
+
+    Raises:
+        InputError: Names the folder and what is wrong: the missing or short file, or each field that differs.
+    """
+    path = Path(path)
+    remedy = f"Delete {path} to have it made again."
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: no readable manifest.json ({error}), so this is no embedding cache.") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise InputError(f"{path}: manifest.json is not of format {FORMAT}, so the arrays mean something else. {remedy}")
+    if key is not None and (differing := _differences(manifest["key"], key)):
+        raise InputError(f"{path}: made for something else: {'; '.join(differing)}. {remedy}")
+    arrays: dict[str, np.ndarray | None] = {"offsets": None, "indices": None}
+    for name, (dtype, shape) in manifest["arrays"].items():
+        expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        file = path / f"{name}.bin"
+        found = file.stat().st_size if file.is_file() else -1
+        if found != expected:
+            state = f"has {found:,} bytes" if found >= 0 else "is missing"
+            raise InputError(f"{file}: {state}, expected {expected:,}: the cache is truncated. {remedy}")
+        # An empty file cannot be mapped (a sparse cache of texts without any active term).
+        arrays[name] = np.memmap(file, dtype, "r", shape=tuple(shape)) if expected else np.empty(shape, dtype)
+    return Embeddings(manifest["key"]["kind"], dim=manifest["dim"], seconds=manifest["seconds"], path=path, **arrays)
+
+
+def kind_of(model: Encoder) -> Kind:
+    """What a model of this family gives for a text."""
+    if isinstance(model, MultiVectorEncoder):
+        return "tokens"
+    return "sparse" if isinstance(model, SparseEncoder) else "sentence"
+
+
+def cache_key(model: Encoder, texts: dict[str, str], *, task: str, kind: str, dtype: str) -> dict[str, Any]:
+    """Everything that embeddings depend on, readable; two equal keys mean equal embeddings."""
+    digest = hashlib.sha256()
+    for identifier, text in texts.items():
+        for part in (identifier.encode(), text.encode()):  # lengths keep ("a", "bc") apart from ("ab", "c")
+            digest.update(len(part).to_bytes(8, "little") + part)
+    return {
+        "kind": kind,
+        "dtype": dtype,
+        "task": task,
+        "prompts": dict(model.prompts),
+        "default_prompt": model.default_prompt_name,
+        "max_length": model.max_seq_length,
+        "truncate_dim": getattr(model, "truncate_dim", None),
+        "texts": {"count": len(texts), "sha256": digest.hexdigest()},
+        "modules": [_describe(module) for module in model],
+        "tokenizer": _tokenizer_hash(model),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "sentence-transformers")},
+    }
+
+
+def _describe(module: torch.nn.Module) -> dict[str, Any]:
+    """Class, config hash and weight hash of one module, taken from memory, so that an edited model differs."""
+    config = module.get_config_dict() if hasattr(module, "get_config_dict") else {}
+    inner = getattr(module, "model", None)
+    if hasattr(inner, "config") and hasattr(inner.config, "to_diff_dict"):
+        config = config | {"model": inner.config.to_diff_dict()}
+        for volatile in ("_name_or_path", "transformers_version"):
+            config["model"].pop(volatile, None)
+    weights = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        weights.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return {
+        "class": type(module).__name__,
+        "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+        "weights": weights.hexdigest(),
+    }
+
+
+def _tokenizer_hash(model: Encoder) -> str:
+    tokenizer = model.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    text = backend.to_str() if hasattr(backend, "to_str") else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _write(
+    path: Path, key: dict[str, Any], model: Encoder, ids: list[str], texts: list[str], batch_size: int, show_progress: bool
+) -> None:
+    """Encode chunk by chunk, appending to the arrays of a staged folder."""
+    started = time.perf_counter()
+    encode = _ENCODERS[key["kind"]]
+    dim, shape_tail, rows, counts = 0, (), 0, [np.zeros(1, np.int64)]
+    names = ["values", "indices"] if key["kind"] == "sparse" else ["values"]
+    with staged_folder(path) as staged:
+        files: dict[str, BinaryIO] = {name: (staged / f"{name}.bin").open("wb") for name in names}
+        try:
+            with tqdm(total=len(texts), desc=path.name, unit="text", disable=not show_progress) as progress:
+                for start in range(0, len(texts), CHUNK):
+                    chunk = texts[start : start + CHUNK]
+                    values, lengths, indices, dim = encode(model, chunk, key["task"], batch_size)
+                    values = values.astype(key["dtype"])
+                    _refuse_not_finite(values, lengths, ids[start : start + CHUNK], key["dtype"])
+                    values.tofile(files["values"])
+                    if indices is not None:
+                        indices.astype(np.int32).tofile(files["indices"])
+                    if lengths is not None:
+                        counts.append(lengths)
+                    rows, shape_tail = rows + len(values), values.shape[1:]
+                    progress.update(len(chunk))
+        finally:
+            for file in files.values():
+                file.close()
+        arrays: dict[str, tuple[str, list[int]]] = {"values": (key["dtype"], [rows, *shape_tail])}
+        if key["kind"] == "sparse":
+            arrays["indices"] = ("int32", [rows])
+        if key["kind"] in ("tokens", "sparse"):
+            np.cumsum(np.concatenate(counts), dtype=np.int64).tofile(staged / "offsets.bin")
+            arrays["offsets"] = ("int64", [len(texts) + 1])
+        seconds = round(time.perf_counter() - started, 2)
+        write_json(
+            staged / "manifest.json", {"format": FORMAT, "key": key, "dim": dim, "arrays": arrays, "seconds": seconds}
+        )
+
+
+# Each returns values, rows per text (None: one), term indices (sparse only) and the width of a vector.
+_Encoded = tuple[np.ndarray, np.ndarray | None, np.ndarray | None, int]
+
+
+def _encode_call(model: Any, task: str) -> Any:
+    return model.encode_query if task == "query" else model.encode_document
+
+
+def _encode_sentence(model: Encoder, texts: list[str], task: str, batch_size: int) -> _Encoded:
+    values = _encode_call(model, task)(texts, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
+    return values, None, None, values.shape[1]
+
+
+def _encode_tokens(model: Encoder, texts: list[str], task: str, batch_size: int) -> _Encoded:
+    vectors = _encode_call(model, task)(texts, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
+    values = np.concatenate(vectors)
+    return values, np.array([len(v) for v in vectors]), None, values.shape[1]
+
+
+def _encode_sparse(model: Encoder, texts: list[str], task: str, batch_size: int) -> _Encoded:
+    matrix = _encode_call(model, task)(
+        texts, batch_size=batch_size, show_progress_bar=False, convert_to_sparse_tensor=True, save_to_cpu=True
+    ).coalesce()  # (texts, vocabulary), sorted by text and then by term
+    text_of, term = matrix.indices().numpy()
+    return matrix.values().float().numpy(), np.bincount(text_of, minlength=len(texts)), term, matrix.shape[1]
+
+
+@torch.inference_mode()
+def _encode_layers(model: Encoder, texts: list[str], task: str, batch_size: int) -> _Encoded:
+    transformer = model[0].eval()
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    pooled: list[torch.Tensor] = []
+    prompt = model.prompts.get(task) or None
+    for start in range(0, len(texts), batch_size):
+        batch = model.preprocess([texts[i] for i in order[start : start + batch_size]], prompt=prompt, task=task)
+        inputs = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+        accepted = {k: inputs[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in inputs}
+        states = torch.stack(transformer.model(**accepted, output_hidden_states=True).hidden_states, dim=1)
+        mask = inputs["attention_mask"][:, None, :, None].to(states.dtype)  # (batch, 1, tokens, 1)
+        pooled.append(((states * mask).sum(2) / mask.sum(2).clamp(min=1)).float().cpu())  # (batch, layers + 1, dim)
+    values = torch.cat(pooled)[torch.tensor(np.argsort(order))].numpy()
+    return values, None, None, values.shape[2]
+
+
+_ENCODERS = {
+    "sentence": _encode_sentence,
+    "tokens": _encode_tokens,
+    "sparse": _encode_sparse,
+    "layers": _encode_layers,
+}
+
+
+def _refuse_not_finite(values: np.ndarray, lengths: np.ndarray | None, ids: Sequence[str], dtype: str) -> None:
+    rows = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    if rows.any():
+        text = int(np.argmax(rows)) if lengths is None else int(np.searchsorted(np.cumsum(lengths), np.argmax(rows), "right"))
+        raise InputError(
+            f"{ids[text]!r}: its vector is not finite in {dtype}, so every score with it would be meaningless. "
+            "If its numbers exceed 65,504, use --dtype float32; else the model is broken."
+        )
+
+
+def _explain_miss(path: Path, key: dict[str, Any]) -> None:
+    """Say which field made an existing cache of the same name unusable, since re-encoding without a reason is a puzzle."""
+    prefix = path.name.rpartition("-")[0]
+    for other in sorted(path.parent.glob(f"{prefix}-*/manifest.json")):
+        try:
+            differing = _differences(json.loads(other.read_text(encoding="utf-8"))["key"], key)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        logger.info("Encoding again: %s differs in %s.", other.parent.name, "; ".join(differing))
+
+
+def _differences(cached: Any, wanted: Any, place: str = "") -> list[str]:
+    """Name every leaf in which two keys differ, e.g. ``max_length: cached 128, wanted 256``."""
+    if isinstance(cached, dict) and isinstance(wanted, dict):
+        names = dict.fromkeys([*cached, *wanted])
+        return [d for n in names for d in _differences(cached.get(n), wanted.get(n), f"{place}.{n}".lstrip("."))]
+    if isinstance(cached, list) and isinstance(wanted, list) and len(cached) == len(wanted):
+        return [d for i, pair in enumerate(zip(cached, wanted, strict=True)) for d in _differences(*pair, f"{place}[{i}]")]
+    return [] if cached == wanted else [f"{place}: cached {cached!r}, wanted {wanted!r}"]
+
+
+def _digest(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

