@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sentence_transformers.base.modules.module import Module
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from .errors import InputError
 from .hub import load, localize, save
@@ -24,26 +24,18 @@ class Room:
     """What the shared parts of polyrep need to know of a method.
 
     Attributes:
-        model: The PreTrainedModel; its ``config_class.model_type`` is the key in ``ROOMS``.
-        module: The sentence-transformers module with the room's head, if it has one.
+        model: The PreTrainedModel of a run's folder; its config's ``model_type`` is the key in ``ROOMS``.
+        head: The PreTrainedModel that ``module`` owns, where that is another class.
+        module: The sentence-transformers module, if the room has one.
         objectives: Training objectives by class name; their typed constructor arguments become flags of ``train``.
         card: Name of the template in ``model_cards/``.
     """
 
     model: type[PreTrainedModel]
+    head: type[PreTrainedModel] | None = None
     module: type[Module] | None = None
     objectives: dict[str, type[Any]] = field(default_factory=dict)
     card: str | None = None
-
-    @property
-    def config(self) -> type[PretrainedConfig]:
-        """The config class, one per model class."""
-        return self.model.config_class
-
-    @property
-    def shipped_module(self) -> str:
-        """Import name of the one file that is shipped to the Hub."""
-        return self.model.__module__
 
 
 ROOMS: dict[str, Room] = {}
@@ -51,6 +43,7 @@ ROOMS: dict[str, Room] = {}
 
 def register(room: Room) -> None:
     """Add a room: its folders open with AutoModel, train with ``train`` and pass through ``save``."""
-    ROOMS[room.config.model_type] = room
-    AutoConfig.register(room.config.model_type, room.config, exist_ok=True)
-    AutoModel.register(room.config, room.model, exist_ok=True)
+    ROOMS[room.model.config_class.model_type] = room
+    for model in filter(None, (room.model, room.head)):
+        AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
+        AutoModel.register(model.config_class, model, exist_ok=True)

@@ -18,6 +18,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import shutil
 import tempfile
 import time
@@ -118,7 +119,12 @@ def embed(
     path = Path(cache_dir) / f"{name}-{task}-{kind}-{_digest(key)[:12]}"
     if not path.exists():
         _explain_miss(path, key)
-        _write(path, key, model, list(texts), list(texts.values()), batch_size, show_progress)
+        try:
+            _write(path, key, model, list(texts), list(texts.values()), batch_size, show_progress)
+        except BaseException:
+            if temporary:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
     embeddings = open_cache(path, key)
     if temporary:
         weakref.finalize(embeddings, shutil.rmtree, temporary, ignore_errors=True)
@@ -135,7 +141,7 @@ def open_cache(path: str | Path, key: dict[str, Any] | None = None) -> Embedding
     remedy = f"Delete {path} to have it made again."
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: no readable manifest.json ({error}), so this is no embedding cache.") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(f"{path}: manifest.json is not of format {FORMAT}, so the arrays mean something else. {remedy}")
@@ -173,7 +179,7 @@ def cache_key(model: Encoder, texts: dict[str, str], *, task: str, kind: str, dt
         "task": task,
         "prompts": dict(model.prompts),
         "default_prompt": model.default_prompt_name,
-        "max_length": model.max_seq_length,
+        "max_length": None if model.max_seq_length == math.inf else model.max_seq_length,
         "truncate_dim": getattr(model, "truncate_dim", None),
         "texts": {"count": len(texts), "sha256": digest.hexdigest()},
         "modules": [_describe(module) for module in model],
@@ -225,9 +231,10 @@ def _write(
                     values, lengths, indices, dim = encode(model, chunk, key["task"], batch_size)
                     values = values.astype(key["dtype"])
                     _refuse_not_finite(values, lengths, ids[start : start + CHUNK], key["dtype"])
-                    values.tofile(files["values"])
+                    # Not tofile, which drops the last bytes without an error when the disk is full.
+                    files["values"].write(np.ascontiguousarray(values).data)
                     if indices is not None:
-                        indices.astype(np.int32).tofile(files["indices"])
+                        files["indices"].write(indices.astype(np.int32).data)
                     if lengths is not None:
                         counts.append(lengths)
                     rows, shape_tail = rows + len(values), values.shape[1:]
@@ -239,7 +246,7 @@ def _write(
         if key["kind"] == "sparse":
             arrays["indices"] = ("int32", [rows])
         if key["kind"] in ("tokens", "sparse"):
-            np.cumsum(np.concatenate(counts), dtype=np.int64).tofile(staged / "offsets.bin")
+            (staged / "offsets.bin").write_bytes(np.cumsum(np.concatenate(counts), dtype=np.int64).data)
             arrays["offsets"] = ("int64", [len(texts) + 1])
         seconds = round(time.perf_counter() - started, 2)
         write_json(
@@ -300,7 +307,7 @@ _ENCODERS = {
 
 
 def _refuse_not_finite(values: np.ndarray, lengths: np.ndarray | None, ids: Sequence[str], dtype: str) -> None:
-    rows = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    rows = ~np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
     if rows.any():
         text = int(np.argmax(rows)) if lengths is None else int(np.searchsorted(np.cumsum(lengths), np.argmax(rows), "right"))
         raise InputError(

@@ -20,12 +20,14 @@ import hashlib
 import json
 import logging
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 
 from .errors import InputError
 
@@ -112,7 +114,7 @@ def load_retrieval_dataset(
     if not qrels:
         raise InputError(f"{source}: split {split!r} judges no query, so there is nothing to train on or to measure.")
     queries = {q: text for q, text in all_queries.items() if q in qrels}
-    return RetrievalDataset(Path(source).name, split, corpus, queries, {q: qrels[q] for q in queries})
+    return RetrievalDataset(folder.name or folder.resolve().name, split, corpus, queries, {q: qrels[q] for q in queries})
 
 
 def _in_dev_tenth(query_id: str) -> bool:
@@ -137,20 +139,20 @@ def _read_jsonl(folder: Path, stem: str) -> Iterator[tuple[str, dict[str, Any]]]
                         'Expected one object per line, such as {"_id": "d1", "title": "...", "text": "..."}.'
                     ) from None
                 yield f"{path}:{number}", row
-        except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
             raise InputError(f"{path}: damaged or truncated ({error}). Fetch the file again.") from None
 
 
 def _read_tsv(path: Path) -> Iterator[tuple[str, Any, Any, Any]]:
     """Yield (place, query id, document id, score) for each judgment; the first line is a header."""
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:  # a replaced id is unknown and thus refused
         for number, line in enumerate(lines, start=1):
             fields = line.rstrip("\r\n").split("\t")
             if line.strip() and len(fields) != 3:
                 raise InputError(
                     f"{path}:{number}: {len(fields)} tab-separated fields, expected 3: query id, document id, score."
                 )
-            if number == 1 and fields[-1].lstrip("-").isdigit():
+            if number == 1 and fields[-1].strip().lstrip("+-").replace(".", "", 1).isdigit():
                 raise InputError(
                     f"{path}:1: the first line is a judgment, but a header is expected there, so it would be lost. "
                     "Put the line `query-id<TAB>corpus-id<TAB>score` above it."
@@ -169,7 +171,7 @@ def _open_hub(source: str, revision: str | None) -> tuple[Iterator, Iterator, se
             judgments = load_dataset(source, "default", revision=revision)
         except ValueError:  # this arrangement keeps its judgments in a repository of their own
             judgments = load_dataset(f"{source}-qrels")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise InputError(
             f"{source}: neither a folder in BEIR layout nor a readable Hub data set ({type(error).__name__}: {error}). "
             "Check the path, the id and the network; a Hub data set needs configurations corpus, queries and default."
@@ -177,7 +179,10 @@ def _open_hub(source: str, revision: str | None) -> tuple[Iterator, Iterator, se
 
     def read_qrels(split: str) -> Iterator[tuple[str, Any, Any, Any]]:
         for number, row in enumerate(judgments[split], start=1):
-            yield f"{source} {split} row {number}", row["query-id"], row["corpus-id"], row["score"]
+            place = f"{source} {split} row {number}"
+            if missing := {"query-id", "corpus-id", "score"} - row.keys():
+                raise InputError(f"{place}: no {sorted(missing)}; expected query-id, corpus-id and score.")
+            yield place, row["query-id"], row["corpus-id"], row["score"]
 
     def rows(part: Dataset, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         return ((f"{source} {name} row {number}", row) for number, row in enumerate(part, start=1))
@@ -218,7 +223,9 @@ def _check_qrels(rows: Iterable[tuple[str, Any, Any, Any]], corpus: dict[str, st
                 )
         try:
             relevance = int(score)
-        except ValueError:
+            if not isinstance(score, str) and relevance != score:  # the Hub has numbers, and int(0.5) is 0
+                raise ValueError
+        except (ValueError, TypeError):
             raise InputError(f"{place}: score {score!r} is not an integer.") from None
         if qrels.setdefault(query, {}).setdefault(document, relevance) != relevance:
             raise InputError(f"{place}: judges ({query!r}, {document!r}) twice with different scores. Keep one.")

@@ -36,6 +36,9 @@ REQUIREMENTS = {"transformers": ">=5.17", "sentence-transformers": ">=6.0.1"}
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """Hash of ``model.safetensors`` in sentence-transformers/all-MiniLM-L6-v2 on the Hub."""
 
+PREFIX = "polyrep_"
+"""What every ``model_type`` of ours starts with."""
+
 _READABLE = ["*.json", "*.safetensors", "*.txt", "*.model", "*.py", "*.md", "*.jinja"]
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _VOLATILE = ("transformers_version", "_name_or_path", "__version__")
@@ -66,7 +69,7 @@ def load(
         InputError: The folder is incomplete or damaged, or remote code was asked for without a revision.
     """
     folder = fetch(model, revision=revision, trust_remote_code=trust_remote_code)
-    if not (folder / "modules.json").is_file() and _read_json(folder / "config.json").get("model_type") in _rooms():
+    if _is_head(folder):
         return AutoModel.from_pretrained(folder, trust_remote_code=trust_remote_code, dtype=dtype or "auto")
     encoder = family_of(folder)(
         str(folder),
@@ -132,8 +135,7 @@ def check_folder(folder: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file}: damaged or truncated ({error}). Delete it and fetch it again.") from None
-    is_head = not modules.is_file() and _read_json(folder / "config.json").get("model_type") in _rooms()
-    if not is_head and not any((part / name).is_file() for part in [folder, *parts] for name in _TOKENIZERS):
+    if not _is_head(folder) and not any((part / name).is_file() for part in [folder, *parts] for name in _TOKENIZERS):
         raise InputError(
             f"{folder}: no tokenizer ({', '.join(_TOKENIZERS)}), so text cannot be encoded. "
             "Save the tokenizer of the model into the folder."
@@ -206,17 +208,17 @@ def localize(folder: str | Path) -> None:
     modules_file = folder / "modules.json"
     if not modules_file.is_file():
         return
-    shipped = {room.shipped_module for room in _rooms().values()}
     modules = _read_json(modules_file)
-    changed = False
     for module in modules:
         name, _, class_name = module["type"].rpartition(".")
-        if name in shipped:
-            shutil.copyfile(str(sys.modules[name].__file__), folder / f"{name.rpartition('.')[2]}.py")
-            module["type"] = f"{name.rpartition('.')[2]}.{class_name}"
-            changed = True
-    if changed:
-        write_json(modules_file, modules)
+        stem = name.rpartition(".")[2]
+        if name.startswith("sentence_transformers.") or name == stem:
+            continue  # stock, or local to the folder already
+        if name not in sys.modules:
+            raise InputError(f"{modules_file}: {module['type']} is not imported, so its code cannot be copied.")
+        shutil.copyfile(str(sys.modules[name].__file__), folder / f"{stem}.py")
+        module["type"] = f"{stem}.{class_name}"
+    write_json(modules_file, modules)
     if any(folder.glob("modeling_*.py")):
         config = folder / "config_sentence_transformers.json"
         write_json(config, _read_json(config) | {"requirements": REQUIREMENTS})
@@ -259,16 +261,16 @@ def shipped_folder(name: str) -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / name
 
 
-def _rooms() -> dict[str, Any]:
-    from . import ROOMS  # the package imports this module, so the table is looked up when it is needed
-
-    return ROOMS
+def _is_head(folder: Path) -> bool:
+    """Whether the folder holds a bare head of ours, which takes embeddings and so has neither modules nor tokenizer."""
+    model_type = _read_json(folder / "config.json").get("model_type") or ""
+    return model_type.startswith(PREFIX) and not (folder / "modules.json").is_file()
 
 
 def _refuse_missing_weights(folder: Path, encoder: Encoder) -> None:
     """transformers only logs a weight that the file lacks and goes on with a fresh one; a room's model refuses."""
     model = encoder.transformers_model
-    if model is None or model.config.model_type not in _rooms():
+    if model is None or not model.config.model_type.startswith(PREFIX):
         return
     stored: set[str] = set()
     for file in folder.glob("*.safetensors"):

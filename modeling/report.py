@@ -12,6 +12,131 @@ from typing import Any
 
 import torch
 
+from .errors import InputError
+from .files import write_json, write_text
+
+_RESULTS = {
+    "name": str,
+    "command": str,
+    "created": str,
+    "commit": str,
+    "hardware": str,
+    "versions": dict,
+    "seeds": list,
+    "settings_tried": int,
+    "models": dict,
+    "rows": list,
+    "claims": list,
+}
+_ROW = {"system": str, "dataset": str, "split": str, "metric": str, "value": (int, float)}
+_CLAIM = {"claim": str, "value": (int, float), "target": (int, float, type(None)), "met": (bool, type(None))}
+
+
+def write_results(results: dict[str, Any], output: Path | None) -> str:
+    """Check results against the layout that all of polyrep shares and write ``<name>.json``, ``.md`` and ``.png``.
+
+    Args:
+        results: ``name, command, created, commit, hardware, versions, seeds, settings_tried, models {system:
+            fingerprint}, rows, claims``. A row has ``system, dataset, split, metric, value`` and what applies of
+            ``interval, std, bytes_per_document, flops, active_dims, ...``. A claim has ``claim, value, target, met``
+            (both None without a target) and, where it needs data, ``split``.
+        output: Folder to write to; None writes nothing.
+
+    Returns:
+        The Markdown.
+
+    Raises:
+        InputError: A field is missing or of the wrong type.
+    """
+    check_results(results)
+    markdown = to_markdown(results)
+    if output is not None:
+        write_json(output / f"{results['name']}.json", results)
+        write_text(output / f"{results['name']}.md", markdown)
+        draw(results, output / f"{results['name']}.png")
+    return markdown
+
+
+def check_results(results: dict[str, Any]) -> None:
+    """Refuse results that lack a field of the shared layout or have it with another type."""
+    _check_fields(results, _RESULTS, "results")
+    for kind, layout in (("rows", _ROW), ("claims", _CLAIM)):
+        for number, entry in enumerate(results[kind]):
+            _check_fields(entry, layout, f"{kind}[{number}]")
+    for claim in results["claims"]:
+        if (claim["target"] is None) != (claim["met"] is None):
+            raise InputError(f"claim {claim['claim']!r}: target and met are both given or both null.")
+
+
+def to_markdown(results: dict[str, Any]) -> str:
+    """One table per data set, best system first, then the claims and where the numbers come from."""
+    lines = [f"# {results['name']}", ""]
+    for dataset, split in dict.fromkeys((row["dataset"], row["split"]) for row in results["rows"]):
+        by_system: dict[str, dict[str, dict[str, Any]]] = {}
+        for row in results["rows"]:
+            if (row["dataset"], row["split"]) == (dataset, split):
+                by_system.setdefault(row["system"], {})[row["metric"]] = row
+        table = [_table_cells(system, metrics) for system, metrics in by_system.items()]
+        table.sort(key=lambda cells: cells["nDCG@10"], reverse=True)
+        used = [column for column in table[0] if any(cells[column] for cells in table)]
+        queries = next(iter(by_system.values()))["nDCG@10"].get("queries")
+        lines += [f"## {dataset}, {split}" + (f" ({queries:,} queries)" if queries else ""), ""]
+        lines += ["| " + " | ".join(used) + " |", "|" + "---|" * len(used)]
+        lines += ["| " + " | ".join(cells[column] for column in used) + " |" for cells in table] + [""]
+    if results["claims"]:
+        lines += ["| claim | value | target | met |", "|---|---|---|---|"]
+        lines += [f"| {c['claim']} | {c['value']:.4g} | {_or(c['target'], '.4g')} | {c['met']} |" for c in results["claims"]]
+        lines += [""]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    lines += [
+        "Brackets: 95 % bootstrap interval over queries. p: paired two-sided bootstrap on nDCG@10, Holm-corrected.",
+        "",
+        f"Made by `{results['command']}` on {results['hardware']}, commit {results['commit'][:12]}, {versions}; "
+        f"seeds {results['seeds']}, settings tried: {results['settings_tried']}.",
+    ]
+    lines += [f"{system}: SHA-256 {digest[:16]}." for system, digest in results["models"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Quality with its interval against bytes per document on a logarithmic axis, a panel per data set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    points = [row for row in results["rows"] if row["metric"] == "nDCG@10" and row.get("bytes_per_document")]
+    datasets = list(dict.fromkeys(row["dataset"] for row in points))
+    families = list(dict.fromkeys(row["system"].partition(", ")[0] for row in points))
+    figure, axes = plt.subplots(
+        1, len(datasets), figsize=(1.5 + 4 * len(datasets), 4), squeeze=False, layout="constrained"
+    )
+    for axis, dataset in zip(axes[0], datasets, strict=True):
+        for family in families:
+            mine = sorted(
+                (row for row in points if row["dataset"] == dataset and row["system"].partition(", ")[0] == family),
+                key=lambda row: row["bytes_per_document"],
+            )
+            sizes, values = [row["bytes_per_document"] for row in mine], [row["value"] for row in mine]
+            intervals = [row.get("interval", [row["value"]] * 2) for row in mine]
+            errors = [[v - low for v, (low, _) in zip(values, intervals, strict=True)]]
+            errors.append([high - v for v, (_, high) in zip(values, intervals, strict=True)])
+            color = f"C{families.index(family)}"
+            axis.errorbar(sizes, values, errors, fmt="o-", color=color, label=family, capsize=3, lw=1, elinewidth=0.8)
+            for size, value, row in zip(sizes, values, mine, strict=True):
+                label = row["system"].partition(", ")[2].replace("hierarchical ", "k=")
+                axis.annotate(label, (size, value), (0, 6), textcoords="offset points", fontsize=7, ha="right")
+        axis.set_xscale("log")
+        axis.set_title(dataset)
+        axis.set_xlabel("bytes per document")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("nDCG@10 (95 % interval)")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    partial = path.with_name(f".{path.name}.partial.png")
+    figure.savefig(partial, dpi=144)
+    plt.close(figure)
+    partial.replace(path)
+
 
 def provenance(command: str) -> dict[str, Any]:
     """Where numbers come from: command, date, commit, hardware and versions, as every results file records them."""
@@ -49,3 +174,33 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _check_fields(entry: Any, layout: dict[str, Any], subject: str) -> None:
+    for name, kind in layout.items():
+        if not isinstance(entry, dict) or name not in entry or not isinstance(entry[name], kind):
+            found = repr(entry.get(name, "nothing")) if isinstance(entry, dict) else repr(entry)
+            raise InputError(f"{subject}: field {name!r} is {found}; the layout of results needs {kind}.")
+
+
+def _table_cells(system: str, metrics: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Cells of one row by column; empty ones where a figure does not apply."""
+    main = metrics["nDCG@10"]
+    low, high = main.get("interval", (None, None))
+    difference = f"{main['difference']:+.3f} (p {max(main['p_value'], 0.001):.3f})" if "difference" in main else ""
+    return {
+        "system": system,
+        "nDCG@10": f"{main['value']:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else ""),
+        **{name: _or(metrics.get(name, {}).get("value"), ".3f") for name in ("nDCG@3", "MRR@10", "Recall@100")},
+        "difference": difference,
+        "bytes/doc": _or(main.get("bytes_per_document"), ",.0f"),
+        "vectors/doc": _or(main.get("vectors_per_document"), ".1f"),
+        "active dims": _or(main.get("active_dims"), ".1f"),
+        "FLOPs": _or(main.get("flops"), ".2f"),
+        "encode docs/s": _or(main.get("encode_docs_per_s"), ",.0f"),
+        "search ms (p50 / p99)": " / ".join(_or(main.get(f"search_ms_{p}"), ".1f") for p in ("p50", "p99")).strip(" /"),
+    }
+
+
+def _or(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

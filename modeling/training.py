@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 import math
+import os
 import re
 import shutil
 import tempfile
@@ -141,6 +142,8 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
             )
         for path in left:
             shutil.rmtree(path)
+    if args.use_cpu:  # accelerate launch gives each process one thread unless told otherwise
+        torch.set_num_threads(max(torch.get_num_threads(), (os.cpu_count() or 1) // args.world_size))
     set_seed(args.seed)
     with tempfile.TemporaryDirectory() as scratch:
         init = Path(scratch) / "init" if recipe.dry_run else output / "init"
@@ -194,7 +197,7 @@ def resolve(argv: list[str], *, prog: str = "polyrep train") -> Plan:
 
     groups: list[type] = [RecipeArguments]
     if room:
-        groups.append(_flags_of(room.config.__init__, f"method: {room.config.model_type}", _json(run / "config.json")))
+        groups.append(_flags_of(room.model.config_class.__init__, f"method: {run.name}", _json(run / "config.json")))
     if objective:
         groups.append(_flags_of(objective.__init__, f"objective: {named_objective}", {}, objective.__doc__))
     groups.append(TRAINERS[family][1])

@@ -1,0 +1,8 @@
+"""Measure models: ``python evaluate.py MODEL --dataset PATH_OR_ID [--flag value ...]``; the same as ``polyrep evaluate``."""
+
+import sys
+
+from polyrep.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["evaluate", *sys.argv[1:]], prog="evaluate.py"))

@@ -1,0 +1,254 @@
+"""Measure retrieval models: metrics per query, honest comparisons, and a table with its picture.
+
+Numbers agree with MTEB: pytrec_eval metrics, document text = title + space + text, runs cut at 1,000, ties by higher
+document id first. Every comparison is a paired bootstrap over queries, corrected for the number of rows in its table.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytrec_eval
+import torch
+from transformers import HfArgumentParser
+
+from .data import RetrievalDataset, load_retrieval_dataset
+from .errors import InputError
+from .hub import fetch, fingerprint, load
+from .report import provenance, write_results
+from .retrievers import Ranking, rank_with_bm25, rank_with_model
+
+METRICS = ("nDCG@10", "nDCG@3", "MRR@10", "Recall@100")
+RESAMPLES = 10_000
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class EvaluationArguments:
+    """What to measure, on what, against what."""
+
+    _argument_group_name = "evaluation"
+
+    dataset: list[str] = field(metadata={"help": "BEIR folders or Hub data set ids."})
+    split: str = field(default="test", metadata={"help": "Split of the judgments; choose settings on dev, not test."})
+    baselines: str = field(default="bm25", metadata={"help": "Comma-separated: bm25, minilm, any model; or none."})
+    token_pooling: list[str] = field(
+        default_factory=list, metadata={"help": "Extra rows for multi-vector models: mean, or vectors kept (1 2 4 ...)."}
+    )
+    output: str | None = field(default=None, metadata={"help": "Folder for <name>.json, <name>.md and <name>.png."})
+    name: str = field(default="results", metadata={"help": "Name of the three files."})
+    reference: str | None = field(
+        default=None, metadata={"help": "System that the others are compared with; default: the last baseline."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of Hub models."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the models carry (pin --revision)."})
+    keep_empty: bool = field(default=False, metadata={"help": "Accept empty texts instead of refusing the data set."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens per text; default: each model's own."})
+    dtype: str = field(default="float16", metadata={"help": "Numbers in the index: float16 or float32."})
+    model_dtype: str = field(
+        default="float32", metadata={"help": "Weights in memory: float32, bfloat16, float16, or auto for the fastest safe."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Texts per forward pass."})
+    cache_dir: str = field(default=".cache/embeddings", metadata={"help": "Where embeddings are kept for the next run."})
+    settings_tried: int = field(default=1, metadata={"help": "How many settings were tried before this table."})
+    seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
+
+
+def evaluate(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, Any]:
+    """Measure the models named in ``argv`` and print the table; write JSON, Markdown and PNG with ``--output``.
+
+    Returns:
+        The results, in the layout of :func:`polyrep.report.write_results`.
+
+    Raises:
+        InputError: A model, data set or flag cannot be used.
+    """
+    parser = HfArgumentParser(EvaluationArguments, prog=prog, allow_abbrev=False, description=evaluate.__doc__.split("\n")[0])
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="Folders, Hub ids, or minilm; bm25 needs no model.")
+    args, named = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    datasets = [load_retrieval_dataset(path, args.split, keep_empty=args.keep_empty) for path in args.dataset]
+    baselines = [name for name in args.baselines.split(",") if name and name != "none"]
+    systems = list(dict.fromkeys([*baselines, *named.models]))
+
+    rankings: dict[str, list[Ranking]] = {dataset.name: [] for dataset in datasets}
+    fingerprints: dict[str, str] = {}
+    for system in systems:
+        if system == "bm25":
+            for dataset in datasets:
+                rankings[dataset.name].append(rank_with_bm25(dataset))
+            continue
+        folder = fetch(system, revision=args.revision, trust_remote_code=args.trust_remote_code)
+        name = _display_name(system)
+        fingerprints[name] = fingerprint(folder)
+        model = load(folder, trust_remote_code=args.trust_remote_code, dtype=_weights_dtype(args.model_dtype))
+        if args.max_length:
+            model.max_seq_length = args.max_length
+        pooling = args.token_pooling if type(model).__name__ == "MultiVectorEncoder" else None
+        for dataset in datasets:
+            rankings[dataset.name] += rank_with_model(
+                name,
+                model,
+                dataset,
+                pooling=pooling,
+                cache_dir=args.cache_dir,
+                dtype=args.dtype,
+                batch_size=args.batch_size,
+            )
+    reference = args.reference or _display_name(baselines[-1] if baselines else systems[0])
+    rows = [row for dataset in datasets for row in table_rows(dataset, rankings[dataset.name], reference, args.seed)]
+    results = {
+        "name": args.name,
+        **provenance(shlex.join(["python", prog, *argv] if prog.endswith(".py") else [*prog.split(), *argv])),
+        "seeds": [args.seed],
+        "settings_tried": args.settings_tried,
+        "models": fingerprints,
+        "rows": rows,
+        "claims": [],
+    }
+    print(write_results(results, Path(args.output) if args.output else None))
+    return results
+
+
+def table_rows(dataset: RetrievalDataset, rankings: Sequence[Ranking], reference: str, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows for one data set: every system and metric, with a 95 % interval, and for nDCG@10 the test against a reference.
+
+    Raises:
+        InputError: No system is called ``reference``.
+    """
+    values = {ranking.system: per_query_metrics(dataset, ranking) for ranking in rankings}
+    if reference not in values:
+        raise InputError(f"--reference {reference!r}: no such system; there are {', '.join(map(repr, values))}.")
+    others = [system for system in values if system != reference]
+    tests = dict(zip(others, compare({s: values[s]["nDCG@10"] for s in others}, values[reference]["nDCG@10"], seed), strict=True))
+    rows = []
+    for ranking in rankings:
+        for metric in METRICS:
+            scores = values[ranking.system][metric]
+            row: dict[str, Any] = {
+                "system": ranking.system,
+                "dataset": dataset.name,
+                "split": dataset.split,
+                "metric": metric,
+                "value": float(scores.mean()),
+                "interval": list(bootstrap_interval(scores, seed)),
+                "queries": len(scores),
+            }
+            if metric == "nDCG@10":
+                row |= ranking.costs
+                if ranking.system in tests:
+                    row |= {"reference": reference} | tests[ranking.system]
+            rows.append(row)
+    return rows
+
+
+def per_query_metrics(dataset: RetrievalDataset, ranking: Ranking) -> dict[str, np.ndarray]:
+    """Each metric of :data:`METRICS` for each query: ``(queries,)``, in the order of ``dataset.queries``."""
+    ids = list(dataset.corpus)
+    found = list(zip(dataset.queries, ranking.positions.tolist(), ranking.scores.tolist(), strict=True))
+    run = {query: {ids[p]: s for p, s in zip(positions, scores, strict=True)} for query, positions, scores in found}
+    # Reciprocal rank has no cut-off in trec_eval: cut the run instead.
+    top10 = {query: {ids[p]: s for p, s in zip(positions[:10], scores[:10], strict=True)} for query, positions, scores in found}
+    measured = pytrec_eval.RelevanceEvaluator(dataset.qrels, {"ndcg_cut.3,10", "recall.100"}).evaluate(run)
+    reciprocal = pytrec_eval.RelevanceEvaluator(dataset.qrels, {"recip_rank"}).evaluate(top10)
+    sources = (
+        (measured, "ndcg_cut_10"),
+        (measured, "ndcg_cut_3"),
+        (reciprocal, "recip_rank"),
+        (measured, "recall_100"),
+    )
+    return {
+        metric: np.array([source[query][measure] for query in dataset.queries])
+        for metric, (source, measure) in zip(METRICS, sources, strict=True)
+    }
+
+
+def bootstrap_interval(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """95 % percentile interval of the mean over queries.
+
+    Args:
+        values: ``(queries,)``, or ``(seeds, queries)``, which is averaged over seeds first.
+        seed: Seed of the resampling.
+        resamples: How many times to resample.
+    """
+    low, high = np.percentile(_resampled_means(_over_seeds(values), seed, resamples), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def compare(
+    systems: Mapping[str, np.ndarray], reference: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
+) -> list[dict[str, Any]]:
+    """Paired two-sided bootstrap of each system against one reference, Holm-corrected over the systems.
+
+    Args:
+        systems: Name -> ``(queries,)`` or ``(seeds, queries)`` values; seeds are averaged per query first.
+        reference: Values of the reference on the same queries.
+        seed: Seed of the resampling, the same for every system.
+        resamples: How many times to resample.
+
+    Returns:
+        For each system ``difference`` (of means), its 95 % ``difference_interval`` and the corrected ``p_value``.
+    """
+    outcomes, p_values = [], []
+    for values in systems.values():
+        differences = _over_seeds(values) - _over_seeds(reference)
+        means = _resampled_means(differences, seed, resamples)
+        # One resample is added on each side, so that p is never zero (Davison and Hinkley 1997, section 4.2).
+        tails = ((means <= 0).sum() + 1, (means >= 0).sum() + 1)
+        p_values.append(min(1.0, 2 * float(min(tails)) / (resamples + 1)))
+        outcomes.append(
+            {
+                "difference": float(differences.mean()),
+                "difference_interval": [float(x) for x in np.percentile(means, [2.5, 97.5])],
+            }
+        )
+    return [outcome | {"p_value": p} for outcome, p in zip(outcomes, holm(p_values), strict=True)]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: the family-wise error stays below the level that corrected values are held to."""
+    adjusted = [0.0] * len(p_values)
+    running = 0.0
+    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
+        running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = running
+    return adjusted
+
+
+def _over_seeds(values: np.ndarray) -> np.ndarray:
+    return np.asarray(values, dtype=np.float64).reshape(-1, np.shape(values)[-1]).mean(axis=0)
+
+
+def _resampled_means(values: np.ndarray, seed: int, resamples: int) -> np.ndarray:
+    """Means of ``resamples`` draws with replacement, in blocks that bound memory at 16 MiB of indices."""
+    generator = np.random.default_rng(seed)
+    block = max(1, 2**21 // len(values))
+    sizes = [min(block, resamples - start) for start in range(0, resamples, block)]
+    return np.concatenate([values[generator.integers(len(values), size=(n, len(values)))].mean(axis=1) for n in sizes])
+
+
+def _display_name(system: str) -> str:
+    """Row name: the folder's, with its parent where that says more (``late-interaction-minilm`` for ``.../final``)."""
+    if system == "bm25":
+        return "BM25"
+    if system == "minilm":
+        return "all-MiniLM-L6-v2"
+    path = Path(system)
+    return path.parent.name if path.name == "final" and path.parent.name else path.name
+
+
+def _weights_dtype(name: str) -> torch.dtype:
+    """Type of the weights; ``auto`` halves them where the processor computes in bfloat16, which costs < 0.2 points."""
+    if name == "auto":
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        half = torch.accelerator.is_available() or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+        return torch.bfloat16 if half else torch.float32
+    if name not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"--model_dtype {name!r}: use float32, bfloat16, float16 or auto.")
+    return getattr(torch, name)

@@ -1,0 +1,21 @@
+"""What every contrastive objective needs when a batch is spread over processes."""
+
+from __future__ import annotations
+
+import torch
+from sentence_transformers.util import all_gather_with_grad, get_rank
+from torch import Tensor
+
+
+def gather(documents: Tensor) -> Tensor:
+    """Documents of all processes, in rank order, with gradients to each: ``(batch, ...)`` to ``(world * batch, ...)``.
+
+    Every process must pass the same shape. With one process this is the identity. Gradients of the processes are
+    averaged afterwards, so the result equals one process with the whole batch.
+    """
+    return all_gather_with_grad(documents)
+
+
+def in_batch_labels(batch: int, device: torch.device | str) -> Tensor:
+    """Column of each local query's own document among the gathered ones: ``(batch,)``."""
+    return torch.arange(batch, device=device) + get_rank() * batch

@@ -1,0 +1,256 @@
+"""Systems to compare: a model through exact search, the same model with its vectors pooled, and BM25.
+
+Each returns a :class:`Ranking`: what it found for every query, and what that cost in bytes, terms and seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling
+from tqdm import tqdm
+
+from .cache import Embeddings, embed
+from .data import RetrievalDataset
+from .errors import InputError
+from .hub import Encoder
+from .scoring import exact_search
+
+DEPTH = 1000
+"""Runs are cut here, as MTEB cuts them."""
+
+TIMED_QUERIES = 32
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What one system found on one data set, and its costs.
+
+    Attributes:
+        system: Name of the row in tables.
+        positions: ``(queries, depth)`` positions of documents in the corpus, best first.
+        scores: ``(queries, depth)`` their scores.
+        costs: Figures for the table; see :func:`costs_of`.
+    """
+
+    system: str
+    positions: np.ndarray
+    scores: np.ndarray
+    costs: dict[str, float] = field(default_factory=dict)
+
+
+def bytes_per_document(
+    kind: str, dtype: str = "float16", *, dims: int = 0, nnz: float = 0.0, vectors: float = 0.0
+) -> float:
+    """Size of one document in an index, in bytes, before any compression of the index itself.
+
+    Args:
+        kind: ``dense`` (dims numbers), ``sparse`` (a 4-byte term id and a number per active term), ``multi`` (vectors
+            of dims numbers and an 8-byte offset) or ``binary`` (one bit per dimension of each vector).
+        dtype: numpy name of the numbers.
+        dims: Numbers per vector.
+        nnz: Mean active terms per document, for ``sparse``.
+        vectors: Mean vectors per document, for ``multi``; for ``binary`` default 1.
+
+    Raises:
+        InputError: An unknown kind.
+    """
+    itemsize = np.dtype(dtype).itemsize
+    match kind:
+        case "dense":
+            return dims * itemsize
+        case "sparse":
+            return nnz * (4 + itemsize)
+        case "multi":
+            return vectors * dims * itemsize + 8
+        case "binary":
+            return (vectors or 1) * -(-dims // 8)
+    raise InputError(f"bytes_per_document: unknown kind {kind!r}; use dense, sparse, multi or binary.")
+
+
+def flops(queries: np.ndarray, documents: np.ndarray) -> float:
+    """Mean number of terms that a query and a document share, the work of an inverted index for one pair.
+
+    Args:
+        queries: ``(vocabulary,)`` share of the queries in which each term is active.
+        documents: ``(vocabulary,)`` likewise for documents.
+    """
+    return float(queries @ documents)
+
+
+def rank_with_model(
+    name: str,
+    model: Encoder,
+    dataset: RetrievalDataset,
+    *,
+    pooling: list[str] | None = None,
+    cache_dir: str | Path | None = None,
+    dtype: str = "float16",
+    batch_size: int = 16,
+) -> list[Ranking]:
+    """Encode through the cache and search exactly; one ranking, and one more for each pooling of token vectors.
+
+    Args:
+        name: Row name.
+        model: Any sentence-transformers model.
+        dataset: Corpus and queries.
+        pooling: For multi-vector models: ``"mean"`` or a number of vectors for hierarchical pooling.
+        cache_dir: See :func:`polyrep.cache.embed`.
+        dtype: See :func:`polyrep.cache.embed`.
+        batch_size: Texts per forward pass.
+    """
+    options: dict[str, Any] = {"cache_dir": cache_dir, "dtype": dtype, "batch_size": batch_size}
+    documents = embed(model, dataset.corpus, task="document", name=dataset.name, **options)
+    queries = embed(model, dataset.queries, task="query", name=f"{dataset.name}-{dataset.split}", **options)
+    similarity = str(model.similarity_fn_name)
+
+    def ranked(system: str, q: Embeddings, d: Embeddings, similarity: str) -> Ranking:
+        ids = list(dataset.corpus)
+        positions, scores = exact_search(
+            q, d, ids, similarity=similarity, k=DEPTH, show_progress=True, device=model.device
+        )
+        timed = [
+            _seconds(lambda row=row: exact_search(_row(q, row), d, ids, similarity=similarity, device=model.device))
+            for row in np.linspace(0, len(q) - 1, min(TIMED_QUERIES, len(q))).astype(int)
+        ]
+        encoded = {"encode_docs_per_s": len(documents) / max(documents.seconds, 1e-9)}
+        return Ranking(system, positions, scores, costs_of(q, d) | encoded | _latency(timed))
+
+    rankings = [ranked(name, queries, documents, similarity)]
+    if pooling and documents.kind != "tokens":
+        raise InputError(f"{name}: pooling {pooling} is for models with several vectors a text; this one has one.")
+    for how in pooling or []:
+        if how == "mean":
+            rankings.append(ranked(f"{name}, mean", _summed(queries), _mean(documents), "dot"))
+        elif how.isdigit() and int(how) > 0:
+            rankings.append(ranked(f"{name}, hierarchical {how}", queries, _hierarchical(documents, int(how)), similarity))
+        else:
+            raise InputError(f"pooling {how!r}: expected `mean` or a number of vectors such as 8.")
+    return rankings
+
+
+def rank_with_bm25(dataset: RetrievalDataset) -> Ranking:
+    """BM25 (Lucene's variant, k1 = 1.5, b = 0.75) with English stop words and no stemming, by ``bm25s``."""
+    try:
+        import bm25s
+    except ModuleNotFoundError:
+        raise InputError('bm25: the package bm25s is not installed. Run `pip install "polyrep[quickstart]"`.') from None
+    started = time.perf_counter()
+    tokens = bm25s.tokenize(list(dataset.corpus.values()), stopwords="en", show_progress=False)
+    index = bm25s.BM25(method="lucene")
+    index.index(tokens, show_progress=False)
+    seconds = time.perf_counter() - started
+    queries = bm25s.tokenize(list(dataset.queries.values()), stopwords="en", return_ids=False, show_progress=False)
+    # Ties must fall as everywhere else: put the documents in order of falling id, then sort stably.
+    by_id = sorted(range(len(dataset.corpus)), key=list(dataset.corpus).__getitem__, reverse=True)
+    positions, scores, timed = [], [], []
+    for query in tqdm(queries, desc="bm25", unit="query"):
+        begun = time.perf_counter()
+        found = index.get_scores(query) if query else np.zeros(len(by_id), np.float32)
+        order = np.argsort(-found[by_id], kind="stable")[:DEPTH]
+        timed.append(time.perf_counter() - begun)
+        positions.append(np.asarray(by_id)[order])
+        scores.append(found[positions[-1]])
+    # bm25s keeps one score per (term, document) pair, in float32.
+    nnz = len(index.scores["data"]) / len(dataset.corpus)
+    document_share = np.bincount(index.scores["indices"] * 0 + _terms(index), minlength=len(index.vocab_dict))
+    query_share = np.zeros(len(document_share))
+    for query in queries:
+        query_share[[index.vocab_dict[term] for term in set(query) if term in index.vocab_dict]] += 1
+    costs = {
+        "bytes_per_document": bytes_per_document("sparse", "float32", nnz=nnz),
+        "active_dims": nnz,
+        "flops": flops(query_share / len(queries), document_share / len(dataset.corpus)),
+        "encode_docs_per_s": len(dataset.corpus) / seconds,
+    }
+    return Ranking("BM25", np.stack(positions), np.stack(scores), costs | _latency(timed))
+
+
+def costs_of(queries: Embeddings, documents: Embeddings) -> dict[str, float]:
+    """Bytes per document; for sparse vectors also active dimensions of both sides and FLOPs."""
+    dtype = str(documents.values.dtype)
+    if documents.kind == "tokens":
+        vectors = float(documents.lengths.mean())
+        return {
+            "bytes_per_document": bytes_per_document("multi", dtype, dims=documents.dim, vectors=vectors),
+            "vectors_per_document": vectors,
+        }
+    if documents.kind == "sparse":
+        shares = [np.bincount(side.indices, minlength=side.dim) / len(side) for side in (queries, documents)]
+        nnz = float(documents.lengths.mean())
+        return {
+            "bytes_per_document": bytes_per_document("sparse", dtype, nnz=nnz),
+            "active_dims": nnz,
+            "query_active_dims": float(queries.lengths.mean()),
+            "flops": flops(*shares),
+        }
+    return {"bytes_per_document": bytes_per_document("dense", dtype, dims=documents.dim)}
+
+
+def _terms(index: Any) -> np.ndarray:
+    """Term of each posting of a bm25s index, from the bounds of its columns."""
+    bounds = index.scores["indptr"]
+    return np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+
+
+def _row(embeddings: Embeddings, row: int) -> Embeddings:
+    """One text of a cache as a cache of its own."""
+    if embeddings.offsets is None:
+        return replace(embeddings, values=embeddings.values[row : row + 1])
+    part = slice(*embeddings.offsets[row : row + 2])
+    indices = None if embeddings.indices is None else embeddings.indices[part]
+    return replace(embeddings, values=embeddings.values[part], indices=indices, offsets=np.array([0, part.stop - part.start]))
+
+
+def _sums(embeddings: Embeddings) -> np.ndarray:
+    """Sum of each text's vectors: ``(texts, dim)`` in float32. An empty text sums to zero."""
+    assert embeddings.offsets is not None
+    sums = np.zeros((len(embeddings), embeddings.dim), np.float32)
+    filled = embeddings.lengths > 0
+    sums[filled] = np.add.reduceat(embeddings.values, embeddings.offsets[:-1][filled], axis=0, dtype=np.float32)
+    return sums
+
+
+def _summed(queries: Embeddings) -> Embeddings:
+    """Queries as one vector: MaxSim against a single document vector is the dot product with this sum."""
+    return replace(queries, kind="sentence", values=_sums(queries), offsets=None)
+
+
+def _mean(documents: Embeddings) -> Embeddings:
+    """Documents as the normalised mean of their vectors."""
+    sums = _sums(documents)
+    unit = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
+    return replace(documents, kind="sentence", values=unit.astype(documents.values.dtype), offsets=None)
+
+
+def _hierarchical(documents: Embeddings, vectors: int) -> Embeddings:
+    """Documents pooled to at most ``vectors`` each by sentence-transformers' Ward clustering, no protected token."""
+    assert documents.offsets is not None
+    pooled: list[np.ndarray] = []
+    bounds = zip(documents.offsets[:-1], documents.offsets[1:], strict=True)
+    for start, stop in tqdm(bounds, desc=f"pool to {vectors}", unit="text", total=len(documents)):
+        tokens = torch.from_numpy(np.asarray(documents.values[start:stop], np.float32))
+        # The library takes a factor and rounds down; half a vector more makes it land on the number asked for.
+        factor = max(len(tokens) / (vectors + 0.5), 1.0)
+        pooled.append(HierarchicalTokenPooling(factor, num_protected_tokens=0).pool_one(tokens).numpy())
+    offsets = np.cumsum([0, *map(len, pooled)])
+    return replace(documents, values=np.concatenate(pooled).astype(documents.values.dtype), offsets=offsets)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def _latency(seconds: list[float]) -> dict[str, float]:
+    return {
+        "search_ms_p50": 1000 * float(np.percentile(seconds, 50)),
+        "search_ms_p99": 1000 * float(np.percentile(seconds, 99)),
+    }

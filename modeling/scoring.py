@@ -1,0 +1,201 @@
+"""Scores of queries against documents, and exact search with them: the one oracle for losses, evaluation and indexes.
+
+Search keeps only the running best of each query, so memory does not grow with the corpus. Ties go to the document with
+the higher id, as trec_eval and MTEB break them; without such a rule two runs of one model could differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from sentence_transformers.util import SimilarityFunction
+from sentence_transformers.util import maxsim as _stock_maxsim
+from torch import Tensor
+from tqdm import tqdm
+
+from .cache import Embeddings
+from .errors import InputError
+
+CHUNK_ELEMENTS = 2**26
+"""Numbers in the largest intermediate of a scoring step (256 MiB in float32)."""
+
+EMPTY_DOCUMENT_SCORE = -1e9
+"""MaxSim of a document without a vector, e.g. of skipped words only."""
+
+
+def dot(queries: Tensor, documents: Tensor) -> Tensor:
+    """Inner products: ``(queries, dim)`` and ``(documents, dim)`` give ``(queries, documents)`` in float32."""
+    return queries.float() @ documents.float().T
+
+
+def maxsim(queries: Tensor, documents: Tensor, query_mask: Tensor, document_mask: Tensor) -> Tensor:
+    """Late interaction: each query vector takes its best document vector, and these are summed (ColBERT, eq. 3).
+
+    Args:
+        queries: ``(queries, query vectors, dim)``, padded.
+        documents: ``(documents, document vectors, dim)``, padded.
+        query_mask: ``(queries, query vectors)``, True where a vector counts.
+        document_mask: ``(documents, document vectors)``, likewise.
+
+    Returns:
+        ``(queries, documents)`` in float32.
+    """
+    return _stock_maxsim(queries.float(), documents.float(), a_mask=query_mask, b_mask=document_mask)
+
+
+def exact_search(
+    queries: Embeddings,
+    documents: Embeddings,
+    document_ids: list[str],
+    *,
+    similarity: str,
+    k: int = 1000,
+    show_progress: bool = False,
+    device: str | torch.device = "cpu",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score every pair, in chunks, and keep the best ``k`` documents of each query.
+
+    Args:
+        queries: Encoded queries.
+        documents: Encoded documents, of the same kind.
+        document_ids: Ids of the documents; they decide ties.
+        similarity: Name of the model's similarity: ``dot``, ``cosine``, ``euclidean``, ``manhattan`` for one vector a
+            text, ``dot`` or ``cosine`` for sparse vectors, ``maxsim`` or ``meanmaxsim`` for several vectors.
+        k: How many documents to keep at most.
+        show_progress: Show a progress bar.
+        device: Where to compute.
+
+    Returns:
+        Positions of the documents and their scores, each ``(queries, min(k, documents))``, best first.
+
+    Raises:
+        InputError: The two sides do not fit together, or a score is not finite.
+    """
+    if (queries.kind, queries.dim) != (documents.kind, documents.dim):
+        raise InputError(
+            f"queries are {queries.kind} of width {queries.dim}, documents {documents.kind} of width {documents.dim}: "
+            "they come from different models and cannot be scored. Encode both with one model."
+        )
+    # rank 0 wins ties; the position of each rank translates back at the end
+    position_of = torch.tensor(sorted(range(len(document_ids)), key=document_ids.__getitem__, reverse=True))
+    rank_of = torch.empty_like(position_of)
+    rank_of[position_of] = torch.arange(len(document_ids))
+    k = min(k, len(documents))
+    order = np.argsort(documents.lengths, kind="stable")  # equal lengths side by side: little padding
+    found = []
+    with tqdm(total=len(queries), desc="search", unit="query", disable=not show_progress) as progress:
+        for start, stop in _query_ranges(queries):
+            best = torch.empty(stop - start, 0, dtype=torch.int64)
+            for members, scores in _SCORE[queries.kind](queries, documents, start, stop, order, similarity, device):
+                if not torch.isfinite(scores).all():
+                    raise InputError("a score is not finite, so no ranking exists. The embeddings are damaged or overflow.")
+                best = torch.cat([best, _sort_keys(scores.cpu(), rank_of[members])], dim=1)
+                best = best.topk(min(k, best.shape[1]), dim=1).values
+            found.append(best)
+            progress.update(stop - start)
+    best = torch.cat(found)
+    scores = _scores_of(best)
+    return position_of[0xFFFFFFFF - (best & 0xFFFFFFFF)].numpy(), scores.numpy()
+
+
+def _sort_keys(scores: Tensor, ranks: Tensor) -> Tensor:
+    """Pack score and tie rank into one integer that sorts as the pair does, so that one top-k decides both.
+
+    Bits of a float32 read as an integer sort like the float if it is positive and backwards if it is negative.
+    """
+    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0, with which it ties
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.long() << 32) | (0xFFFFFFFF - ranks)
+
+
+def _scores_of(keys: Tensor) -> Tensor:
+    ordered = (keys >> 32).int()
+    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
+
+
+def _query_ranges(queries: Embeddings) -> Iterator[tuple[int, int]]:
+    """Batches of queries: many single vectors, fewer sets of them."""
+    size = 256 if queries.kind != "tokens" else max(1, 4096 // max(int(queries.lengths.max()), 1))
+    return ((start, min(start + size, len(queries))) for start in range(0, len(queries), size))
+
+
+_Scored = Iterator[tuple[np.ndarray, Tensor]]  # positions of some documents, and the scores (queries, documents)
+
+
+def _score_sentence(
+    queries: Embeddings, documents: Embeddings, start: int, stop: int, order: np.ndarray, similarity: str, device: object
+) -> _Scored:
+    score = SimilarityFunction.to_similarity_fn(similarity)
+    batch = torch.from_numpy(queries.values[start:stop].astype(np.float32)).to(device)
+    step = max(1, CHUNK_ELEMENTS // (max(stop - start, documents.dim) * (documents.dim if similarity == "manhattan" else 1)))
+    for first in range(0, len(documents), step):
+        chunk = torch.from_numpy(documents.values[first : first + step].astype(np.float32)).to(device)
+        yield np.arange(first, first + len(chunk)), score(batch, chunk)
+
+
+def _score_tokens(
+    queries: Embeddings, documents: Embeddings, start: int, stop: int, order: np.ndarray, similarity: str, device: object
+) -> _Scored:
+    if similarity not in ("maxsim", "meanmaxsim"):
+        raise InputError(f"similarity {similarity!r} is for one vector a text; several vectors take maxsim or meanmaxsim.")
+    assert queries.offsets is not None
+    bounds = queries.offsets[start : stop + 1]
+    batch = torch.from_numpy(queries.values[bounds[0] : bounds[-1]].astype(np.float32)).to(device)
+    counts = torch.from_numpy(np.diff(bounds)).to(device)
+    owner = torch.repeat_interleave(torch.arange(stop - start, device=device), counts)  # query of each query vector
+    lengths = documents.lengths[order]
+    first = int(np.searchsorted(lengths, 1))
+    if first:  # nothing to take the maximum over: below every real score
+        yield order[:first], torch.full((stop - start, first), EMPTY_DOCUMENT_SCORE)
+    while first < len(order):
+        # Documents come shortest first: take as many as fit the budget at the width of the longest among them.
+        sizes = np.arange(1, len(order) - first + 1) * lengths[first:] * max(len(batch), documents.dim)
+        last = first + max(1, int(np.searchsorted(sizes, CHUNK_ELEMENTS, side="right")))
+        chunk = torch.from_numpy(_filled(documents, order[first:last])).to(device)  # (documents, vectors, dim)
+        similarities = (batch @ chunk.flatten(0, 1).T).view(len(batch), *chunk.shape[:2])
+        scores = torch.zeros(stop - start, len(chunk), device=device).index_add_(0, owner, similarities.amax(-1))
+        yield order[first:last], scores / counts.clamp(min=1)[:, None] if similarity == "meanmaxsim" else scores
+        first = last
+
+
+def _score_sparse(
+    queries: Embeddings, documents: Embeddings, start: int, stop: int, order: np.ndarray, similarity: str, device: object
+) -> _Scored:
+    if similarity not in ("dot", "cosine"):
+        raise InputError(f"similarity {similarity!r} is not defined for an inverted index; use dot or cosine.")
+    batch = _csr(queries, start, stop, similarity)
+    step = max(1, CHUNK_ELEMENTS // max(stop - start, 1))
+    for first in range(0, len(documents), step):
+        last = min(first + step, len(documents))
+        scores = (batch @ _csr(documents, first, last, similarity).T).toarray()
+        yield np.arange(first, last), torch.from_numpy(scores)
+
+
+_SCORE = {"sentence": _score_sentence, "tokens": _score_tokens, "sparse": _score_sparse}
+
+
+def _filled(embeddings: Embeddings, members: np.ndarray) -> np.ndarray:
+    """Vectors ``(members, most vectors, dim)`` in float32, gathered without a loop over texts.
+
+    Shorter texts repeat their last vector, which changes no maximum and so needs no mask.
+    """
+    assert embeddings.offsets is not None
+    lengths = embeddings.lengths[members]
+    columns = np.minimum(np.arange(lengths.max()), lengths[:, None] - 1)
+    return embeddings.values[embeddings.offsets[members][:, None] + columns].astype(np.float32)
+
+
+def _csr(embeddings: Embeddings, start: int, stop: int, similarity: str) -> csr_matrix:
+    """Rows ``start:stop`` of a sparse cache as ``(stop - start, vocabulary)``; of unit length for cosine."""
+    assert embeddings.offsets is not None and embeddings.indices is not None
+    bounds = embeddings.offsets[start : stop + 1]
+    part = slice(int(bounds[0]), int(bounds[-1]))
+    values = embeddings.values[part].astype(np.float32)
+    if similarity == "cosine":
+        lengths = np.diff(bounds)
+        squares = np.bincount(np.repeat(np.arange(stop - start), lengths), values**2, minlength=stop - start)
+        values /= np.repeat(np.sqrt(np.maximum(squares, 1e-24)), lengths).astype(np.float32)
+    return csr_matrix((values, embeddings.indices[part], bounds - bounds[0]), shape=(stop - start, embeddings.dim))

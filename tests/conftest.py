@@ -1,0 +1,148 @@
+"""Fixtures: models small enough to build in a test, and real small data."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
+from sentence_transformers.base.modules import Dense, Normalize, Transformer
+from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
+from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
+from tokenizers import Tokenizer
+from transformers import AutoModel, BertConfig, BertTokenizer
+
+import polyrep
+import toy  # noqa: F401  registers the test room
+from polyrep.hub import packaged_minilm
+
+ROOT = Path(__file__).parent.parent
+
+DOCUMENTS = {
+    "d1": "tar: archive files into one file",
+    "d2": "ss: show open ports and sockets",
+    "d3": "cat: print a file",
+    "d4": "grep: search lines of files for a pattern",
+    "d5": "ls: list a folder",
+}
+QUERIES = {"q1": "show open ports", "q2": "make an archive", "q3": "find a pattern in a file"}
+QRELS = {"q1": {"d2": 1}, "q2": {"d1": 2}, "q3": {"d4": 1, "d3": 1}}
+
+
+def write_beir(folder: Path, split: str = "test") -> Path:
+    """The small data set above as a BEIR folder."""
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"_id": k, "title": "", "text": v}) + "\n" for k, v in DOCUMENTS.items()))
+    (folder / "queries.jsonl").write_text("".join(json.dumps({"_id": k, "text": v}) + "\n" for k, v in QUERIES.items()))
+    lines = [f"{q}\t{d}\t{s}\n" for q, judged in QRELS.items() for d, s in judged.items()]
+    (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
+    return folder
+
+
+@pytest.fixture
+def beir(tmp_path: Path) -> Path:
+    return write_beir(tmp_path / "tiny")
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT of two layers with a word-piece tokenizer, as a plain transformers folder. No dropout."""
+    folder = tmp_path_factory.mktemp("backbone")
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{x}" for x in letters), ":", "file", "port", "list"]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    BertTokenizer(str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    AutoModel.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sentence_model(backbone: Path) -> SentenceTransformer:
+    return SentenceTransformer(modules=[Transformer(str(backbone)), Pooling(32, "mean")], device="cpu")
+
+
+@pytest.fixture(scope="session")
+def multi_vector_model(backbone: Path) -> MultiVectorEncoder:
+    torch.manual_seed(1)
+    dense = Dense(32, 16, bias=False, activation_function=torch.nn.Identity(), module_input_name="token_embeddings", module_output_name="token_embeddings")
+    modules = [Transformer(str(backbone)), dense, MultiVectorMask(), Normalize(module_input_name="token_embeddings", module_output_name="token_embeddings")]
+    return MultiVectorEncoder(modules=modules, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def sparse_model(backbone: Path) -> SparseEncoder:
+    torch.manual_seed(2)
+    return SparseEncoder(modules=[Transformer(str(backbone)), Pooling(32, "mean"), SparseAutoEncoder(32, hidden_dim=64, k=8)], device="cpu")
+
+
+@pytest.fixture(scope="session")
+def static_model() -> SentenceTransformer:
+    """Bag of the real word vectors of all-MiniLM-L6-v2: quick, and it retrieves something."""
+    folder = packaged_minilm()
+    words = load_file(folder / "model.safetensors")["embeddings.word_embeddings.weight"].float()
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=words.numpy())], device="cpu")
+
+
+@pytest.fixture(scope="session")
+def toy_run(tmp_path_factory: pytest.TempPathFactory, backbone: Path) -> Path:
+    """A run of the test room on the small data: a folder as under hub_configs/."""
+    folder = tmp_path_factory.mktemp("hub_configs") / "toy"
+    folder.mkdir()
+    data = write_beir(folder.parent / "data" / "tiny", split="train")
+    module = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer", "kwargs": ["task"]}
+    (folder / "modules.json").write_text(json.dumps([module]))
+    (folder / "config.json").write_text(json.dumps({"model_type": "polyrep_toy", "projection_dim": 6}))
+    output = {"method": "forward", "method_output_name": "sentence_embedding"}
+    settings = {"transformer_task": "feature-extraction", "modality_config": {"text": output}, "module_output_name": "sentence_embedding", "unpad_inputs": False}
+    (folder / "sentence_bert_config.json").write_text(json.dumps(settings))
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"model_type": "SentenceTransformer", "similarity_fn_name": "dot"}))
+    recipe = {
+        "backbone": str(backbone),
+        "datasets": [str(data)],
+        "objective": "ToyLoss",
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 0.01,
+        "logging_steps": 1,
+        "save_steps": 3,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    (folder / "recipe.yaml").write_text("# test\n" + json.dumps(recipe))
+    return folder
+
+
+RUN_CLI = "import sys, toy; from polyrep.cli import main; sys.exit(main(sys.argv[1:]))"
+"""Program text for a subprocess that knows the test room."""
+
+
+def run_python(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run Python offline with the tests importable; the caller looks at returncode, stdout and stderr."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=300, **options)
+
+
+assert Path(polyrep.__file__).parent == ROOT / "modeling" or "site-packages" in polyrep.__file__

@@ -1,0 +1,262 @@
+"""Rules that every room obeys: its folders open where polyrep is not installed, and give the same vectors."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUERIES, ROOT, run_python
+from room_examples import EXAMPLES, Example
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+from transformers.dynamic_module_utils import get_imports, get_relative_imports
+
+import polyrep
+from polyrep import ROOMS, InputError
+
+TEXTS = list(QUERIES.values())
+
+# SparseEncoder opens a SentenceTransformer folder on purpose: it adds a layer to train, which is its own feature.
+CONFUSABLE = {
+    "SentenceTransformer": ["MultiVectorEncoder"],
+    "SparseEncoder": ["SentenceTransformer", "MultiVectorEncoder"],
+    "MultiVectorEncoder": ["SentenceTransformer", "SparseEncoder"],
+}
+
+FRESH = """
+import importlib.abc, json, sys
+import numpy as np
+
+class Absent(importlib.abc.MetaPathFinder):  # as if polyrep and the test room were not installed
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("polyrep", "modeling", "toy"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import sentence_transformers, torch
+from transformers import AutoModel, AutoTokenizer
+
+jobs = json.loads(sys.argv[1])
+texts = jobs["texts"]
+report = {}
+for name, (folder, again, wrong) in jobs["folders"].items():
+    entry = report[name] = {}
+    family = json.load(open(f"{folder}/config_sentence_transformers.json"))["model_type"]
+    try:
+        getattr(sentence_transformers, family)(folder)
+        entry["refused_without_flag"] = False
+    except Exception:
+        entry["refused_without_flag"] = True
+    model = getattr(sentence_transformers, family)(folder, trust_remote_code=True, device="cpu")
+    for task, encode in (("query", model.encode_query), ("document", model.encode_document)):
+        vectors = encode(texts)
+        entry[task] = [np.asarray(v, dtype=np.float64).tolist() for v in vectors]
+    entry["dimension"] = model.get_embedding_dimension()
+    entry["module"] = type(model[-1]).__module__
+    model.save_pretrained(again)  # what a user does, without any help of ours
+    config = json.load(open(f"{folder}/config.json"))
+    auto = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    entry["auto"] = [type(auto).__name__, config["architectures"][0]]
+    if config["model_type"].startswith("polyrep_"):
+        tokens = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(texts, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            output = auto(**tokens, task="query")
+        entry["auto_query"] = output.sentence_embedding.double().tolist() if "sentence_embedding" in output else None
+        entry["last_hidden_state"] = "last_hidden_state" in output
+    for other in wrong:
+        try:
+            getattr(sentence_transformers, other)(folder, trust_remote_code=True, device="cpu").encode(texts)
+            entry[f"opened as {other}"] = True
+        except Exception as error:
+            entry[f"opened as {other}"] = False
+print("REPORT" + json.dumps(report))
+"""
+
+
+@pytest.fixture(scope="module")
+def examples(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Example]:
+    assert set(EXAMPLES) == set(ROOMS), "every room needs an example in room_examples.py"
+    return {room: build(backbone, tmp_path_factory.mktemp("example")) for room, build in EXAMPLES.items()}
+
+
+@pytest.fixture(scope="module")
+def saved(examples: dict[str, Example], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every example saved by polyrep: ``room/kind`` -> folder."""
+    root = tmp_path_factory.mktemp("saved")
+    return {
+        f"{room}/{kind}": polyrep.save(model, root / room / kind)
+        for room, example in examples.items()
+        for kind, model in example.models.items()
+    }
+
+
+def fresh_process(folders: dict[str, Path], again: Path, families: dict[str, str]) -> dict[str, Any]:
+    """Open all folders in one process without polyrep, encode, and save each again as a user would."""
+    jobs = {
+        name: (str(folder), str(again / name), CONFUSABLE[families[name]] if "retriever" in name else [])
+        for name, folder in folders.items()
+    }
+    again.mkdir(parents=True, exist_ok=True)
+    result = run_python("-c", FRESH, json.dumps({"texts": TEXTS, "folders": jobs}), cwd=again)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.partition("REPORT")[2])
+
+
+@pytest.fixture(scope="module")
+def opened(saved: dict[str, Path], examples: dict[str, Example], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two fresh processes saw: the first opens our folders, the second what the first saved again."""
+    families = {f"{r}/{k}": type(m).__name__ for r, e in examples.items() for k, m in e.models.items()}
+    root = tmp_path_factory.mktemp("again")
+    first = fresh_process(saved, root / "first", families)
+    second = fresh_process({name: root / "first" / name for name in saved}, root / "second", families)
+    return [first, second]
+
+
+
+
+def kinds(examples: dict[str, Example]) -> list[tuple[str, str, Any]]:
+    return [(room, kind, model) for room, example in examples.items() for kind, model in example.models.items()]
+
+
+@pytest.mark.parametrize("process", ["after polyrep.save", "after a user's save"])
+def test_folders_give_the_same_vectors_without_polyrep(examples, opened, process):
+    seen = opened[process == "after a user's save"]
+    for room, kind, model in kinds(examples):
+        for task, encode in (("query", model.encode_query), ("document", model.encode_document)):
+            for ours, theirs in zip(encode(TEXTS), seen[f"{room}/{kind}"][task], strict=True):
+                np.testing.assert_allclose(np.asarray(ours), theirs, atol=1e-5, err_msg=f"{room}/{kind} {task}")
+        assert seen[f"{room}/{kind}"]["dimension"] == model.get_embedding_dimension()
+
+
+def test_the_test_would_notice_other_vectors(examples):
+    for _, _, model in kinds(examples):
+        queries, documents = np.asarray(model.encode_query(TEXTS)), np.asarray(model.encode_document(TEXTS))
+        assert np.abs(queries - documents).max() > 1e-3, "queries and documents must differ for task to be tested"
+
+
+def test_automodel_gives_the_class_that_the_config_names_in_both_worlds(saved, opened):
+    for name, folder in saved.items():
+        here = type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__
+        for seen in opened:
+            assert seen[name]["auto"] == [here, here]
+
+
+def test_automodel_gives_the_representation_and_no_token_states(examples, opened):
+    for room, kind, model in kinds(examples):
+        for seen in opened:
+            entry = seen[f"{room}/{kind}"]
+            assert not entry.get("last_hidden_state", False)
+            if entry.get("auto_query"):
+                np.testing.assert_allclose(model.encode_query(TEXTS), entry["auto_query"], atol=1e-5)
+
+
+def test_code_runs_only_with_the_users_flag(saved, opened):
+    assert all(seen[name]["refused_without_flag"] for seen in opened for name in saved)
+
+
+def test_a_retriever_opened_by_another_family_fails_instead_of_giving_other_vectors(opened):
+    answers = {k: v for entry in opened[0].values() for k, v in entry.items() if k.startswith("opened as")}
+    assert answers and not any(answers.values()), answers
+
+
+def test_polyrep_load_opens_what_it_saved(examples, saved):
+    for room, kind, model in kinds(examples):
+        again = polyrep.load(saved[f"{room}/{kind}"], trust_remote_code=True, device="cpu")
+        assert type(again) is type(model)
+        np.testing.assert_allclose(np.asarray(again.encode_query(TEXTS)), np.asarray(model.encode_query(TEXTS)), atol=1e-5)
+
+
+def test_saved_folders_name_no_installed_package_and_state_their_requirements(saved):
+    for folder in saved.values():
+        for module in json.loads((folder / "modules.json").read_text()):
+            stock = module["type"].startswith("sentence_transformers.")
+            assert stock or (module["type"].count(".") == 1 and (folder / f"{module['type'].split('.')[0]}.py").is_file())
+        assert json.loads((folder / "config_sentence_transformers.json").read_text())["requirements"] == polyrep.hub.REQUIREMENTS
+        assert not list(folder.rglob("*.bin")) and list(folder.glob("*.safetensors"))
+
+
+def test_a_dropped_weight_is_refused_by_load_and_never_garbage_with_automodel(examples, saved, tmp_path):
+    for room, example in examples.items():
+        if example.weight is None:
+            continue
+        folder = tmp_path / room
+        shutil.copytree(saved[f"{room}/{next(iter(example.models))}"], folder)
+        weights = load_file(folder / "model.safetensors")
+        shape = weights.pop(example.weight).shape
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(InputError, match=example.weight):
+            polyrep.load(folder, trust_remote_code=True)
+        fresh = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            fresh.append(AutoModel.from_pretrained(folder, trust_remote_code=True).get_parameter(example.weight))
+        assert fresh[0].shape == shape and torch.equal(*fresh), "an initialised weight follows the seed"
+        assert 0 < fresh[0].abs().max() < 1
+
+
+def test_configs_refuse_bad_values_by_name(examples):
+    for example in examples.values():
+        assert example.bad_config
+        for config_class, arguments, words in example.bad_config:
+            with pytest.raises(ValueError, match=words):
+                config_class(**arguments)
+
+
+def shipped_files() -> list[Path]:
+    return sorted({Path(str(sys.modules[room.model.__module__].__file__)) for room in ROOMS.values()})
+
+
+@pytest.mark.parametrize("file", shipped_files(), ids=lambda p: p.name)
+def test_shipped_files_import_only_what_every_machine_has(file):
+    source = file.read_text()
+    assert not get_relative_imports(file)
+    guarded = {
+        inner
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Try)
+        for statement in node.body
+        for inner in (ast.unparse(n) for n in ast.walk(statement) if isinstance(n, ast.Import | ast.ImportFrom))
+    }
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+        for name in names:
+            package = name.split(".")[0]
+            allowed = package in sys.stdlib_module_names or package in ("torch", "transformers")
+            assert allowed or (package == "sentence_transformers" and ast.unparse(node) in guarded), ast.unparse(node)
+        private = [a.name for a in node.names if a.name.startswith("_")] + [n for n in names if "._" in n]
+        assert not [p for p in private if p != "annotations"], f"private names: {private}"
+    assert set(get_imports(file)) - sys.stdlib_module_names <= {"torch", "transformers"}, "a docstring line is taken for an import"
+
+
+def test_one_config_class_and_model_type_for_each_model_class():
+    models = [m for room in ROOMS.values() for m in (room.model, room.head) if m]
+    types = [model.config_class.model_type for model in models]
+    assert len({m.config_class for m in models}) == len(models) and len(set(types)) == len(types)
+    assert all(t.startswith(polyrep.hub.PREFIX) for t in types)
+
+
+def test_save_leaves_nothing_half_written_and_keeps_other_files(examples, tmp_path, monkeypatch):
+    model = next(iter(next(iter(examples.values())).models.values()))
+    folder = polyrep.save(model, tmp_path / "model")
+    (folder / "notes.txt").write_text("mine")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    monkeypatch.setattr(polyrep.hub, "localize", lambda folder: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        polyrep.save(model, folder)
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_rooms_are_the_packages_own_folders():
+    for room_type, room in ROOMS.items():
+        if room_type != "polyrep_toy":
+            assert Path(str(sys.modules[room.model.__module__].__file__)).parent.parent == ROOT / "modeling"

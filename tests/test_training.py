@@ -1,0 +1,207 @@
+"""Training through the command line: plans, overrides, checkpoints, interruption, several processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import RUN_CLI, run_python
+from safetensors.torch import load_file
+from sentence_transformers import MultiVectorEncoder
+from torch.nn import functional as F
+
+import polyrep
+from polyrep import InputError, training
+from polyrep.cli import main
+from toy.objective import ToyLoss
+
+
+def losses(output: Path) -> list[float]:
+    return [entry["loss"] for entry in json.loads((output / "training.json").read_text())["log"] if "loss" in entry]
+
+
+def edit_recipe(run: Path, folder: Path, **changes: object) -> Path:
+    """A copy of the run with some recipe values changed."""
+    shutil.copytree(run, folder)
+    recipe = json.loads((run / "recipe.yaml").read_text().partition("\n")[2])
+    (folder / "recipe.yaml").write_text("# test\n" + json.dumps(recipe | changes))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps in this process, a checkpoint after three."""
+    output = tmp_path_factory.mktemp("runs") / "toy"
+    assert main(["train", str(toy_run), "--output_dir", str(output)]) == 0
+    return output
+
+
+def test_training_writes_a_folder_that_opens_and_differs_from_its_start(trained):
+    model = polyrep.load(trained / "final", trust_remote_code=True)
+    start = load_file(trained / "init" / "model.safetensors")
+    moved = {k: (v - start[k]).abs().max().item() for k, v in load_file(trained / "final" / "model.safetensors").items()}
+    assert moved["head.project.weight"] > 1e-3 and moved["head.task_bias"] > 1e-3, "task reached the model in training"
+    assert model.get_embedding_dimension() == 6
+    assert len(losses(trained)) == 6
+    record = json.loads((trained / "training.json").read_text())
+    assert record["fingerprint"] == polyrep.hub.fingerprint(trained / "final")
+    assert record["pairs"] == {"tiny": 4} and record["recipe"]["temperature"] == 0.1
+
+
+def test_every_checkpoint_is_a_model_folder(trained):
+    for step in (3, 6):
+        folder = trained / f"checkpoint-{step}"
+        assert (folder / "modeling_toy.py").is_file()
+        assert polyrep.load(folder, trust_remote_code=True).get_embedding_dimension() == 6
+
+
+def test_a_resumed_run_has_the_same_next_losses(trained, toy_run, tmp_path):
+    output = tmp_path / "resumed"
+    shutil.copytree(trained / "init", output / "init")
+    shutil.copytree(trained / "checkpoint-3", output / "checkpoint-3")
+    (output / "checkpoint-9").mkdir()  # cut off before its state was written, so not to be taken
+    (output / "checkpoint-9" / "trainer_state.json").write_text('{"global_')
+    assert main(["train", str(toy_run), "--output_dir", str(output), "--resume_from_checkpoint", "last"]) == 0
+    np.testing.assert_allclose(losses(output), losses(trained), rtol=1e-5)
+    for name, tensor in load_file(output / "final" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, load_file(trained / "final" / "model.safetensors")[name])
+
+
+def test_ctrl_c_leaves_the_last_checkpoint_intact_and_resuming_gives_the_same_losses(toy_run, trained, tmp_path):
+    output = tmp_path / "interrupted"
+    interrupt = """
+import os, signal, sys, toy
+from transformers import TrainerCallback
+from polyrep import training
+from polyrep.cli import main
+
+class Interrupt(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+plain = training.CheckpointCallback
+training.CheckpointCallback = lambda: type("Both", (plain, Interrupt), {})()
+sys.exit(main(sys.argv[1:]))
+"""
+    result = run_python("-c", interrupt, "train", str(toy_run), "--output_dir", str(output))
+    assert result.returncode == 130
+    assert "Interrupted at step" in result.stdout and "checkpoint-3" in result.stdout
+    assert not (output / "final").exists()
+    polyrep.load(output / "checkpoint-3", trust_remote_code=True)
+    assert main(["train", str(toy_run), "--output_dir", str(output), "--resume_from_checkpoint", "last"]) == 0
+    np.testing.assert_allclose(losses(output)[-3:], losses(trained)[-3:], rtol=1e-5)
+
+
+def test_two_processes_train_what_one_does(toy_run, trained, tmp_path):
+    """Two processes with a batch of 1 each are one process with a batch of 2, dropout being 0."""
+    program = tmp_path / "cli.py"
+    program.write_text(RUN_CLI)
+    output = tmp_path / "two"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
+    flags = ["--output_dir", str(output), "--per_device_train_batch_size", "1"]
+    result = run_python(*launch, "train", str(toy_run), *flags)
+    assert result.returncode == 0, result.stderr[-3000:]
+    np.testing.assert_allclose(losses(output), losses(trained), rtol=1e-4)
+    expected = load_file(trained / "final" / "model.safetensors")
+    for name, tensor in load_file(output / "final" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_the_objective_is_infonce(sentence_model):
+    """Against the formula, on features that the model passes through."""
+    rng = torch.Generator().manual_seed(0)
+    queries, documents = (torch.randn(4, 5, generator=rng) for _ in range(2))
+    loss = ToyLoss(lambda features, task: features, temperature=0.5)(
+        [{"sentence_embedding": queries}, {"sentence_embedding": documents}]
+    )
+    q, d = F.normalize(queries, dim=1).double(), F.normalize(documents, dim=1).double()
+    each = [-(q[i] @ d[i] / 0.5 - torch.logsumexp(d @ q[i] / 0.5, 0)) for i in range(4)]
+    torch.testing.assert_close(loss.double(), torch.stack(each).mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(toy_run, tmp_path, capsys):
+    output = tmp_path / "never"
+    flags = ["--output_dir", str(output), "--dry_run", "--projection_dim", "4", "--temperature", "0.5"]
+    assert main(["train", str(toy_run), *flags]) == 0
+    plan = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[:1].isalpha() and " " in line)
+    assert not output.exists()
+    assert plan["pairs"] == "tiny 4 = 4" and plan["steps"].startswith("6 ")
+    assert "'temperature': 0.5" in plan["objective"] and "'projection_dim': 4" in plan["method"]
+    encoder = sum(p.numel() for p in polyrep.load(json.loads((toy_run / "recipe.yaml").read_text()[7:])["backbone"])[0].parameters())
+    assert plan["parameters"].startswith(f"{encoder + 32 * 4 + 4 + 2 * 4:,},")
+
+
+def test_the_shipped_recipe_resolves_and_any_flag_overrides(tmp_path):
+    plan = training.resolve(["late-interaction-minilm", "--learning_rate", "3e-5", "--scale", "2", "--max_length", "64"])
+    assert plan.args.learning_rate == 3e-5 and plan.args.max_length == 64 and plan.objective_arguments["scale"] == 2.0
+    assert plan.args.per_device_train_batch_size == 32 and plan.args.report_to in ([], ["none"])
+    assert (plan.run / "recipe.yaml").read_text().splitlines()[0] == f"# accelerate launch train.py hub_configs/{plan.run.name}"
+    folder = tmp_path / "init"
+    training.build(plan, folder)
+    model = polyrep.load(folder)
+    assert isinstance(model, MultiVectorEncoder)
+    assert [type(m).__name__ for m in model] == ["Transformer", "Dense", "MultiVectorMask", "Normalize"]
+    assert model.max_seq_length == 256
+    vectors = model.encode_document(["list open ports"])[0]
+    assert vectors.shape[1] == 128
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(vectors)), rtol=1e-4, atol=1e-4)
+
+
+def test_help_is_grouped_and_complete(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "late-interaction-minilm", "--help"])
+    text = capsys.readouterr().out
+    for heading in ("recipe:", "objective: MultiVectorMultipleNegativesRankingLoss:", "training (MultiVectorEncoderTrainingArguments):"):
+        assert heading in text
+    for flag in ("--backbone", "--dry_run", "--scale", "--resume_from_checkpoint", "--report_to", "--gradient_checkpointing"):
+        assert flag in text
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert "--dry_run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "words"),
+    [
+        ({"learning_rat": 1}, [], "'learning_rat' is no flag.*'learning_rate'"),
+        ({"objective": "Nope"}, [], "'Nope'.*ToyLoss"),
+        ({"datasets": []}, [], "no training data"),
+        ({"datasets": ["no/such/folder"]}, [], "no such folder"),
+        ({"freeze": ["nothing"]}, [], "'nothing': matches no parameter"),
+        ({"backbone": "./nowhere"}, [], "nowhere"),
+        ({}, ["--resume_from_checkpoint", "last"], "no complete checkpoint"),
+        ({}, ["--resume_from_checkpoint", "./missing"], "./missing"),
+        ({}, ["--learning_rate", "1e30", "--max_grad_norm", "0"], "loss is (nan|inf).*step"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(toy_run, tmp_path, capsys, changes, flags, words):
+    run = edit_recipe(toy_run, tmp_path / "run", **changes)
+    assert main(["train", str(run), "--output_dir", str(tmp_path / "out"), *flags]) == 2
+    assert pytest.raises(InputError, match="(?s)" + words).matches(InputError(capsys.readouterr().err))
+    assert not (tmp_path / "out" / "final").exists()
+
+
+def test_an_earlier_run_is_not_replaced_by_accident(toy_run, trained, capsys):
+    before = polyrep.hub.fingerprint(trained / "final")
+    assert main(["train", str(toy_run), "--output_dir", str(trained)]) == 2
+    assert "--overwrite" in capsys.readouterr().err and polyrep.hub.fingerprint(trained / "final") == before
+
+
+def test_freezing_keeps_weights(toy_run, tmp_path):
+    output = tmp_path / "frozen"
+    assert main(["train", str(toy_run), "--output_dir", str(output), "--freeze", r"\.encoder\.", "--max_steps", "2"]) == 0
+    start, end = (load_file(output / part / "model.safetensors") for part in ("init", "final"))
+    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    assert moved == {"head.project.weight", "head.project.bias", "head.task_bias"}
+
+
+def test_unknown_commands_and_runs_say_what_there_is(capsys):
+    assert main(["fly"]) == 2 and "train" in capsys.readouterr().out
+    assert main(["train", "no-such-run"]) == 2 and "late-interaction-minilm" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

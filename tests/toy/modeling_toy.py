@@ -1,0 +1,117 @@
+"""A test room: mean-pooled token states, projected, with a bias of its own for queries and for documents."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, initialization
+from transformers.utils import ModelOutput
+
+try:
+    from sentence_transformers.base.modules import Module
+except ImportError:  # AutoModel works without sentence-transformers
+    Module = nn.Module
+
+
+class ToyHeadConfig(PretrainedConfig):
+    model_type = "polyrep_toy_head"
+
+    def __init__(self, input_dim: int = 32, projection_dim: int = 8, **kwargs):
+        for name, value in (("input_dim", input_dim), ("projection_dim", projection_dim)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"ToyHeadConfig: {name}={value!r} is no size, so there is no vector. Use 8, say.")
+        self.input_dim, self.projection_dim = input_dim, projection_dim
+        super().__init__(**kwargs)
+
+
+class ToyHead(PreTrainedModel):
+    config_class = ToyHeadConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.project = nn.Linear(config.input_dim, config.projection_dim)
+        self.task_bias = nn.Parameter(torch.empty(2, config.projection_dim))
+        self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, ToyHead):
+            initialization.normal_(module.task_bias, std=0.02)
+
+    def forward(self, embedding, task=None):
+        return self.project(embedding) + self.task_bias[int(task == "document")]
+
+
+class ToyConfig(ToyHeadConfig):
+    model_type = "polyrep_toy"
+    sub_configs = {"encoder_config": AutoConfig}
+
+    def __init__(self, encoder_config=None, projection_dim: int = 8, **kwargs):
+        if isinstance(encoder_config, dict):
+            encoder_config = AutoConfig.for_model(**encoder_config)
+        self.encoder_config = encoder_config or AutoConfig.for_model("bert")
+        kwargs["input_dim"] = self.encoder_config.hidden_size
+        super().__init__(projection_dim=projection_dim, **kwargs)
+
+
+@dataclass
+class ToyOutput(ModelOutput):
+    sentence_embedding: torch.Tensor | None = None
+
+
+class ToyModel(PreTrainedModel):
+    config_class = ToyConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.encoder = AutoModel.from_config(config.encoder_config)
+        self.head = ToyHead(ToyHeadConfig(config.input_dim, config.projection_dim))
+        self.post_init()
+
+    @classmethod
+    def from_encoder(cls, backbone, **config):
+        encoder = AutoModel.from_pretrained(backbone)
+        model = cls(ToyConfig(encoder_config=encoder.config, **config))
+        model.encoder = encoder
+        return model
+
+    def forward(self, input_ids, attention_mask, task=None, **kwargs):
+        states = self.encoder(input_ids, attention_mask).last_hidden_state  # (batch, tokens, hidden)
+        mask = attention_mask[..., None].to(states.dtype)
+        return ToyOutput(sentence_embedding=self.head((states * mask).sum(1) / mask.sum(1), task))
+
+
+class ToyPooling(Module):
+    forward_kwargs = {"task"}
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, features, task=None):
+        return features | {"sentence_embedding": self.model(features["sentence_embedding"], task)}
+
+    def get_embedding_dimension(self):
+        return self.model.config.projection_dim
+
+    def save(self, output_path, *args, **kwargs):
+        self.model.save_pretrained(output_path)
+        shutil.copy(sys.modules[type(self).__module__].__file__, Path(output_path).parent)
+
+    @classmethod
+    def load(cls, model_name_or_path, subfolder="", **kwargs):
+        kept = {k: v for k, v in kwargs.items() if k in ("revision", "token", "local_files_only")}
+        kept["cache_dir"] = kwargs.get("cache_folder")
+        return cls(ToyHead.from_pretrained(model_name_or_path, subfolder=subfolder, **kept))
+
+    from_pretrained = load
+
+
+for config, model in ((ToyHeadConfig, ToyHead), (ToyConfig, ToyModel)):
+    config.register_for_auto_class()
+    model.register_for_auto_class("AutoModel")
