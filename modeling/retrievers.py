@@ -16,7 +16,7 @@ import torch
 from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling
 from tqdm import tqdm
 
-from .cache import Embeddings, embed
+from .cache import Embeddings, embed, kind_of
 from .data import RetrievalDataset
 from .errors import InputError
 from .hub import Encoder
@@ -104,7 +104,15 @@ def rank_with_model(
         cache_dir: See :func:`polyrep.cache.embed`.
         dtype: See :func:`polyrep.cache.embed`.
         batch_size: Texts per forward pass.
+
+    Raises:
+        InputError: ``pooling`` is malformed, or the model has one vector a text.
     """
+    for how in pooling or []:
+        if how != "mean" and not (how.isdecimal() and int(how) > 0):
+            raise InputError(f"pooling {how!r}: expected `mean` or a number of vectors such as 8.")
+    if pooling and kind_of(model) != "tokens":
+        raise InputError(f"{name}: pooling {pooling} is for models with several vectors a text; this one has one.")
     options: dict[str, Any] = {"cache_dir": cache_dir, "dtype": dtype, "batch_size": batch_size}
     documents = embed(model, dataset.corpus, task="document", name=dataset.name, **options)
     queries = embed(model, dataset.queries, task="query", name=f"{dataset.name}-{dataset.split}", **options)
@@ -123,15 +131,11 @@ def rank_with_model(
         return Ranking(system, positions, scores, costs_of(q, d) | encoded | _latency(timed))
 
     rankings = [ranked(name, queries, documents, similarity)]
-    if pooling and documents.kind != "tokens":
-        raise InputError(f"{name}: pooling {pooling} is for models with several vectors a text; this one has one.")
     for how in pooling or []:
         if how == "mean":
             rankings.append(ranked(f"{name}, mean", _summed(queries), _mean(documents), "dot"))
-        elif how.isdigit() and int(how) > 0:
-            rankings.append(ranked(f"{name}, hierarchical {how}", queries, _hierarchical(documents, int(how)), similarity))
         else:
-            raise InputError(f"pooling {how!r}: expected `mean` or a number of vectors such as 8.")
+            rankings.append(ranked(f"{name}, hierarchical {how}", queries, _hierarchical(documents, int(how)), similarity))
     return rankings
 
 
@@ -159,14 +163,14 @@ def rank_with_bm25(dataset: RetrievalDataset) -> Ranking:
         scores.append(found[positions[-1]])
     # bm25s keeps one score per (term, document) pair, in float32.
     nnz = len(index.scores["data"]) / len(dataset.corpus)
-    document_share = np.bincount(index.scores["indices"] * 0 + _terms(index), minlength=len(index.vocab_dict))
-    query_share = np.zeros(len(document_share))
+    postings = np.diff(index.scores["indptr"])  # documents of each term
+    askings = np.zeros(len(postings))  # queries of each term
     for query in queries:
-        query_share[[index.vocab_dict[term] for term in set(query) if term in index.vocab_dict]] += 1
+        askings[index.get_tokens_ids(list(set(query)))] += 1
     costs = {
         "bytes_per_document": bytes_per_document("sparse", "float32", nnz=nnz),
         "active_dims": nnz,
-        "flops": flops(query_share / len(queries), document_share / len(dataset.corpus)),
+        "flops": flops(askings / len(queries), postings / len(dataset.corpus)),
         "encode_docs_per_s": len(dataset.corpus) / seconds,
     }
     return Ranking("BM25", np.stack(positions), np.stack(scores), costs | _latency(timed))
@@ -191,12 +195,6 @@ def costs_of(queries: Embeddings, documents: Embeddings) -> dict[str, float]:
             "flops": flops(*shares),
         }
     return {"bytes_per_document": bytes_per_document("dense", dtype, dims=documents.dim)}
-
-
-def _terms(index: Any) -> np.ndarray:
-    """Term of each posting of a bm25s index, from the bounds of its columns."""
-    bounds = index.scores["indptr"]
-    return np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
 
 
 def _row(embeddings: Embeddings, row: int) -> Embeddings:

@@ -146,7 +146,9 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
         torch.set_num_threads(max(torch.get_num_threads(), (os.cpu_count() or 1) // args.world_size))
     set_seed(args.seed)
     with tempfile.TemporaryDirectory() as scratch:
-        init = Path(scratch) / "init" if recipe.dry_run else output / "init"
+        if recipe.dry_run:
+            args.output_dir = scratch  # the trainer makes its folder at once
+        init = Path(args.output_dir) / "init"
         with args.main_process_first(desc="build the untrained model"):
             if args.process_index == 0 and not (resume and init.exists()):
                 shutil.rmtree(init, ignore_errors=True)
@@ -154,7 +156,7 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
         model = load(init, trust_remote_code=True)
         trainer, counts = _trainer(plan, model)
         if recipe.dry_run:
-            _print_plan(plan, model, trainer, counts)
+            _print_plan(plan, model, trainer, counts, output)
             return None
         started = time.perf_counter()
         try:
@@ -308,7 +310,7 @@ def _trainer(plan: Plan, model: Encoder) -> tuple[Any, dict[str, int]]:
     return trainer, {name: len(pairs) for name, pairs in sources.items()}
 
 
-def _print_plan(plan: Plan, model: Encoder, trainer: Any, counts: dict[str, int]) -> None:
+def _print_plan(plan: Plan, model: Encoder, trainer: Any, counts: dict[str, int], output: Path) -> None:
     args = plan.args
     per_epoch = max(len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps, 1)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
@@ -323,7 +325,7 @@ def _print_plan(plan: Plan, model: Encoder, trainer: Any, counts: dict[str, int]
         "batch": f"{args.train_batch_size} x {args.world_size} processes x {args.gradient_accumulation_steps}",
         "steps": f"{steps:,} ({args.num_train_epochs:g} epochs of {per_epoch:,})",
         "parameters": f"{everything:,}, {trainable:,} trainable",
-        "output": Path(args.output_dir) / "final",
+        "output": output / "final",
     }
     print("\n".join(f"{key:<11} {value}" for key, value in plan_lines.items()))
 

@@ -110,7 +110,7 @@ def test_two_processes_train_what_one_does(toy_run, trained, tmp_path):
     np.testing.assert_allclose(losses(output), losses(trained), rtol=1e-4)
     expected = load_file(trained / "final" / "model.safetensors")
     for name, tensor in load_file(output / "final" / "model.safetensors").items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-3)  # Adam turns rounding into steps
 
 
 def test_the_objective_is_infonce(sentence_model):
