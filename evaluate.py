@@ -1,4 +1,4 @@
-"""Measure models: ``python evaluate.py MODEL --dataset PATH_OR_ID [--flag value ...]``; the same as ``polyrep evaluate``."""
+"""Measure models: ``python evaluate.py MODEL --dataset PATH_OR_ID [--flag value ...]``, as ``polyrep evaluate``."""
 
 import sys
 

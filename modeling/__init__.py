@@ -37,13 +37,19 @@ class Room:
     objectives: dict[str, type[Any]] = field(default_factory=dict)
     card: str | None = None
 
+    @property
+    def config(self) -> Any:
+        """Config class of ``model``."""
+        return self.model.config_class
+
 
 ROOMS: dict[str, Room] = {}
 
 
 def register(room: Room) -> None:
     """Add a room: its folders open with AutoModel, train with ``train`` and pass through ``save``."""
-    ROOMS[room.model.config_class.model_type] = room
     for model in filter(None, (room.model, room.head)):
-        AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
-        AutoModel.register(model.config_class, model, exist_ok=True)
+        config: Any = model.config_class
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
+    ROOMS[room.config.model_type] = room

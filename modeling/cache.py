@@ -31,6 +31,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import torch
 from sentence_transformers import MultiVectorEncoder, SparseEncoder
+from sentence_transformers.base.modules.module import Module
 from tqdm import tqdm
 
 from .errors import InputError
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["sentence", "tokens", "sparse", "layers"]
 FORMAT = "polyrep-embeddings-1"
-CHUNK = 2048
+CHUNK = 1024
 """Texts per chunk: enough that sorting by length inside it saves the padding, little enough to be no memory."""
 
 
@@ -144,10 +145,12 @@ def open_cache(path: str | Path, key: dict[str, Any] | None = None) -> Embedding
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no readable manifest.json ({error}), so this is no embedding cache.") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise InputError(f"{path}: manifest.json is not of format {FORMAT}, so the arrays mean something else. {remedy}")
+        raise InputError(
+            f"{path}: manifest.json is not of format {FORMAT}, so the arrays mean something else. {remedy}"
+        )
     if key is not None and (differing := _differences(manifest["key"], key)):
         raise InputError(f"{path}: made for something else: {'; '.join(differing)}. {remedy}")
-    arrays: dict[str, np.ndarray | None] = {"offsets": None, "indices": None}
+    arrays: dict[str, Any] = {"offsets": None, "indices": None}
     for name, (dtype, shape) in manifest["arrays"].items():
         expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
         file = path / f"{name}.bin"
@@ -184,14 +187,16 @@ def cache_key(model: Encoder, texts: dict[str, str], *, task: str, kind: str, dt
         "texts": {"count": len(texts), "sha256": digest.hexdigest()},
         "modules": [_describe(module) for module in model],
         "tokenizer": _tokenizer_hash(model),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "sentence-transformers")},
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("torch", "transformers", "sentence-transformers")
+        },
     }
 
 
 def _describe(module: torch.nn.Module) -> dict[str, Any]:
     """Class, config hash and weight hash of one module, taken from memory, so that an edited model differs."""
-    config = module.get_config_dict() if hasattr(module, "get_config_dict") else {}
-    inner = getattr(module, "model", None)
+    config = module.get_config_dict() if isinstance(module, Module) else {}
+    inner: Any = getattr(module, "model", None)
     if hasattr(inner, "config") and hasattr(inner.config, "to_diff_dict"):
         config = config | {"model": inner.config.to_diff_dict()}
         for volatile in ("_name_or_path", "transformers_version"):
@@ -210,12 +215,20 @@ def _describe(module: torch.nn.Module) -> dict[str, Any]:
 def _tokenizer_hash(model: Encoder) -> str:
     tokenizer = model.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    text = backend.to_str() if hasattr(backend, "to_str") else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    content = json.loads(backend.to_str()) if hasattr(backend, "to_str") else tokenizer.get_vocab()
+    if backend is not tokenizer:  # transformers sets these at each call, so they tell what was encoded before
+        content |= {"truncation": None, "padding": None}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _write(
-    path: Path, key: dict[str, Any], model: Encoder, ids: list[str], texts: list[str], batch_size: int, show_progress: bool
+    path: Path,
+    key: dict[str, Any],
+    model: Encoder,
+    ids: list[str],
+    texts: list[str],
+    batch_size: int,
+    show_progress: bool,
 ) -> None:
     """Encode chunk by chunk, appending to the arrays of a staged folder."""
     started = time.perf_counter()
@@ -283,7 +296,7 @@ def _encode_sparse(model: Encoder, texts: list[str], task: str, batch_size: int)
 
 @torch.inference_mode()
 def _encode_layers(model: Encoder, texts: list[str], task: str, batch_size: int) -> _Encoded:
-    transformer = model[0].eval()
+    transformer: Any = model[0].eval()
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     pooled: list[torch.Tensor] = []
     prompt = model.prompts.get(task) or None
@@ -309,7 +322,11 @@ _ENCODERS = {
 def _refuse_not_finite(values: np.ndarray, lengths: np.ndarray | None, ids: Sequence[str], dtype: str) -> None:
     rows = ~np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
     if rows.any():
-        text = int(np.argmax(rows)) if lengths is None else int(np.searchsorted(np.cumsum(lengths), np.argmax(rows), "right"))
+        text = (
+            int(np.argmax(rows))
+            if lengths is None
+            else int(np.searchsorted(np.cumsum(lengths), np.argmax(rows), "right"))
+        )
         raise InputError(
             f"{ids[text]!r}: its vector is not finite in {dtype}, so every score with it would be meaningless. "
             "If its numbers exceed 65,504, use --dtype float32; else the model is broken."
@@ -317,7 +334,7 @@ def _refuse_not_finite(values: np.ndarray, lengths: np.ndarray | None, ids: Sequ
 
 
 def _explain_miss(path: Path, key: dict[str, Any]) -> None:
-    """Say which field made an existing cache of the same name unusable, since re-encoding without a reason is a puzzle."""
+    """Log which field made an existing cache of the same name unusable: encoding again for no reason is a puzzle."""
     prefix = path.name.rpartition("-")[0]
     for other in sorted(path.parent.glob(f"{prefix}-*/manifest.json")):
         try:
@@ -333,7 +350,9 @@ def _differences(cached: Any, wanted: Any, place: str = "") -> list[str]:
         names = dict.fromkeys([*cached, *wanted])
         return [d for n in names for d in _differences(cached.get(n), wanted.get(n), f"{place}.{n}".lstrip("."))]
     if isinstance(cached, list) and isinstance(wanted, list) and len(cached) == len(wanted):
-        return [d for i, pair in enumerate(zip(cached, wanted, strict=True)) for d in _differences(*pair, f"{place}[{i}]")]
+        return [
+            d for i, pair in enumerate(zip(cached, wanted, strict=True)) for d in _differences(*pair, f"{place}[{i}]")
+        ]
     return [] if cached == wanted else [f"{place}: cached {cached!r}, wanted {wanted!r}"]
 
 

@@ -114,7 +114,9 @@ def load_retrieval_dataset(
     if not qrels:
         raise InputError(f"{source}: split {split!r} judges no query, so there is nothing to train on or to measure.")
     queries = {q: text for q, text in all_queries.items() if q in qrels}
-    return RetrievalDataset(folder.name or folder.resolve().name, split, corpus, queries, {q: qrels[q] for q in queries})
+    return RetrievalDataset(
+        folder.name or folder.resolve().name, split, corpus, queries, {q: qrels[q] for q in queries}
+    )
 
 
 def _in_dev_tenth(query_id: str) -> bool:
@@ -132,7 +134,7 @@ def _read_jsonl(folder: Path, stem: str) -> Iterator[tuple[str, dict[str, Any]]]
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line.rstrip())
                 except json.JSONDecodeError as error:
                     raise InputError(
                         f"{path}:{number}: not a JSON object ({error.msg} at column {error.colno}). "
@@ -158,7 +160,7 @@ def _read_tsv(path: Path) -> Iterator[tuple[str, Any, Any, Any]]:
                     "Put the line `query-id<TAB>corpus-id<TAB>score` above it."
                 )
             if number > 1 and line.strip():
-                yield f"{path}:{number}", *fields
+                yield f"{path}:{number}", fields[0], fields[1], fields[2]
 
 
 def _open_hub(source: str, revision: str | None) -> tuple[Iterator, Iterator, set[str], Any]:
@@ -173,7 +175,7 @@ def _open_hub(source: str, revision: str | None) -> tuple[Iterator, Iterator, se
             judgments = load_dataset(f"{source}-qrels")
     except (OSError, ValueError, DatasetsError) as error:
         raise InputError(
-            f"{source}: neither a folder in BEIR layout nor a readable Hub data set ({type(error).__name__}: {error}). "
+            f"{source}: neither a BEIR folder nor a readable Hub data set ({type(error).__name__}: {error}). "
             "Check the path, the id and the network; a Hub data set needs configurations corpus, queries and default."
         ) from error
 
@@ -182,7 +184,7 @@ def _open_hub(source: str, revision: str | None) -> tuple[Iterator, Iterator, se
             place = f"{source} {split} row {number}"
             if missing := {"query-id", "corpus-id", "score"} - row.keys():
                 raise InputError(f"{place}: no {sorted(missing)}; expected query-id, corpus-id and score.")
-            yield place, row["query-id"], row["corpus-id"], row["score"]
+            yield place, str(row["query-id"]), str(row["corpus-id"]), row["score"]  # ids read from TSV are numbers
 
     def rows(part: Dataset, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         return ((f"{source} {name} row {number}", row) for number, row in enumerate(part, start=1))
@@ -212,7 +214,9 @@ def _index(rows: Iterable[tuple[str, Any]], subject: str, keep_empty: bool, text
     return texts
 
 
-def _check_qrels(rows: Iterable[tuple[str, Any, Any, Any]], corpus: dict[str, str], queries: dict[str, str]) -> Judgments:
+def _check_qrels(
+    rows: Iterable[tuple[str, Any, Any, Any]], corpus: dict[str, str], queries: dict[str, str]
+) -> Judgments:
     qrels: Judgments = {}
     for place, query, document, score in rows:
         for identifier, known, kind in ((query, queries, "query"), (document, corpus, "document")):
@@ -225,7 +229,7 @@ def _check_qrels(rows: Iterable[tuple[str, Any, Any, Any]], corpus: dict[str, st
             relevance = int(score)
             if not isinstance(score, str) and relevance != score:  # the Hub has numbers, and int(0.5) is 0
                 raise ValueError
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             raise InputError(f"{place}: score {score!r} is not an integer.") from None
         if qrels.setdefault(query, {}).setdefault(document, relevance) != relevance:
             raise InputError(f"{place}: judges ({query!r}, {document!r}) twice with different scores. Keep one.")

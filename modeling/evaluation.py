@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import pytrec_eval
 import torch
+from sentence_transformers import MultiVectorEncoder
 from transformers import HfArgumentParser
 
 from .data import RetrievalDataset, load_retrieval_dataset
 from .errors import InputError
-from .hub import fetch, fingerprint, load
+from .hub import family_of, fetch, fingerprint, load
 from .report import provenance, write_results
 from .retrievers import Ranking, rank_with_bm25, rank_with_model
 
@@ -40,7 +41,8 @@ class EvaluationArguments:
     split: str = field(default="test", metadata={"help": "Split of the judgments; choose settings on dev, not test."})
     baselines: str = field(default="bm25", metadata={"help": "Comma-separated: bm25, minilm, any model; or none."})
     token_pooling: list[str] = field(
-        default_factory=list, metadata={"help": "Extra rows for multi-vector models: mean, or vectors kept (1 2 4 ...)."}
+        default_factory=list,
+        metadata={"help": "Extra rows for multi-vector models: mean, or vectors kept (1 2 4 ...)."},
     )
     output: str | None = field(default=None, metadata={"help": "Folder for <name>.json, <name>.md and <name>.png."})
     name: str = field(default="results", metadata={"help": "Name of the three files."})
@@ -48,15 +50,20 @@ class EvaluationArguments:
         default=None, metadata={"help": "System that the others are compared with; default: the last baseline."}
     )
     revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of Hub models."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the models carry (pin --revision)."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that the models carry (pin --revision)."}
+    )
     keep_empty: bool = field(default=False, metadata={"help": "Accept empty texts instead of refusing the data set."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens per text; default: each model's own."})
     dtype: str = field(default="float16", metadata={"help": "Numbers in the index: float16 or float32."})
     model_dtype: str = field(
-        default="float32", metadata={"help": "Weights in memory: float32, bfloat16, float16, or auto for the fastest safe."}
+        default="float32",
+        metadata={"help": "Weights in memory: float32, bfloat16, float16, or auto for the fastest safe."},
     )
     batch_size: int = field(default=16, metadata={"help": "Texts per forward pass."})
-    cache_dir: str = field(default=".cache/embeddings", metadata={"help": "Where embeddings are kept for the next run."})
+    cache_dir: str = field(
+        default=".cache/embeddings", metadata={"help": "Where embeddings are kept for the next run."}
+    )
     settings_tried: int = field(default=1, metadata={"help": "How many settings were tried before this table."})
     seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
 
@@ -70,27 +77,41 @@ def evaluate(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
     Raises:
         InputError: A model, data set or flag cannot be used.
     """
-    parser = HfArgumentParser(EvaluationArguments, prog=prog, allow_abbrev=False, description=evaluate.__doc__.split("\n")[0])
+    parser = HfArgumentParser(
+        [EvaluationArguments],  # type: ignore[list-item]
+        prog=prog,
+        allow_abbrev=False,
+        description="Measure MODELs and print the table; write it as JSON, Markdown and PNG with --output.",
+    )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="Folders, Hub ids, or minilm; bm25 needs no model.")
     args, named = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     datasets = [load_retrieval_dataset(path, args.split, keep_empty=args.keep_empty) for path in args.dataset]
     baselines = [name for name in args.baselines.split(",") if name and name != "none"]
     systems = list(dict.fromkeys([*baselines, *named.models]))
+    # Whatever can be refused is refused before hours of encoding.
+    names = [_display_name(system) for system in systems]
+    _refuse_doubles(systems, names)
+    _refuse_doubles(args.dataset, [dataset.name for dataset in datasets])
+    reference = args.reference or _display_name(baselines[-1] if baselines else systems[0])
+    _refuse_unknown(reference.partition(", ")[0], names)  # a comma and what follows name a pooling
+    weights = _weights_dtype(args.model_dtype)
+    remote: dict[str, Any] = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    folders = {system: fetch(system, **remote) for system in systems if system != "bm25"}
+    if args.token_pooling and MultiVectorEncoder not in map(family_of, folders.values()):
+        raise InputError(f"--token_pooling {' '.join(args.token_pooling)}: no model here has several vectors a text.")
 
     rankings: dict[str, list[Ranking]] = {dataset.name: [] for dataset in datasets}
     fingerprints: dict[str, str] = {}
-    for system in systems:
+    for name, system in zip(names, systems, strict=True):
         if system == "bm25":
             for dataset in datasets:
                 rankings[dataset.name].append(rank_with_bm25(dataset))
             continue
-        folder = fetch(system, revision=args.revision, trust_remote_code=args.trust_remote_code)
-        name = _display_name(system)
-        fingerprints[name] = fingerprint(folder)
-        model = load(folder, trust_remote_code=args.trust_remote_code, dtype=_weights_dtype(args.model_dtype))
+        fingerprints[name] = fingerprint(folders[system])
+        model = load(folders[system], trust_remote_code=args.trust_remote_code, dtype=weights)
         if args.max_length:
             model.max_seq_length = args.max_length
-        pooling = args.token_pooling if type(model).__name__ == "MultiVectorEncoder" else None
+        pooling = args.token_pooling if isinstance(model, MultiVectorEncoder) else None
         for dataset in datasets:
             rankings[dataset.name] += rank_with_model(
                 name,
@@ -101,7 +122,6 @@ def evaluate(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
                 dtype=args.dtype,
                 batch_size=args.batch_size,
             )
-    reference = args.reference or _display_name(baselines[-1] if baselines else systems[0])
     rows = [row for dataset in datasets for row in table_rows(dataset, rankings[dataset.name], reference, args.seed)]
     results = {
         "name": args.name,
@@ -116,17 +136,22 @@ def evaluate(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
     return results
 
 
-def table_rows(dataset: RetrievalDataset, rankings: Sequence[Ranking], reference: str, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows for one data set: every system and metric, with a 95 % interval, and for nDCG@10 the test against a reference.
+def table_rows(
+    dataset: RetrievalDataset, rankings: Sequence[Ranking], reference: str, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Rows of one data set: every system and metric with its interval, and on nDCG@10 the test against a reference.
 
     Raises:
         InputError: No system is called ``reference``.
     """
     values = {ranking.system: per_query_metrics(dataset, ranking) for ranking in rankings}
-    if reference not in values:
-        raise InputError(f"--reference {reference!r}: no such system; there are {', '.join(map(repr, values))}.")
+    _refuse_unknown(reference, values)
     others = [system for system in values if system != reference]
-    tests = dict(zip(others, compare({s: values[s]["nDCG@10"] for s in others}, values[reference]["nDCG@10"], seed), strict=True))
+    tests = dict(
+        zip(
+            others, compare({s: values[s]["nDCG@10"] for s in others}, values[reference]["nDCG@10"], seed), strict=True
+        )
+    )
     rows = []
     for ranking in rankings:
         for metric in METRICS:
@@ -154,7 +179,10 @@ def per_query_metrics(dataset: RetrievalDataset, ranking: Ranking) -> dict[str, 
     found = list(zip(dataset.queries, ranking.positions.tolist(), ranking.scores.tolist(), strict=True))
     run = {query: {ids[p]: s for p, s in zip(positions, scores, strict=True)} for query, positions, scores in found}
     # Reciprocal rank has no cut-off in trec_eval: cut the run instead.
-    top10 = {query: {ids[p]: s for p, s in zip(positions[:10], scores[:10], strict=True)} for query, positions, scores in found}
+    top10 = {
+        query: {ids[p]: s for p, s in zip(positions[:10], scores[:10], strict=True)}
+        for query, positions, scores in found
+    }
     measured = pytrec_eval.RelevanceEvaluator(dataset.qrels, {"ndcg_cut.3,10", "recall.100"}).evaluate(run)
     reciprocal = pytrec_eval.RelevanceEvaluator(dataset.qrels, {"recip_rank"}).evaluate(top10)
     sources = (
@@ -233,6 +261,21 @@ def _resampled_means(values: np.ndarray, seed: int, resamples: int) -> np.ndarra
     return np.concatenate([values[generator.integers(len(values), size=(n, len(values)))].mean(axis=1) for n in sizes])
 
 
+def _refuse_doubles(sources: Sequence[str], names: Sequence[str]) -> None:
+    """Rows are told apart by name: of two sources with one name, both rows would show the numbers of one of them."""
+    for name in names:
+        if names.count(name) > 1:
+            twins = [source for source, other in zip(sources, names, strict=True) if other == name]
+            raise InputError(
+                f"{' and '.join(twins)}: both would be {name!r} in the table. Rename a folder or leave one out."
+            )
+
+
+def _refuse_unknown(reference: str, systems: Collection[str]) -> None:
+    if reference not in systems:
+        raise InputError(f"--reference {reference!r}: no such system; there are {', '.join(map(repr, systems))}.")
+
+
 def _display_name(system: str) -> str:
     """Row name: the folder's, with its parent where that says more (``late-interaction-minilm`` for ``.../final``)."""
     if system == "bm25":
@@ -246,7 +289,7 @@ def _display_name(system: str) -> str:
 def _weights_dtype(name: str) -> torch.dtype:
     """Type of the weights; ``auto`` halves them where the processor computes in bfloat16, which costs < 0.2 points."""
     if name == "auto":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
         half = torch.accelerator.is_available() or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
         return torch.bfloat16 if half else torch.float32
     if name not in ("float32", "bfloat16", "float16"):

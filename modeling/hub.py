@@ -51,7 +51,7 @@ def load(
     revision: str | None = None,
     dtype: torch.dtype | str | None = None,
     device: str | None = None,
-) -> Encoder | PreTrainedModel:
+) -> Any:
     """Open any embedding model, ours or anyone's, with the class that its own files ask for.
 
     Args:
@@ -114,7 +114,7 @@ def check_folder(folder: Path) -> None:
         InputError: What is missing or damaged, and the remedy.
     """
     modules = folder / "modules.json"
-    parts = [folder / part.get("path", "") for part in _read_json(modules)] if modules.is_file() else [folder]
+    parts = [folder / part.get("path", "") for part in read_json(modules)] if modules.is_file() else [folder]
     outside = [part for part in parts if folder.resolve() not in (part.resolve(), *part.resolve().parents)]
     if outside:
         raise InputError(f"{modules}: module path {outside[0]} leaves the folder. Refused; get a clean copy.")
@@ -168,7 +168,7 @@ def packaged_minilm() -> Path:
 def family_of(folder: Path) -> type[Encoder]:
     """The sentence-transformers class that ``config_sentence_transformers.json`` names."""
     config = folder / "config_sentence_transformers.json"
-    name = _read_json(config).get("model_type", "SentenceTransformer") if config.is_file() else "SentenceTransformer"
+    name = read_json(config).get("model_type", "SentenceTransformer") if config.is_file() else "SentenceTransformer"
     if name not in FAMILIES:
         raise InputError(f"{config}: model_type is {name!r}; expected one of {', '.join(FAMILIES)}.")
     return FAMILIES[name]
@@ -208,7 +208,7 @@ def localize(folder: str | Path) -> None:
     modules_file = folder / "modules.json"
     if not modules_file.is_file():
         return
-    modules = _read_json(modules_file)
+    modules = read_json(modules_file)
     for module in modules:
         name, _, class_name = module["type"].rpartition(".")
         stem = name.rpartition(".")[2]
@@ -221,10 +221,10 @@ def localize(folder: str | Path) -> None:
     write_json(modules_file, modules)
     if any(folder.glob("modeling_*.py")):
         config = folder / "config_sentence_transformers.json"
-        write_json(config, _read_json(config) | {"requirements": REQUIREMENTS})
+        write_json(config, read_json(config) | {"requirements": REQUIREMENTS})
 
 
-def render_card(model: Encoder, template: str, **context: Any) -> ModelCard:
+def render_card(model: Any, template: str, **context: Any) -> ModelCard:
     """Fill ``model_cards/<template>.md`` through the card machinery of sentence-transformers."""
     return ModelCard.from_template(
         card_data=model.model_card_data, template_path=str(shipped_folder("model_cards") / f"{template}.md"), **context
@@ -237,14 +237,14 @@ def fingerprint(folder: Path) -> str:
     Version stamps and the path a model was loaded from do not count, so a copy saved again has the same value.
     """
     modules = folder / "modules.json"
-    parts = [part.get("path", "") for part in _read_json(modules)] if modules.is_file() else [""]
+    parts = [part.get("path", "") for part in read_json(modules)] if modules.is_file() else [""]
     digest = hashlib.sha256()
     for part in sorted({"", *parts}):
         for file in sorted((folder / part).glob("*.safetensors")):
             digest.update(f"{part}/{file.name}:{file_sha256(file)}\n".encode())
         for name in ("config.json", "sentence_bert_config.json"):
             if (folder / part / name).is_file():
-                content = {k: v for k, v in _read_json(folder / part / name).items() if k not in _VOLATILE}
+                content = {k: v for k, v in read_json(folder / part / name).items() if k not in _VOLATILE}
                 digest.update(f"{part}/{name}:{json.dumps(content, sort_keys=True)}\n".encode())
     return digest.hexdigest()
 
@@ -262,13 +262,13 @@ def shipped_folder(name: str) -> Path:
 
 
 def _is_head(folder: Path) -> bool:
-    """Whether the folder holds a bare head of ours, which takes embeddings and so has neither modules nor tokenizer."""
-    model_type = _read_json(folder / "config.json").get("model_type") or ""
+    """Whether the folder holds a bare head of ours, which takes embeddings and so has no tokenizer."""
+    model_type = read_json(folder / "config.json").get("model_type") or ""
     return model_type.startswith(PREFIX) and not (folder / "modules.json").is_file()
 
 
 def _refuse_missing_weights(folder: Path, encoder: Encoder) -> None:
-    """transformers only logs a weight that the file lacks and goes on with a fresh one; a room's model refuses."""
+    """Refuse what transformers only logs: a weight that the file lacks and that starts afresh, in a model of ours."""
     model = encoder.transformers_model
     if model is None or not model.config.model_type.startswith(PREFIX):
         return
@@ -284,10 +284,13 @@ def _refuse_missing_weights(folder: Path, encoder: Encoder) -> None:
         )
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Content of a JSON file, ``{}`` where there is none; InputError names the line of a malformed one."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not valid JSON ({error.msg}). Fetch or save the model again.") from None
+        raise InputError(
+            f"{path}:{error.lineno}: not valid JSON ({error.msg}). Fetch or save the model again."
+        ) from None

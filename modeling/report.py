@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .errors import InputError
-from .files import write_json, write_text
+from .files import staged_folder, write_json, write_text
 
 _RESULTS = {
     "name": str,
@@ -51,9 +51,10 @@ def write_results(results: dict[str, Any], output: Path | None) -> str:
     check_results(results)
     markdown = to_markdown(results)
     if output is not None:
-        write_json(output / f"{results['name']}.json", results)
-        write_text(output / f"{results['name']}.md", markdown)
-        draw(results, output / f"{results['name']}.png")
+        with staged_folder(output, merge=True) as staged:
+            write_json(staged / f"{results['name']}.json", results)
+            write_text(staged / f"{results['name']}.md", markdown)
+            draw(results, staged / f"{results['name']}.png")
     return markdown
 
 
@@ -76,8 +77,8 @@ def to_markdown(results: dict[str, Any]) -> str:
         for row in results["rows"]:
             if (row["dataset"], row["split"]) == (dataset, split):
                 by_system.setdefault(row["system"], {})[row["metric"]] = row
-        table = [_table_cells(system, metrics) for system, metrics in by_system.items()]
-        table.sort(key=lambda cells: cells["nDCG@10"], reverse=True)
+        best_first = sorted(by_system.items(), key=lambda item: item[1]["nDCG@10"]["value"], reverse=True)
+        table = [_table_cells(system, metrics) for system, metrics in best_first]
         used = [column for column in table[0] if any(cells[column] for cells in table)]
         queries = next(iter(by_system.values()))["nDCG@10"].get("queries")
         lines += [f"## {dataset}, {split}" + (f" ({queries:,} queries)" if queries else ""), ""]
@@ -85,13 +86,16 @@ def to_markdown(results: dict[str, Any]) -> str:
         lines += ["| " + " | ".join(cells[column] for column in used) + " |" for cells in table] + [""]
     if results["claims"]:
         lines += ["| claim | value | target | met |", "|---|---|---|---|"]
-        lines += [f"| {c['claim']} | {c['value']:.4g} | {_or(c['target'], '.4g')} | {c['met']} |" for c in results["claims"]]
+        lines += [
+            f"| {c['claim']} | {c['value']:.4g} | {_or(c['target'], '.4g')} | {c['met']} |" for c in results["claims"]
+        ]
         lines += [""]
+    commit = results["commit"][:12] + results["commit"][40:]  # keeps -dirty
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines += [
         "Brackets: 95 % bootstrap interval over queries. p: paired two-sided bootstrap on nDCG@10, Holm-corrected.",
         "",
-        f"Made by `{results['command']}` on {results['hardware']}, commit {results['commit'][:12]}, {versions}; "
+        f"Made by `{results['command']}` on {results['hardware']}, commit {commit}, {versions}; "
         f"seeds {results['seeds']}, settings tried: {results['settings_tried']}.",
     ]
     lines += [f"{system}: SHA-256 {digest[:16]}." for system, digest in results["models"].items()]
@@ -132,10 +136,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("nDCG@10 (95 % interval)")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    partial = path.with_name(f".{path.name}.partial.png")
-    figure.savefig(partial, dpi=144)
+    figure.savefig(path, dpi=144)
     plt.close(figure)
-    partial.replace(path)
 
 
 def provenance(command: str) -> dict[str, Any]:
@@ -159,12 +161,11 @@ def provenance(command: str) -> dict[str, Any]:
 
 def _commit() -> str:
     """Commit of the clone that runs, with ``-dirty`` for uncommitted changes; ``unknown`` outside a clone."""
-    described = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        described = subprocess.run(git, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git on this machine
+        return "unknown"
     return described.stdout.strip() or "unknown"
 
 
@@ -198,7 +199,9 @@ def _table_cells(system: str, metrics: dict[str, dict[str, Any]]) -> dict[str, s
         "active dims": _or(main.get("active_dims"), ".1f"),
         "FLOPs": _or(main.get("flops"), ".2f"),
         "encode docs/s": _or(main.get("encode_docs_per_s"), ",.0f"),
-        "search ms (p50 / p99)": " / ".join(_or(main.get(f"search_ms_{p}"), ".1f") for p in ("p50", "p99")).strip(" /"),
+        "search ms (p50 / p99)": " / ".join(_or(main.get(f"search_ms_{p}"), ".1f") for p in ("p50", "p99")).strip(
+            " /"
+        ),
     }
 
 

@@ -6,7 +6,6 @@ Each returns a :class:`Ranking`: what it found for every query, and what that co
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -123,10 +122,11 @@ def rank_with_model(
         positions, scores = exact_search(
             q, d, ids, similarity=similarity, k=DEPTH, show_progress=True, device=model.device
         )
-        timed = [
-            _seconds(lambda row=row: exact_search(_row(q, row), d, ids, similarity=similarity, device=model.device))
-            for row in np.linspace(0, len(q) - 1, min(TIMED_QUERIES, len(q))).astype(int)
-        ]
+        timed = []
+        for row in np.linspace(0, len(q) - 1, min(TIMED_QUERIES, len(q))).astype(int):
+            started = time.perf_counter()
+            exact_search(_row(q, int(row)), d, ids, similarity=similarity, k=DEPTH, device=model.device)
+            timed.append(time.perf_counter() - started)
         encoded = {"encode_docs_per_s": len(documents) / max(documents.seconds, 1e-9)}
         return Ranking(system, positions, scores, costs_of(q, d) | encoded | _latency(timed))
 
@@ -135,7 +135,9 @@ def rank_with_model(
         if how == "mean":
             rankings.append(ranked(f"{name}, mean", _summed(queries), _mean(documents), "dot"))
         else:
-            rankings.append(ranked(f"{name}, hierarchical {how}", queries, _hierarchical(documents, int(how)), similarity))
+            rankings.append(
+                ranked(f"{name}, hierarchical {how}", queries, _hierarchical(documents, int(how)), similarity)
+            )
     return rankings
 
 
@@ -144,7 +146,9 @@ def rank_with_bm25(dataset: RetrievalDataset) -> Ranking:
     try:
         import bm25s
     except ModuleNotFoundError:
-        raise InputError('bm25: the package bm25s is not installed. Run `pip install "polyrep[quickstart]"`.') from None
+        raise InputError(
+            'bm25: the package bm25s is not installed. Run `pip install "polyrep[quickstart]"`.'
+        ) from None
     started = time.perf_counter()
     tokens = bm25s.tokenize(list(dataset.corpus.values()), stopwords="en", show_progress=False)
     index = bm25s.BM25(method="lucene")
@@ -166,7 +170,7 @@ def rank_with_bm25(dataset: RetrievalDataset) -> Ranking:
     postings = np.diff(index.scores["indptr"])  # documents of each term
     askings = np.zeros(len(postings))  # queries of each term
     for query in queries:
-        askings[index.get_tokens_ids(list(set(query)))] += 1
+        askings[index.get_tokens_ids(query)] += 1  # a repeated term counts once
     costs = {
         "bytes_per_document": bytes_per_document("sparse", "float32", nnz=nnz),
         "active_dims": nnz,
@@ -186,7 +190,9 @@ def costs_of(queries: Embeddings, documents: Embeddings) -> dict[str, float]:
             "vectors_per_document": vectors,
         }
     if documents.kind == "sparse":
-        shares = [np.bincount(side.indices, minlength=side.dim) / len(side) for side in (queries, documents)]
+        shares = [
+            np.bincount(np.asarray(side.indices), minlength=side.dim) / len(side) for side in (queries, documents)
+        ]
         nnz = float(documents.lengths.mean())
         return {
             "bytes_per_document": bytes_per_document("sparse", dtype, nnz=nnz),
@@ -203,7 +209,9 @@ def _row(embeddings: Embeddings, row: int) -> Embeddings:
         return replace(embeddings, values=embeddings.values[row : row + 1])
     part = slice(*embeddings.offsets[row : row + 2])
     indices = None if embeddings.indices is None else embeddings.indices[part]
-    return replace(embeddings, values=embeddings.values[part], indices=indices, offsets=np.array([0, part.stop - part.start]))
+    return replace(
+        embeddings, values=embeddings.values[part], indices=indices, offsets=np.array([0, part.stop - part.start])
+    )
 
 
 def _sums(embeddings: Embeddings) -> np.ndarray:
@@ -233,18 +241,12 @@ def _hierarchical(documents: Embeddings, vectors: int) -> Embeddings:
     pooled: list[np.ndarray] = []
     bounds = zip(documents.offsets[:-1], documents.offsets[1:], strict=True)
     for start, stop in tqdm(bounds, desc=f"pool to {vectors}", unit="text", total=len(documents)):
-        tokens = torch.from_numpy(np.asarray(documents.values[start:stop], np.float32))
+        tokens = torch.from_numpy(np.array(documents.values[start:stop], np.float32))
         # The library takes a factor and rounds down; half a vector more makes it land on the number asked for.
         factor = max(len(tokens) / (vectors + 0.5), 1.0)
         pooled.append(HierarchicalTokenPooling(factor, num_protected_tokens=0).pool_one(tokens).numpy())
     offsets = np.cumsum([0, *map(len, pooled)])
     return replace(documents, values=np.concatenate(pooled).astype(documents.values.dtype), offsets=offsets)
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def _latency(seconds: list[float]) -> dict[str, float]:

@@ -91,7 +91,9 @@ def exact_search(
             best = torch.empty(stop - start, 0, dtype=torch.int64)
             for members, scores in _SCORE[queries.kind](queries, documents, start, stop, order, similarity, device):
                 if not torch.isfinite(scores).all():
-                    raise InputError("a score is not finite, so no ranking exists. The embeddings are damaged or overflow.")
+                    raise InputError(
+                        "a score is not finite, so no ranking exists. The embeddings are damaged or overflow."
+                    )
                 best = torch.cat([best, _sort_keys(scores.cpu(), rank_of[members])], dim=1)
                 best = best.topk(min(k, best.shape[1]), dim=1).values
             found.append(best)
@@ -126,21 +128,37 @@ _Scored = Iterator[tuple[np.ndarray, Tensor]]  # positions of some documents, an
 
 
 def _score_sentence(
-    queries: Embeddings, documents: Embeddings, start: int, stop: int, order: np.ndarray, similarity: str, device: object
+    queries: Embeddings,
+    documents: Embeddings,
+    start: int,
+    stop: int,
+    order: np.ndarray,
+    similarity: str,
+    device: str | torch.device,
 ) -> _Scored:
     score = SimilarityFunction.to_similarity_fn(similarity)
     batch = torch.from_numpy(queries.values[start:stop].astype(np.float32)).to(device)
-    step = max(1, CHUNK_ELEMENTS // (max(stop - start, documents.dim) * (documents.dim if similarity == "manhattan" else 1)))
+    step = max(
+        1, CHUNK_ELEMENTS // (max(stop - start, documents.dim) * (documents.dim if similarity == "manhattan" else 1))
+    )
     for first in range(0, len(documents), step):
         chunk = torch.from_numpy(documents.values[first : first + step].astype(np.float32)).to(device)
         yield np.arange(first, first + len(chunk)), score(batch, chunk)
 
 
 def _score_tokens(
-    queries: Embeddings, documents: Embeddings, start: int, stop: int, order: np.ndarray, similarity: str, device: object
+    queries: Embeddings,
+    documents: Embeddings,
+    start: int,
+    stop: int,
+    order: np.ndarray,
+    similarity: str,
+    device: str | torch.device,
 ) -> _Scored:
     if similarity not in ("maxsim", "meanmaxsim"):
-        raise InputError(f"similarity {similarity!r} is for one vector a text; several vectors take maxsim or meanmaxsim.")
+        raise InputError(
+            f"similarity {similarity!r} is for one vector a text; several vectors take maxsim or meanmaxsim."
+        )
     assert queries.offsets is not None
     bounds = queries.offsets[start : stop + 1]
     batch = torch.from_numpy(queries.values[bounds[0] : bounds[-1]].astype(np.float32)).to(device)
@@ -162,7 +180,13 @@ def _score_tokens(
 
 
 def _score_sparse(
-    queries: Embeddings, documents: Embeddings, start: int, stop: int, order: np.ndarray, similarity: str, device: object
+    queries: Embeddings,
+    documents: Embeddings,
+    start: int,
+    stop: int,
+    order: np.ndarray,
+    similarity: str,
+    device: str | torch.device,
 ) -> _Scored:
     if similarity not in ("dot", "cosine"):
         raise InputError(f"similarity {similarity!r} is not defined for an inverted index; use dot or cosine.")

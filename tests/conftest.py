@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 
 import pytest
 import torch
+import toy  # noqa: F401  registers the test room
 from safetensors.torch import load_file
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
@@ -22,7 +23,6 @@ from tokenizers import Tokenizer
 from transformers import AutoModel, BertConfig, BertTokenizer
 
 import polyrep
-import toy  # noqa: F401  registers the test room
 from polyrep.hub import packaged_minilm
 
 ROOT = Path(__file__).parent.parent
@@ -41,8 +41,12 @@ QRELS = {"q1": {"d2": 1}, "q2": {"d1": 2}, "q3": {"d4": 1, "d3": 1}}
 def write_beir(folder: Path, split: str = "test") -> Path:
     """The small data set above as a BEIR folder."""
     (folder / "qrels").mkdir(parents=True)
-    (folder / "corpus.jsonl").write_text("".join(json.dumps({"_id": k, "title": "", "text": v}) + "\n" for k, v in DOCUMENTS.items()))
-    (folder / "queries.jsonl").write_text("".join(json.dumps({"_id": k, "text": v}) + "\n" for k, v in QUERIES.items()))
+    (folder / "corpus.jsonl").write_text(
+        "".join(json.dumps({"_id": k, "title": "", "text": v}) + "\n" for k, v in DOCUMENTS.items())
+    )
+    (folder / "queries.jsonl").write_text(
+        "".join(json.dumps({"_id": k, "text": v}) + "\n" for k, v in QUERIES.items())
+    )
     lines = [f"{q}\t{d}\t{s}\n" for q, judged in QRELS.items() for d, s in judged.items()]
     (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
     return folder
@@ -58,7 +62,19 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random BERT of two layers with a word-piece tokenizer, as a plain transformers folder. No dropout."""
     folder = tmp_path_factory.mktemp("backbone")
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{x}" for x in letters), ":", "file", "port", "list"]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *letters,
+        *(f"##{x}" for x in letters),
+        ":",
+        "file",
+        "port",
+        "list",
+    ]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     BertTokenizer(str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
     torch.manual_seed(0)
@@ -84,15 +100,30 @@ def sentence_model(backbone: Path) -> SentenceTransformer:
 @pytest.fixture(scope="session")
 def multi_vector_model(backbone: Path) -> MultiVectorEncoder:
     torch.manual_seed(1)
-    dense = Dense(32, 16, bias=False, activation_function=torch.nn.Identity(), module_input_name="token_embeddings", module_output_name="token_embeddings")
-    modules = [Transformer(str(backbone)), dense, MultiVectorMask(), Normalize(module_input_name="token_embeddings", module_output_name="token_embeddings")]
+    dense = Dense(
+        32,
+        16,
+        bias=False,
+        activation_function=torch.nn.Identity(),
+        module_input_name="token_embeddings",
+        module_output_name="token_embeddings",
+    )
+    modules = [
+        Transformer(str(backbone)),
+        dense,
+        MultiVectorMask(),
+        Normalize(module_input_name="token_embeddings", module_output_name="token_embeddings"),
+    ]
     return MultiVectorEncoder(modules=modules, device="cpu")
 
 
 @pytest.fixture(scope="session")
 def sparse_model(backbone: Path) -> SparseEncoder:
     torch.manual_seed(2)
-    return SparseEncoder(modules=[Transformer(str(backbone)), Pooling(32, "mean"), SparseAutoEncoder(32, hidden_dim=64, k=8)], device="cpu")
+    return SparseEncoder(
+        modules=[Transformer(str(backbone)), Pooling(32, "mean"), SparseAutoEncoder(32, hidden_dim=64, k=8)],
+        device="cpu",
+    )
 
 
 @pytest.fixture(scope="session")
@@ -112,13 +143,26 @@ def toy_run(tmp_path_factory: pytest.TempPathFactory, backbone: Path) -> Path:
     folder = tmp_path_factory.mktemp("hub_configs") / "toy"
     folder.mkdir()
     data = write_beir(folder.parent / "data" / "tiny", split="train")
-    module = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer", "kwargs": ["task"]}
+    module = {
+        "idx": 0,
+        "name": "0",
+        "path": "",
+        "type": "sentence_transformers.base.modules.transformer.Transformer",
+        "kwargs": ["task"],
+    }
     (folder / "modules.json").write_text(json.dumps([module]))
     (folder / "config.json").write_text(json.dumps({"model_type": "polyrep_toy", "projection_dim": 6}))
     output = {"method": "forward", "method_output_name": "sentence_embedding"}
-    settings = {"transformer_task": "feature-extraction", "modality_config": {"text": output}, "module_output_name": "sentence_embedding", "unpad_inputs": False}
+    settings = {
+        "transformer_task": "feature-extraction",
+        "modality_config": {"text": output},
+        "module_output_name": "sentence_embedding",
+        "unpad_inputs": False,
+    }
     (folder / "sentence_bert_config.json").write_text(json.dumps(settings))
-    (folder / "config_sentence_transformers.json").write_text(json.dumps({"model_type": "SentenceTransformer", "similarity_fn_name": "dot"}))
+    (folder / "config_sentence_transformers.json").write_text(
+        json.dumps({"model_type": "SentenceTransformer", "similarity_fn_name": "dot"})
+    )
     recipe = {
         "backbone": str(backbone),
         "datasets": [str(data)],
@@ -141,8 +185,14 @@ RUN_CLI = "import sys, toy; from polyrep.cli import main; sys.exit(main(sys.argv
 
 def run_python(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     """Run Python offline with the tests importable; the caller looks at returncode, stdout and stderr."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=300, **options)
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT / "tests"),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=300, **options
+    )
 
 
 assert Path(polyrep.__file__).parent == ROOT / "modeling" or "site-packages" in polyrep.__file__

@@ -43,7 +43,9 @@ def toy_example(backbone: Path, scratch: Path) -> Example:
     retriever.save_pretrained(folder)
     AutoTokenizer.from_pretrained(backbone).save_pretrained(folder)
     output = {"text": {"method": "forward", "method_output_name": "sentence_embedding"}}
-    transformer = Transformer(str(folder), modality_config=output, module_output_name="sentence_embedding", unpad_inputs=False)
+    transformer = Transformer(
+        str(folder), modality_config=output, module_output_name="sentence_embedding", unpad_inputs=False
+    )
     one_folder = SentenceTransformer(modules=[transformer], similarity_fn_name="dot", device="cpu")
     one_folder.module_kwargs = {"0": ["task"]}
     head = ToyPooling(ToyHead(ToyHeadConfig(32, 6)))
@@ -53,7 +55,10 @@ def toy_example(backbone: Path, scratch: Path) -> Example:
     return Example(
         {"retriever": one_folder, "pipeline": pipeline},
         weight="head.task_bias",
-        bad_config=[(ToyHeadConfig, {"projection_dim": 0}, "projection_dim=0"), (ToyHeadConfig, {"input_dim": "8"}, "input_dim='8'")],
+        bad_config=[
+            (ToyHeadConfig, {"projection_dim": 0}, "projection_dim=0"),
+            (ToyHeadConfig, {"input_dim": "8"}, "input_dim='8'"),
+        ],
     )
 
 

@@ -65,7 +65,8 @@ for name, (folder, again, wrong) in jobs["folders"].items():
     auto = AutoModel.from_pretrained(folder, trust_remote_code=True)
     entry["auto"] = [type(auto).__name__, config["architectures"][0]]
     if config["model_type"].startswith("polyrep_"):
-        tokens = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(texts, padding=True, return_tensors="pt")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        tokens = tokenizer(texts, padding=True, return_tensors="pt")
         with torch.no_grad():
             output = auto(**tokens, task="query")
         entry["auto_query"] = output.sentence_embedding.double().tolist() if "sentence_embedding" in output else None
@@ -110,15 +111,15 @@ def fresh_process(folders: dict[str, Path], again: Path, families: dict[str, str
 
 
 @pytest.fixture(scope="module")
-def opened(saved: dict[str, Path], examples: dict[str, Example], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def opened(
+    saved: dict[str, Path], examples: dict[str, Example], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     """What two fresh processes saw: the first opens our folders, the second what the first saved again."""
     families = {f"{r}/{k}": type(m).__name__ for r, e in examples.items() for k, m in e.models.items()}
     root = tmp_path_factory.mktemp("again")
     first = fresh_process(saved, root / "first", families)
     second = fresh_process({name: root / "first" / name for name in saved}, root / "second", families)
     return [first, second]
-
-
 
 
 def kinds(examples: dict[str, Example]) -> list[tuple[str, str, Any]]:
@@ -170,15 +171,22 @@ def test_polyrep_load_opens_what_it_saved(examples, saved):
     for room, kind, model in kinds(examples):
         again = polyrep.load(saved[f"{room}/{kind}"], trust_remote_code=True, device="cpu")
         assert type(again) is type(model)
-        np.testing.assert_allclose(np.asarray(again.encode_query(TEXTS)), np.asarray(model.encode_query(TEXTS)), atol=1e-5)
+        np.testing.assert_allclose(
+            np.asarray(again.encode_query(TEXTS)), np.asarray(model.encode_query(TEXTS)), atol=1e-5
+        )
 
 
 def test_saved_folders_name_no_installed_package_and_state_their_requirements(saved):
     for folder in saved.values():
         for module in json.loads((folder / "modules.json").read_text()):
             stock = module["type"].startswith("sentence_transformers.")
-            assert stock or (module["type"].count(".") == 1 and (folder / f"{module['type'].split('.')[0]}.py").is_file())
-        assert json.loads((folder / "config_sentence_transformers.json").read_text())["requirements"] == polyrep.hub.REQUIREMENTS
+            assert stock or (
+                module["type"].count(".") == 1 and (folder / f"{module['type'].split('.')[0]}.py").is_file()
+            )
+        assert (
+            json.loads((folder / "config_sentence_transformers.json").read_text())["requirements"]
+            == polyrep.hub.REQUIREMENTS
+        )
         assert not list(folder.rglob("*.bin")) and list(folder.glob("*.safetensors"))
 
 
@@ -234,7 +242,9 @@ def test_shipped_files_import_only_what_every_machine_has(file):
             assert allowed or (package == "sentence_transformers" and ast.unparse(node) in guarded), ast.unparse(node)
         private = [a.name for a in node.names if a.name.startswith("_")] + [n for n in names if "._" in n]
         assert not [p for p in private if p != "annotations"], f"private names: {private}"
-    assert set(get_imports(file)) - sys.stdlib_module_names <= {"torch", "transformers"}, "a docstring line is taken for an import"
+    assert set(get_imports(file)) - sys.stdlib_module_names <= {"torch", "transformers"}, (
+        "a docstring line is taken for an import"
+    )
 
 
 def test_one_config_class_and_model_type_for_each_model_class():
@@ -249,7 +259,9 @@ def test_save_leaves_nothing_half_written_and_keeps_other_files(examples, tmp_pa
     folder = polyrep.save(model, tmp_path / "model")
     (folder / "notes.txt").write_text("mine")
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    monkeypatch.setattr(polyrep.hub, "localize", lambda folder: (_ for _ in ()).throw(OSError("No space left on device")))
+    monkeypatch.setattr(
+        polyrep.hub, "localize", lambda folder: (_ for _ in ()).throw(OSError("No space left on device"))
+    )
     with pytest.raises(OSError, match="No space left"):
         polyrep.save(model, folder)
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before

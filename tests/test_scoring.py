@@ -18,7 +18,9 @@ def dense(values: np.ndarray) -> Embeddings:
 
 def ragged(rng: np.random.Generator, lengths: list[int], dim: int = 5) -> Embeddings:
     offsets = np.cumsum([0, *lengths])
-    return Embeddings("tokens", rng.normal(size=(offsets[-1], dim)).astype(np.float16), offsets, None, dim, 1.0, Path())
+    return Embeddings(
+        "tokens", rng.normal(size=(offsets[-1], dim)).astype(np.float16), offsets, None, dim, 1.0, Path()
+    )
 
 
 def sparse(rng: np.random.Generator, texts: int, vocabulary: int = 12) -> Embeddings:
@@ -79,7 +81,9 @@ def test_search_finds_what_a_loop_finds(monkeypatch, similarity, queries, docume
         expected = [(brute_force(query, d, similarity), ids[i], i) for i, d in enumerate(texts_of(documents))]
         best = sorted(expected, key=lambda e: (round(e[0], 5), e[1]), reverse=True)[:10]
         np.testing.assert_allclose(scores[row], [score for score, _, _ in best], rtol=1e-3, atol=1e-4)
-        np.testing.assert_allclose([expected[p][0] for p in positions[row]], [score for score, _, _ in best], atol=1e-4)
+        np.testing.assert_allclose(
+            [expected[p][0] for p in positions[row]], [score for score, _, _ in best], atol=1e-4
+        )
 
 
 def test_ties_go_to_the_higher_document_id_also_at_the_cut(monkeypatch):

@@ -14,11 +14,11 @@ from conftest import RUN_CLI, run_python
 from safetensors.torch import load_file
 from sentence_transformers import MultiVectorEncoder
 from torch.nn import functional as F
+from toy.objective import ToyLoss
 
 import polyrep
-from polyrep import InputError, training
+from polyrep import InputError, recipes, training
 from polyrep.cli import main
-from toy.objective import ToyLoss
 
 
 def losses(output: Path) -> list[float]:
@@ -44,7 +44,9 @@ def trained(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_writes_a_folder_that_opens_and_differs_from_its_start(trained):
     model = polyrep.load(trained / "final", trust_remote_code=True)
     start = load_file(trained / "init" / "model.safetensors")
-    moved = {k: (v - start[k]).abs().max().item() for k, v in load_file(trained / "final" / "model.safetensors").items()}
+    moved = {
+        k: (v - start[k]).abs().max().item() for k, v in load_file(trained / "final" / "model.safetensors").items()
+    }
     assert moved["head.project.weight"] > 1e-3 and moved["head.task_bias"] > 1e-3, "task reached the model in training"
     assert model.get_embedding_dimension() == 6
     assert len(losses(trained)) == 6
@@ -129,19 +131,28 @@ def test_dry_run_prints_the_plan_and_writes_nothing(toy_run, tmp_path, capsys):
     output = tmp_path / "never"
     flags = ["--output_dir", str(output), "--dry_run", "--projection_dim", "4", "--temperature", "0.5"]
     assert main(["train", str(toy_run), *flags]) == 0
-    plan = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[:1].isalpha() and " " in line)
+    plan = dict(
+        line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[:1].isalpha() and " " in line
+    )
     assert not output.exists()
     assert plan["pairs"] == "tiny 4 = 4" and plan["steps"].startswith("6 ")
     assert "'temperature': 0.5" in plan["objective"] and "'projection_dim': 4" in plan["method"]
-    encoder = sum(p.numel() for p in polyrep.load(json.loads((toy_run / "recipe.yaml").read_text()[7:])["backbone"])[0].parameters())
+    encoder = sum(
+        p.numel()
+        for p in polyrep.load(json.loads((toy_run / "recipe.yaml").read_text()[7:])["backbone"])[0].parameters()
+    )
     assert plan["parameters"].startswith(f"{encoder + 32 * 4 + 4 + 2 * 4:,},")
 
 
 def test_the_shipped_recipe_resolves_and_any_flag_overrides(tmp_path):
-    plan = training.resolve(["late-interaction-minilm", "--learning_rate", "3e-5", "--scale", "2", "--max_length", "64"])
+    plan = recipes.resolve(
+        ["late-interaction-minilm", "--learning_rate", "3e-5", "--scale", "2", "--max_length", "64"]
+    )
     assert plan.args.learning_rate == 3e-5 and plan.args.max_length == 64 and plan.objective_arguments["scale"] == 2.0
     assert plan.args.per_device_train_batch_size == 32 and plan.args.report_to in ([], ["none"])
-    assert (plan.run / "recipe.yaml").read_text().splitlines()[0] == f"# accelerate launch train.py hub_configs/{plan.run.name}"
+    assert (plan.run / "recipe.yaml").read_text().splitlines()[
+        0
+    ] == f"# accelerate launch train.py hub_configs/{plan.run.name}"
     folder = tmp_path / "init"
     training.build(plan, folder)
     model = polyrep.load(folder)
@@ -157,9 +168,20 @@ def test_help_is_grouped_and_complete(capsys):
     with pytest.raises(SystemExit):
         main(["train", "late-interaction-minilm", "--help"])
     text = capsys.readouterr().out
-    for heading in ("recipe:", "objective: MultiVectorMultipleNegativesRankingLoss:", "training (MultiVectorEncoderTrainingArguments):"):
+    for heading in (
+        "recipe:",
+        "objective: MultiVectorMultipleNegativesRankingLoss:",
+        "training (MultiVectorEncoderTrainingArguments):",
+    ):
         assert heading in text
-    for flag in ("--backbone", "--dry_run", "--scale", "--resume_from_checkpoint", "--report_to", "--gradient_checkpointing"):
+    for flag in (
+        "--backbone",
+        "--dry_run",
+        "--scale",
+        "--resume_from_checkpoint",
+        "--report_to",
+        "--gradient_checkpointing",
+    ):
         assert flag in text
     with pytest.raises(SystemExit):
         main(["train", "--help"])
@@ -195,7 +217,9 @@ def test_an_earlier_run_is_not_replaced_by_accident(toy_run, trained, capsys):
 
 def test_freezing_keeps_weights(toy_run, tmp_path):
     output = tmp_path / "frozen"
-    assert main(["train", str(toy_run), "--output_dir", str(output), "--freeze", r"\.encoder\.", "--max_steps", "2"]) == 0
+    assert (
+        main(["train", str(toy_run), "--output_dir", str(output), "--freeze", r"\.encoder\.", "--max_steps", "2"]) == 0
+    )
     start, end = (load_file(output / part / "model.safetensors") for part in ("init", "final"))
     moved = {name for name in start if not torch.equal(start[name], end[name])}
     assert moved == {"head.project.weight", "head.project.bias", "head.task_bias"}

@@ -1,0 +1,46 @@
+# Two commands for a fresh machine with Python 3.11: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# Any embedding model of the Hub: make quickstart BACKBONE=ORG/NAME
+BACKBONE ?= minilm
+
+.PHONY: quickstart test test-min lint results clean
+
+quickstart: $(VENV)/.quickstart
+	$(BIN)/python evaluate.py $(BACKBONE) --dataset data/tldr_pages --baselines bm25,minilm --model_dtype auto \
+		--output runs/quickstart --name quickstart
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The rules for rooms at the lower bounds that pyproject.toml declares.
+test-min:
+	test -d $(VENV)-min || $(PYTHON) -m venv $(VENV)-min
+	grep -vE '^(transformers|sentence-transformers)==' constraints.txt > $(VENV)-min/constraints.txt
+	$(VENV)-min/bin/python -m pip install -q -c $(VENV)-min/constraints.txt -e ".[dev]" \
+		transformers==5.17.0 sentence-transformers==6.0.1
+	$(VENV)-min/bin/python -m pytest tests/test_rooms.py tests/test_hub.py tests/test_training.py
+
+# Everything in results/ that a CPU can make again, about an hour on 2 cores.
+results: $(VENV)/.dev
+	$(BIN)/accelerate launch train.py hub_configs/late-interaction-minilm --overwrite
+	$(BIN)/python evaluate.py models/late-interaction-minilm/final \
+		--dataset data/tldr_pages data/scitldr data/scifact data/pubmedqa --baselines bm25,minilm \
+		--token_pooling mean 1 2 4 8 16 32 --output results --name baselines
+	$(BIN)/python benchmarks/cache_memory.py --output results
+	$(BIN)/python benchmarks/search_speed.py --output results
+
+$(VENV)/.%: pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[$*]"
+	touch $@
+
+clean:
+	rm -rf .cache runs build dist *.egg-info

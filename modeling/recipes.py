@@ -1,0 +1,213 @@
+"""Read what a run is: its recipe, and the flags over it.
+
+A run is a folder with a ``recipe.yaml`` whose lines are ``flag: value``. The run decides which flags there are: the
+recipe's own, the config fields of the method, the constructor arguments of the objective, and every argument of the
+family's trainer. So a method adds its flags by being written, and ``--help`` is always complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import re
+import types
+from dataclasses import dataclass, field, make_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import torch
+import yaml
+from sentence_transformers import (
+    MultiVectorEncoderTrainer,
+    MultiVectorEncoderTrainingArguments,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+    SparseEncoderTrainer,
+    SparseEncoderTrainingArguments,
+)
+from transformers import HfArgumentParser
+
+from . import ROOMS, Room
+from .errors import InputError
+from .hub import family_of, read_json, shipped_folder
+
+
+@dataclass
+class SentenceTrainingArguments(SentenceTransformerTrainingArguments):
+    """The stock arguments under a heading of their own in ``--help``."""
+
+    _argument_group_name = "training (SentenceTransformerTrainingArguments)"
+
+
+@dataclass
+class SparseTrainingArguments(SparseEncoderTrainingArguments):
+    """The stock arguments under a heading of their own in ``--help``."""
+
+    _argument_group_name = "training (SparseEncoderTrainingArguments)"
+
+
+@dataclass
+class MultiVectorTrainingArguments(MultiVectorEncoderTrainingArguments):
+    """Likewise, with ``max_length`` as a flag can give it: one integer (a recipe may also give one per task)."""
+
+    _argument_group_name = "training (MultiVectorEncoderTrainingArguments)"
+
+    max_length: int | None = field(default=None, metadata={"help": "Tokens per text while training."})
+
+
+TRAINERS: dict[str, tuple[type, type, str]] = {
+    "SentenceTransformer": (
+        SentenceTransformerTrainer,
+        SentenceTrainingArguments,
+        "sentence_transformers.sentence_transformer.losses",
+    ),
+    "SparseEncoder": (SparseEncoderTrainer, SparseTrainingArguments, "sentence_transformers.sparse_encoder.losses"),
+    "MultiVectorEncoder": (
+        MultiVectorEncoderTrainer,
+        MultiVectorTrainingArguments,
+        "sentence_transformers.multi_vector_encoder.losses",
+    ),
+}
+"""Family -> trainer, its arguments, and where its losses live."""
+
+
+@dataclass
+class RecipeArguments:
+    """What to train, from what, on what. Every other flag belongs to the method, its objective or the trainer."""
+
+    _argument_group_name = "recipe"
+
+    backbone: str = field(default="minilm", metadata={"help": "Folder, Hub id, or `minilm` (packaged, offline)."})
+    revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of a Hub backbone."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the backbone's own code (pin --revision)."})
+    datasets: list[str] = field(default_factory=list, metadata={"help": "BEIR folders or Hub data set ids."})
+    split: str = field(default="train", metadata={"help": "Split whose positive judgments are the training pairs."})
+    keep_empty: bool = field(default=False, metadata={"help": "Accept empty texts instead of refusing the data set."})
+    objective: str = field(default="", metadata={"help": "Class name of the loss: the room's own, else the family's."})
+    freeze: list[str] = field(default_factory=list, metadata={"help": "Regular expressions of parameters to freeze."})
+    card: str = field(default="", metadata={"help": "Template in model_cards/; default: the room's."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace what an earlier run left in --output_dir."})
+    dry_run: bool = field(default=False, metadata={"help": "Print the resolved plan and stop."})
+
+
+@dataclass
+class Plan:
+    """A resolved run, ready to build: the parsed flags in their four groups."""
+
+    run: Path
+    room: Room | None
+    recipe: RecipeArguments
+    config: dict[str, Any]
+    objective: type[torch.nn.Module]
+    objective_arguments: dict[str, Any]
+    args: Any
+    command: str
+
+
+def resolve(argv: list[str], *, prog: str = "polyrep train") -> Plan:
+    """Read the recipe, then the flags over it; each flag is checked by type and unknown ones are refused."""
+    if not argv or argv[0].startswith("-"):
+        parser = _parser([RecipeArguments, MultiVectorTrainingArguments], prog)
+        if not {"-h", "--help"} & set(argv):
+            parser.error("name a RUN first, e.g. hub_configs/late-interaction-minilm")
+        parser.parse_args(["--help"])
+    run, flags = _find_run(argv[0]), argv[1:]
+    family = family_of(run).__name__
+    method = read_json(run / "config.json")
+    room = ROOMS.get(method.get("model_type", ""))
+    defaults = _read_recipe(run)
+    # The objective decides which flags there are, so it is looked up before the parser proper is built.
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--objective", default=defaults.get("objective", ""))
+    name = chooser.parse_known_args(flags)[0].objective
+    objective = _find_objective(name, family, room)
+
+    groups: list[type] = [RecipeArguments]
+    if room:
+        groups.append(_flags_of(room.config, f"method: {method['model_type']}", method))
+    groups.append(_flags_of(objective, f"objective: {name}", {}))
+    parser = _parser([*groups, TRAINERS[family][1]], prog)
+    known = {action.dest for action in parser._actions}
+    for key in defaults:
+        if key not in known:
+            near = get_close_matches(key, known, n=1)
+            raise InputError(
+                f"{run}/recipe.yaml: {key!r} is no flag of this run, so it would be ignored. "
+                + (f"Did you mean {near[0]!r}?" if near else "See --help for the flags.")
+            )
+    # bf16 on a machine without an accelerator is only accepted together with use_cpu.
+    parser.set_defaults(**({"use_cpu": not torch.accelerator.is_available()} | defaults))
+    # The trainer's arguments start torch.distributed, so nothing above may fail on one process only.
+    recipe, *middle, args = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    method_flags: list[dict[str, Any]] = [dict(vars(part)) for part in middle]
+    config = method_flags.pop(0) if room else {}
+    if not recipe.datasets:
+        raise InputError(f"{run}: no training data. Name at least one with --datasets.")
+    args.logging_nan_inf_filter = False  # a loss that is not finite must show, not be replaced by the last good one
+    if not args.router_mapping:
+        args.router_mapping = {"query": "query", "positive": "document"}
+    command = " ".join([f"accelerate launch {prog}" if prog.endswith(".py") else prog, *argv])
+    return Plan(run, room, recipe, config, objective, method_flags[0], args, command)
+
+
+def _find_run(name: str) -> Path:
+    """A run by path, or by name among the runs that polyrep ships."""
+    for folder in (Path(name), shipped_folder("hub_configs") / name):
+        if (folder / "recipe.yaml").is_file():
+            return folder
+    shipped = sorted(path.parent.name for path in shipped_folder("hub_configs").glob("*/recipe.yaml"))
+    raise InputError(f"{name}: no folder with a recipe.yaml. Shipped runs: {', '.join(shipped)}.")
+
+
+def _read_recipe(run: Path) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{run}/recipe.yaml: not valid YAML ({error}).") from None
+    if not isinstance(recipe, dict):
+        raise InputError(f"{run}/recipe.yaml: expected `flag: value` lines, found {type(recipe).__name__}.")
+    return recipe
+
+
+def _find_objective(name: str, family: str, room: Room | None) -> type[torch.nn.Module]:
+    own = room.objectives if room else {}
+    losses = importlib.import_module(TRAINERS[family][2])
+    known = sorted([*own, *losses.__all__])
+    if name not in known:
+        raise InputError(f"--objective {name!r}: unknown to {family}. Choose one of {', '.join(known)}.")
+    return own.get(name) or getattr(losses, name)
+
+
+def _parser(groups: list[type], prog: str) -> HfArgumentParser:
+    return HfArgumentParser(
+        groups,  # type: ignore[arg-type]
+        prog=prog,
+        usage=f"{prog} RUN [--flag value ...]",
+        description="Train RUN, a folder such as hub_configs/late-interaction-minilm. Its recipe.yaml gives the "
+        "defaults shown here; any flag overrides them. Name a RUN before --help to see its method's flags too.",
+        allow_abbrev=False,
+    )
+
+
+def _flags_of(owner: type, group: str, defaults: dict[str, Any]) -> type:
+    """A dataclass of the number, string and switch arguments of a class, for the parser to turn into flags."""
+    function = owner.__init__  # type: ignore[misc]
+    hints = get_type_hints(function)
+    # One entry of a Google docstring: "    name (type): first line" and the deeper lines below it.
+    entries = re.findall(r"^ {4}(\w+)(?: \([^)]*\))?: (.+(?:\n {5,}.+)*)", inspect.cleandoc(owner.__doc__ or ""), re.M)
+    helps = {name: " ".join(text.split()).replace("`", "") for name, text in entries}
+    flags = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        hint = hints.get(name)
+        optional = (
+            get_origin(hint) in (Union, types.UnionType)
+            and len(get_args(hint)) == 2
+            and get_args(hint)[1] is type(None)
+        )
+        if (get_args(hint)[0] if optional else hint) not in (int, float, str, bool):
+            continue
+        default = defaults.get(name, None if parameter.default is inspect.Parameter.empty else parameter.default)
+        flags.append((name, hint, field(default=default, metadata={"help": helps.get(name, name).replace("%", "%%")})))
+    return make_dataclass("Flags", flags, namespace={"_argument_group_name": group})

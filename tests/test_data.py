@@ -1,0 +1,406 @@
+"""Reading data sets: what comes out of good files, and what is said about bad ones."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import datasets
+import pytest
+from conftest import DOCUMENTS, QRELS, QUERIES, ROOT, write_beir
+
+from polyrep import InputError
+from polyrep.data import load_retrieval_dataset
+
+HEADER = "query-id\tcorpus-id\tscore\n"
+
+
+def jsonl(rows: Iterable[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def zip_file(path: Path) -> Path:
+    zipped = write(path.with_name(f"{path.name}.gz"), gzip.compress(path.read_bytes()))
+    path.unlink()
+    return zipped
+
+
+def many_queries(folder: Path, count: int) -> Path:
+    """``count`` queries for the document ``d``, all in the train split."""
+    write(folder / "corpus.jsonl", jsonl([{"_id": "d", "text": "a document"}]))
+    write(folder / "queries.jsonl", jsonl({"_id": f"q{i}", "text": f"query {i}"} for i in range(count)))
+    write(folder / "qrels" / "train.tsv", HEADER + "".join(f"q{i}\td\t1\n" for i in range(count)))
+    return folder
+
+
+def said_about(path: Path, split: str = "test", **options) -> str:
+    with pytest.raises(InputError) as refusal:
+        load_retrieval_dataset(path, split, **options)
+    return str(refusal.value)
+
+
+# Good files.
+
+
+def test_a_text_is_title_space_text_without_outer_space(beir):
+    rows = [
+        {"_id": "both", "title": "tar", "text": "archive files "},
+        {"_id": "no-title", "text": " a text"},
+        {"_id": "empty-title", "title": "", "text": "a text"},
+        {"_id": "null-title", "title": None, "text": "a text"},
+        {"_id": "title-only", "title": "tar", "text": ""},
+    ]
+    write(beir / "corpus.jsonl", jsonl(rows))
+    write(beir / "qrels" / "test.tsv", HEADER + "q1\tboth\t1\n")
+    assert load_retrieval_dataset(beir).corpus == {
+        "both": "tar archive files",
+        "no-title": "a text",
+        "empty-title": "a text",
+        "null-title": "a text",
+        "title-only": "tar",
+    }
+
+
+def test_a_folder_gives_corpus_queries_and_judgments_in_file_order(beir):
+    loaded = load_retrieval_dataset(str(beir))
+    assert (loaded.name, loaded.split) == ("tiny", "test")
+    assert list(loaded.corpus.items()) == list(DOCUMENTS.items())
+    assert list(loaded.queries.items()) == list(QUERIES.items())
+    assert loaded.qrels == QRELS
+
+
+def test_zipped_and_plain_files_read_the_same(beir):
+    plain = load_retrieval_dataset(beir)
+    zip_file(beir / "corpus.jsonl")
+    zip_file(beir / "queries.jsonl")
+    assert load_retrieval_dataset(beir) == plain
+
+
+def test_windows_line_ends_and_blank_lines_change_nothing(beir):
+    plain = load_retrieval_dataset(beir)
+    for path in (beir / "corpus.jsonl", beir / "queries.jsonl", beir / "qrels" / "test.tsv"):
+        write(path, path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")
+    assert load_retrieval_dataset(beir) == plain
+
+
+def test_only_judged_queries_are_kept(beir):
+    write(beir / "qrels" / "test.tsv", HEADER + "q3\td4\t1\nq1\td2\t0\n")
+    loaded = load_retrieval_dataset(beir)
+    assert list(loaded.queries) == ["q1", "q3"]  # the order of queries.jsonl
+    assert loaded.qrels == {"q1": {"d2": 0}, "q3": {"d4": 1}}
+
+
+def test_pairs_are_the_positive_judgments(beir):
+    with (beir / "qrels" / "test.tsv").open("a") as lines:
+        lines.write("q1\td5\t0\nq2\td5\t-1\n")
+    positive = [(q, d) for q, judged in QRELS.items() for d in judged]
+    expected = [{"query": QUERIES[q], "positive": DOCUMENTS[d]} for q, d in positive]
+    assert load_retrieval_dataset(beir).pairs().to_list() == expected
+
+
+def test_the_same_judgment_twice_counts_once(beir):
+    with (beir / "qrels" / "test.tsv").open("a") as lines:
+        lines.write("q1\td2\t1\n")
+    assert load_retrieval_dataset(beir).qrels == QRELS
+
+
+def test_the_folder_that_one_stands_in_has_a_name(beir, monkeypatch):
+    monkeypatch.chdir(beir)
+    assert load_retrieval_dataset(".").name == "tiny"
+
+
+# The dev split that a set without one gets.
+
+
+def test_without_dev_a_tenth_of_train_is_dev(tmp_path):
+    folder = many_queries(tmp_path / "many", 1000)
+    train, dev = (load_retrieval_dataset(folder, split) for split in ("train", "dev"))
+    assert not train.qrels.keys() & dev.qrels.keys()
+    assert train.qrels | dev.qrels == {f"q{i}": {"d": 1} for i in range(1000)}
+    assert train.queries.keys() == train.qrels.keys() and dev.queries.keys() == dev.qrels.keys()
+    assert 60 < len(dev.queries) < 140  # a binomial of mean 100 and standard deviation 9.5
+
+
+def test_which_queries_are_dev_depends_on_nothing_but_their_ids(tmp_path):
+    few, many = many_queries(tmp_path / "few", 200), many_queries(tmp_path / "many", 1000)
+    lines = (many / "qrels" / "train.tsv").read_text().splitlines(keepends=True)
+    write(many / "qrels" / "train.tsv", lines[0] + "".join(reversed(lines[1:])))
+    dev_of_few, dev_of_many = (set(load_retrieval_dataset(folder, "dev").queries) for folder in (few, many))
+    assert dev_of_few == dev_of_many & {f"q{i}" for i in range(200)} != set()
+
+
+def test_the_dev_split_is_the_one_that_shipped_scifact_has(tmp_path):
+    """Its dev.tsv was cut from the train file by the rule that data sets without dev.tsv get here."""
+    shipped = ROOT / "data" / "scifact"
+    for name in ("corpus.jsonl.gz", "queries.jsonl.gz"):
+        (tmp_path / name).symlink_to(shipped / name)
+    train, dev = ((shipped / "qrels" / f"{split}.tsv").read_text().removeprefix(HEADER) for split in ("train", "dev"))
+    write(tmp_path / "qrels" / "train.tsv", HEADER + dev + train)
+    for split in ("train", "dev"):
+        assert load_retrieval_dataset(tmp_path, split).qrels == load_retrieval_dataset(shipped, split).qrels
+
+
+def test_an_existing_dev_split_is_used_as_it_is(tmp_path):
+    folder = many_queries(tmp_path / "many", 100)
+    in_tenth = {f"q{i}" for i in range(100) if int(hashlib.md5(f"q{i}".encode()).hexdigest(), 16) % 10 == 0}
+    outside = next(f"q{i}" for i in range(100) if f"q{i}" not in in_tenth)
+    write(folder / "qrels" / "dev.tsv", HEADER + f"{outside}\td\t1\n")
+    assert set(load_retrieval_dataset(folder, "dev").queries) == {outside}
+    assert set(load_retrieval_dataset(folder, "train").queries) == {f"q{i}" for i in range(100)} > in_tenth != set()
+
+
+# The two arrangements of the Hub, from a local clone.
+
+
+def write_hub(folder: Path, configs: dict[str, dict[str, str]]) -> Path:
+    """A folder whose README.md says, as on the Hub, which file is which split of which configuration."""
+    lines = ["---", "configs:"]
+    for name, splits in configs.items():
+        lines += [f"- config_name: {name}", "  data_files:"]
+        lines += [line for split, path in splits.items() for line in (f"  - split: {split}", f"    path: {path}")]
+    write(folder / "README.md", "\n".join([*lines, "---", "# A data set", ""]))
+    return folder
+
+
+TEXT_CONFIGS = {"corpus": {"corpus": "texts/corpus.jsonl"}, "queries": {"queries": "texts/queries.jsonl"}}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The small data set as one repository with configurations corpus, queries and default."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    default = {"test": "judged/test.jsonl", "train": "judged/train.jsonl"}
+    folder = write_hub(tmp_path / "hub", TEXT_CONFIGS | {"default": default})
+    write(folder / "texts" / "corpus.jsonl", jsonl({"_id": k, "title": "T", "text": v} for k, v in DOCUMENTS.items()))
+    write(folder / "texts" / "queries.jsonl", jsonl({"_id": k, "text": v} for k, v in QUERIES.items()))
+    judged = [{"query-id": q, "corpus-id": d, "score": s} for q, judged in QRELS.items() for d, s in judged.items()]
+    write(folder / "judged" / "test.jsonl", jsonl(judged))
+    write(folder / "judged" / "train.jsonl", jsonl(judged[:1]))
+    return folder
+
+
+def test_a_hub_set_with_judgments_in_the_same_repository(hub):
+    loaded = load_retrieval_dataset(hub)
+    assert (loaded.name, loaded.split) == ("hub", "test")
+    assert list(loaded.corpus.items()) == [(key, f"T {text}") for key, text in DOCUMENTS.items()]
+    assert list(loaded.queries.items()) == list(QUERIES.items())
+    assert loaded.qrels == QRELS
+    assert "['test', 'train']" in said_about(hub, "validation")
+
+
+def test_a_hub_set_with_judgments_in_a_repository_of_their_own_and_numbers_for_ids(hub):
+    write_hub(hub, TEXT_CONFIGS)
+    write(hub / "texts" / "corpus.jsonl", jsonl({"_id": k[1:], "text": v} for k, v in DOCUMENTS.items()))
+    write(hub / "texts" / "queries.jsonl", jsonl({"_id": k[1:], "text": v} for k, v in QUERIES.items()))
+    rows = "".join(f"{q[1:]}\t{d[1:]}\t{s}\n" for q, judged in QRELS.items() for d, s in judged.items())
+    write(hub.with_name("hub-qrels") / "test.tsv", HEADER + rows)
+    loaded = load_retrieval_dataset(hub)
+    assert loaded.qrels == {q[1:]: {d[1:]: s for d, s in judged.items()} for q, judged in QRELS.items()}
+    assert list(loaded.corpus.values()) == list(DOCUMENTS.values())
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"query-id": "q1", "corpus-id": "d2", "score": 0.5}, "score 0.5 is not an integer"),
+        ({"query-id": "q1", "corpus-id": "d2", "score": None}, "score None is not an integer"),
+        ({"query-id": "q9", "corpus-id": "d2", "score": 1}, "query 'q9'"),
+        ({"query-id": "q1", "corpus-id": None, "score": 1}, "document 'None'"),
+        ({"query": "q1", "corpus-id": "d2", "score": 1}, "no ['query-id']"),
+    ],
+)
+def test_a_bad_judgment_on_the_hub_is_refused_by_its_row(hub, row, expected):
+    write(hub / "judged" / "train.jsonl", jsonl([row]))
+    write_hub(hub, TEXT_CONFIGS | {"default": {"test": "judged/train.jsonl"}})
+    message = said_about(hub)
+    assert f"{hub} test row 1" in message and expected in message
+
+
+def test_a_malformed_file_on_the_hub_is_refused(hub):
+    write(hub / "texts" / "corpus.jsonl", '{"_id": "d1", "text"\n')
+    message = said_about(hub)
+    assert str(hub) in message and "configurations corpus, queries and default" in message
+
+
+def test_a_folder_that_is_only_described_is_refused(hub):
+    write(hub / "README.md", "No front matter here.\n")
+    message = said_about(hub)
+    assert str(hub) in message and "configurations corpus, queries and default" in message
+
+
+# Bad files: each refusal names the file, the line and what was expected.
+
+BAD_LINES = [
+    ("corpus.jsonl", '{"_id": "d9", "text": "x"', ["not a JSON object", "column 26", '{"_id": "d1"']),
+    ("corpus.jsonl", '["d9", "x"]', ["expected a JSON object", '"_id"']),
+    ("corpus.jsonl", '{"text": "x"}', ["no '_id'", 'strings "_id" and "text"']),
+    ("corpus.jsonl", '{"_id": "d9"}', ["no 'text'", 'strings "_id" and "text"']),
+    ("corpus.jsonl", '{"_id": 9, "text": "x"}', ["_id=9", 'strings "_id" and "text"']),
+    ("corpus.jsonl", '{"_id": "d9", "text": null}', ["text=None", 'strings "_id" and "text"']),
+    ("corpus.jsonl", '{"_id": "d1", "text": "x"}', ["id 'd1' occurs twice", "Rename"]),
+    ("corpus.jsonl", '{"_id": "d9", "title": " ", "text": "\\n"}', ["'d9' has an empty text", "--keep_empty"]),
+    ("queries.jsonl", "{]", ["not a JSON object", "column 2", '{"_id": "d1"']),
+    ("queries.jsonl", '{"_id": "q9", "query": "x"}', ["no 'text'", 'strings "_id" and "text"']),
+    ("queries.jsonl", '{"_id": "q1", "text": "x"}', ["id 'q1' occurs twice", "Rename"]),
+    ("queries.jsonl", '{"_id": "q9", "text": " "}', ["'q9' has an empty text", "--keep_empty"]),
+    ("qrels/test.tsv", "q1\td2", ["2 tab-separated fields", "expected 3: query id, document id, score"]),
+    ("qrels/test.tsv", "q1 d2 1", ["1 tab-separated fields", "expected 3: query id, document id, score"]),
+    ("qrels/test.tsv", "q1\t0\td2\t1", ["4 tab-separated fields", "expected 3: query id, document id, score"]),
+    ("qrels/test.tsv", "q1\td1\t1.5", ["score '1.5' is not an integer"]),
+    ("qrels/test.tsv", "q1\td1\tyes", ["score 'yes' is not an integer"]),
+    ("qrels/test.tsv", "q9\td1\t1", ["query 'q9'", "not in the data set", "Add the query or remove the line"]),
+    ("qrels/test.tsv", "q1\td9\t1", ["document 'd9'", "not in the data set", "Add the document or remove the line"]),
+    ("qrels/test.tsv", "q1\td2\t2", ["('q1', 'd2') twice with different scores", "Keep one"]),
+]
+
+
+@pytest.mark.parametrize(("file", "line", "expected"), BAD_LINES)
+def test_a_bad_line_is_refused_by_its_number(beir, file, line, expected):
+    lines = (beir / file).read_text().splitlines()
+    write(beir / file, "\n".join([*lines[:3], line, *lines[3:]]) + "\n")
+    if "twice" in expected[0]:  # the repetition is what is refused, so it has to come last
+        write(beir / file, "\n".join([*lines, line]) + "\n")
+    number = (beir / file).read_text().splitlines().index(line) + 1
+    message = said_about(beir)
+    for part in [f"{beir / file}:{number}:", *expected]:
+        assert part in message
+
+
+def test_a_bad_line_in_a_zipped_file_is_refused_by_its_number(beir):
+    write(beir / "corpus.jsonl", jsonl([{"_id": "d1", "text": "x"}, {"_id": "d2"}]))
+    zipped = zip_file(beir / "corpus.jsonl")
+    assert f"{zipped}:2: no 'text'" in said_about(beir)
+
+
+@pytest.mark.parametrize("score", ["1", "-1", "1 ", "0.5"])
+def test_a_judgment_in_place_of_the_header_is_refused(beir, score):
+    path = write(beir / "qrels" / "test.tsv", f"q1\td2\t{score}\nq2\td1\t1\n")
+    message = said_about(beir)
+    assert f"{path}:1:" in message and "a header is expected" in message
+    assert "query-id<TAB>corpus-id<TAB>score" in message
+
+
+def test_a_byte_that_is_no_text_is_refused(beir):
+    path = write(beir / "qrels" / "test.tsv", HEADER.encode() + b"q1\td2\xff\t1\n")
+    assert f"{path}:2: judges document" in said_about(beir)
+    path = write(beir / "corpus.jsonl", b'{"_id": "d1", "text": "\xff"}\n')
+    assert f"{path}: damaged" in said_about(beir)
+
+
+def test_empty_texts_are_accepted_on_request(beir):
+    for stem, row in (("corpus", {"_id": "d9", "text": ""}), ("queries", {"_id": "q9", "text": " "})):
+        with (beir / f"{stem}.jsonl").open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
+    with (beir / "qrels" / "test.tsv").open("a") as lines:
+        lines.write("q9\td9\t1\n")
+    loaded = load_retrieval_dataset(beir, keep_empty=True)
+    assert (loaded.corpus["d9"], loaded.queries["q9"], loaded.qrels["q9"]) == ("", "", {"d9": 1})
+
+
+@pytest.mark.parametrize("stem", ["corpus", "queries"])
+def test_an_empty_file_is_refused(beir, stem):
+    write(beir / f"{stem}.jsonl", "\n")
+    message = said_about(beir)
+    assert f"{beir} {stem}: empty" in message and "at least one line" in message
+
+
+def test_a_missing_file_is_named(beir):
+    (beir / "queries.jsonl").unlink()
+    message = said_about(beir)
+    assert str(beir) in message and "queries.jsonl (or queries.jsonl.gz) is missing" in message
+    (beir / "corpus.jsonl").unlink()
+    message = said_about(beir)
+    assert str(beir) in message and "neither corpus.jsonl nor corpus.jsonl.gz" in message
+    assert "Expected corpus.jsonl, queries.jsonl and qrels/test.tsv" in message
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "cut in the middle": lambda content: content[: len(content) // 2],
+    "cut in the checksum at the end": lambda content: content[:-4],
+    "wrong checksum": lambda content: content[:-8] + bytes(8),
+    "block of a type that does not exist": lambda content: content[:10] + b"\x07" + content[11:],
+    "not zipped": lambda content: b"not zipped",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_zipped_file_is_refused(beir, damage):
+    zipped = zip_file(beir / "corpus.jsonl")
+    zipped.write_bytes(DAMAGE[damage](zipped.read_bytes()))
+    message = said_about(beir)
+    assert f"{zipped}: damaged or truncated" in message and "Fetch the file again" in message
+
+
+def test_an_unknown_split_is_refused_with_those_that_exist(beir):
+    write(beir / "qrels" / "extra.tsv", HEADER + "q1\td2\t1\n")
+    for split in ("train", "dev", "tests"):
+        message = said_about(beir, split)
+        assert str(beir) in message and repr(split) in message and "['extra', 'test']" in message
+    for path in (beir / "qrels").iterdir():
+        path.unlink()
+    assert "it has none" in said_about(beir)
+
+
+def test_a_split_that_judges_nothing_is_refused(beir, tmp_path):
+    write(beir / "qrels" / "test.tsv", HEADER)
+    assert "split 'test' judges no query" in said_about(beir)
+    one = write_beir(tmp_path / "one", split="train")  # none of its three queries is in the tenth
+    assert not any(int(hashlib.md5(q.encode()).hexdigest(), 16) % 10 == 0 for q in QUERIES)
+    assert "split 'dev' judges no query" in said_about(one, "dev")
+
+
+@pytest.mark.parametrize("path", ["nowhere", "a/b/c", "/no/such/folder", "org/na me", ""])
+def test_a_path_that_is_neither_a_folder_nor_an_id_is_refused(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    message = said_about(path)
+    assert message.startswith(path) and ("ORG/NAME" in message or "neither corpus.jsonl" in message)
+
+
+def test_an_id_that_cannot_be_had_is_refused():
+    message = said_about("no-such-org/no-such-set")
+    assert message.startswith("no-such-org/no-such-set:") and "Check the path, the id and the network" in message
+
+
+# What is shipped.
+
+SHIPPED = {
+    "tldr_pages": (6357, {"train": 4881, "dev": 625, "test": 636}, ["CC BY 4.0", "licenses/by/4.0/"]),
+    "scitldr": (3229, {"train": 1992, "dev": 1453, "test": 1967}, ["Apache-2.0"]),
+    "scifact": (5183, {"train": 722, "dev": 87, "test": 300}, ["CC BY 4.0", "ODC-By 1.0", "licenses/by/1-0/"]),
+    "pubmedqa": (1000, {"train": 451, "dev": 49, "test": 500}, ["MIT"]),
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_set_has_the_counts_and_the_licence_of_its_readme(name):
+    documents, queries, licences = SHIPPED[name]
+    splits = {split: load_retrieval_dataset(ROOT / "data" / name, split) for split in queries}
+    assert {len(loaded.corpus) for loaded in splits.values()} == {documents}
+    assert {split: len(loaded.queries) for split, loaded in splits.items()} == queries
+    assert len(set().union(*(loaded.queries for loaded in splits.values()))) == sum(queries.values())  # no query twice
+    readme = (ROOT / "data" / name / "README.md").read_text(encoding="utf-8")
+    overview = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    for text in [f"{documents:,}", *(f"{count:,}" for count in queries.values())]:
+        assert text in readme and text in overview
+    for licence in licences:
+        assert licence in readme
+    assert licences[0] in overview
+
+
+def test_the_shipped_sets_are_small_and_made_without_a_date():
+    files = [path for path in (ROOT / "data").rglob("*") if path.is_file()]
+    assert {path.parent.name for path in files if path.suffix == ".gz"} == set(SHIPPED)
+    assert sum(os.path.getsize(path) for path in files) <= 8_000_000
+    for path in files:
+        if path.suffix == ".gz":
+            assert path.read_bytes()[4:8] == bytes(4)  # the time stamp of the gzip header

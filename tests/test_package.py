@@ -1,0 +1,119 @@
+"""The package as a whole: how it is imported, what it contains, and what its texts may say."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import polyrep
+
+
+def tracked(*suffixes: str) -> list[Path]:
+    """Files of the clone with one of the suffixes (all tracked and new ones that are not ignored)."""
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    return [ROOT / name for name in listed if name.endswith(suffixes) and (ROOT / name).is_file()]
+
+
+def imports_of(file: Path) -> set[str]:
+    tree = ast.parse(file.read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) if not node.level}
+
+
+def test_nothing_imports_the_source_folder_by_its_own_name():
+    offenders = [f for f in tracked(".py") if any(name.split(".")[0] == "modeling" for name in imports_of(f))]
+    assert not offenders and tracked(".py")
+
+
+def test_the_wheel_holds_the_package_and_its_data_and_nothing_at_the_top_level(tmp_path):
+    """Built from a copy of the files in git, so that nothing of this machine can slip in."""
+    source = tmp_path / "source"
+    for file in tracked(""):
+        if "data" not in file.relative_to(ROOT).parts[:1]:
+            target = source / file.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(source),
+    ]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert {name.split("/")[0] for name in names} == {"polyrep", f"polyrep-{polyrep.__version__}.dist-info"}
+    modules = {
+        f"polyrep/{file.relative_to(ROOT / 'modeling')}"
+        for file in tracked(".py")
+        if (ROOT / "modeling") in file.parents
+    }
+    assert modules <= set(names)
+    assert "polyrep/model_cards/late_interaction.md" in names
+    assert "polyrep/hub_configs/late-interaction-minilm/1_Dense/config.json" in names
+    entry_points = next(name for name in names if name.endswith("entry_points.txt"))
+    assert "polyrep = polyrep.cli:main" in zipfile.ZipFile(next(tmp_path.glob("*.whl"))).read(entry_points).decode()
+
+
+def test_constraints_name_exact_versions_of_every_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == polyrep.__version__
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    pinned = dict(line.split("==") for line in lines)
+    everything = project["dependencies"] + [d for extra in project["optional-dependencies"].values() for d in extra]
+    named = {re.split(r"[<>=\[ ]", d)[0] for d in everything} - {"polyrep"}
+    assert named <= set(pinned) and pinned["torch"] == "2.13.0"
+    bounds = dict(d.split(">=") for d in project["dependencies"])
+    assert {k: f">={bounds[k]}" for k in ("transformers", "sentence-transformers")} == polyrep.hub.REQUIREMENTS
+
+
+def test_figures_in_readme_and_cards_stand_in_results():
+    """Every number with three decimals that a text quotes is one of results/, rounded."""
+    values: set[str] = set()
+
+    def collect(node: object) -> None:
+        if isinstance(node, dict | list):
+            for child in node.values() if isinstance(node, dict) else node:
+                collect(child)
+        elif isinstance(node, int | float):
+            values.add(f"{abs(node):.3f}".removeprefix("0"))
+
+    for file in (ROOT / "results").glob("*.json"):
+        collect(json.loads(file.read_text()))
+    texts = [ROOT / "README.md", *(ROOT / "model_cards").glob("*.md")]
+    quoted = {
+        (text.name, figure)
+        for text in texts
+        for figure in re.findall(r"(?<![\d.])0?(\.\d{3})(?!\d)", text.read_text())
+    }
+    assert quoted and not {q for q in quoted if q[1] not in values}
+
+
+@pytest.mark.parametrize("word", ["/" + "work/", "/" + "root/", "pypi" + ".org/simple"])
+def test_no_file_knows_the_machine_it_was_made_on(word):
+    texts = tracked(".py", ".md", ".yaml", ".yml", ".toml", ".json", ".txt", "Makefile", "run")
+    assert not [f for f in texts if word in f.read_text(encoding="utf-8", errors="ignore")]
+
+
+def test_the_data_folder_stays_small_enough_to_clone():
+    assert sum(f.stat().st_size for f in (ROOT / "data").rglob("*") if f.is_file()) <= 8_000_000
