@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 
 from .data import RetrievalDataset, load_retrieval_dataset
 from .errors import InputError
-from .hub import family_of, fetch, fingerprint, load
+from .hub import Encoder, family_of, fetch, fingerprint, load
 from .report import provenance, write_results
 from .retrievers import Ranking, rank_with_bm25, rank_with_model
 
@@ -109,7 +109,13 @@ def evaluate(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
             continue
         fingerprints[name] = fingerprint(folders[system])
         model = load(folders[system], trust_remote_code=args.trust_remote_code, dtype=weights)
+        if not isinstance(model, Encoder):
+            raise InputError(
+                f"{system}: the folder of a head, which encodes no text. Name the folder that has it on top."
+            )
         if args.max_length:
+            if model.max_seq_length is None:
+                raise InputError(f"{system}: has no maximal length, so --max_length {args.max_length} means nothing.")
             model.max_seq_length = args.max_length
         pooling = args.token_pooling if isinstance(model, MultiVectorEncoder) else None
         for dataset in datasets:

@@ -29,11 +29,12 @@ _RESULTS = {
     "claims": list,
 }
 _ROW = {"system": str, "dataset": str, "split": str, "metric": str, "value": (int, float)}
+_NONE: dict[str, Any] = {"value": 0}
 _CLAIM = {"claim": str, "value": (int, float), "target": (int, float, type(None)), "met": (bool, type(None))}
 
 
 def write_results(results: dict[str, Any], output: Path | None) -> str:
-    """Check results against the layout that all of polyrep shares and write ``<name>.json``, ``.md`` and ``.png``.
+    """Check results against the shared layout and write ``<name>.json``, ``.md`` and, where there are sizes, ``.png``.
 
     Args:
         results: ``name, command, created, commit, hardware, versions, seeds, settings_tried, models {system:
@@ -54,7 +55,8 @@ def write_results(results: dict[str, Any], output: Path | None) -> str:
         with staged_folder(output, merge=True) as staged:
             write_json(staged / f"{results['name']}.json", results)
             write_text(staged / f"{results['name']}.md", markdown)
-            draw(results, staged / f"{results['name']}.png")
+            if _points(results):
+                draw(results, staged / f"{results['name']}.png")
     return markdown
 
 
@@ -77,13 +79,14 @@ def to_markdown(results: dict[str, Any]) -> str:
         for row in results["rows"]:
             if (row["dataset"], row["split"]) == (dataset, split):
                 by_system.setdefault(row["system"], {})[row["metric"]] = row
-        best_first = sorted(by_system.items(), key=lambda item: item[1]["nDCG@10"]["value"], reverse=True)
+        best_first = sorted(by_system.items(), key=lambda item: item[1].get("nDCG@10", _NONE)["value"], reverse=True)
         table = [_table_cells(system, metrics) for system, metrics in best_first]
-        used = [column for column in table[0] if any(cells[column] for cells in table)]
-        queries = next(iter(by_system.values()))["nDCG@10"].get("queries")
+        columns = dict.fromkeys(column for cells in table for column in cells)
+        used = [column for column in columns if any(cells.get(column) for cells in table)]
+        queries = next(iter(by_system.values())).get("nDCG@10", _NONE).get("queries")
         lines += [f"## {dataset}, {split}" + (f" ({queries:,} queries)" if queries else ""), ""]
         lines += ["| " + " | ".join(used) + " |", "|" + "---|" * len(used)]
-        lines += ["| " + " | ".join(cells[column] for column in used) + " |" for cells in table] + [""]
+        lines += ["| " + " | ".join(cells.get(column, "") for column in used) + " |" for cells in table] + [""]
     if results["claims"]:
         lines += ["| claim | value | target | met |", "|---|---|---|---|"]
         lines += [
@@ -92,9 +95,14 @@ def to_markdown(results: dict[str, Any]) -> str:
         lines += [""]
     commit = results["commit"][:12] + results["commit"][40:]  # keeps -dirty
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    references = {row["reference"] for row in results["rows"] if "reference" in row}
+    if references:
+        lines += [
+            "Brackets: 95 % bootstrap interval over queries. Difference: nDCG@10 less that of "
+            f"{', '.join(sorted(references))}; p: paired two-sided bootstrap, Holm-corrected within each table.",
+            "",
+        ]
     lines += [
-        "Brackets: 95 % bootstrap interval over queries. p: paired two-sided bootstrap on nDCG@10, Holm-corrected.",
-        "",
         f"Made by `{results['command']}` on {results['hardware']}, commit {commit}, {versions}; "
         f"seeds {results['seeds']}, settings tried: {results['settings_tried']}.",
     ]
@@ -109,7 +117,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    points = [row for row in results["rows"] if row["metric"] == "nDCG@10" and row.get("bytes_per_document")]
+    points = _points(results)
     datasets = list(dict.fromkeys(row["dataset"] for row in points))
     families = list(dict.fromkeys(row["system"].partition(", ")[0] for row in points))
     figure, axes = plt.subplots(
@@ -138,6 +146,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=144)
     plt.close(figure)
+
+
+def _points(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows that have a place in the picture."""
+    return [row for row in results["rows"] if row["metric"] == "nDCG@10" and row.get("bytes_per_document")]
 
 
 def provenance(command: str) -> dict[str, Any]:
@@ -185,10 +198,16 @@ def _check_fields(entry: Any, layout: dict[str, Any], subject: str) -> None:
 
 
 def _table_cells(system: str, metrics: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Cells of one row by column; empty ones where a figure does not apply."""
+    """Cells of one row by column, empty where a figure does not apply; without nDCG@10, a column per metric."""
+    if "nDCG@10" not in metrics:
+        return {"system": system} | {metric: f"{row['value']:.4g}" for metric, row in metrics.items()}
     main = metrics["nDCG@10"]
     low, high = main.get("interval", (None, None))
-    difference = f"{main['difference']:+.3f} (p {max(main['p_value'], 0.001):.3f})" if "difference" in main else ""
+    difference = ""
+    if "difference" in main:
+        p_value = f"p {main['p_value']:.3f}" if main["p_value"] >= 0.001 else "p < 0.001"
+        difference = f"{main['difference']:+.3f} ({p_value})"
+    latency = [_or(main.get(f"search_ms_{p}"), ".1f") for p in ("p50", "p99")]
     return {
         "system": system,
         "nDCG@10": f"{main['value']:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else ""),
@@ -199,9 +218,7 @@ def _table_cells(system: str, metrics: dict[str, dict[str, Any]]) -> dict[str, s
         "active dims": _or(main.get("active_dims"), ".1f"),
         "FLOPs": _or(main.get("flops"), ".2f"),
         "encode docs/s": _or(main.get("encode_docs_per_s"), ",.0f"),
-        "search ms (p50 / p99)": " / ".join(_or(main.get(f"search_ms_{p}"), ".1f") for p in ("p50", "p99")).strip(
-            " /"
-        ),
+        "search ms (p50 / p99)": " / ".join(latency) if all(latency) else "",
     }
 
 

@@ -35,7 +35,8 @@ class Ranking:
         system: Name of the row in tables.
         positions: ``(queries, depth)`` positions of documents in the corpus, best first.
         scores: ``(queries, depth)`` their scores.
-        costs: Figures for the table; see :func:`costs_of`.
+        costs: Figures for the table; see :func:`costs_of`. ``search_ms`` is one query alone through exact search,
+            reading the index from its memory map included; with ``encode_docs_per_s`` it depends on the machine.
     """
 
     system: str

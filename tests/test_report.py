@@ -127,9 +127,16 @@ def test_the_best_system_comes_first_also_if_it_looks_equal():
 def test_the_table_has_the_columns_that_anything_is_in():
     header, model, bm25 = cells_of(to_markdown(results()), "system")
     assert header == ["system", "nDCG@10", "Recall@100", "difference", "bytes/doc"]
-    assert model == ["model", "0.750 [0.700, 0.800]", "", "+0.250 (p 0.001)", "1,000"]
+    assert model == ["model", "0.750 [0.700, 0.800]", "", "+0.250 (p < 0.001)", "1,000"]
     assert bm25 == ["BM25", "0.500 [0.400, 0.600]", "0.250", "", "100"]
     assert "## tiny, test (1,234 queries)" in to_markdown(results())
+
+
+def test_other_measurements_than_quality_are_shown_as_they_are_called():
+    seconds, joules = row("model", 12.3456, metric="seconds"), row("model", 7.0, metric="joules")
+    assert cells_of(to_markdown(results(seconds, joules)), "system")[1:] == [["model", "12.35", "7"]]
+    mixed = cells_of(to_markdown(results(seconds, row("BM25", 0.5))), "system")
+    assert mixed == [["system", "nDCG@10", "seconds"], ["BM25", "0.500", ""], ["model", "", "12.35"]]
 
 
 def test_each_data_set_and_split_has_a_table():
@@ -196,6 +203,14 @@ def test_three_files_are_written_and_the_table_is_returned(tmp_path):
     assert json.loads((tmp_path / "new" / "folder" / "example.json").read_text(encoding="utf-8")) == results()
     assert (tmp_path / "new" / "folder" / "example.md").read_text(encoding="utf-8") == markdown
     assert size_of(tmp_path / "new" / "folder" / "example.png")[0] > 0
+
+
+@pytest.mark.parametrize(
+    "rows", [[row("a", 0.5)], [row("a", 3.0, metric="seconds", bytes_per_document=9.0)]], ids=["no size", "no quality"]
+)
+def test_without_anything_to_draw_there_is_no_picture(tmp_path, rows):
+    write_results(results(*rows), tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"example.json", "example.md"}
 
 
 def test_files_of_other_results_stay(tmp_path):
