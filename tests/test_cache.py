@@ -11,7 +11,6 @@ import os
 import resource
 import shutil
 import signal
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -326,7 +325,7 @@ def test_a_type_that_caches_do_not_have_is_refused(sentence_model, tmp_path, dty
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 @pytest.mark.parametrize("model", [Fake(), FakeTokens()])
 def test_a_number_too_large_for_float16_is_refused_with_the_id_of_its_text(tmp_path, model):
-    texts = NUMBERS | {"large": "65504", "too large": "1e5", "last": "1"}
+    texts = NUMBERS | {"large": "65504", "zero": "0", "too large": "1e5", "last": "1"}
     kind = "tokens" if isinstance(model, FakeTokens) else "sentence"
     with pytest.raises(InputError, match="'too large': its vector is not finite in float16.*--dtype float32"):
         fake_embed(model, tmp_path, texts, kind=kind)
@@ -393,18 +392,28 @@ def test_of_two_processes_the_first_to_finish_keeps_its_cache(tmp_path):
     assert names(tmp_path / "ours") == [theirs.name]
 
 
-LIMITS = {0: "no byte", 100: "part of values.bin", 255: "all but its last byte", 300: "not the manifest"}
-"""Largest file, in bytes, that the disk takes; values.bin of 8 times 4 vectors of 2 numbers in float32 has 256."""
+FULL_DISKS = {
+    "no room": (8, 40, 0),
+    "room for a part of the vectors": (8, 40, 1000),
+    "room for all but their last byte": (8, 40, 8 * 40 * 8 - 1),
+    "room for them but not for their offsets": (300, 1, 300 * 8),
+    "room for both but not for the manifest": (8, 4, 8 * 4 * 8),
+    "enough room": (8, 40, 8 * 40 * 8),
+}
+"""Texts; characters of each, thus vectors, each of 2 numbers of 4 bytes; bytes of the largest file that fits.
+
+There is one offset of 8 bytes more than there are texts.
+"""
 
 
 def fill_the_disk_then_die(folder: str) -> None:
     """Runs in a process of its own. A limit on the size of files stands for a disk that is full."""
     cache.CHUNK = 3
     outcomes: dict[str, Any] = {}
-    texts = {f"d{i}": f"{i:04d}" for i in range(8)}  # four characters, thus four vectors each
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writing fails instead
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for limit in [*LIMITS, 100_000]:
+    for name, (count, length, limit) in FULL_DISKS.items():
+        texts = {f"d{i}": f"{i % 10:0{length}d}" for i in range(count)}
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
         try:
             written = fake_embed(FakeTokens(), Path(folder) / "full", texts, kind="tokens", dtype="float32")
@@ -412,7 +421,7 @@ def fill_the_disk_then_die(folder: str) -> None:
         except OSError as error:
             result = error.strerror or str(error)
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-        outcomes[str(limit)] = [result, names(Path(folder) / "full")]
+        outcomes[name] = [result, names(Path(folder) / "full")]
     print(json.dumps(outcomes), flush=True)
     fake_embed(Fake(lambda texts: texts[0] == "3" and os.kill(os.getpid(), signal.SIGKILL)), Path(folder) / "killed")
 
@@ -427,17 +436,16 @@ def dead(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     return folder, json.loads(process.stdout)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
 def test_a_full_disk_leaves_nothing(dead):
     _, outcomes = dead
-    for limit in LIMITS:
-        error, left = outcomes[str(limit)]
-        assert isinstance(error, str) and left == [], LIMITS[limit]
-    written, left = outcomes["100000"]
-    assert written == 256 and len(left) == 1
+    for name, (written, left) in outcomes.items():
+        if name == "enough room":
+            assert written == 8 * 40 * 8 and len(left) == 1
+        else:
+            assert (written, left) == ("File too large", []), name
+    assert outcomes.keys() == FULL_DISKS.keys()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
 def test_kill_9_leaves_nothing_that_counts_and_the_next_attempt_cleans_up(dead):
     folder = dead[0] / "killed"
     (leftover,) = names(folder)
