@@ -144,7 +144,8 @@ def open_cache(path: str | Path, key: dict[str, Any] | None = None) -> Embedding
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no readable manifest.json ({error}), so this is no embedding cache.") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    fields = {"key", "dim", "seconds", "arrays"}
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or fields - manifest.keys():
         raise InputError(
             f"{path}: manifest.json is not of format {FORMAT}, so the arrays mean something else. {remedy}"
         )
@@ -242,7 +243,8 @@ def _write(
                 for start in range(0, len(texts), CHUNK):
                     chunk = texts[start : start + CHUNK]
                     values, lengths, indices, dim = encode(model, chunk, key["task"], batch_size)
-                    values = values.astype(key["dtype"])
+                    with np.errstate(over="ignore"):  # an overflow is refused below, by the id of its text
+                        values = values.astype(key["dtype"])
                     _refuse_not_finite(values, lengths, ids[start : start + CHUNK], key["dtype"])
                     # Not tofile, which drops the last bytes without an error when the disk is full.
                     files["values"].write(np.ascontiguousarray(values).data)

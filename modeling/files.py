@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -26,8 +27,9 @@ def staged_folder(target: Path, *, merge: bool = False) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     host = socket.gethostname()
-    for leftover in target.parent.glob(f".{target.name}.{host}-*.partial"):
-        if not _is_running(int(leftover.name.rsplit("-", 1)[1].removesuffix(".partial"))):
+    ours = re.compile(re.escape(f".{target.name}.{host}-") + r"(\d+)\.partial")
+    for leftover in target.parent.iterdir():
+        if (found := ours.fullmatch(leftover.name)) and not _is_running(int(found[1])):
             shutil.rmtree(leftover, ignore_errors=True)
     staged = target.parent / f".{target.name}.{host}-{os.getpid()}.partial"
     shutil.rmtree(staged, ignore_errors=True)

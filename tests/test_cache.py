@@ -454,3 +454,23 @@ def test_kill_9_leaves_nothing_that_counts_and_the_next_attempt_cleans_up(dead):
     assert leftover.startswith(f".{embeddings.path.name}.")
     assert names(folder) == [embeddings.path.name]
     np.testing.assert_array_equal(embeddings.values[:, 0], range(8))
+
+
+def test_a_manifest_without_its_fields_is_refused(tmp_path):
+    folder = fake_embed(Fake(), tmp_path).path
+    (folder / "manifest.json").write_text(json.dumps({"format": cache.FORMAT}))
+    with pytest.raises(InputError, match="manifest.json is not of format"):
+        open_cache(folder)
+
+
+def test_only_leftovers_of_this_machine_and_of_dead_processes_are_removed(tmp_path):
+    from polyrep import files
+
+    host = files.socket.gethostname()
+    dead, other = f".x.{host}-999999999.partial", f".x.{host}-1-7.partial"
+    kept = [other, f".x.{host}-{os.getppid()}.partial", f".x.{host}-soon.partial"]
+    for name in (dead, *kept):
+        (tmp_path / name).mkdir()
+    with files.staged_folder(tmp_path / "x"):
+        pass
+    assert names(tmp_path) == sorted([*kept, "x"])
