@@ -120,10 +120,14 @@ def draw(results: dict[str, Any], path: Path) -> None:
     points = _points(results)
     datasets = list(dict.fromkeys(row["dataset"] for row in points))
     families = list(dict.fromkeys(row["system"].partition(", ")[0] for row in points))
+    columns = min(len(datasets), 2)
+    rows = -(-len(datasets) // columns)
     figure, axes = plt.subplots(
-        1, len(datasets), figsize=(1.5 + 4 * len(datasets), 4), squeeze=False, layout="constrained"
+        rows, columns, figsize=(1 + 4.5 * columns, 0.6 + 3.2 * rows), squeeze=False, layout="constrained"
     )
-    for axis, dataset in zip(axes[0], datasets, strict=True):
+    for unused in axes.flat[len(datasets) :]:
+        unused.set_visible(False)
+    for axis, dataset in zip(axes.flat, datasets, strict=False):
         for family in families:
             mine = sorted(
                 (row for row in points if row["dataset"] == dataset and row["system"].partition(", ")[0] == family),
@@ -137,13 +141,15 @@ def draw(results: dict[str, Any], path: Path) -> None:
             axis.errorbar(sizes, values, errors, fmt="o-", color=color, label=family, capsize=3, lw=1, elinewidth=0.8)
             for size, value, row in zip(sizes, values, mine, strict=True):
                 label = row["system"].partition(", ")[2].replace("hierarchical ", "k=")
-                axis.annotate(label, (size, value), (0, 6), textcoords="offset points", fontsize=7, ha="right")
+                below = (0, -12) if label == "mean" else (-2, 5)  # the mean and k=1 lie on one another
+                axis.annotate(label, (size, value), below, textcoords="offset points", fontsize=7, ha="right")
         axis.set_xscale("log")
+        axis.margins(x=0.12)
         axis.set_title(dataset)
-        axis.set_xlabel("bytes per document")
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("nDCG@10 (95 % interval)")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.supxlabel("bytes per document", fontsize="medium")
+    figure.supylabel("nDCG@10 (95 % interval)", fontsize="medium")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=144)
     plt.close(figure)
 
