@@ -20,7 +20,7 @@ from polyrep.cache import embed
 from polyrep.data import load_retrieval_dataset
 from polyrep.hub import fingerprint, load
 from polyrep.report import provenance, write_results
-from polyrep.scoring import exact_search
+from polyrep.scoring import exact_search, tie_ranks
 
 DATA = Path(__file__).parent.parent / "data" / "tldr_pages"
 
@@ -49,11 +49,13 @@ def main() -> None:
         for side in (queries, documents)
     ]
 
+    ranks = tie_ranks(list(texts))
+
     def loop() -> torch.Tensor:
         return torch.tensor([[(q @ d.T).amax(1).sum() for d in split[1]] for q in split[0]])
 
     def batched() -> torch.Tensor:
-        positions, scores = exact_search(queries, documents, list(texts), similarity="maxsim", k=len(texts))
+        positions, scores = exact_search(queries, documents, ranks, similarity="maxsim", k=len(texts))
         return torch.zeros(len(asked), len(texts)).scatter_(1, torch.from_numpy(positions), torch.from_numpy(scores))
 
     ways: dict[str, Callable[[], torch.Tensor]] = {

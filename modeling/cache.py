@@ -14,12 +14,14 @@ Four kinds of output::
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.metadata
 import json
 import logging
 import math
 import shutil
+import sys
 import tempfile
 import time
 import weakref
@@ -33,10 +35,11 @@ import torch
 from sentence_transformers import MultiVectorEncoder, SparseEncoder
 from sentence_transformers.base.modules.module import Module
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from .errors import InputError
 from .files import staged_folder, write_json
-from .hub import Encoder
+from .hub import VOLATILE, Encoder, without
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +189,8 @@ def cache_key(model: Encoder, texts: dict[str, str], *, task: str, kind: str, dt
         "max_length": None if model.max_seq_length == math.inf else model.max_seq_length,
         "truncate_dim": getattr(model, "truncate_dim", None),
         "texts": {"count": len(texts), "sha256": digest.hexdigest()},
+        "max_active_dims": getattr(model, "max_active_dims", None),
+        "module_kwargs": dict(getattr(model, "module_kwargs", None) or {}),
         "modules": [_describe(module) for module in model],
         "tokenizer": _tokenizer_hash(model),
         "versions": {
@@ -196,19 +201,19 @@ def cache_key(model: Encoder, texts: dict[str, str], *, task: str, kind: str, dt
 
 def _describe(module: torch.nn.Module) -> dict[str, Any]:
     """Class, config hash and weight hash of one module, taken from memory, so that an edited model differs."""
-    config = module.get_config_dict() if isinstance(module, Module) else {}
-    inner: Any = getattr(module, "model", None)
-    if hasattr(inner, "config") and hasattr(inner.config, "to_diff_dict"):
-        config = config | {"model": inner.config.to_diff_dict()}
-        for volatile in ("_name_or_path", "transformers_version"):
-            config["model"].pop(volatile, None)
+    configs: dict[str, Any] = {}
+    for name, part in module.named_modules():  # a Router holds further modules, and a module a model
+        if isinstance(part, Module):
+            configs[name] = part.get_config_dict()
+        elif isinstance(part, PreTrainedModel):
+            configs[name] = without(part.config.to_diff_dict(), VOLATILE)
     weights = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         weights.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return {
         "class": type(module).__name__,
-        "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+        "config": hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode()).hexdigest(),
         "weights": weights.hexdigest(),
     }
 
@@ -254,6 +259,8 @@ def _write(
                         counts.append(lengths)
                     rows, shape_tail = rows + len(values), values.shape[1:]
                     progress.update(len(chunk))
+                    del values, lengths, indices
+                    _return_freed_memory()
         finally:
             for file in files.values():
                 file.close()
@@ -267,6 +274,12 @@ def _write(
         write_json(
             staged / "manifest.json", {"format": FORMAT, "key": key, "dim": dim, "arrays": arrays, "seconds": seconds}
         )
+
+
+def _return_freed_memory() -> None:
+    """Give freed blocks back to the system: glibc keeps those of thousands of small arrays, and memory would creep."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 # Each returns values, rows per text (None: one), term indices (sparse only) and the width of a vector.

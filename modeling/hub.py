@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -39,9 +40,16 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 PREFIX = "polyrep_"
 """What every ``model_type`` of ours starts with."""
 
-_READABLE = ["*.json", "*.safetensors", "*.txt", "*.model", "*.py", "*.md", "*.jinja"]
-_TOKENIZERS = ("tokenizer.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-_VOLATILE = ("transformers_version", "_name_or_path", "__version__")
+_READABLE = ["*.json", "artifact.metadata", "*.safetensors", "*.txt", "*.model", "*.py", "*.md", "*.jinja"]
+_TOKENIZERS = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+VOLATILE = ("transformers_version", "_name_or_path", "__version__")
 
 
 def load(
@@ -69,8 +77,14 @@ def load(
         InputError: The folder is incomplete or damaged, or remote code was asked for without a revision.
     """
     folder = fetch(model, revision=revision, trust_remote_code=trust_remote_code)
+    if trust_remote_code and (foreign := _foreign_code(folder)):
+        raise InputError(
+            f"{folder}/config.json: takes its code from another repository ({foreign}), at whatever that holds today. "
+            "Refused; copy the code into the folder, or open the model without --trust_remote_code."
+        )
     if _is_head(folder):
-        return AutoModel.from_pretrained(folder, trust_remote_code=trust_remote_code, dtype=dtype or "auto")
+        head = AutoModel.from_pretrained(folder, trust_remote_code=trust_remote_code, dtype=dtype or "auto")
+        return head.to(device) if device else head
     encoder = family_of(folder)(
         str(folder),
         trust_remote_code=trust_remote_code,
@@ -91,10 +105,10 @@ def fetch(model: str | Path, *, revision: str | None = None, trust_remote_code: 
         return packaged_minilm()
     folder = Path(model)
     if not folder.is_dir():
-        if trust_remote_code and revision is None:
+        if trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
             raise InputError(
-                f"{model}: remote code was asked for without a revision, so its author could change what runs here. "
-                "Read the code, then pass its commit: --revision <40 hex digits>."
+                f"{model}: remote code was asked for at revision {revision}, so its author could change what runs "
+                "here. Read the code, then pass its commit: --revision <40 hex digits>."
             )
         try:
             folder = Path(huggingface_hub.snapshot_download(str(model), revision=revision, allow_patterns=_READABLE))
@@ -120,7 +134,7 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"{modules}: module path {outside[0]} leaves the folder. Refused; get a clean copy.")
     if not modules.is_file() and not (folder / "config.json").is_file():
         raise InputError(f"{folder}: neither modules.json nor config.json, so this is no model folder.")
-    weights = [file for part in dict.fromkeys([folder, *parts]) for file in sorted(part.glob("*.safetensors"))]
+    weights = _weights(folder)
     if not weights:
         pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
         remedy = (
@@ -135,7 +149,7 @@ def check_folder(folder: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file}: damaged or truncated ({error}). Delete it and fetch it again.") from None
-    if not _is_head(folder) and not any((part / name).is_file() for part in [folder, *parts] for name in _TOKENIZERS):
+    if not _is_head(folder) and not any(any(folder.rglob(name)) for name in _TOKENIZERS):
         raise InputError(
             f"{folder}: no tokenizer ({', '.join(_TOKENIZERS)}), so text cannot be encoded. "
             "Save the tokenizer of the model into the folder."
@@ -166,9 +180,13 @@ def packaged_minilm() -> Path:
 
 
 def family_of(folder: Path) -> type[Encoder]:
-    """The sentence-transformers class that ``config_sentence_transformers.json`` names."""
+    """The sentence-transformers class that the folder's files name; late-interaction models of others included."""
     config = folder / "config_sentence_transformers.json"
-    name = read_json(config).get("model_type", "SentenceTransformer") if config.is_file() else "SentenceTransformer"
+    name = read_json(config).get("model_type", "SentenceTransformer")
+    architectures = read_json(folder / "config.json").get("architectures") or [""]
+    late = architectures[0] == "HF_ColBERT" or architectures[0].endswith("ForRetrieval")
+    if name == "ColBERT" or (late and not config.is_file() and not (folder / "modules.json").is_file()):
+        return MultiVectorEncoder  # PyLate's name, Stanford's ColBERT, and the native ColPali family
     if name not in FAMILIES:
         raise InputError(f"{config}: model_type is {name!r}; expected one of {', '.join(FAMILIES)}.")
     return FAMILIES[name]
@@ -209,6 +227,9 @@ def localize(folder: str | Path) -> None:
     if not modules_file.is_file():
         return
     modules = read_json(modules_file)
+    for config in folder.rglob("config.json"):
+        if (content := read_json(config)).get("model_type", "").startswith(PREFIX):
+            write_json(config, without(content, ("_name_or_path",)))  # the builder's path is nobody's business
     for module in modules:
         name, _, class_name = module["type"].rpartition(".")
         stem = name.rpartition(".")[2]
@@ -232,21 +253,38 @@ def render_card(model: Any, template: str, **context: Any) -> ModelCard:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over the weight files and module configs of a model folder: equal if and only if the model is.
+    """SHA-256 over the weight files and module configs of a model folder.
 
-    Version stamps and the path a model was loaded from do not count, so a copy saved again has the same value.
+    Tokenizer, prompts and card do not count, nor do version stamps and the path a model was loaded from, so a copy
+    saved again has the same value.
     """
-    modules = folder / "modules.json"
-    parts = [part.get("path", "") for part in read_json(modules)] if modules.is_file() else [""]
     digest = hashlib.sha256()
-    for part in sorted({"", *parts}):
-        for file in sorted((folder / part).glob("*.safetensors")):
-            digest.update(f"{part}/{file.name}:{file_sha256(file)}\n".encode())
-        for name in ("config.json", "sentence_bert_config.json"):
-            if (folder / part / name).is_file():
-                content = {k: v for k, v in read_json(folder / part / name).items() if k not in _VOLATILE}
-                digest.update(f"{part}/{name}:{json.dumps(content, sort_keys=True)}\n".encode())
+    for file in _weights(folder):
+        digest.update(f"{file.relative_to(folder)}:{file_sha256(file)}\n".encode())
+    for name in ("config.json", "sentence_bert_config.json"):
+        for file in sorted(folder.rglob(name)):
+            content = json.dumps(without(read_json(file), VOLATILE), sort_keys=True)
+            digest.update(f"{file.relative_to(folder)}:{content}\n".encode())
     return digest.hexdigest()
+
+
+def _weights(folder: Path) -> list[Path]:
+    """Every weight file of a model folder, those of its modules and of their parts included, but no exports."""
+    files = sorted(folder.rglob("*.safetensors"))
+    return [file for file in files if not {"onnx", "openvino"} & set(file.relative_to(folder).parts)]
+
+
+def without(content: Any, keys: tuple[str, ...]) -> Any:
+    """A copy of parsed JSON without some keys, at every depth."""
+    if isinstance(content, dict):
+        return {k: without(v, keys) for k, v in content.items() if k not in keys}
+    return [without(v, keys) for v in content] if isinstance(content, list) else content
+
+
+def _foreign_code(folder: Path) -> str | None:
+    """A reference ``OTHER/REPOSITORY--file.Class`` to code that the folder does not carry itself, if there is one."""
+    references = read_json(folder / "config.json").get("auto_map") or {}
+    return next((str(r) for r in references.values() if "--" in str(r)), None)
 
 
 def file_sha256(path: Path) -> str:
@@ -269,19 +307,19 @@ def _is_head(folder: Path) -> bool:
 
 def _refuse_missing_weights(folder: Path, encoder: Encoder) -> None:
     """Refuse what transformers only logs: a weight that the file lacks and that starts afresh, in a model of ours."""
-    model = encoder.transformers_model
-    if model is None or not model.config.model_type.startswith(PREFIX):
-        return
-    stored: set[str] = set()
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as weights:
-            stored.update(weights.keys())
-    tied = set(getattr(model, "_tied_weights_keys", None) or {})
-    if missing := sorted(name for name, _ in model.named_parameters() if name not in stored | tied):
-        raise InputError(
-            f"{folder}: the weights file lacks {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''} "
-            f"({len(missing)} of them), which would be random numbers. Fetch or save the model again."
-        )
+    for part, module in zip(read_json(folder / "modules.json") or [], encoder, strict=False):
+        model = getattr(module, "model", None)
+        if not isinstance(model, PreTrainedModel) or not model.config.model_type.startswith(PREFIX):
+            continue
+        stored: set[str] = set(getattr(model, "all_tied_weights_keys", None) or {})
+        for file in (folder / part["path"]).glob("*.safetensors"):
+            with safe_open(file, framework="pt") as weights:
+                stored.update(weights.keys())
+        if missing := sorted(set(model.state_dict()) - stored):
+            raise InputError(
+                f"{folder / part['path']}: the weights file lacks {', '.join(missing[:3])} ({len(missing)} in all), "
+                "which would be random numbers. Fetch or save the model again."
+            )
 
 
 def read_json(path: Path) -> Any:

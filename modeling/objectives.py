@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from sentence_transformers.util import all_gather_with_grad, get_rank
+from sentence_transformers.util import all_gather_with_grad, get_rank, get_world_size
 from torch import Tensor
 
 
@@ -19,3 +19,14 @@ def gather(documents: Tensor) -> Tensor:
 def in_batch_labels(batch: int, device: torch.device | str) -> Tensor:
     """Column of each local query's own document among the gathered ones: ``(batch,)``."""
     return torch.arange(batch, device=device) + get_rank() * batch
+
+
+def row_uniform(batch: int, *shape: int, seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
+    """Uniform draws in [0, 1) for this process's rows of a step: ``(batch, *shape)``.
+
+    They follow from seed, step and the row's place in the whole batch, never from the rank, so several processes draw
+    what one with the whole batch would.
+    """
+    generator = torch.Generator().manual_seed(hash((seed, step)) % 2**63)
+    everyone = torch.rand(get_world_size() * batch, *shape, generator=generator)
+    return everyone[get_rank() * batch : (get_rank() + 1) * batch].to(device)

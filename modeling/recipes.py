@@ -11,6 +11,7 @@ import argparse
 import importlib
 import inspect
 import re
+import shlex
 import types
 from dataclasses import dataclass, field, make_dataclass
 from difflib import get_close_matches
@@ -103,6 +104,7 @@ class Plan:
     objective: type[torch.nn.Module]
     objective_arguments: dict[str, Any]
     args: Any
+    defaults: dict[str, Any]
     command: str
 
 
@@ -125,12 +127,22 @@ def resolve(argv: list[str], *, prog: str = "polyrep train") -> Plan:
     objective = _find_objective(name, family, room)
 
     groups: list[type] = [RecipeArguments]
+    # Fields that no flag can hold (lists, say) reach the config from the file as they are.
+    fixed = {k: v for k, v in method.items() if k not in ("model_type", "architectures", "auto_map")}
     if room:
+        fields = inspect.signature(room.config).parameters
+        if unknown := [k for k in fixed if k not in fields]:
+            raise InputError(
+                f"{run}/config.json: {unknown[0]!r} is no field of {room.config.__name__}, so it would be ignored. "
+                f"Fields: {', '.join(k for k in fields if k != 'kwargs')}."
+            )
         groups.append(_flags_of(room.config, f"method: {method['model_type']}", method))
     groups.append(_flags_of(objective, f"objective: {name}", {}))
     parser = _parser([*groups, TRAINERS[family][1]], prog)
-    known = {action.dest for action in parser._actions}
-    for key in defaults:
+    known = {action.dest: action for action in parser._actions}
+    for key, value in defaults.items():
+        if key in known and known[key].nargs == "+" and not isinstance(value, list):
+            raise InputError(f"{run}/recipe.yaml: {key}: {value!r} is not a list; write [{value}].")
         if key not in known:
             near = get_close_matches(key, known, n=1)
             raise InputError(
@@ -142,14 +154,17 @@ def resolve(argv: list[str], *, prog: str = "polyrep train") -> Plan:
     # The trainer's arguments start torch.distributed, so nothing above may fail on one process only.
     recipe, *middle, args = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
     method_flags: list[dict[str, Any]] = [dict(vars(part)) for part in middle]
-    config = method_flags.pop(0) if room else {}
+    config = fixed | method_flags.pop(0) if room else {}
     if not recipe.datasets:
         raise InputError(f"{run}: no training data. Name at least one with --datasets.")
     args.logging_nan_inf_filter = False  # a loss that is not finite must show, not be replaced by the last good one
     if not args.router_mapping:
         args.router_mapping = {"query": "query", "positive": "document"}
-    command = " ".join([f"accelerate launch {prog}" if prog.endswith(".py") else prog, *argv])
-    return Plan(run, room, recipe, config, objective, method_flags[0], args, command)
+    prompts = read_json(run / "config_sentence_transformers.json").get("prompts") or {}
+    if not args.prompts and prompts:  # encoding adds these by itself, training does not
+        args.prompts = {"query": prompts.get("query", ""), "positive": prompts.get("document", "")}
+    command = shlex.join([*(["accelerate", "launch"] if prog.endswith(".py") else []), *prog.split(), *argv])
+    return Plan(run, room, recipe, config, objective, method_flags[0], args, defaults, command)
 
 
 def _find_run(name: str) -> Path:
@@ -181,14 +196,17 @@ def _find_objective(name: str, family: str, room: Room | None) -> type[torch.nn.
 
 
 def _parser(groups: list[type], prog: str) -> HfArgumentParser:
-    return HfArgumentParser(
-        groups,  # type: ignore[arg-type]
-        prog=prog,
-        usage=f"{prog} RUN [--flag value ...]",
-        description="Train RUN, a folder such as hub_configs/late-interaction-minilm. Its recipe.yaml gives the "
-        "defaults shown here; any flag overrides them. Name a RUN before --help to see its method's flags too.",
-        allow_abbrev=False,
-    )
+    try:
+        return HfArgumentParser(
+            groups,  # type: ignore[arg-type]
+            prog=prog,
+            usage=f"{prog} RUN [--flag value ...]",
+            description="Train RUN, a folder such as hub_configs/late-interaction-minilm. Its recipe.yaml gives the "
+            "defaults shown here; any flag overrides them. Name a RUN before --help to see its method's flags too.",
+            allow_abbrev=False,
+        )
+    except argparse.ArgumentError as error:
+        raise InputError(f"two parts of this run have a flag of one name: {error}. Rename one argument.") from None
 
 
 def _flags_of(owner: type, group: str, defaults: dict[str, Any]) -> type:
@@ -207,6 +225,11 @@ def _flags_of(owner: type, group: str, defaults: dict[str, Any]) -> type:
             and get_args(hint)[1] is type(None)
         )
         if (get_args(hint)[0] if optional else hint) not in (int, float, str, bool):
+            required = (
+                parameter.default is inspect.Parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            )
+            if required and name not in ("self", "model", *defaults):
+                raise InputError(f"{owner.__name__}: needs {name!r}, which no flag can hold. Choose another class.")
             continue
         default = defaults.get(name, None if parameter.default is inspect.Parameter.empty else parameter.default)
         flags.append((name, hint, field(default=default, metadata={"help": helps.get(name, name).replace("%", "%%")})))

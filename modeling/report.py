@@ -106,7 +106,10 @@ def to_markdown(results: dict[str, Any]) -> str:
         f"Made by `{results['command']}` on {results['hardware']}, commit {commit}, {versions}; "
         f"seeds {results['seeds']}, settings tried: {results['settings_tried']}.",
     ]
-    lines += [f"{system}: SHA-256 {digest[:16]}." for system, digest in results["models"].items()]
+    lines += [
+        f"{system}: fingerprint {digest[:16]} (SHA-256 over weights and configs)."
+        for system, digest in results["models"].items()
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -180,7 +183,10 @@ def provenance(command: str) -> dict[str, Any]:
 
 def _commit() -> str:
     """Commit of the clone that runs, with ``-dirty`` for uncommitted changes; ``unknown`` outside a clone."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():  # installed: a commit found further up would be somebody else's
+        return "unknown"
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         described = subprocess.run(git, capture_output=True, text=True, check=False)
     except FileNotFoundError:  # no git on this machine

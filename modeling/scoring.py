@@ -49,7 +49,7 @@ def maxsim(queries: Tensor, documents: Tensor, query_mask: Tensor, document_mask
 def exact_search(
     queries: Embeddings,
     documents: Embeddings,
-    document_ids: list[str],
+    ranks: np.ndarray,
     *,
     similarity: str,
     k: int = 1000,
@@ -61,7 +61,7 @@ def exact_search(
     Args:
         queries: Encoded queries.
         documents: Encoded documents, of the same kind.
-        document_ids: Ids of the documents; they decide ties.
+        ranks: ``(documents,)`` what decides ties; see :func:`tie_ranks`.
         similarity: Name of the model's similarity: ``dot``, ``cosine``, ``euclidean``, ``manhattan`` for one vector a
             text, ``dot`` or ``cosine`` for sparse vectors, ``maxsim`` or ``meanmaxsim`` for several vectors.
         k: How many documents to keep at most.
@@ -79,10 +79,9 @@ def exact_search(
             f"queries are {queries.kind} of width {queries.dim}, documents {documents.kind} of width {documents.dim}: "
             "they come from different models and cannot be scored. Encode both with one model."
         )
-    # rank 0 wins ties; the position of each rank translates back at the end
-    position_of = torch.tensor(sorted(range(len(document_ids)), key=document_ids.__getitem__, reverse=True))
-    rank_of = torch.empty_like(position_of)
-    rank_of[position_of] = torch.arange(len(document_ids))
+    rank_of = torch.from_numpy(ranks)
+    position_of = torch.empty_like(rank_of)
+    position_of[rank_of] = torch.arange(len(ranks))
     k = min(k, len(documents))
     order = np.argsort(documents.lengths, kind="stable")  # equal lengths side by side: little padding
     found = []
@@ -101,6 +100,13 @@ def exact_search(
     best = torch.cat(found)
     scores = _scores_of(best)
     return position_of[0xFFFFFFFF - (best & 0xFFFFFFFF)].numpy(), scores.numpy()
+
+
+def tie_ranks(document_ids: list[str]) -> np.ndarray:
+    """Rank of each document among documents of equal score, 0 first: ``(documents,)``, the highest id winning."""
+    ranks = np.empty(len(document_ids), np.int64)
+    ranks[sorted(range(len(document_ids)), key=document_ids.__getitem__, reverse=True)] = np.arange(len(document_ids))
+    return ranks
 
 
 def _sort_keys(scores: Tensor, ranks: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import re
 import shutil
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +46,22 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
     plan = resolve(argv, prog=prog)
     args, recipe = plan.args, plan.recipe
     output = Path(args.output_dir)
+    if recipe.dry_run and args.process_index != 0:
+        return None
     resume = _checkpoint_to_resume(output, args.resume_from_checkpoint)
-    if not (resume or recipe.dry_run) and args.process_index == 0:
-        left = [path for path in [output / "final", *output.glob("checkpoint-*")] if path.exists()]
-        if left and not recipe.overwrite:
-            raise InputError(
-                f"{output}: holds {left[0].name} of an earlier run, which would be replaced. Go on from there with "
-                "--resume_from_checkpoint last, choose another --output_dir, or pass --overwrite."
-            )
-        for path in left:
-            shutil.rmtree(path)
+    started_from = {"backbone": recipe.backbone, "objective": recipe.objective, **plan.config}
+    earlier = [] if resume or recipe.dry_run else [output / "final", *output.glob("checkpoint-*")]
+    earlier = [path for path in earlier if path.exists()] if args.process_index == 0 else []
+    if earlier and not recipe.overwrite:
+        raise InputError(
+            f"{output}: holds {earlier[0].name} of an earlier run, which would be replaced. Go on from there with "
+            "--resume_from_checkpoint last, choose another --output_dir, or pass --overwrite."
+        )
+    if resume and (changed := [k for k, v in read_json(output / "run.json").items() if started_from.get(k) != v]):
+        raise InputError(
+            f"{output}: started with another {', '.join(changed)}, so going on would mix two runs. Leave these flags "
+            "as they were (run.json), or start anew in another --output_dir."
+        )
     if args.use_cpu:  # accelerate launch gives each process one thread unless told otherwise
         torch.set_num_threads(max(torch.get_num_threads(), (os.cpu_count() or 1) // args.world_size))
     set_seed(args.seed)
@@ -62,15 +69,19 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
         if recipe.dry_run:
             args.output_dir = scratch  # the trainer makes its folder at once
         init = Path(args.output_dir) / "init"
-        with args.main_process_first(desc="build the untrained model"):
+        with nullcontext() if recipe.dry_run else args.main_process_first(desc="build the untrained model"):
             if args.process_index == 0 and not (resume and init.exists()):
                 shutil.rmtree(init, ignore_errors=True)
                 build(plan, init)
-        model = load(init, trust_remote_code=True)
+                write_json(init.parent / "run.json", started_from)
+        # The code of a room is ours; any other code in the folder came with the backbone.
+        model = load(init, trust_remote_code=bool(plan.room) or recipe.trust_remote_code)
         trainer, counts = _trainer(plan, model)
         if recipe.dry_run:
             _print_plan(plan, model, trainer, counts, output)
             return None
+        for path in earlier:  # only now that nothing of the new run can be refused any more
+            shutil.rmtree(path)
         started = time.perf_counter()
         try:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -87,7 +98,11 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
         output / "training.json",
         provenance(plan.command)
         | {
-            "recipe": _changed(recipe, RecipeArguments()) | plan.config | plan.objective_arguments,
+            "recipe": plan.defaults | _changed(recipe, RecipeArguments()) | plan.config | plan.objective_arguments,
+            "learning_rate": args.learning_rate,
+            "steps": trainer.state.global_step,
+            "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+            "seed": args.seed,
             "backbone_fingerprint": fingerprint(fetch(recipe.backbone, revision=recipe.revision)),
             "fingerprint": fingerprint(final),
             "pairs": counts,
@@ -109,7 +124,10 @@ def build(plan: Plan, folder: Path) -> None:
     with staged_folder(folder) as staged:
         shutil.copytree(plan.run, staged, dirs_exist_ok=True, ignore=shutil.ignore_patterns("recipe.yaml"))
         if plan.room:
-            model = plan.room.model.from_encoder(str(backbone), **plan.config)  # type: ignore[attr-defined]
+            try:
+                model = plan.room.model.from_encoder(str(backbone), **plan.config)  # type: ignore[attr-defined]
+            except ValueError as error:  # how the config of a room refuses a value
+                raise InputError(str(error)) from error
             model.save_pretrained(staged)
             AutoTokenizer.from_pretrained(backbone).save_pretrained(staged)
             localize(staged)
@@ -137,17 +155,15 @@ def build(plan: Plan, folder: Path) -> None:
 class CheckpointCallback(TrainerCallback):
     """Makes every checkpoint a folder that opens without polyrep, and stops a run that is no longer finite."""
 
-    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Localise the checkpoint that was just written, or remove it if it holds a NaN."""
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        finite = all(torch.isfinite(parameter).all() for parameter in model.parameters())
-        if state.is_world_process_zero:
-            if finite:
-                localize(checkpoint)
-            else:
-                shutil.rmtree(checkpoint)
-        if not finite:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Raise InputError before a checkpoint is written, and an older one deleted for it, if a weight is NaN."""
+        if control.should_save and not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
             raise InputError(f"a weight is not finite at step {state.global_step}; {_WHEN_NOT_FINITE}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Localise the checkpoint that was just written."""
+        if state.is_world_process_zero:
+            localize(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Raise InputError on a NaN or infinite loss."""
@@ -189,7 +205,7 @@ def _trainer(plan: Plan, model: Encoder) -> tuple[Any, dict[str, int]]:
 
 def _print_plan(plan: Plan, model: Encoder, trainer: Any, counts: dict[str, int], output: Path) -> None:
     args = plan.args
-    per_epoch = max(len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps, 1)
+    per_epoch = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
     everything = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -234,7 +250,7 @@ def _is_complete(checkpoint: Path) -> bool:
 
 def _card_context(plan: Plan, counts: dict[str, int]) -> dict[str, Any]:
     return {
-        "command": f"accelerate launch train.py hub_configs/{plan.run.name}",
+        "command": plan.command,
         "backbone": plan.recipe.backbone,
         "objective": plan.recipe.objective,
         "pairs": counts,

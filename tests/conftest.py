@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers on every machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 
 import pytest

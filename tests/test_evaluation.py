@@ -354,7 +354,7 @@ def test_a_run_writes_table_picture_and_numbers(tmp_path, capsys, beir, folders)
     for system in systems:
         assert f"| {system} | {rows[system, 'nDCG@10']['value']:.3f} [" in markdown
     with Image.open(out / "x.png") as image:
-        assert image.format == "PNG" and image.size == (round((1.5 + 4) * 144), 4 * 144)
+        assert image.format == "PNG" and image.size == (int((1 + 4.5) * 144), int((0.6 + 3.2) * 144))
 
 
 def test_the_last_baseline_is_the_reference_unless_another_is_named(tmp_path, beir, folders):

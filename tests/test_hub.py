@@ -111,13 +111,39 @@ def test_a_folder_that_cannot_be_opened_is_refused_by_file_and_remedy(folder, da
 def test_names_that_lead_nowhere_are_refused():
     with pytest.raises(InputError, match="no such folder"):
         polyrep.load("./does/not/exist")
-    with pytest.raises(InputError, match="(?s)without a revision.*--revision"):
-        polyrep.load("someone/model", trust_remote_code=True)
+    for revision in (None, "main"):
+        with pytest.raises(InputError, match=f"(?s)at revision {revision}.*--revision"):
+            polyrep.load("someone/model", trust_remote_code=True, revision=revision)
+
+
+@pytest.mark.parametrize(
+    ("settings", "architecture", "family"),
+    [
+        (None, "BertModel", "SentenceTransformer"),
+        (None, "HF_ColBERT", "MultiVectorEncoder"),
+        (None, "ColPaliForRetrieval", "MultiVectorEncoder"),
+        ({"model_type": "ColBERT"}, "BertModel", "MultiVectorEncoder"),
+        ({"model_type": "SparseEncoder"}, "ToyForRetrieval", "SparseEncoder"),
+        ({}, "BertModel", "SentenceTransformer"),
+    ],
+)
+def test_the_family_is_the_one_that_the_files_name(tmp_path, settings, architecture, family):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    if settings is not None:
+        (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    assert hub.family_of(tmp_path).__name__ == family
 
 
 def test_the_fingerprint_follows_weights_and_configs_only(folder, tmp_path):
     original = hub.fingerprint(folder)
-    edit_json(folder / "config.json", transformers_version="0.0.0")
+    edit_json(folder / "config.json", transformers_version="0.0.0", nested={"_name_or_path": "/somewhere"})
+    edit_json(folder / "config.json", nested={"_name_or_path": "/elsewhere"})
+    nested = hub.fingerprint(folder)
+    edit_json(folder / "config.json", nested={})
+    assert hub.fingerprint(folder) == nested
+    content = json.loads((folder / "config.json").read_text())
+    content.pop("nested")
+    (folder / "config.json").write_text(json.dumps(content))
     (folder / "README.md").write_text("another card")
     assert hub.fingerprint(folder) == original
     copy = tmp_path / "copy"

@@ -163,7 +163,7 @@ def test_the_table_says_where_its_numbers_come_from():
         assert f"commit {content['commit'][:12]}{dirty}, " in markdown
     assert f"`{content['command']}`" in markdown and content["hardware"] in markdown
     assert "seeds [0], settings tried: 3." in markdown
-    assert f"model: SHA-256 {content['models']['model'][:16]}." in markdown
+    assert f"model: fingerprint {content['models']['model'][:16]} " in markdown
 
 
 # Picture
@@ -180,8 +180,12 @@ def test_the_picture_has_a_panel_for_each_data_set(tmp_path):
     draw(results(), tmp_path / "one.png")
     second = [r | {"dataset": "large"} for r in results()["rows"][2:]]  # without BM25
     draw(results(*results()["rows"], *second), tmp_path / "two.png")
-    (width, height), (wider, same) = (size_of(tmp_path / f"{name}.png") for name in ("one", "two"))
-    assert (wider - width, same - height) == (4 * 144, 0)  # inches a panel, at 144 dots an inch
+    third = [r | {"dataset": "huge"} for r in second]
+    draw(results(*results()["rows"], *second, *third), tmp_path / "three.png")
+    sizes = [size_of(tmp_path / f"{name}.png") for name in ("one", "two", "three")]
+    (width, height), (wider, same), (_, higher) = sizes
+    # Inches a panel, at 144 dots an inch; a third panel starts a second row, and a dot is cut.
+    assert (wider - width, same - height) == (4.5 * 144, 0) and abs(higher - same - 3.2 * 144) <= 1
 
 
 def test_equal_values_have_an_interval_of_length_zero(tmp_path):

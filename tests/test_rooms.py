@@ -15,6 +15,7 @@ import torch
 from conftest import QUERIES, ROOT, run_python
 from room_examples import EXAMPLES, Example
 from safetensors.torch import load_file, save_file
+from sentence_transformers import MultiVectorEncoder
 from transformers import AutoModel
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
@@ -64,6 +65,15 @@ for name, (folder, again, wrong) in jobs["folders"].items():
     config = json.load(open(f"{folder}/config.json"))
     auto = AutoModel.from_pretrained(folder, trust_remote_code=True)
     entry["auto"] = [type(auto).__name__, config["architectures"][0]]
+    entry["heads"] = []
+    for module in json.load(open(f"{folder}/modules.json")):
+        part = f"{folder}/{module['path']}"
+        if module["path"] and json.load(open(f"{part}/config.json")).get("model_type", "").startswith("polyrep_"):
+            head = AutoModel.from_pretrained(part, trust_remote_code=True)
+            door = type(model[module["idx"]]).from_pretrained(part).model
+            named = json.load(open(f"{part}/config.json"))["architectures"][0]
+            sums = [float(sum(p.double().abs().sum() for p in m.parameters())) for m in (head, door)]
+            entry["heads"].append([type(head).__name__, type(door).__name__, named, *sums])
     if config["model_type"].startswith("polyrep_"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         tokens = tokenizer(texts, padding=True, return_tensors="pt")
@@ -149,12 +159,27 @@ def test_automodel_gives_the_class_that_the_config_names_in_both_worlds(saved, o
             assert seen[name]["auto"] == [here, here]
 
 
+def test_heads_open_by_themselves_through_automodel_and_through_their_module(examples, opened):
+    heads = 0
+    for room, kind, model in kinds(examples):
+        own = [m.model for m in model if getattr(m, "model", None) and len(model) > 1 and m is not model[0]]
+        for seen in opened:
+            entries = seen[f"{room}/{kind}"]["heads"]
+            assert len(entries) == len(own)
+            for head, (auto, door, named, *sums) in zip(own, entries, strict=True):
+                assert auto == door == named == type(head).__name__
+                expected = sum(p.detach().double().abs().sum().item() for p in head.parameters())
+                np.testing.assert_allclose(sums, [expected, expected], rtol=1e-6)
+                heads += 1
+    assert heads
+
+
 def test_automodel_gives_the_representation_and_no_token_states(examples, opened):
     for room, kind, model in kinds(examples):
         for seen in opened:
             entry = seen[f"{room}/{kind}"]
             assert not entry.get("last_hidden_state", False)
-            if entry.get("auto_query"):
+            if kind == "retriever" and not isinstance(model, MultiVectorEncoder):
                 np.testing.assert_allclose(model.encode_query(TEXTS), entry["auto_query"], atol=1e-5)
 
 
@@ -207,6 +232,31 @@ def test_a_dropped_weight_is_refused_by_load_and_never_garbage_with_automodel(ex
             fresh.append(AutoModel.from_pretrained(folder, trust_remote_code=True).get_parameter(example.weight))
         assert fresh[0].shape == shape and torch.equal(*fresh), "an initialised weight follows the seed"
         assert 0 < fresh[0].abs().max() < 1
+
+
+def test_a_weight_dropped_from_a_head_in_a_pipeline_is_refused(examples, saved, tmp_path):
+    for name, source in saved.items():
+        for part in {json_part["path"] for json_part in json.loads((source / "modules.json").read_text())} - {""}:
+            if (
+                not json.loads((source / part / "config.json").read_text())
+                .get("model_type", "")
+                .startswith("polyrep_")
+            ):
+                continue
+            folder = tmp_path / name
+            shutil.copytree(source, folder)
+            weights = load_file(folder / part / "model.safetensors")
+            dropped = sorted(weights)[0]
+            weights.pop(dropped)
+            save_file(weights, folder / part / "model.safetensors", metadata={"format": "pt"})
+            with pytest.raises(InputError, match=dropped):
+                polyrep.load(folder, trust_remote_code=True)
+
+
+def test_no_saved_config_tells_where_it_was_built(saved):
+    for folder in saved.values():
+        for config in folder.rglob("config.json"):
+            assert str(folder.parent.parent.parent) not in config.read_text()
 
 
 def test_configs_refuse_bad_values_by_name(examples):

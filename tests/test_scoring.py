@@ -76,7 +76,7 @@ def cases() -> list[tuple[str, Embeddings, Embeddings]]:
 def test_search_finds_what_a_loop_finds(monkeypatch, similarity, queries, documents, budget):
     monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", budget)
     ids = [f"d{i}" for i in range(len(documents))]
-    positions, scores = scoring.exact_search(queries, documents, ids, similarity=similarity, k=10)
+    positions, scores = scoring.exact_search(queries, documents, scoring.tie_ranks(ids), similarity=similarity, k=10)
     for row, query in enumerate(texts_of(queries)):
         expected = [(brute_force(query, d, similarity), ids[i], i) for i, d in enumerate(texts_of(documents))]
         best = sorted(expected, key=lambda e: (round(e[0], 5), e[1]), reverse=True)[:10]
@@ -93,7 +93,9 @@ def test_ties_go_to_the_higher_document_id_also_at_the_cut(monkeypatch):
     values[6, 0] = -0.0
     query = np.eye(1, 7, dtype=np.float32)
     ids = ["b", "a", "i", "c", "d", "h", "g", "e", "f"]
-    positions, scores = scoring.exact_search(dense(query), dense(values), ids, similarity="dot", k=4)
+    positions, scores = scoring.exact_search(
+        dense(query), dense(values), scoring.tie_ranks(ids), similarity="dot", k=4
+    )
     assert [ids[p] for p in positions[0]] == ["d", "i", "h", "g"]
     assert scores[0].tolist() == [1.0, 0.0, 0.0, 0.0]
 
@@ -108,7 +110,9 @@ def test_sort_keys_keep_the_order_of_every_sign_and_the_score_itself():
 def test_a_document_without_vectors_comes_last():
     rng = np.random.default_rng(1)
     queries, documents = ragged(rng, [3]), ragged(rng, [2, 0, 4])
-    positions, scores = scoring.exact_search(queries, documents, ["a", "b", "c"], similarity="maxsim", k=3)
+    positions, scores = scoring.exact_search(
+        queries, documents, scoring.tie_ranks(["a", "b", "c"]), similarity="maxsim", k=3
+    )
     assert positions[0, -1] == 1 and scores[0, -1] == scoring.EMPTY_DOCUMENT_SCORE
 
 
@@ -122,9 +126,13 @@ def test_maxsim_ignores_padding():
 
 def test_embeddings_that_do_not_fit_together_are_refused():
     with pytest.raises(InputError, match="width 3.*width 4"):
-        scoring.exact_search(dense(np.ones((1, 3))), dense(np.ones((2, 4))), ["a", "b"], similarity="dot")
+        scoring.exact_search(
+            dense(np.ones((1, 3))), dense(np.ones((2, 4))), scoring.tie_ranks(["a", "b"]), similarity="dot"
+        )
     with pytest.raises(InputError, match="'maxsim'|'euclidean'"):
         rng = np.random.default_rng(3)
-        scoring.exact_search(sparse(rng, 2), sparse(rng, 2), ["a", "b"], similarity="euclidean")
+        scoring.exact_search(sparse(rng, 2), sparse(rng, 2), scoring.tie_ranks(["a", "b"]), similarity="euclidean")
     with pytest.raises(InputError, match="not finite"):
-        scoring.exact_search(dense(np.full((1, 3), np.nan)), dense(np.ones((1, 3))), ["a"], similarity="dot")
+        scoring.exact_search(
+            dense(np.full((1, 3), np.nan)), dense(np.ones((1, 3))), scoring.tie_ranks(["a"]), similarity="dot"
+        )

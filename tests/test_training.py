@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from toy.objective import ToyLoss
 
 import polyrep
-from polyrep import InputError, recipes, training
+from polyrep import InputError, objectives, recipes, training
 from polyrep.cli import main
 
 
@@ -88,7 +89,7 @@ class Interrupt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGINT)
 
 plain = training.CheckpointCallback
-training.CheckpointCallback = lambda: type("Both", (plain, Interrupt), {})()
+training.CheckpointCallback = lambda: type("Both", (Interrupt, plain), {})()
 sys.exit(main(sys.argv[1:]))
 """
     result = run_python("-c", interrupt, "train", str(toy_run), "--output_dir", str(output))
@@ -207,6 +208,64 @@ def test_what_cannot_be_trained_is_refused(toy_run, tmp_path, capsys, changes, f
     assert main(["train", str(run), "--output_dir", str(tmp_path / "out"), *flags]) == 2
     assert pytest.raises(InputError, match="(?s)" + words).matches(InputError(capsys.readouterr().err))
     assert not (tmp_path / "out" / "final").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "words"),
+    [
+        ("config.json", {"projektion_dim": 4}, "'projektion_dim' is no field of ToyConfig"),
+        ("config.json", {"projection_dim": 0}, "projection_dim=0"),
+        ("recipe.yaml", {"freeze": "encoder"}, r"'encoder' is not a list; write \[encoder\]"),
+        ("recipe.yaml", {"objective": "MatryoshkaLoss"}, "needs 'loss', which no flag can hold"),
+    ],
+)
+def test_run_files_are_checked_before_anything_is_made(toy_run, tmp_path, capsys, file, changes, words):
+    run = edit_recipe(toy_run, tmp_path / "run", **(changes if file == "recipe.yaml" else {}))
+    if file == "config.json":
+        (run / file).write_text(json.dumps(json.loads((run / file).read_text()) | changes))
+    assert main(["train", str(run), "--output_dir", str(tmp_path / "out")]) == 2
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_overwrite_deletes_nothing_before_the_new_run_can_start(toy_run, tmp_path):
+    output = tmp_path / "out"
+    (output / "final").mkdir(parents=True)
+    flags = ["--output_dir", str(output), "--overwrite"]
+    assert main(["train", str(toy_run), *flags, "--freeze", "nothing"]) == 2
+    assert (output / "final").is_dir()
+
+
+def test_a_run_resumed_with_another_model_is_refused(toy_run, trained, tmp_path, capsys):
+    output = tmp_path / "out"
+    shutil.copytree(trained, output)
+    flags = ["--output_dir", str(output), "--resume_from_checkpoint", "last", "--projection_dim", "5"]
+    assert main(["train", str(toy_run), *flags]) == 2
+    assert "another projection_dim" in capsys.readouterr().err
+
+
+def test_code_of_another_repository_in_a_backbone_does_not_run(toy_run, backbone, tmp_path):
+    """The map survives in the saved config; training must neither fetch what it names nor fail on it."""
+    changed = tmp_path / "backbone"
+    shutil.copytree(backbone, changed)
+    config = json.loads((changed / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "someone/else--modeling_x.X"}
+    (changed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="someone/else"):
+        polyrep.load(changed, trust_remote_code=True)
+    assert polyrep.load(changed, device="cpu").encode(["file"]).shape == (1, 32)
+
+
+def test_draws_follow_seed_step_and_row_but_not_the_rank(monkeypatch):
+    whole = objectives.row_uniform(6, 2, seed=3, step=7)
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(objectives, "get_world_size", lambda: 3)
+        monkeypatch.setattr(objectives, "get_rank", lambda rank=rank: rank)
+        parts.append(objectives.row_uniform(2, 2, seed=3, step=7))
+    assert torch.equal(torch.cat(parts), whole) and 0 <= whole.min() and whole.max() < 1
+    monkeypatch.undo()
+    assert not torch.equal(objectives.row_uniform(6, 2, seed=3, step=8), whole)
+    assert not torch.equal(objectives.row_uniform(6, 2, seed=4, step=7), whole)
 
 
 def test_an_earlier_run_is_not_replaced_by_accident(toy_run, trained, capsys):
