@@ -87,6 +87,22 @@ def test_constraints_name_exact_versions_of_every_dependency():
     assert {k: f">={bounds[k]}" for k in ("transformers", "sentence-transformers")} == polyrep.hub.REQUIREMENTS
 
 
+def test_the_table_in_readme_is_that_of_results():
+    rows = json.loads((ROOT / "results" / "baselines.json").read_text())["rows"]
+    measured = {(r["system"], r["dataset"]): f"{r['value']:.3f}" for r in rows if r["metric"] == "nDCG@10"}
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    start = next(i for i, row in enumerate(cells) if row[0] == "system")
+    systems = 0
+    for row in cells[start + 2 :]:
+        if len(row) != len(cells[start]):
+            break
+        quoted = dict(zip(cells[start][1:5], row[1:5], strict=True))
+        assert quoted == {dataset: measured[row[0], dataset] for dataset in quoted}
+        systems += 1
+    assert systems >= 4
+
+
 def test_figures_in_readme_and_cards_stand_in_results():
     """Every number with three decimals that a text quotes is one of results/, rounded."""
     values: set[str] = set()
