@@ -81,7 +81,7 @@ def main() -> None:
         **provenance(shlex.join(["python", *sys.argv])),
         "seeds": [],
         "settings_tried": 1,
-        "models": {Path(args.model).name: fingerprint(Path(args.model))},
+        "models": {args.model: fingerprint(Path(args.model))},
         "rows": rows,
         "claims": [],
     }
