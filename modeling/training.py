@@ -48,6 +48,11 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
     output = Path(args.output_dir)
     if recipe.dry_run and args.process_index != 0:
         return None
+    if args.n_gpu > 1:
+        raise InputError(
+            f"one process sees {args.n_gpu} GPUs, which would train with another batch size than the recipe's. Start "
+            "with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES."
+        )
     resume = _checkpoint_to_resume(output, args.resume_from_checkpoint)
     started_from = {"backbone": recipe.backbone, "objective": recipe.objective, **plan.config}
     earlier = [] if resume or recipe.dry_run else [output / "final", *output.glob("checkpoint-*")]

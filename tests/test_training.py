@@ -288,3 +288,9 @@ def test_unknown_commands_and_runs_say_what_there_is(capsys):
     assert main(["fly"]) == 2 and "train" in capsys.readouterr().out
     assert main(["train", "no-such-run"]) == 2 and "late-interaction-minilm" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_several_gpus_in_one_process_are_refused(toy_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recipes.SentenceTrainingArguments, "n_gpu", 2)
+    assert main(["train", str(toy_run), "--output_dir", str(tmp_path / "out")]) == 2
+    assert "2 GPUs" in capsys.readouterr().err and not (tmp_path / "out").exists()
