@@ -255,7 +255,8 @@ def _is_complete(checkpoint: Path) -> bool:
 
 def _card_context(plan: Plan, counts: dict[str, int]) -> dict[str, Any]:
     return {
-        "command": plan.command,
+        # Where the model was written is a matter of the machine that made it.
+        "command": re.sub(r" --output_dir ('[^']*'|\S+)", "", plan.command),
         "backbone": plan.recipe.backbone,
         "objective": plan.recipe.objective,
         "pairs": counts,

@@ -38,11 +38,12 @@ def edit_recipe(run: Path, folder: Path, **changes: object) -> Path:
 def trained(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps in this process, a checkpoint after three."""
     output = tmp_path_factory.mktemp("runs") / "toy"
-    assert main(["train", str(toy_run), "--output_dir", str(output)]) == 0
+    flags = ["--output_dir", str(output), "--card", "late_interaction"]
+    assert main(["train", str(toy_run), *flags]) == 0
     return output
 
 
-def test_training_writes_a_folder_that_opens_and_differs_from_its_start(trained):
+def test_training_writes_a_folder_that_opens_and_differs_from_its_start(trained, toy_run):
     model = polyrep.load(trained / "final", trust_remote_code=True)
     start = load_file(trained / "init" / "model.safetensors")
     moved = {
@@ -53,6 +54,9 @@ def test_training_writes_a_folder_that_opens_and_differs_from_its_start(trained)
     assert len(losses(trained)) == 6
     record = json.loads((trained / "training.json").read_text())
     assert record["fingerprint"] == polyrep.hub.fingerprint(trained / "final")
+    card = (trained / "final" / "README.md").read_text()
+    assert str(trained) in record["command"] and str(trained) not in card
+    assert f"| command | `polyrep train {toy_run} --card late_interaction` |" in card
     assert record["pairs"] == {"tiny": 4} and record["recipe"]["temperature"] == 0.1
 
 
