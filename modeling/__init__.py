@@ -53,3 +53,6 @@ def register(room: Room) -> None:
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, model, exist_ok=True)
     ROOMS[room.config.model_type] = room
+
+
+from . import dense2sparse  # noqa: E402  registers itself, for which it needs what is above

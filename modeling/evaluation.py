@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 
 from .data import RetrievalDataset, load_retrieval_dataset
 from .errors import InputError
-from .hub import Encoder, family_of, fetch, fingerprint, load
+from .hub import Encoder, family_of, fastest_dtype, fetch, fingerprint, load
 from .report import provenance, write_results
 from .retrievers import Ranking, rank_with_bm25, rank_with_model
 
@@ -94,7 +94,7 @@ def evaluate(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
     _refuse_doubles(args.dataset, [dataset.name for dataset in datasets])
     reference = args.reference or _display_name(baselines[-1] if baselines else systems[0])
     _refuse_unknown(reference.partition(", ")[0], names)  # a comma and what follows name a pooling
-    weights = _weights_dtype(args.model_dtype)
+    weights = fastest_dtype(args.model_dtype)
     remote: dict[str, Any] = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     folders = {system: fetch(system, **remote) for system in systems if system != "bm25"}
     if args.token_pooling and MultiVectorEncoder not in map(family_of, folders.values()):
@@ -147,10 +147,18 @@ def table_rows(
 ) -> list[dict[str, Any]]:
     """Rows of one data set: every system and metric with its interval, and on nDCG@10 the test against a reference.
 
+    Several rankings of one system are its seeds: they are averaged for each query before anything is resampled.
+
     Raises:
         InputError: No system is called ``reference``.
     """
-    values = {ranking.system: per_query_metrics(dataset, ranking) for ranking in rankings}
+    seeds: dict[str, list[Ranking]] = {}
+    for ranking in rankings:
+        seeds.setdefault(ranking.system, []).append(ranking)
+    values = {}
+    for system, repeated in seeds.items():
+        measured = [per_query_metrics(dataset, ranking) for ranking in repeated]
+        values[system] = {metric: np.stack([m[metric] for m in measured]) for metric in METRICS}  # (seeds, queries)
     _refuse_unknown(reference, values)
     others = [system for system in values if system != reference]
     tests = dict(
@@ -159,22 +167,25 @@ def table_rows(
         )
     )
     rows = []
-    for ranking in rankings:
+    for system, repeated in seeds.items():
         for metric in METRICS:
-            scores = values[ranking.system][metric]
+            scores = values[system][metric]
             row: dict[str, Any] = {
-                "system": ranking.system,
+                "system": system,
                 "dataset": dataset.name,
                 "split": dataset.split,
                 "metric": metric,
                 "value": float(scores.mean()),
                 "interval": list(bootstrap_interval(scores, seed)),
-                "queries": len(scores),
+                "queries": scores.shape[1],
             }
+            if len(repeated) > 1:
+                row |= {"seeds": len(repeated), "std": float(scores.mean(axis=1).std(ddof=1))}
             if metric == "nDCG@10":
-                row |= ranking.costs
-                if ranking.system in tests:
-                    row |= {"reference": reference} | tests[ranking.system]
+                costs = [ranking.costs for ranking in repeated]
+                row |= {name: float(np.mean([cost[name] for cost in costs])) for name in costs[0]}
+                if system in tests:
+                    row |= {"reference": reference} | tests[system]
             rows.append(row)
     return rows
 
@@ -290,14 +301,3 @@ def _display_name(system: str) -> str:
         return "all-MiniLM-L6-v2"
     path = Path(system)
     return path.parent.name if path.name == "final" and path.parent.name else path.name
-
-
-def _weights_dtype(name: str) -> torch.dtype:
-    """Type of the weights; ``auto`` halves them where the processor computes in bfloat16, which costs < 0.2 points."""
-    if name == "auto":
-        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-        half = torch.accelerator.is_available() or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-        return torch.bfloat16 if half else torch.float32
-    if name not in ("float32", "bfloat16", "float16"):
-        raise InputError(f"--model_dtype {name!r}: use float32, bfloat16, float16 or auto.")
-    return getattr(torch, name)

@@ -28,7 +28,7 @@ from sentence_transformers import (
     SparseEncoderTrainer,
     SparseEncoderTrainingArguments,
 )
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, PretrainedConfig, TrainingArguments
 
 from . import ROOMS, Room
 from .errors import InputError
@@ -56,6 +56,13 @@ class MultiVectorTrainingArguments(MultiVectorEncoderTrainingArguments):
     _argument_group_name = "training (MultiVectorEncoderTrainingArguments)"
 
     max_length: int | None = field(default=None, metadata={"help": "Tokens per text while training."})
+
+
+@dataclass
+class HeadTrainingArguments(TrainingArguments):
+    """The stock arguments of transformers, for a head on cached embeddings."""
+
+    _argument_group_name = "training (TrainingArguments)"
 
 
 TRAINERS: dict[str, tuple[type, type, str]] = {
@@ -94,8 +101,30 @@ class RecipeArguments:
 
 
 @dataclass
+class HeadArguments:
+    """How the frozen backbone's embeddings are cached, what a step sees of them, and what the head goes into."""
+
+    _argument_group_name = "cached embeddings"
+
+    cache_dir: str = field(default=".cache/embeddings", metadata={"help": "Where embeddings are kept."})
+    model_dtype: str = field(
+        default="auto", metadata={"help": "Backbone's weights while encoding; auto for the fastest safe."}
+    )
+    encode_batch_size: int = field(default=32, metadata={"help": "Texts per forward pass of the backbone."})
+    negatives: int = field(default=2, metadata={"help": "Documents drawn per query from the backbone's nearest."})
+    depth: int = field(default=100, metadata={"help": "How many of the nearest they are drawn from."})
+    head_only: bool = field(
+        default=False, metadata={"help": "Write <output_dir>/head alone, to attach to the backbone by hand."}
+    )
+    pipeline: bool = field(
+        default=False,
+        metadata={"help": "Put the head behind the backbone's own modules, where one folder cannot hold them."},
+    )
+
+
+@dataclass
 class Plan:
-    """A resolved run, ready to build: the parsed flags in their four groups."""
+    """A resolved run, ready to build: the parsed flags in their groups."""
 
     run: Path
     room: Room | None
@@ -106,6 +135,7 @@ class Plan:
     args: Any
     defaults: dict[str, Any]
     command: str
+    head: HeadArguments | None = None
 
 
 def resolve(argv: list[str], *, prog: str = "polyrep train") -> Plan:
@@ -126,19 +156,22 @@ def resolve(argv: list[str], *, prog: str = "polyrep train") -> Plan:
     name = chooser.parse_known_args(flags)[0].objective
     objective = _find_objective(name, family, room)
 
-    groups: list[type] = [RecipeArguments]
+    on_cache = hasattr(objective, "trains_on")  # a head over cached embeddings
+    groups: list[type] = [RecipeArguments, *([HeadArguments] if on_cache else [])]
+    arguments = HeadTrainingArguments if on_cache else TRAINERS[family][1]
     # Fields that no flag can hold (lists, say) reach the config from the file as they are.
     fixed = {k: v for k, v in method.items() if k not in ("model_type", "architectures", "auto_map")}
     if room:
-        fields = inspect.signature(room.config).parameters
+        fields = [name for owner in _config_classes(room.config) for name in inspect.signature(owner).parameters]
         if unknown := [k for k in fixed if k not in fields]:
             raise InputError(
                 f"{run}/config.json: {unknown[0]!r} is no field of {room.config.__name__}, so it would be ignored. "
                 f"Fields: {', '.join(k for k in fields if k != 'kwargs')}."
             )
-        groups.append(_flags_of(room.config, f"method: {method['model_type']}", method))
+        owner = room.head.config_class if on_cache and room.head else room.config
+        groups.append(_flags_of(owner, f"method: {method['model_type']}", method))
     groups.append(_flags_of(objective, f"objective: {name}", {}))
-    parser = _parser([*groups, TRAINERS[family][1]], prog)
+    parser = _parser([*groups, arguments], prog)
     known = {action.dest: action for action in parser._actions}
     for key, value in defaults.items():
         if key in known and known[key].nargs == "+" and not isinstance(value, list):
@@ -153,18 +186,31 @@ def resolve(argv: list[str], *, prog: str = "polyrep train") -> Plan:
     parser.set_defaults(**({"use_cpu": not torch.accelerator.is_available()} | defaults))
     # The trainer's arguments start torch.distributed, so nothing above may fail on one process only.
     recipe, *middle, args = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    head = middle.pop(0) if on_cache else None
     method_flags: list[dict[str, Any]] = [dict(vars(part)) for part in middle]
     config = fixed | method_flags.pop(0) if room else {}
     if not recipe.datasets:
         raise InputError(f"{run}: no training data. Name at least one with --datasets.")
     args.logging_nan_inf_filter = False  # a loss that is not finite must show, not be replaced by the last good one
-    if not args.router_mapping:
+    if on_cache:
+        args.remove_unused_columns = False  # batches are features, not columns
+        args.dataloader_drop_last = True  # a smaller last batch would be another objective
+    elif not args.router_mapping:
         args.router_mapping = {"query": "query", "positive": "document"}
     prompts = read_json(run / "config_sentence_transformers.json").get("prompts") or {}
-    if not args.prompts and prompts:  # encoding adds these by itself, training does not
+    if not on_cache and not args.prompts and prompts:  # encoding adds these by itself, training does not
         args.prompts = {"query": prompts.get("query", ""), "positive": prompts.get("document", "")}
     command = shlex.join([*(["accelerate", "launch"] if prog.endswith(".py") else []), *prog.split(), *argv])
-    return Plan(run, room, recipe, config, objective, method_flags[0], args, defaults, command)
+    return Plan(run, room, recipe, config, objective, method_flags[0], args, defaults, command, head)
+
+
+def _config_classes(config: type) -> list[type]:
+    """A config class and those of ours that it extends and passes the rest of its arguments to."""
+    return [
+        owner
+        for owner in config.__mro__
+        if issubclass(owner, PretrainedConfig) and owner is not PretrainedConfig and "__init__" in vars(owner)
+    ]
 
 
 def _find_run(name: str) -> Path:
@@ -218,6 +264,8 @@ def _flags_of(owner: type, group: str, defaults: dict[str, Any]) -> type:
     helps = {name: " ".join(text.split()).replace("`", "") for name, text in entries}
     flags = []
     for name, parameter in inspect.signature(function).parameters.items():
+        if name in getattr(owner, "derived", ()):
+            continue
         hint = hints.get(name)
         optional = (
             get_origin(hint) in (Union, types.UnionType)

@@ -127,14 +127,8 @@ def rank_with_model(
     speed = {"encode_docs_per_s": len(sample) / (time.perf_counter() - started)}
 
     def ranked(system: str, q: Embeddings, d: Embeddings, similarity: str) -> Ranking:
-        options: dict[str, Any] = {"similarity": similarity, "k": DEPTH, "device": model.device}
-        positions, scores = exact_search(q, d, ranks, show_progress=True, **options)
-        timed = []
-        for row in np.linspace(0, len(q) - 1, min(TIMED_QUERIES, len(q))).astype(int):
-            started = time.perf_counter()
-            exact_search(_row(q, int(row)), d, ranks, **options)
-            timed.append(time.perf_counter() - started)
-        return Ranking(system, positions, scores, costs_of(q, d) | speed | _latency(timed))
+        ranking = rank_embeddings(system, q, d, ranks, similarity=similarity, device=model.device)
+        return replace(ranking, costs=ranking.costs | speed)
 
     rankings = [ranked(name, queries, documents, similarity)]
     for how in pooling or []:
@@ -145,6 +139,26 @@ def rank_with_model(
                 ranked(f"{name}, hierarchical {how}", queries, _hierarchical(documents, int(how)), similarity)
             )
     return rankings
+
+
+def rank_embeddings(
+    system: str,
+    queries: Embeddings,
+    documents: Embeddings,
+    ranks: np.ndarray,
+    *,
+    similarity: str,
+    device: str | torch.device = "cpu",
+) -> Ranking:
+    """Search exactly, then time some queries alone; ``ranks`` decides ties, see :func:`polyrep.scoring.tie_ranks`."""
+    options: dict[str, Any] = {"similarity": similarity, "k": DEPTH, "device": device}
+    positions, scores = exact_search(queries, documents, ranks, show_progress=True, **options)
+    timed = []
+    for row in np.linspace(0, len(queries) - 1, min(TIMED_QUERIES, len(queries))).astype(int):
+        started = time.perf_counter()
+        exact_search(_row(queries, int(row)), documents, ranks, **options)
+        timed.append(time.perf_counter() - started)
+    return Ranking(system, positions, scores, costs_of(queries, documents) | _latency(timed))
 
 
 def rank_with_bm25(dataset: RetrievalDataset) -> Ranking:

@@ -20,16 +20,19 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import DatasetDict
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.transformer import Transformer
 from sentence_transformers.util.misc import import_from_string
-from transformers import AutoTokenizer, TrainerCallback, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback, set_seed
 
 from .data import load_retrieval_dataset
 from .errors import InputError
 from .files import staged_folder, write_json
-from .hub import Encoder, family_of, fetch, fingerprint, load, localize, read_json, save
+from .heads import HeadData, HeadTrainer
+from .hub import MINILM_ID, Encoder, family_of, fastest_dtype, fetch, fingerprint, load, localize, read_json, save
 from .recipes import TRAINERS, Plan, RecipeArguments, resolve
 from .report import provenance
 
@@ -77,11 +80,16 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
         with nullcontext() if recipe.dry_run else args.main_process_first(desc="build the untrained model"):
             if args.process_index == 0 and not (resume and init.exists()):
                 shutil.rmtree(init, ignore_errors=True)
-                build(plan, init)
+                if not plan.head:
+                    build(plan, init)
                 write_json(init.parent / "run.json", started_from)
-        # The code of a room is ours; any other code in the folder came with the backbone.
-        model = load(init, trust_remote_code=bool(plan.room) or recipe.trust_remote_code)
-        trainer, counts = _trainer(plan, model)
+        if plan.head:
+            trainer, counts, backbone = _head_trainer(plan)
+            model = trainer.model
+        else:
+            # The code of a room is ours; any other code in the folder came with the backbone.
+            model = load(init, trust_remote_code=bool(plan.room) or recipe.trust_remote_code)
+            trainer, counts = _trainer(plan, model)
         if recipe.dry_run:
             _print_plan(plan, model, trainer, counts, output)
             return None
@@ -95,10 +103,16 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
             how = "Go on with --resume_from_checkpoint last." if last else "There is no checkpoint yet (--save_steps)."
             print(f"Interrupted at step {trainer.state.global_step}; last checkpoint: {last}. {how}", flush=True)
             raise
+    seconds = time.perf_counter() - started
     if args.process_index != 0:
         return None
     card = recipe.card or (plan.room.card if plan.room else None)
-    final = save(model, output / "final", card=card, recipe=_card_context(plan, counts))
+    if plan.head:
+        final = save(model, output / "head")
+        if not plan.head.head_only:
+            model = _with_backbone(plan, model, backbone)
+    if not (plan.head and plan.head.head_only):
+        final = save(model, output / "final", card=card, recipe=_card_context(plan, counts))
     write_json(
         output / "training.json",
         provenance(plan.command)
@@ -111,15 +125,15 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
             "backbone_fingerprint": fingerprint(fetch(recipe.backbone, revision=recipe.revision)),
             "fingerprint": fingerprint(final),
             "pairs": counts,
-            "seconds": round(time.perf_counter() - started, 1),
+            "seconds": round(seconds + getattr(trainer, "prepare_seconds", 0.0), 1),
             "log": trainer.state.log_history,
         },
     )
     return final
 
 
-def build(plan: Plan, folder: Path) -> None:
-    """Write the untrained model: the run's folder plus the backbone's weights and tokenizer.
+def build(plan: Plan, folder: Path, head: PreTrainedModel | None = None) -> None:
+    """Write a model: the run's folder plus the backbone's weights and tokenizer, and a trained head where there is one.
 
     A room builds itself through ``from_encoder``. Without a room the stock modules that ``modules.json`` lists are
     built: the first from the backbone, the others from their own config with fresh weights.
@@ -130,7 +144,8 @@ def build(plan: Plan, folder: Path) -> None:
         shutil.copytree(plan.run, staged, dirs_exist_ok=True, ignore=shutil.ignore_patterns("recipe.yaml"))
         if plan.room:
             try:
-                model = plan.room.model.from_encoder(str(backbone), **plan.config)  # type: ignore[attr-defined]
+                options = {"head": head} if head is not None else plan.config
+                model = plan.room.model.from_encoder(str(backbone), **options)  # type: ignore[attr-defined]
             except ValueError as error:  # how the config of a room refuses a value
                 raise InputError(str(error)) from error
             model.save_pretrained(staged)
@@ -208,6 +223,79 @@ def _trainer(plan: Plan, model: Encoder) -> tuple[Any, dict[str, int]]:
     return trainer, {name: len(pairs) for name, pairs in sources.items()}
 
 
+def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], SentenceTransformer]:
+    """A trainer of the room's head over cached embeddings, the number of pairs in each data set, and the backbone."""
+    recipe, settings = plan.recipe, plan.head
+    assert plan.room and plan.room.head and settings
+    remote: dict[str, Any] = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
+    folder = fetch(recipe.backbone, **remote)
+    backbone = load(folder, trust_remote_code=recipe.trust_remote_code, dtype=fastest_dtype(settings.model_dtype))
+    if type(backbone) is not SentenceTransformer:
+        raise InputError(
+            f"{recipe.backbone}: is a {type(backbone).__name__}, but this head reads one dense vector a text. "
+            "Name a SentenceTransformer."
+        )
+    if not settings.pipeline and not settings.head_only:
+        try:
+            plan.room.model.check_backbone(backbone)  # type: ignore[attr-defined]
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    local = Path(recipe.backbone).is_dir()
+    base = {
+        "base_model_id": {"minilm": MINILM_ID}.get(recipe.backbone, folder.name if local else recipe.backbone),
+        "base_revision": recipe.revision,
+        "base_fingerprint": fingerprint(folder),
+    }
+    set_seed(plan.args.seed)
+    try:
+        head = plan.room.head.from_backbone(backbone, **plan.config, **base)  # type: ignore[attr-defined]
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    objective = plan.objective(head, **plan.objective_arguments)
+    data = HeadData(negatives=settings.negatives, labels=objective.needs_labels, depth=settings.depth)
+    counts = {}
+    for source in recipe.datasets:
+        dataset = load_retrieval_dataset(source, recipe.split, keep_empty=recipe.keep_empty)
+        if dataset.name in counts:
+            raise InputError(f"--datasets: two are called {dataset.name!r}; rename one folder.")
+        counts[dataset.name] = len(dataset.pairs() if data.labels else dataset.queries)
+        if recipe.dry_run:
+            data.pairs = np.zeros((sum(counts.values()), 3), np.int64)  # for the number of steps
+            continue
+        with plan.args.main_process_first(desc="encode"):
+            data.add(backbone, dataset, cache_dir=settings.cache_dir, batch_size=settings.encode_batch_size)
+    started = time.perf_counter()
+    if not recipe.dry_run:
+        objective.prepare(data)
+    prepared = time.perf_counter() - started
+    trainer = HeadTrainer(
+        model=head,
+        args=plan.args,
+        train_dataset=data,
+        data_collator=data.collate,
+        objective=objective,
+        callbacks=[CheckpointCallback()],
+    )
+    trainer.prepare_seconds = prepared
+    return trainer, counts, backbone
+
+
+def _with_backbone(plan: Plan, head: PreTrainedModel, backbone: SentenceTransformer) -> Encoder:
+    """The trained head and its backbone as one retriever, with the backbone's prompts and length."""
+    assert plan.room and plan.head
+    if plan.head.pipeline:
+        assert plan.room.module
+        recipe = plan.recipe  # opened afresh: for encoding, its weights may have been halved
+        folder = fetch(recipe.backbone, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+        whole = load(folder, trust_remote_code=recipe.trust_remote_code)
+        return family_of(plan.run)(modules=[*whole.children(), plan.room.module(head)], prompts=backbone.prompts)
+    with tempfile.TemporaryDirectory() as scratch:
+        build(plan, Path(scratch) / "model", head)
+        model = load(Path(scratch) / "model", trust_remote_code=True)
+    model.prompts, model.max_seq_length = backbone.prompts, backbone.max_seq_length
+    return model
+
+
 def _print_plan(plan: Plan, model: Encoder, trainer: Any, counts: dict[str, int], output: Path) -> None:
     args = plan.args
     per_epoch = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
@@ -217,7 +305,7 @@ def _print_plan(plan: Plan, model: Encoder, trainer: Any, counts: dict[str, int]
     plan_lines = {
         "run": plan.run,
         "backbone": plan.recipe.backbone,
-        "method": plan.config or "stock modules: " + ", ".join(type(module).__name__ for module in model),
+        "method": plan.config or "stock modules: " + ", ".join(type(module).__name__ for module in model.children()),
         "objective": f"{plan.recipe.objective} {plan.objective_arguments}",
         "pairs": ", ".join(f"{name} {count:,}" for name, count in counts.items()) + f" = {sum(counts.values()):,}",
         "batch": f"{args.train_batch_size} x {args.world_size} processes x {args.gradient_accumulation_steps}",

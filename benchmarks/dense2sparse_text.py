@@ -1,0 +1,378 @@
+"""What Dense2Sparse gains on text, beside its controls and rivals on the same cached vectors.
+
+    python benchmarks/dense2sparse_text.py --quick                      # the quick start's table, terms and picture
+    python benchmarks/dense2sparse_text.py --ablation --output results  # every lever, on dev
+    python benchmarks/dense2sparse_text.py --output results             # the table on test, three seeds
+
+Fitted heads are kept under a hash of everything that they depend on, so a second run, or one that was interrupted,
+fits only what is missing.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_model, save_model
+from scipy.sparse import csr_matrix
+from sentence_transformers import SentenceTransformer, SparseEncoder
+from sentence_transformers.base.modules import Dense
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sparse_encoder.losses import CSRLoss
+from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
+from tqdm import tqdm
+from transformers import AutoModel, HfArgumentParser, set_seed
+
+import polyrep.dense2sparse
+from polyrep.cache import Embeddings
+from polyrep.data import RetrievalDataset, load_retrieval_dataset
+from polyrep.errors import InputError
+from polyrep.evaluation import per_query_metrics, table_rows
+from polyrep.files import staged_folder, write_json
+from polyrep.heads import HeadData, HeadTrainer, Side, encode_side
+from polyrep.hub import fastest_dtype, fetch, fingerprint, load, read_json
+from polyrep.recipes import HeadTrainingArguments
+from polyrep.report import provenance, write_results
+from polyrep.retrievers import Ranking, rank_embeddings, rank_with_bm25
+from polyrep.scoring import tie_ranks
+from polyrep.training import train
+
+ROOT = Path(__file__).parent.parent
+RUN = ROOT / "hub_configs" / "dense2sparse-minilm"
+
+CONTROL = ["--control", "caption"]
+LABELS = ["--label_weight", "0.5"]
+OPERATING_POINTS = {"FLOPs 5": (32, 128), "FLOPs 1": (16, 128)}
+"""Words kept of a query and of a document; one choice for all sets, made on dev."""
+
+CSR_SIZES = (32, 64, 128)
+HYBRID_WEIGHTS = np.arange(0.1, 1.0, 0.1)
+
+ABLATIONS: dict[str, dict[str, list[str]]] = {
+    "default": {"default": []},
+    "initialisation and alignment": {
+        "random, no alignment": ["--initialization", "random", "--alignment", "none"],
+        "word embeddings, no alignment": ["--alignment", "none"],
+        "random, ridge alignment": ["--initialization", "random"],
+        "ridge alignment alone (1 step)": ["--max_steps", "1"],
+    },
+    "own tokens": {
+        "none, as in the paper": ["--own_tokens", "none"],
+        "no expansion": ["--expansion", "none"],
+        "only documents expanded": ["--expansion", "document"],
+    },
+    "control": {f"control by {how}": ["--control", how] for how in ("batch", "caption", "term")},
+    "regulariser": {
+        "L1": ["--regularizer", "l1", "--regularizer_weight", "0.003"],
+        "FLOPS": ["--regularizer", "flops", "--regularizer_weight", "0.1"],
+        "joint x 4": ["--regularizer_weight", "0.8"],
+    },
+    "teacher": {
+        "dense and 15 % BM25": ["--teacher_lexical", "0.15"],
+        "labels, half": ["--label_weight", "0.5"],
+        "labels alone": ["--label_weight", "1"],
+    },
+    "head": {
+        "one hidden layer": ["--hidden_layers", "1"],
+        "gate supervision 0.1": ["--gate_weight", "0.1"],
+    },
+}
+
+
+@dataclass
+class Arguments:
+    """What to fit and measure."""
+
+    datasets: list[str] = field(
+        default_factory=lambda: ["data/tldr_pages", "data/scitldr", "data/scifact"], metadata={"help": "BEIR folders."}
+    )
+    backbone: str = field(default="minilm", metadata={"help": "Folder, Hub id, or minilm."})
+    quick: bool = field(default=False, metadata={"help": "One data set, one seed, and the top terms of three queries."})
+    ablation: bool = field(default=False, metadata={"help": "Every lever on dev instead of the table on test."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the fits."})
+    flags: str = field(default="", metadata={"help": "Flags of the run for every fit, e.g. '--max_steps 2'."})
+    settings_tried: int = field(default=1, metadata={"help": "How many settings dev has seen before this table."})
+    cache_dir: str = field(default=".cache", metadata={"help": "Embeddings and fitted heads."})
+    output: str | None = field(default=None, metadata={"help": "Folder for the JSON, Markdown and PNG."})
+    name: str = field(default="dense2sparse-text", metadata={"help": "Name of the files."})
+
+
+class Bench:
+    """One data set with its cached vectors, and everything that can be fitted to them."""
+
+    def __init__(self, args: Arguments, source: str, model: SentenceTransformer):
+        self.args, self.source, self.model = args, source, model
+        self.flags = shlex.split(args.flags)
+
+    def split(self, name: str) -> RetrievalDataset:
+        """A split of the data set."""
+        return load_retrieval_dataset(self.source, name)
+
+    def queries(self, split: str) -> Side:
+        """Encoded queries of a split."""
+        dataset = self.split(split)
+        return encode_side(self.model, dataset.queries, "query", f"{dataset.name}-{split}", **self.options)
+
+    @cached_property
+    def documents(self) -> Side:
+        """Encoded corpus."""
+        dataset = self.split("dev")
+        return encode_side(self.model, dataset.corpus, "document", dataset.name, **self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Where and how embeddings are cached."""
+        return {"cache_dir": f"{self.args.cache_dir}/embeddings", "batch_size": 32}
+
+    @cached_property
+    def ranks(self) -> np.ndarray:
+        """What decides ties."""
+        return tie_ranks(list(self.split("dev").corpus))
+
+    def fitted(self, label: str, depends: dict[str, Any], fit: Callable[[Path], None]) -> Path:
+        """The folder that ``fit`` fills, kept under a hash of what it depends on."""
+        sources = [Path(polyrep.dense2sparse.__file__).parent / f"{n}.py" for n in ("modeling_dense2sparse", "objective")]
+        sources += [Path(polyrep.__file__).parent / "heads.py"]
+        depends = depends | {
+            "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in sources],
+            "documents": str(self.documents.embeddings.path.name),
+            "threads": torch.get_num_threads(),
+            "flags": self.flags,
+        }
+        digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
+        folder = Path(self.args.cache_dir) / "heads" / f"{self.split('dev').name}-{label}-{digest}"
+        if not (folder / "training.json").is_file():
+            fit(folder)
+        return folder
+
+    def dense2sparse(self, flags: list[str], seed: int, *, whole: bool = False) -> Path:
+        """Fit a head with the shipped run and flags over it; ``whole`` writes the retriever too."""
+        flags = [*flags, *self.flags]
+        recipe = {file.name: file.read_text() for file in sorted(RUN.iterdir())}
+
+        def fit(folder: Path) -> None:
+            where = ["--output_dir", str(folder), "--overwrite", "--cache_dir", self.options["cache_dir"]]
+            what = ["--backbone", self.args.backbone, "--datasets", str(self.source), "--seed", str(seed)]
+            plain = ["--save_strategy", "no", "--head_only", str(not whole)]
+            train([str(RUN), *what, *where, *plain, *flags], prog="train.py")
+
+        return self.fitted("d2s", {"recipe": recipe, "arguments": flags, "seed": seed, "whole": whole}, fit)
+
+    def rival(self, kind: str, seed: int, size: int = 0, labels: bool = True) -> torch.nn.Module:
+        """A stock module fitted on the same pairs with the same sampling and steps: ``adapter`` or ``csr``."""
+        dim = self.model.get_embedding_dimension()
+        if kind == "adapter":
+            module: torch.nn.Module = Dense(dim, dim, bias=False, activation_function=torch.nn.Identity())
+            torch.nn.init.eye_(module.linear.weight)
+            model: Any = SentenceTransformer(modules=[module], device="cpu")
+            objective: Any = MultipleNegativesRankingLoss(model)
+        else:
+            module = SparseAutoEncoder(dim, hidden_dim=4 * dim, k=size, k_aux=dim)
+            model = SparseEncoder(modules=[module], device="cpu")
+            objective = CSRLoss(model)
+        steps = 300 if "--max_steps" not in self.flags else int(self.flags[self.flags.index("--max_steps") + 1])
+        # Rates chosen on dev among 1e-4, 3e-4, 1e-3: the best for each.
+        rate = 3e-4 if kind == "adapter" else 1e-3
+
+        def fit(folder: Path) -> None:
+            set_seed(seed)
+            data = HeadData(labels=labels)
+            data.add(self.model, self.split("train"), **self.options)
+            with staged_folder(folder) as staged:
+                arguments = HeadTrainingArguments(
+                    output_dir=str(staged / "trainer"),
+                    max_steps=steps,
+                    per_device_train_batch_size=128,
+                    learning_rate=rate,
+                    warmup_steps=20,
+                    save_strategy="no",
+                    logging_steps=100,
+                    report_to="none",
+                    use_cpu=True,
+                    seed=seed,
+                    remove_unused_columns=False,
+                    dataloader_drop_last=True,
+                )
+                trainer = HeadTrainer(
+                    model=model, objective=objective, args=arguments, train_dataset=data, data_collator=data.collate
+                )
+                trainer.train()
+                save_model(module, str(staged / "module.safetensors"))
+                write_json(staged / "training.json", {"log": trainer.state.log_history})
+
+        folder = self.fitted(kind, {"seed": seed, "size": size, "labels": labels, "rate": rate, "steps": steps}, fit)
+        load_model(module, folder / "module.safetensors")
+        return module.eval()
+
+    def ranking(self, system: str, queries: Embeddings, documents: Embeddings, **extra: float) -> Ranking:
+        """Exact search, with further figures for the row."""
+        ranking = rank_embeddings(system, queries, documents, self.ranks, similarity="dot")
+        return replace(ranking, costs=ranking.costs | extra)
+
+
+def sparse(encode: Callable[[dict[str, torch.Tensor]], torch.Tensor], side: Side) -> Embeddings:
+    """Encode cached texts with a head: ``encode`` turns features into ``(texts, words)``."""
+    values, indices, counts, width = [], [], [np.zeros(1, np.int64)], 0
+    with torch.inference_mode():
+        for start in tqdm(range(0, len(side), 512), desc="sparse", unit="batch", leave=False):
+            weights = encode(side.features(np.arange(start, min(start + 512, len(side))))).numpy()
+            text_of, term = np.nonzero(weights)
+            values.append(weights[text_of, term].astype(np.float16))
+            indices.append(term.astype(np.int32))
+            counts.append(np.bincount(text_of, minlength=len(weights)))
+            width = weights.shape[1]
+    offsets = np.cumsum(np.concatenate(counts), dtype=np.int64)
+    return Embeddings("sparse", np.concatenate(values), offsets, np.concatenate(indices), width, 0.0, Path())
+
+
+def with_head(head: Any, side: Side, task: str) -> Embeddings:
+    """Encode with a Dense2Sparse head, keeping every word."""
+    config = head.config
+    config.document_top_k = config.query_top_k = config.mass = config.min_weight = None
+    return sparse(
+        lambda f: head(f["sentence_embedding"], f["input_ids"], f["attention_mask"], task).sentence_embedding, side
+    )
+
+
+def pruned(embeddings: Embeddings, words: int | None = None, mass: float | None = None) -> Embeddings:
+    """What the head's own pruning leaves (a test holds both to the same result), without encoding again."""
+    lengths = embeddings.lengths
+    text_of = np.repeat(np.arange(len(embeddings)), lengths)
+    heaviest_first = np.lexsort((-embeddings.values.astype(np.float32), text_of))
+    values = embeddings.values[heaviest_first].astype(np.float64)
+    place = np.arange(len(values)) - np.repeat(embeddings.offsets[:-1], lengths)
+    keep = place < (words or embeddings.dim)
+    if mass is not None:
+        before = np.cumsum(values) - values
+        before -= np.repeat(before[np.minimum(embeddings.offsets[:-1], len(values) - 1)], lengths)
+        total = np.bincount(text_of, values, minlength=len(embeddings))
+        keep &= before < mass * total[text_of]
+    kept = heaviest_first[keep]
+    counts = np.bincount(text_of[keep], minlength=len(embeddings))
+    return replace(
+        embeddings,
+        values=embeddings.values[kept],
+        indices=embeddings.indices[kept],
+        offsets=np.concatenate([[0], np.cumsum(counts)]),
+    )
+
+
+def readability(side: Side, documents: Embeddings, special: list[int]) -> dict[str, float]:
+    """Share of the 20 heaviest words that occur in their own text, and entropy of word use in bits."""
+    kept = ~np.isin(side.tokens, special)
+    text_of = np.repeat(np.arange(len(side)), np.diff(side.offsets))
+    shape = (len(side), documents.dim)
+    own = csr_matrix((np.ones(kept.sum(), np.float32), (text_of[kept], side.tokens[kept])), shape=shape)
+    weights = csr_matrix((documents.values.astype(np.float32), documents.indices, documents.offsets), shape=shape)
+    shares = []
+    for start in range(0, len(side), 512):
+        block = torch.from_numpy(weights[start : start + 512].toarray())
+        heavy, terms = block.topk(20, dim=1)
+        present = torch.from_numpy(own[start : start + 512].toarray()).gather(1, terms) > 0
+        shares.append((present & (heavy > 0)).sum(1) / (heavy > 0).sum(1).clamp(min=1))
+    usage = np.bincount(documents.indices, minlength=documents.dim) / len(documents.indices)
+    entropy = -float((usage[usage > 0] * np.log2(usage[usage > 0])).sum())
+    return {"own_token_share": float(torch.cat(shares).mean()), "entropy_bits": entropy}
+
+
+def standardised(scores: np.ndarray) -> np.ndarray:
+    """Scores of each query less their mean, over their deviation: ``(queries, documents)``."""
+    return (scores - scores.mean(1, keepdims=True)) / np.maximum(scores.std(1, keepdims=True), 1e-9)
+
+
+def all_scores(queries: Embeddings, documents: Embeddings) -> np.ndarray:
+    """Every inner product: ``(queries, documents)``."""
+    if queries.kind == "sentence":
+        return np.asarray(queries.values, np.float32) @ np.asarray(documents.values, np.float32).T
+    sides = [
+        csr_matrix((side.values.astype(np.float32), side.indices, side.offsets), shape=(len(side), side.dim))
+        for side in (queries, documents)
+    ]
+    return (sides[0] @ sides[1].T).toarray()
+
+
+def ranked_scores(system: str, scores: np.ndarray, ranks: np.ndarray, costs: dict[str, float]) -> Ranking:
+    """Ranking by given scores, ties as everywhere."""
+    order = np.lexsort((ranks[None].repeat(len(scores), 0), -scores), axis=1)[:, :1000]
+    return Ranking(system, order, np.take_along_axis(scores, order, 1), costs)
+
+
+def ndcg(dataset: RetrievalDataset, ranking: Ranking) -> float:
+    """Mean nDCG@10."""
+    return float(per_query_metrics(dataset, ranking)["nDCG@10"].mean())
+
+
+def ablation(args: Arguments, benches: list[Bench]) -> dict[str, Any]:
+    """Every lever on dev, one seed, at both operating points."""
+    rows = []
+    for group, variants in tqdm(ABLATIONS.items(), desc="ablation"):
+        for variant, flags in variants.items():
+            for bench in benches:
+                dataset, queries = bench.split("dev"), bench.queries("dev")
+                folder = bench.dense2sparse(flags, args.seeds[0])
+                head = AutoModel.from_pretrained(folder / "head")
+                special = head.config.special_token_ids
+                whole = with_head(head, queries, "query"), with_head(head, bench.documents, "document")
+                for point, (query_words, document_words) in {"all words": (None, None), **OPERATING_POINTS}.items():
+                    q, d = pruned(whole[0], query_words), pruned(whole[1], document_words)
+                    ranking = bench.ranking(point, q, d, **readability(bench.documents, d, special))
+                    dense = ndcg(
+                        dataset, bench.ranking("dense", queries.embeddings, bench.documents.embeddings)
+                    )
+                    row = {
+                        "system": f"{variant}, {point}",
+                        "dataset": dataset.name,
+                        "split": "dev",
+                        "metric": "nDCG@10",
+                        "value": ndcg(dataset, ranking),
+                        "group": group,
+                        "variant": variant,
+                        "point": point,
+                        "queries": len(queries),
+                        "fit_seconds": read_json(folder / "training.json")["seconds"],
+                    }
+                    row["ratio"] = row["value"] / dense
+                    rows.append(row | ranking.costs)
+            latest = [r for r in rows if r["variant"] == variant]
+            for point in dict.fromkeys(r["point"] for r in latest):
+                mine = [r for r in latest if r["point"] == point]
+                values = " ".join(f"{r['value']:.4f}@{r['flops']:.2f}" for r in mine)
+                print(f"{variant:<32} {point:<10} ratio {np.mean([r['ratio'] for r in mine]):.4f}  {values}", flush=True)
+    return {"rows": rows, "settings_tried": sum(map(len, ABLATIONS.values()))}
+
+
+def main() -> None:
+    """Fit, measure and write."""
+    (args,) = HfArgumentParser([Arguments]).parse_args_into_dataclasses()
+    folder = fetch(args.backbone)
+    model = load(folder, dtype=fastest_dtype("auto"))
+    benches = [Bench(args, source, model) for source in args.datasets]
+    if args.ablation:
+        outcome = ablation(args, benches)
+        name = f"{args.name}-ablation"
+    else:
+        raise SystemExit
+    results = {
+        "name": name,
+        **provenance(shlex.join(["python", *sys.argv])),
+        "seeds": args.seeds,
+        "models": {args.backbone: fingerprint(folder)},
+        "claims": [],
+        **outcome,
+    }
+    write_results(results, Path(args.output) if args.output else None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,638 @@
+"""Dense2Sparse: a frozen dense vector becomes sparse weights over words, for an inverted index that a person can read.
+
+After Nguyen, Hendriksen, Yates and de Rijke, "Multimodal Learned Sparse Retrieval with Probabilistic Expansion
+Control" (ECIR 2024, arXiv 2402.17535): one small head, shared by queries and documents, projects the vector of any
+encoder onto a word-piece vocabulary. Where this code leaves the paper:
+
+- A text's own words are known when it is encoded, and one dense vector cannot give them back. So with
+  ``own_tokens="learned"`` they enter with a learned weight per word, saturated and normalised by length as in BM25,
+  and the head only has to add the words that the text does not hold ("expansion").
+- Padding and special tokens are left out by mask, not by id: an id may stand for padding and for a word.
+- Only words that can be learned are expanded to (``expansion_size``); every word of the vocabulary counts as a text's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    initialization,
+)
+from transformers.utils import ModelOutput, cached_file
+
+try:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Module
+except ImportError:  # AutoModel works without sentence-transformers
+    SentenceTransformer, Module = None, nn.Module
+
+logger = logging.getLogger(__name__)
+
+_CHOICES = {
+    "activation": ("log1p_relu", "double_log1p"),
+    "expansion": ("both", "document", "query", "none"),
+    "own_tokens": ("learned", "none"),
+    "pooling": ("mean", "cls", "lasttoken"),
+}
+
+
+class Dense2SparseConfig(PretrainedConfig):
+    """Everything that the head needs to encode.
+
+    Args:
+        input_dim (int): Width of the dense vectors.
+        vocab_size (int): Width of the sparse vectors: entries of the word-piece vocabulary.
+        expansion_size (int): Words that the head can add; None for the whole vocabulary.
+        hidden_layers (int): Residual layers (GELU) between the first projection and the vocabulary; the paper has none.
+        activation (str): log1p_relu as in the paper, or double_log1p, which saturates harder.
+        expansion (str): Which side may hold words that its text lacks: both, document, query or none.
+        own_tokens (str): learned: a text's own words count with a learned weight. none: as in the paper.
+        document_top_k (int): Most words of a document; None keeps all.
+        query_top_k (int): Most words of a query; None keeps all.
+        mass (float): Keep the heaviest words that hold this share of a text's total weight.
+        min_weight (float): Drop words below this weight.
+        average_length (float): Mean number of own tokens of a document where the head was trained.
+        special_token_ids (list): Vocabulary entries that stand for no word.
+        terms_bytes (int): Length of the stored vocabulary in bytes; set by ``from_mlm``.
+        base_model_id (str): The backbone whose vectors the head was trained on, with revision and fingerprint.
+        base_revision (str): Its commit on the Hub.
+        base_fingerprint (str): SHA-256 over its weight files and module configs.
+    """
+
+    model_type = "polyrep_dense2sparse"
+    # What follows from the backbone and the corpus, and is nobody's choice.
+    derived = (
+        "input_dim",
+        "vocab_size",
+        "expansion_size",
+        "average_length",
+        "special_token_ids",
+        "terms_bytes",
+        "base_model_id",
+        "base_revision",
+        "base_fingerprint",
+    )
+
+    def __init__(
+        self,
+        input_dim: int = 384,
+        vocab_size: int = 30522,
+        expansion_size: int | None = None,
+        hidden_layers: int = 0,
+        activation: str = "log1p_relu",
+        expansion: str = "both",
+        own_tokens: str = "learned",
+        document_top_k: int | None = None,
+        query_top_k: int | None = None,
+        mass: float | None = None,
+        min_weight: float | None = None,
+        average_length: float = 1.0,
+        special_token_ids: list | None = None,
+        terms_bytes: int = 0,
+        base_model_id: str | None = None,
+        base_revision: str | None = None,
+        base_fingerprint: str | None = None,
+        **kwargs,
+    ):
+        expansion_size = vocab_size if expansion_size is None else expansion_size
+        own_tokens = own_tokens or "none"
+        name = type(self).__name__
+        for field, value, low in (
+            ("input_dim", input_dim, 1),
+            ("vocab_size", vocab_size, 1),
+            ("expansion_size", expansion_size, 0),
+            ("hidden_layers", hidden_layers, 0),
+        ):
+            if not isinstance(value, int) or value < low:
+                raise ValueError(f"{name}: {field}={value!r} is no size, so there is no head. Use {low} or more.")
+        for field, value in (("activation", activation), ("expansion", expansion), ("own_tokens", own_tokens)):
+            if value not in _CHOICES[field]:
+                raise ValueError(f"{name}: {field}={value!r} is unknown. Use one of {', '.join(_CHOICES[field])}.")
+        for field, value in (("document_top_k", document_top_k), ("query_top_k", query_top_k), ("expansion_size", expansion_size)):
+            if value is not None and not (field == "expansion_size" or value >= 1) or (value or 0) > vocab_size:
+                raise ValueError(
+                    f"{name}: {field}={value!r} of a vocabulary of {vocab_size:,} words cannot be kept. "
+                    f"Use 1 to {vocab_size:,}, or None for all."
+                )
+        if mass is not None and not 0 < mass <= 1:
+            raise ValueError(f"{name}: mass={mass!r} is no share, so nothing sensible is left. Use e.g. 0.5, or None.")
+        if min_weight is not None and not 0 <= min_weight < math.inf:
+            raise ValueError(f"{name}: min_weight={min_weight!r} is no weight. Use e.g. 0.1, or None.")
+        if own_tokens == expansion == "none":
+            raise ValueError(f"{name}: expansion and own_tokens are both 'none', so every vector is empty. Allow one.")
+        self.input_dim, self.vocab_size, self.expansion_size = input_dim, vocab_size, expansion_size
+        self.hidden_layers, self.activation = hidden_layers, activation
+        self.expansion, self.own_tokens = expansion, own_tokens
+        self.document_top_k, self.query_top_k = document_top_k, query_top_k
+        self.mass, self.min_weight = mass, min_weight
+        self.average_length = average_length
+        self.special_token_ids = list(special_token_ids or [])
+        self.terms_bytes = terms_bytes
+        self.base_model_id, self.base_revision, self.base_fingerprint = base_model_id, base_revision, base_fingerprint
+        kwargs.pop("projection_dim", None)
+        super().__init__(**kwargs)
+        self.projection_dim = vocab_size  # the name under which sentence-transformers looks for the width
+
+
+@dataclass
+class Dense2SparseOutput(ModelOutput):
+    """What head and retriever return.
+
+    Attributes:
+        sentence_embedding: ``(batch, vocab_size)`` word weights, zero almost everywhere.
+    """
+
+    sentence_embedding: Tensor | None = None
+
+
+class Dense2SparseModel(PreTrainedModel):
+    """The head: dense vectors, and for texts their own token ids, become word weights."""
+
+    config_class = Dense2SparseConfig
+    _supports_sdpa = _supports_flash_attn = True  # no attention here, whatever the encoder is asked for
+
+    def __init__(self, config):
+        super().__init__(config)
+        dim = config.input_dim
+        self.input = nn.Linear(dim, dim)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+            for _ in range(config.hidden_layers)
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.vocabulary = nn.Linear(dim, config.expansion_size)
+        self.register_buffer("expansion_terms", torch.arange(config.expansion_size))  # vocabulary id of each output
+        self.own_weight = nn.Parameter(torch.zeros(config.vocab_size))  # cut at zero: a word can be learned away
+        self.own_saturation = nn.Parameter(torch.tensor(1.0))  # k1 and b of BM25, before softplus and sigmoid
+        self.own_length = nn.Parameter(torch.tensor(1.0))
+        self.log_scale = nn.Parameter(torch.tensor(0.0))  # of scores, against the teacher's; ranks do not need it
+        # The words, one a line: they travel with the weights, so no second file can be lost or be of another model.
+        self.register_buffer("terms", torch.zeros(config.terms_bytes, dtype=torch.uint8))
+        self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, Dense2SparseModel):
+            initialization.eye_(module.input.weight)
+            initialization.zeros_(module.own_weight)
+            for parameter, value in ((module.own_saturation, 1.0), (module.own_length, 1.0), (module.log_scale, 0.0)):
+                initialization.constant_(parameter, value)
+            initialization.copy_(module.expansion_terms, torch.arange(module.config.expansion_size))
+            initialization.zeros_(module.terms)
+            for layer in module.layers:  # a residual layer starts as none
+                initialization.zeros_(layer[-1].weight)
+
+    @classmethod
+    def from_mlm(cls, model: str | PreTrainedModel, input_dim: int, tokenizer=None, **config) -> Dense2SparseModel:
+        """A head whose vocabulary projection starts from the word embeddings of a language model.
+
+        Args:
+            model: A masked language model (its output layer and last LayerNorm are taken) or any BERT-like embedding
+                model (its word embeddings are), as an object, a folder or a Hub id.
+            input_dim: Width of the dense vectors that the head will read. Word embeddings of another width are
+                projected to it by their principal directions.
+            tokenizer: Of that model; default: loaded from where the model came from.
+            config: Further fields of Dense2SparseConfig.
+
+        Raises:
+            ValueError: The tokenizer has no word-piece vocabulary, so its entries are no words that one could index.
+        """
+        if isinstance(model, (str, Path)):
+            architectures = AutoConfig.from_pretrained(model).architectures or [""]
+            masked = architectures[0].endswith("ForMaskedLM")
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
+            model = (AutoModelForMaskedLM if masked else AutoModel).from_pretrained(model)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.name_or_path)
+        kind = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["type"] if tokenizer.is_fast else "slow"
+        if kind != "WordPiece":
+            raise ValueError(
+                f"Dense2SparseModel: the tokenizer of {model.name_or_path!r} is {kind}, not WordPiece, so its entries "
+                "are no words to index under. Take the vocabulary of a BERT-like model instead and leave the text's "
+                "own tokens out: from_mlm('google-bert/bert-base-uncased', input_dim, own_tokens='none')."
+            )
+        size = max(tokenizer.get_vocab().values()) + 1
+        words = tokenizer.convert_ids_to_tokens(list(range(size)))
+        stored = torch.frombuffer(bytearray("\n".join(words).encode()), dtype=torch.uint8)
+        settings = {"vocab_size": size, "special_token_ids": sorted(set(tokenizer.all_special_ids))} | config
+        head = cls(Dense2SparseConfig(input_dim=input_dim, terms_bytes=len(stored), **settings))
+        output = model.get_output_embeddings()
+        weights = (output or model.get_input_embeddings()).weight.detach().float()[:size]  # (words, hidden)
+        with torch.no_grad():
+            head.terms.copy_(stored)
+            if weights.shape[1] != input_dim:
+                kept = torch.pca_lowrank(weights, min(input_dim, *weights.shape))[2]
+                weights = F.pad(weights @ kept, (0, input_dim - kept.shape[1]))
+            elif output is not None:
+                body = set(model.base_model.modules())
+                norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm) and m not in body]
+                if norms and norms[-1].elementwise_affine:
+                    head.norm.load_state_dict(norms[-1].state_dict())
+            # Rows of one length: frequent words have short embeddings, and would otherwise never be chosen.
+            head.vocabulary.weight.copy_(F.normalize(weights - weights.mean(0), dim=1)[: head.config.expansion_size])
+            if output is not None and output.bias is not None and weights.shape[1] == input_dim:
+                head.vocabulary.bias.copy_(output.bias[: head.config.expansion_size])
+        return head
+
+    @classmethod
+    def from_backbone(cls, model: SentenceTransformer, **config) -> Dense2SparseModel:
+        """An untrained head for a SentenceTransformer, on that model's own word embeddings; see ``from_mlm``."""
+        return cls.from_mlm(model[0].model, model.get_embedding_dimension(), model.tokenizer, **config)
+
+    @torch.no_grad()
+    def restrict_expansion(self, terms: Tensor) -> None:
+        """Keep only some words to expand to, ``(words,)`` ascending vocabulary ids out of those present, in place."""
+        kept = torch.isin(self.expansion_terms, terms.to(self.expansion_terms.device))
+        vocabulary = nn.Linear(self.config.input_dim, int(kept.sum())).to(self.vocabulary.weight)
+        vocabulary.weight.copy_(self.vocabulary.weight[kept])
+        vocabulary.bias.copy_(self.vocabulary.bias[kept])
+        self.vocabulary, self.expansion_terms = vocabulary, self.expansion_terms[kept]
+        self.config.expansion_size = len(self.expansion_terms)
+
+    def hidden(self, sentence_embedding: Tensor) -> Tensor:
+        """What the vocabulary projection reads: ``(batch, input_dim)`` to the same shape."""
+        state = self.input(sentence_embedding)
+        for layer in self.layers:
+            state = state + layer(state)
+        return self.norm(state)
+
+    def forward(
+        self,
+        sentence_embedding: Tensor,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        task: str | None = None,
+        gate: Tensor | None = None,
+        compact: bool = False,
+        **kwargs,
+    ) -> Dense2SparseOutput:
+        """Word weights of a batch.
+
+        Args:
+            sentence_embedding: ``(batch, input_dim)`` vectors of the frozen encoder.
+            input_ids: ``(batch, tokens)`` the text's own tokens; needed where own tokens count or control expansion.
+            attention_mask: ``(batch, tokens)``, zero where a token is padding; default: all count.
+            task: "query" or "document"; None counts as a document.
+            gate: ``(batch, 1)`` or ``(batch, expansion_size)`` zeros and ones: the expansion that is allowed, which
+                never touches own tokens. The expansion control of training draws it.
+            compact: Return only the ``(batch, expansion_size)`` columns that can be expanded to, and prune nothing.
+
+        Raises:
+            ValueError: The vectors have another width than the head, or own tokens are missing.
+        """
+        config = self.config
+        if sentence_embedding.shape[-1] != config.input_dim:
+            raise ValueError(
+                f"Dense2SparseModel: vectors of width {sentence_embedding.shape[-1]}, but the head was made for "
+                f"input_dim={config.input_dim}, so it does not belong to this encoder. Use the one it was trained on "
+                f"({config.base_model_id or 'not recorded'}), or train a head for this one."
+            )
+        if input_ids is None and (config.own_tokens == "learned" or gate is not None):
+            raise ValueError(
+                "Dense2SparseModel: no input_ids, but this head gives a text's own words a weight of their own "
+                "(own_tokens='learned'). Pass input_ids and attention_mask beside the vectors."
+            )
+        width = config.expansion_size if compact else config.vocab_size
+        weights = sentence_embedding.new_zeros(len(sentence_embedding), width)
+        if config.expansion in ("both", task or "document"):
+            logits = self.vocabulary(self.hidden(sentence_embedding))
+            expanded = torch.log1p(F.relu(logits))
+            expanded = torch.log1p(expanded) if config.activation == "double_log1p" else expanded
+            weights = expanded if compact else weights.index_copy(1, self.expansion_terms, expanded)
+        if input_ids is not None:
+            counts = self.count(input_ids, attention_mask, compact).to(weights.dtype)
+            if gate is not None:
+                gate = gate.to(weights.dtype)
+                if not compact and gate.shape[1] > 1:
+                    gate = torch.zeros_like(weights).index_copy(1, self.expansion_terms, gate)
+                weights = weights * torch.maximum(gate, (counts > 0).to(weights.dtype))
+            if config.own_tokens == "learned":
+                own = F.relu(self.own_weight)
+                own = own[self.expansion_terms] if compact else own
+                weights = torch.maximum(weights, own * self.saturate(counts, task))
+            weights = weights * (counts.sum(1, keepdim=True) > 0)  # nothing is known of a text without a known word
+        return Dense2SparseOutput(sentence_embedding=weights if compact else self._prune(weights, task))
+
+    def count(self, input_ids: Tensor, attention_mask: Tensor | None = None, compact: bool = False) -> Tensor:
+        """How often each word occurs in each text: ``(batch, words)`` from ``(batch, tokens)``; see ``forward``."""
+        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        special = torch.tensor(self.config.special_token_ids, device=input_ids.device, dtype=input_ids.dtype)
+        real = real & ~torch.isin(input_ids, special)
+        columns = input_ids
+        if compact:  # vocabulary id -> column; words that cannot be expanded to have none
+            column_of = input_ids.new_full((self.config.vocab_size,), -1)
+            column_of[self.expansion_terms] = torch.arange(len(self.expansion_terms), device=input_ids.device)
+            columns = column_of[input_ids]
+            real = real & (columns >= 0)
+        width = self.config.expansion_size if compact else self.config.vocab_size
+        counts = torch.zeros(len(input_ids), width, device=input_ids.device)
+        return counts.scatter_add_(1, columns.clamp(min=0), real.float())
+
+    def saturate(self, counts: Tensor, task: str | None) -> Tensor:
+        """Term frequency as BM25 takes it: a repeated word counts more, in a long document less. Queries: yes or no."""
+        if task == "query":
+            return (counts > 0).to(counts.dtype)
+        k1, b = F.softplus(self.own_saturation), torch.sigmoid(self.own_length)
+        length = counts.sum(1, keepdim=True) / self.config.average_length
+        return counts * (k1 + 1) / (counts + k1 * (1 - b + b * length))
+
+    def _prune(self, weights: Tensor, task: str | None) -> Tensor:
+        """Zero what the top k, mass and min_weight leave out: ``(batch, vocab_size)``."""
+        config = self.config
+        if config.min_weight:
+            weights = weights * (weights >= config.min_weight)
+        top_k = config.query_top_k if task == "query" else config.document_top_k
+        most = int((weights > 0).sum(1).max()) if len(weights) else 0
+        if not most or (config.mass is None and (top_k is None or top_k >= most)):
+            return weights
+        values, terms = weights.topk(min(top_k or most, most), dim=1)  # heaviest first
+        if config.mass is not None:
+            total = weights.sum(1, keepdim=True)
+            values = values * (values.cumsum(1) - values < config.mass * total)
+        return torch.zeros_like(weights).scatter_(1, terms, values)
+
+    @property
+    def words(self) -> list[str]:
+        """The vocabulary, by id."""
+        return bytes(self.terms.cpu().numpy()).decode().split("\n")
+
+    def decode(self, embeddings: Tensor, top_k: int | None = None) -> list:
+        """Words and weights of sparse vectors, heaviest first.
+
+        Args:
+            embeddings: ``(vocab_size,)`` or ``(batch, vocab_size)``, dense or sparse.
+            top_k: Most words to give; None gives all.
+
+        Returns:
+            ``[(word, weight), ...]``, or a list of such lists for a batch.
+
+        Raises:
+            ValueError: The vectors have another width, or top_k is not a positive number.
+        """
+        embeddings = torch.as_tensor(embeddings)
+        embeddings = (embeddings.to_dense() if embeddings.layout != torch.strided else embeddings).detach().cpu()
+        if embeddings.shape[-1] != self.config.vocab_size or embeddings.ndim > 2:
+            raise ValueError(
+                f"decode: vectors of shape {tuple(embeddings.shape)}, but this head's have {self.config.vocab_size:,} "
+                "words, so they are of another model. Pass what this model's encode returned."
+            )
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"decode: top_k={top_k} asks for no word. Use 1 or more, or None for all.")
+        words = self.words
+        values, terms = embeddings.float().sort(dim=-1, descending=True, stable=True)
+        rows = [
+            [(words[t], w) for t, w in zip(row_terms, row, strict=True) if w > 0]
+            for row, row_terms in zip(
+                values[..., :top_k].reshape(-1, values[..., :top_k].shape[-1]).tolist(),
+                terms[..., :top_k].reshape(-1, terms[..., :top_k].shape[-1]).tolist(),
+                strict=True,
+            )
+        ]
+        return rows[0] if embeddings.ndim == 1 else rows
+
+
+class Dense2SparseForRetrievalConfig(Dense2SparseConfig):
+    """A frozen text encoder and the head in one.
+
+    Args:
+        encoder_config (dict): Config of the encoder.
+        pooling (str): How token states become the dense vector: mean, cls or lasttoken.
+        normalize (bool): Bring the dense vector to unit length.
+    """
+
+    model_type = "polyrep_dense2sparse_for_retrieval"
+    sub_configs = {"encoder_config": AutoConfig}
+
+    def __init__(self, encoder_config=None, pooling: str = "mean", normalize: bool = True, **kwargs):
+        if isinstance(encoder_config, dict):
+            encoder_config = AutoConfig.for_model(**encoder_config)
+        if pooling not in _CHOICES["pooling"]:
+            raise ValueError(
+                f"{type(self).__name__}: pooling={pooling!r} is unknown. Use one of {', '.join(_CHOICES['pooling'])}."
+            )
+        self.encoder_config = encoder_config or AutoConfig.for_model("bert")
+        self.pooling, self.normalize = pooling, normalize
+        super().__init__(**kwargs)
+
+
+class Dense2SparseForRetrieval(PreTrainedModel):
+    """Encoder, pooling and head in one state dict, so that one folder is a whole sparse retriever.
+
+    ``forward`` encodes texts. An encoder with a second tower, for images, adds a method of its own beside
+    ``encode_text`` and shares the head.
+    """
+
+    config_class = Dense2SparseForRetrievalConfig
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.encoder = AutoModel.from_config(config.encoder_config)
+        self.head = Dense2SparseModel(config)
+        self.post_init()
+
+    @classmethod
+    def from_encoder(cls, backbone: str, head: Dense2SparseModel | None = None, **config) -> Dense2SparseForRetrieval:
+        """A retriever from any embedding model that is a transformer, one pooling and perhaps a normalisation.
+
+        Args:
+            backbone: Folder or Hub id of a SentenceTransformer.
+            head: A trained head; default: an untrained one on the backbone's word embeddings.
+            config: Fields of Dense2SparseConfig for the untrained one.
+
+        Raises:
+            ValueError: The backbone has modules that one folder of this kind cannot hold.
+        """
+        model = SentenceTransformer(str(backbone), device="cpu")
+        pooling, normalize = cls.check_backbone(model)
+        encoder = model[0].model
+        if head is None:
+            head = Dense2SparseModel.from_backbone(model, **config)
+        fields = {k: v for k, v in head.config.to_dict().items() if k in _HEAD_FIELDS}
+        whole = {"encoder_config": encoder.config, "pooling": pooling, "normalize": normalize}
+        retriever = cls(Dense2SparseForRetrievalConfig(**fields, **whole))
+        retriever.encoder = encoder
+        retriever.head.load_state_dict(head.state_dict())
+        return retriever.to(encoder.dtype)
+
+    @staticmethod
+    def check_backbone(model: SentenceTransformer) -> tuple[str, bool]:
+        """Pooling of a SentenceTransformer and whether it normalises; ValueError if it does more than that."""
+        names = [type(module).__name__ for module in model]
+        pooling = model[1].pooling_mode if names[1:2] == ["Pooling"] else None
+        if names[0] != "Transformer" or pooling not in _CHOICES["pooling"] or names[2:] not in ([], ["Normalize"]):
+            raise ValueError(
+                f"Dense2SparseForRetrieval: the backbone is {' + '.join(names)} with pooling {pooling!r}, which one "
+                "folder of this kind cannot hold. Put the head behind its own modules instead: --pipeline true, or "
+                "SparseEncoder(modules=[*model.children(), Dense2SparsePooling(head)])."
+            )
+        return pooling, names[2:] == ["Normalize"]
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor, **inputs) -> Tensor:
+        """The frozen encoder's dense vectors: ``(batch, tokens)`` to ``(batch, input_dim)``."""
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
+        if self.config.pooling == "mean":
+            mask = attention_mask[..., None].to(states.dtype)  # (batch, tokens, 1)
+            vectors = (states * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
+        else:
+            last = (attention_mask * torch.arange(1, states.shape[1] + 1, device=states.device)).argmax(1)
+            rows = torch.arange(len(states), device=states.device)
+            vectors = states[:, 0] if self.config.pooling == "cls" else states[rows, last]
+        return F.normalize(vectors, dim=-1) if self.config.normalize else vectors
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        task: str | None = None,
+        **kwargs,
+    ) -> Dense2SparseOutput:
+        """Sparse vectors of texts.
+
+        Args:
+            input_ids: ``(batch, tokens)``.
+            attention_mask: ``(batch, tokens)``; default: all tokens count.
+            token_type_ids: ``(batch, tokens)``, for encoders that know them.
+            task: "query" or "document".
+        """
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        return self.head(self.encode_text(input_ids, attention_mask, **types), input_ids, attention_mask, task)
+
+    def decode(self, embeddings: Tensor, top_k: int | None = None) -> list:
+        """See Dense2SparseModel.decode."""
+        return self.head.decode(embeddings, top_k)
+
+
+class Dense2SparsePooling(Module):
+    """The head as last module behind any SentenceTransformer, which thereby becomes a SparseEncoder.
+
+    It reads ``sentence_embedding``, and for own tokens ``input_ids`` and ``attention_mask``, of the modules before it.
+    """
+
+    forward_kwargs = {"task"}
+
+    def __init__(self, model: Dense2SparseModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, features, task=None):
+        """Replace the batch's ``sentence_embedding`` by sparse vectors, ``(batch, vocab_size)``."""
+        vectors, ids = features["sentence_embedding"], features.get("input_ids")
+        if ids is not None and len(ids) != len(vectors):
+            raise ValueError(
+                f"Dense2SparsePooling: {len(vectors)} vectors but input_ids of shape {tuple(ids.shape)}: the encoder "
+                "was fed without padding, so a text's own tokens cannot be told apart. Load it with unpad_inputs=False."
+            )
+        output = self.model(vectors, ids, features.get("attention_mask"), task)
+        return {**features, "sentence_embedding": output.sentence_embedding}
+
+    def on_model_ready(self, model):
+        """Refuse a backbone with vectors or a vocabulary of another kind, and warn of other weights."""
+        config, before = self.model.config, list(model)[: list(model).index(self)]
+        dims = [module.get_embedding_dimension() for module in before if hasattr(module, "get_embedding_dimension")]
+        if dims and dims[-1] and dims[-1] != config.input_dim:
+            raise ValueError(
+                f"Dense2SparsePooling: the backbone's vectors have width {dims[-1]}, but the head was made for "
+                f"input_dim={config.input_dim}. Use the backbone it was trained on ({config.base_model_id or 'not recorded'}), or "
+                "train a head for this one."
+            )
+        if before and config.own_tokens == "learned":
+            vocabulary = model.tokenizer.get_vocab()
+            if len(vocabulary) != config.vocab_size or any(
+                vocabulary.get(word) != i for i, word in enumerate(self.model.words)
+            ):
+                raise ValueError(
+                    f"Dense2SparsePooling: the backbone's tokenizer has {len(vocabulary):,} entries that are not the "
+                    f"{config.vocab_size:,} words of the head, so own tokens would be taken for other words. Use the "
+                    "backbone it was trained on, or a head with own_tokens='none'."
+                )
+        found = _fingerprint_of(before[0]) if before and config.base_fingerprint else None
+        if found and found != config.base_fingerprint:
+            logger.warning(
+                "Dense2SparsePooling: the head was trained on %s (fingerprint %s), this backbone is %s (fingerprint "
+                "%s). Same shape, other vectors: expect worse words.",
+                config.base_model_id,
+                config.base_fingerprint[:16],
+                before[0].model.name_or_path,
+                found[:16],
+            )
+
+    def get_embedding_dimension(self):
+        """Width of the sparse vectors."""
+        return self.model.config.vocab_size
+
+    def save(self, output_path, *args, **kwargs):
+        """Write the head as a folder of its own, and this code to the folder above, where it is looked for."""
+        self.model.save_pretrained(output_path)
+        shutil.copy(sys.modules[type(self).__module__].__file__, Path(output_path).parent)
+
+    @classmethod
+    def load(cls, model_name_or_path, subfolder="", **kwargs):
+        """Open a head's folder or repository, or the module folder of a saved pipeline."""
+        kept = {k: v for k, v in kwargs.items() if k in ("revision", "token", "local_files_only")}
+        kept["cache_dir"] = kwargs.get("cache_folder")
+        return cls(Dense2SparseModel.from_pretrained(model_name_or_path, subfolder=subfolder, **kept))
+
+    from_pretrained = load
+
+
+def _fingerprint_of(module) -> str | None:
+    """SHA-256 over weight files and module configs of the folder a module came from; None if that is not to be known.
+
+    None, too, for a folder that holds a head already: there it was put together with its backbone on purpose.
+    """
+    source = getattr(getattr(module, "model", None), "name_or_path", None)
+    if not source:
+        return None
+    folder = Path(source)
+    if not folder.is_dir():
+        file = cached_file(source, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        if file is None:
+            return None
+        folder = Path(file).parent
+    digest, configs = hashlib.sha256(), []
+    for file in sorted(folder.rglob("*.safetensors")):
+        if not {"onnx", "openvino"} & set(file.relative_to(folder).parts):
+            with file.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest.update(f"{file.relative_to(folder)}:{content}\n".encode())
+    for name in ("config.json", "sentence_bert_config.json"):
+        configs += [(file, json.loads(file.read_text(encoding="utf-8"))) for file in sorted(folder.rglob(name))]
+    for file, content in configs:
+        if content.get("model_type") in (Dense2SparseConfig.model_type, Dense2SparseForRetrievalConfig.model_type):
+            return None
+        digest.update(f"{file.relative_to(folder)}:{json.dumps(_stable(content), sort_keys=True)}\n".encode())
+    return digest.hexdigest()
+
+
+def _stable(content):
+    """Parsed JSON without version stamps and places, at every depth."""
+    if isinstance(content, dict):
+        volatile = ("transformers_version", "_name_or_path", "__version__")
+        return {k: _stable(v) for k, v in content.items() if k not in volatile}
+    return [_stable(v) for v in content] if isinstance(content, list) else content
+
+
+_HEAD_FIELDS = set(Dense2SparseConfig().to_dict()) - set(PretrainedConfig().to_dict()) - {"projection_dim"}
+
+for config, model in ((Dense2SparseConfig, Dense2SparseModel), (Dense2SparseForRetrievalConfig, Dense2SparseForRetrieval)):
+    config.register_for_auto_class()
+    model.register_for_auto_class("AutoModel")

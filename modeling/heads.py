@@ -1,0 +1,249 @@
+"""Train a head on the cached embeddings of a frozen backbone: encode once, then every step costs milliseconds.
+
+``HeadData`` serves batches from the caches of any number of data sets. ``HeadTrainer`` is the stock Trainer of
+transformers over an objective that has the shape of a sentence-transformers loss: ``objective(features, labels)`` with
+``features = [queries, documents]``. So the losses and modules of that library train here too, which is how controls
+and rivals get the same data in the same order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import Trainer
+
+from .cache import Embeddings, embed
+from .data import RetrievalDataset
+from .scoring import exact_search, tie_ranks
+
+Features = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Side:
+    """The queries or the documents of one data set, encoded.
+
+    Attributes:
+        embeddings: One vector a text.
+        tokens: ``(tokens of all texts,)`` token ids, special tokens included.
+        offsets: ``(texts + 1,)`` bounds of each text's tokens.
+        first: Place of the first text among the texts of all data sets.
+    """
+
+    embeddings: Embeddings
+    tokens: np.ndarray
+    offsets: np.ndarray
+    first: int = 0
+
+    def features(self, rows: np.ndarray) -> Features:
+        """Features of some texts: ``sentence_embedding, input_ids, attention_mask`` padded to the longest, ``index``."""
+        lengths = np.diff(self.offsets)[rows]
+        columns = np.arange(max(1, lengths.max(initial=1)))
+        mask = columns < lengths[:, None]  # (texts, tokens)
+        places = np.minimum(self.offsets[rows][:, None] + columns, max(0, len(self.tokens) - 1))
+        ids = np.where(mask, self.tokens[places], 0)
+        return {
+            "sentence_embedding": torch.from_numpy(self.embeddings.values[rows].astype(np.float32)),
+            "input_ids": torch.from_numpy(ids.astype(np.int64)),
+            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+            "index": torch.from_numpy(self.first + rows),
+        }
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+
+def encode_side(
+    model: SentenceTransformer, texts: dict[str, str], task: Any, name: str, *, first: int = 0, **options: Any
+) -> Side:
+    """Encode and tokenise texts; ``options`` are those of :func:`polyrep.cache.embed`."""
+    embeddings = embed(model, texts, task=task, name=name, kind="sentence", **options)
+    prompt = (model.prompts or {}).get(task) or None
+    rows, lengths, content = [], [], list(texts.values())
+    for start in range(0, len(content), 1024):
+        batch = model.preprocess(content[start : start + 1024], prompt=prompt, task=task)
+        mask = batch["attention_mask"].bool()
+        rows.append(batch["input_ids"][mask].numpy().astype(np.int32))
+        lengths.append(mask.sum(1).numpy())
+    return Side(embeddings, np.concatenate(rows), np.cumsum(np.concatenate([[0], *lengths])), first)
+
+
+class HeadData(Dataset):
+    """Pairs of query and document, with negatives from the dense model's own ranking, over one or more data sets.
+
+    Args:
+        negatives: Documents drawn for each query from the ``depth`` nearest of the dense model.
+        labels: Take pairs from the judgments. Without, the nearest document takes the place of the judged one, so
+            that no judgment has any influence.
+        depth: See ``negatives``.
+    """
+
+    def __init__(self, *, negatives: int = 2, labels: bool = False, depth: int = 100):
+        self.negatives, self.labels, self.depth = negatives, labels, depth
+        self.parts: list[tuple[Side, Side, np.ndarray]] = []  # queries, documents, nearest (queries, depth)
+        self.pairs = np.empty((0, 3), np.int64)  # data set, query, document
+
+    def add(self, model: SentenceTransformer, dataset: RetrievalDataset, **options: Any) -> None:
+        """Encode a data set, or map its cache, and add its pairs."""
+        firsts = [sum(len(part[side]) for part in self.parts) for side in (0, 1)]
+        queries = encode_side(
+            model, dataset.queries, "query", f"{dataset.name}-{dataset.split}", first=firsts[0], **options
+        )
+        documents = encode_side(model, dataset.corpus, "document", dataset.name, first=firsts[1], **options)
+        similarity = str(model.similarity_fn_name)
+        nearest, _ = exact_search(
+            queries.embeddings,
+            documents.embeddings,
+            tie_ranks(list(dataset.corpus)),
+            similarity=similarity,
+            k=self.depth,
+        )
+        if self.labels:
+            place = {identifier: i for i, identifier in enumerate(dataset.corpus)}
+            judged = [
+                (row, place[d])
+                for row, query in enumerate(dataset.queries)
+                for d, relevance in dataset.qrels[query].items()
+                if relevance > 0
+            ]
+            pairs = np.array(judged, np.int64).reshape(-1, 2)
+        else:
+            pairs = np.stack([np.arange(len(queries)), nearest[:, 0]], axis=1)
+        numbered = np.concatenate([np.full((len(pairs), 1), len(self.parts)), pairs], axis=1)
+        self.parts.append((queries, documents, nearest))
+        self.pairs = np.concatenate([self.pairs, numbered])
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.pairs[row]
+
+    def collate(self, rows: list[np.ndarray]) -> dict[str, Any]:
+        """A batch: ``features`` of queries ``(batch)`` and of documents, own ones first, then negatives; ``labels``."""
+        pairs = np.stack(rows)
+        pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]  # a data set's rows side by side
+        query_parts, own_parts, negative_parts = [], [], []
+        for number in np.unique(pairs[:, 0]):
+            queries, documents, nearest = self.parts[number]
+            members = pairs[pairs[:, 0] == number]
+            drawn = torch.randint(nearest.shape[1], (len(members), self.negatives)).numpy()
+            query_parts.append(queries.features(members[:, 1]))
+            own_parts.append(documents.features(members[:, 2]))
+            negative_parts.append(documents.features(nearest[members[:, 1][:, None], drawn].reshape(-1)))
+        features = [_concatenated(query_parts), _concatenated(own_parts + negative_parts)]
+        return {"features": features, "labels": torch.arange(len(pairs))}
+
+    def batches(self, side: str, size: int = 1024) -> Iterator[Features]:
+        """Every query or document once, in order, a batch at a time."""
+        for queries, documents, _ in self.parts:
+            texts = documents if side == "document" else queries
+            for start in range(0, len(texts), size):
+                yield texts.features(np.arange(start, min(start + size, len(texts))))
+
+
+def _concatenated(parts: list[Features]) -> Features:
+    """Features of several parts under one another, token ids padded to the longest."""
+    joined = {}
+    for name in parts[0]:
+        tensors = [part[name] for part in parts]
+        if tensors[0].ndim == 2 and name != "sentence_embedding":
+            width = max(tensor.shape[1] for tensor in tensors)
+            tensors = [torch.nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors]
+        joined[name] = torch.cat(tensors)
+    return joined
+
+
+class HeadTrainer(Trainer):
+    """The stock Trainer over an objective with the shape of a sentence-transformers loss.
+
+    Args:
+        objective: Takes ``(features, labels)`` and returns a loss, or several by name that are added and logged apart.
+            It may say which ``learning_rates`` (pattern -> multiple) some parameters take, and read ``progress``.
+        kwargs: Those of the Trainer.
+    """
+
+    def __init__(self, *, objective: Any, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.objective = objective
+        self.model_accepts_loss_kwargs = False
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+        self.prepare_seconds = 0.0
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        """Loss of a batch; the objective sees the model as the processes wrapped it, so that gradients are shared."""
+        self.objective.model = model
+        self.objective.seed = self.args.seed
+        self.objective.progress = (self.state.global_step, self.state.max_steps)
+        losses = self.objective(inputs["features"], inputs["labels"])
+        if not isinstance(losses, dict):
+            losses = {"objective": losses}
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach()
+        self._steps += 1
+        total = torch.stack(list(losses.values())).sum()
+        return (total, {}) if return_outputs else total
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the mean of each part of the loss since the last time."""
+        if "loss" in logs and len(self._sums) > 1:
+            logs |= {name: round(float(value) / self._steps, 4) for name, value in self._sums.items()}
+        if "loss" in logs:
+            self._sums, self._steps = {}, 0
+        super().log(logs, *args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """AdamW with the objective's own rates; a parameter that no pattern names takes ``--learning_rate``."""
+        rates = getattr(self.objective, "learning_rates", {})
+        groups: dict[float, list[Any]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                factor = next((value for pattern, value in rates.items() if re.search(pattern, name)), 1.0)
+                groups.setdefault(factor, []).append(parameter)
+        optimizer, options = self.get_optimizer_cls_and_kwargs(self.args)
+        rate = options.pop("lr")
+        self.optimizer = optimizer(
+            [{"params": part, "lr": rate * factor} for factor, part in groups.items()],
+            weight_decay=self.args.weight_decay,
+            **options,
+        )
+        return self.optimizer
+
+
+def encode_with_head(head: Any, side: Side, task: str, *, show_progress: bool = True) -> Embeddings:
+    """Sparse vectors of cached texts, as :func:`polyrep.cache.embed` would give for the whole retriever.
+
+    Args:
+        head: Takes ``(sentence_embedding, input_ids, attention_mask, task)``.
+        side: The texts.
+        task: ``query`` or ``document``.
+        show_progress: Show a progress bar.
+
+    Returns:
+        Embeddings of kind ``sparse``, float16, in memory.
+    """
+    head.eval()
+    values, indices, counts, dim = [], [], [np.zeros(1, np.int64)], 0
+    with torch.inference_mode():
+        for start in tqdm(range(0, len(side), 512), desc=f"sparse {task}", unit="batch", disable=not show_progress):
+            features = side.features(np.arange(start, min(start + 512, len(side))))
+            weights = head(features["sentence_embedding"], features["input_ids"], features["attention_mask"], task)
+            weights = weights.sentence_embedding.numpy()  # (texts, words)
+            text_of, term = np.nonzero(weights)
+            values.append(weights[text_of, term].astype(np.float16))
+            indices.append(term.astype(np.int32))
+            counts.append(np.bincount(text_of, minlength=len(weights)))
+            dim = weights.shape[1]
+    offsets = np.cumsum(np.concatenate(counts), dtype=np.int64)
+    return Embeddings("sparse", np.concatenate(values), offsets, np.concatenate(indices), dim, 0.0, Path())
