@@ -40,7 +40,7 @@ from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.errors import InputError
 from polyrep.evaluation import per_query_metrics, table_rows
 from polyrep.files import staged_folder, write_json
-from polyrep.heads import HeadData, HeadTrainer, Side, encode_side
+from polyrep.heads import HeadData, HeadTrainer, Side, encode_side, encode_sparse
 from polyrep.hub import fastest_dtype, fetch, fingerprint, load, read_json
 from polyrep.recipes import HeadTrainingArguments
 from polyrep.report import provenance, write_results
@@ -205,7 +205,7 @@ class Bench:
                     dataloader_drop_last=True,
                 )
                 trainer = HeadTrainer(
-                    model=model, objective=objective, args=arguments, train_dataset=data, data_collator=data.collate
+                    objective=objective, args=arguments, train_dataset=data, data_collator=data.collate
                 )
                 trainer.train()
                 save_model(module, str(staged / "module.safetensors"))
@@ -221,26 +221,11 @@ class Bench:
         return replace(ranking, costs=ranking.costs | extra)
 
 
-def sparse(encode: Callable[[dict[str, torch.Tensor]], torch.Tensor], side: Side) -> Embeddings:
-    """Encode cached texts with a head: ``encode`` turns features into ``(texts, words)``."""
-    values, indices, counts, width = [], [], [np.zeros(1, np.int64)], 0
-    with torch.inference_mode():
-        for start in tqdm(range(0, len(side), 512), desc="sparse", unit="batch", leave=False):
-            weights = encode(side.features(np.arange(start, min(start + 512, len(side))))).numpy()
-            text_of, term = np.nonzero(weights)
-            values.append(weights[text_of, term].astype(np.float16))
-            indices.append(term.astype(np.int32))
-            counts.append(np.bincount(text_of, minlength=len(weights)))
-            width = weights.shape[1]
-    offsets = np.cumsum(np.concatenate(counts), dtype=np.int64)
-    return Embeddings("sparse", np.concatenate(values), offsets, np.concatenate(indices), width, 0.0, Path())
-
-
 def with_head(head: Any, side: Side, task: str) -> Embeddings:
     """Encode with a Dense2Sparse head, keeping every word."""
     config = head.config
     config.document_top_k = config.query_top_k = config.mass = config.min_weight = None
-    return sparse(
+    return encode_sparse(
         lambda f: head(f["sentence_embedding"], f["input_ids"], f["attention_mask"], task).sentence_embedding, side
     )
 

@@ -9,13 +9,14 @@ and rivals get the same data in the same order.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_model
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -167,6 +168,9 @@ def _concatenated(parts: list[Features]) -> Features:
 class HeadTrainer(Trainer):
     """The stock Trainer over an objective with the shape of a sentence-transformers loss.
 
+    What trains is the objective as a whole: a step is then one forward pass, which is what sharing gradients between
+    processes asks for. What is saved is ``objective.model``.
+
     Args:
         objective: Takes ``(features, labels)`` and returns a loss, or several by name that are added and logged apart.
             It may say which ``learning_rates`` (pattern -> multiple) some parameters take, and read ``progress``.
@@ -174,7 +178,7 @@ class HeadTrainer(Trainer):
     """
 
     def __init__(self, *, objective: Any, **kwargs: Any):
-        super().__init__(**kwargs)
+        super().__init__(model=objective, **kwargs)
         self.objective = objective
         self.model_accepts_loss_kwargs = False
         self._sums: dict[str, Tensor] = {}
@@ -182,11 +186,10 @@ class HeadTrainer(Trainer):
         self.prepare_seconds = 0.0
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
-        """Loss of a batch; the objective sees the model as the processes wrapped it, so that gradients are shared."""
-        self.objective.model = model
+        """Loss of a batch."""
         self.objective.seed = self.args.seed
         self.objective.progress = (self.state.global_step, self.state.max_steps)
-        losses = self.objective(inputs["features"], inputs["labels"])
+        losses = model(inputs["features"], inputs["labels"])
         if not isinstance(losses, dict):
             losses = {"objective": losses}
         for name, value in losses.items():
@@ -207,7 +210,7 @@ class HeadTrainer(Trainer):
         """AdamW with the objective's own rates; a parameter that no pattern names takes ``--learning_rate``."""
         rates = getattr(self.objective, "learning_rates", {})
         groups: dict[float, list[Any]] = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.objective.named_parameters():
             if parameter.requires_grad:
                 factor = next((value for pattern, value in rates.items() if re.search(pattern, name)), 1.0)
                 groups.setdefault(factor, []).append(parameter)
@@ -220,30 +223,32 @@ class HeadTrainer(Trainer):
         )
         return self.optimizer
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        self.objective.model.save_pretrained(output_dir or self.args.output_dir)
 
-def encode_with_head(head: Any, side: Side, task: str, *, show_progress: bool = True) -> Embeddings:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_model(self.objective.model, Path(resume_from_checkpoint) / "model.safetensors")
+
+
+def encode_sparse(encode: Callable[[Features], Tensor], side: Side, *, show_progress: bool = True) -> Embeddings:
     """Sparse vectors of cached texts, as :func:`polyrep.cache.embed` would give for the whole retriever.
 
     Args:
-        head: Takes ``(sentence_embedding, input_ids, attention_mask, task)``.
+        encode: Turns features into word weights ``(texts, words)``.
         side: The texts.
-        task: ``query`` or ``document``.
         show_progress: Show a progress bar.
 
     Returns:
         Embeddings of kind ``sparse``, float16, in memory.
     """
-    head.eval()
-    values, indices, counts, dim = [], [], [np.zeros(1, np.int64)], 0
+    values, indices, counts, width = [], [], [np.zeros(1, np.int64)], 0
     with torch.inference_mode():
-        for start in tqdm(range(0, len(side), 512), desc=f"sparse {task}", unit="batch", disable=not show_progress):
-            features = side.features(np.arange(start, min(start + 512, len(side))))
-            weights = head(features["sentence_embedding"], features["input_ids"], features["attention_mask"], task)
-            weights = weights.sentence_embedding.numpy()  # (texts, words)
+        for start in tqdm(range(0, len(side), 512), desc="sparse", unit="batch", disable=not show_progress):
+            weights = encode(side.features(np.arange(start, min(start + 512, len(side))))).numpy()
             text_of, term = np.nonzero(weights)
             values.append(weights[text_of, term].astype(np.float16))
             indices.append(term.astype(np.int32))
             counts.append(np.bincount(text_of, minlength=len(weights)))
-            dim = weights.shape[1]
+            width = weights.shape[1]
     offsets = np.cumsum(np.concatenate(counts), dtype=np.int64)
-    return Embeddings("sparse", np.concatenate(values), offsets, np.concatenate(indices), dim, 0.0, Path())
+    return Embeddings("sparse", np.concatenate(values), offsets, np.concatenate(indices), width, 0.0, Path())

@@ -85,7 +85,7 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
                 write_json(init.parent / "run.json", started_from)
         if plan.head:
             trainer, counts, backbone = _head_trainer(plan)
-            model = trainer.model
+            model = trainer.objective.model
         else:
             # The code of a room is ours; any other code in the folder came with the backbone.
             model = load(init, trust_remote_code=bool(plan.room) or recipe.trust_remote_code)
@@ -269,11 +269,10 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], SentenceTran
         objective.prepare(data)
     prepared = time.perf_counter() - started
     trainer = HeadTrainer(
-        model=head,
+        objective=objective,
         args=plan.args,
         train_dataset=data,
         data_collator=data.collate,
-        objective=objective,
         callbacks=[CheckpointCallback()],
     )
     trainer.prepare_seconds = prepared

@@ -12,12 +12,19 @@ from typing import Any
 
 import torch
 import toy
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Transformer
+from sentence_transformers import SentenceTransformer, SparseEncoder
+from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from toy.modeling_toy import ToyHead, ToyHeadConfig, ToyModel, ToyPooling
 from transformers import AutoTokenizer
 
+from polyrep.dense2sparse import (
+    Dense2SparseConfig,
+    Dense2SparseForRetrieval,
+    Dense2SparseForRetrievalConfig,
+    Dense2SparseModel,
+    Dense2SparsePooling,
+)
 from polyrep.hub import Encoder
 
 
@@ -62,4 +69,47 @@ def toy_example(backbone: Path, scratch: Path) -> Example:
     )
 
 
-EXAMPLES: dict[str, Callable[[Path, Path], Example]] = {toy.ToyModel.config_class.model_type: toy_example}
+def dense2sparse_example(backbone: Path, scratch: Path) -> Example:
+    torch.manual_seed(4)
+    encoder = SentenceTransformer(
+        modules=[Transformer(str(backbone)), Pooling(32, "mean"), Normalize()], device="cpu"
+    )
+    head = Dense2SparseModel.from_backbone(encoder, query_top_k=20, document_top_k=30, average_length=5.0)
+    with torch.no_grad():
+        head.vocabulary.bias.normal_()
+        head.own_weight.uniform_(0.5, 2)
+    head.restrict_expansion(torch.arange(10, head.config.vocab_size))
+    encoder.save_pretrained(str(scratch / "encoder"))
+    folder = scratch / "dense2sparse-retriever"
+    Dense2SparseForRetrieval.from_encoder(str(scratch / "encoder"), head=head).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(backbone).save_pretrained(folder)
+    output = {"text": {"method": "forward", "method_output_name": "sentence_embedding"}}
+    transformer = Transformer(
+        str(folder), modality_config=output, module_output_name="sentence_embedding", unpad_inputs=False
+    )
+    one_folder = SparseEncoder(modules=[transformer], device="cpu")
+    one_folder.module_kwargs = {"0": ["task"]}
+    return Example(
+        {
+            "retriever": one_folder,
+            "pipeline": SparseEncoder(modules=[*encoder.children(), Dense2SparsePooling(head)], device="cpu"),
+        },
+        weight="head.own_weight",
+        bad_config=[
+            (Dense2SparseConfig, {"input_dim": 0}, "input_dim=0"),
+            (Dense2SparseConfig, {"vocab_size": 10, "document_top_k": 11}, "document_top_k=11 of a vocabulary of 10"),
+            (Dense2SparseConfig, {"query_top_k": 0}, "query_top_k=0"),
+            (Dense2SparseConfig, {"mass": 1.5}, "mass=1.5"),
+            (Dense2SparseConfig, {"min_weight": float("nan")}, "min_weight=nan"),
+            (Dense2SparseConfig, {"activation": "relu"}, "log1p_relu, double_log1p"),
+            (Dense2SparseConfig, {"expansion": "none", "own_tokens": None}, "every vector is empty"),
+            (Dense2SparseConfig, {"expansion_size": 40_000}, "expansion_size=40000"),
+            (Dense2SparseForRetrievalConfig, {"pooling": "max"}, "pooling='max'"),
+        ],
+    )
+
+
+EXAMPLES: dict[str, Callable[[Path, Path], Example]] = {
+    toy.ToyModel.config_class.model_type: toy_example,
+    Dense2SparseForRetrievalConfig.model_type: dense2sparse_example,
+}

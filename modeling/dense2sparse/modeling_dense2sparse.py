@@ -190,7 +190,7 @@ class Dense2SparseModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, Dense2SparseModel):
             initialization.eye_(module.input.weight)
-            initialization.zeros_(module.own_weight)
+            initialization.constant_(module.own_weight, 0.5)
             for parameter, value in ((module.own_saturation, 1.0), (module.own_length, 1.0), (module.log_scale, 0.0)):
                 initialization.constant_(parameter, value)
             initialization.copy_(module.expansion_terms, torch.arange(module.config.expansion_size))
@@ -315,7 +315,7 @@ class Dense2SparseModel(PreTrainedModel):
             expanded = torch.log1p(expanded) if config.activation == "double_log1p" else expanded
             weights = expanded if compact else weights.index_copy(1, self.expansion_terms, expanded)
         if input_ids is not None:
-            counts = self.count(input_ids, attention_mask, compact).to(weights.dtype)
+            counts, lengths = (x.to(weights.dtype) for x in self.count(input_ids, attention_mask, compact))
             if gate is not None:
                 gate = gate.to(weights.dtype)
                 if not compact and gate.shape[1] > 1:
@@ -324,16 +324,17 @@ class Dense2SparseModel(PreTrainedModel):
             if config.own_tokens == "learned":
                 own = F.relu(self.own_weight)
                 own = own[self.expansion_terms] if compact else own
-                weights = torch.maximum(weights, own * self.saturate(counts, task))
-            weights = weights * (counts.sum(1, keepdim=True) > 0)  # nothing is known of a text without a known word
+                weights = torch.maximum(weights, own * self.saturate(counts, lengths, task))
+            weights = weights * (lengths > 0)  # nothing is known of a text without a known word
         return Dense2SparseOutput(sentence_embedding=weights if compact else self._prune(weights, task))
 
-    def count(self, input_ids: Tensor, attention_mask: Tensor | None = None, compact: bool = False) -> Tensor:
-        """How often each word occurs in each text: ``(batch, words)`` from ``(batch, tokens)``; see ``forward``."""
+    def count(self, input_ids: Tensor, attention_mask: Tensor | None = None, compact: bool = False) -> tuple:
+        """Own tokens of texts, ``(batch, tokens)``: how often each word occurs, ``(batch, words)``, and how many there
+        are in all, ``(batch, 1)``; see ``forward``."""
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         special = torch.tensor(self.config.special_token_ids, device=input_ids.device, dtype=input_ids.dtype)
         real = real & ~torch.isin(input_ids, special)
-        columns = input_ids
+        lengths, columns = real.sum(1, keepdim=True), input_ids
         if compact:  # vocabulary id -> column; words that cannot be expanded to have none
             column_of = input_ids.new_full((self.config.vocab_size,), -1)
             column_of[self.expansion_terms] = torch.arange(len(self.expansion_terms), device=input_ids.device)
@@ -341,15 +342,14 @@ class Dense2SparseModel(PreTrainedModel):
             real = real & (columns >= 0)
         width = self.config.expansion_size if compact else self.config.vocab_size
         counts = torch.zeros(len(input_ids), width, device=input_ids.device)
-        return counts.scatter_add_(1, columns.clamp(min=0), real.float())
+        return counts.scatter_add_(1, columns.clamp(min=0), real.float()), lengths
 
-    def saturate(self, counts: Tensor, task: str | None) -> Tensor:
+    def saturate(self, counts: Tensor, lengths: Tensor, task: str | None) -> Tensor:
         """Term frequency as BM25 takes it: a repeated word counts more, in a long document less. Queries: yes or no."""
         if task == "query":
             return (counts > 0).to(counts.dtype)
         k1, b = F.softplus(self.own_saturation), torch.sigmoid(self.own_length)
-        length = counts.sum(1, keepdim=True) / self.config.average_length
-        return counts * (k1 + 1) / (counts + k1 * (1 - b + b * length))
+        return counts * (k1 + 1) / (counts + k1 * (1 - b + b * lengths / self.config.average_length))
 
     def _prune(self, weights: Tensor, task: str | None) -> Tensor:
         """Zero what the top k, mass and min_weight leave out: ``(batch, vocab_size)``."""

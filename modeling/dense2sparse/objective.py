@@ -66,7 +66,7 @@ class Dense2SparseLoss(nn.Module):
     trains_on: ClassVar[str] = "sentence"
     """Kind of embedding cache that this objective reads."""
 
-    learning_rates: ClassVar[dict[str, float]] = {r"^own_": 15.0, r"^log_scale$": 15.0}
+    learning_rates: ClassVar[dict[str, float]] = {r"\bown_": 15.0, r"\blog_scale$": 15.0}
     """Pattern of parameter names -> multiple of the learning rate: one number a word moves less than a matrix."""
 
     def __init__(
@@ -131,11 +131,11 @@ class Dense2SparseLoss(nn.Module):
         occurring = torch.zeros(config.vocab_size)
         for side in ("document", "query"):
             for batch in corpus.batches(side):
-                counts = head.count(batch["input_ids"], batch["attention_mask"])
+                counts, lengths = head.count(batch["input_ids"], batch["attention_mask"])
                 occurring += (counts > 0).sum(0)
                 if side == "document":
                     frequency += (counts > 0).sum(0)
-                    texts, tokens = texts + len(counts), tokens + float(counts.sum())
+                    texts, tokens = texts + len(counts), tokens + float(lengths.sum())
         if not tokens:
             raise InputError(f"none of {texts:,} documents holds a word of the vocabulary, so nothing can be learned.")
         config.average_length = tokens / texts
@@ -162,22 +162,25 @@ class Dense2SparseLoss(nn.Module):
         """
         head, dim = self.model, self.model.config.input_dim
         words = head.config.expansion_size
-        moment, cross = torch.zeros(dim, dim), torch.zeros(dim, words)
-        mean_x, mean_z, texts = torch.zeros(dim), torch.zeros(words), 0
+        moment, cross, mean_x, mean_z = (
+            torch.zeros(shape, dtype=torch.float64) for shape in ((dim, dim), (dim, words), (dim,), (words,))
+        )
+        texts = 0
         for batch in corpus.batches("document"):
             hidden = head.hidden(batch["sentence_embedding"])
-            counts = head.count(batch["input_ids"], batch["attention_mask"], compact=True)
-            own = head.own_weight[head.expansion_terms].relu() * head.saturate(counts, "document")
+            counts, lengths = head.count(batch["input_ids"], batch["attention_mask"], compact=True)
+            own = head.own_weight[head.expansion_terms].relu() * head.saturate(counts, lengths, "document")
+            hidden, own = hidden.double(), own.double()  # products of large sums are subtracted below
             moment += hidden.T @ hidden
             cross += hidden.T @ own
             mean_x, mean_z, texts = mean_x + hidden.sum(0), mean_z + own.sum(0), texts + len(hidden)
         mean_x, mean_z = mean_x / texts, mean_z / texts
         moment = moment / texts - mean_x[:, None] * mean_x
         cross = cross / texts - mean_x[:, None] * mean_z
-        prior = head.vocabulary.weight.T  # (dim, words)
+        prior = head.vocabulary.weight.T.double()  # (dim, words)
         reached = moment @ prior
         prior = prior * ((prior * cross).sum() / (prior * reached).sum().clamp(min=1e-12)).clamp(min=0)
-        penalty = self.alignment_ridge * moment.diagonal().mean() * torch.eye(dim)
+        penalty = self.alignment_ridge * moment.diagonal().mean() * torch.eye(dim, dtype=torch.float64)
         solution = prior + torch.linalg.solve(moment + penalty, cross - moment @ prior)
         head.vocabulary.weight.copy_(self.alignment_gain * solution.T)
         head.vocabulary.bias.copy_(self.alignment_gain * (mean_z - mean_x @ solution) + self.alignment_bias)
@@ -228,7 +231,6 @@ class Dense2SparseLoss(nn.Module):
         """
         queries, documents = features
         step, steps = self.progress
-        head = getattr(self.model, "module", self.model)  # inside what several processes wrap around it
         sparse_queries = self._encode(self.model, queries, "query", self._draw_gate(len(queries["index"]), step, steps))
         local_documents = self._encode(self.model, documents, "document")
         if not local_documents.detach().any() or not sparse_queries.detach().any():
@@ -237,15 +239,17 @@ class Dense2SparseLoss(nn.Module):
                 f"every {side} of step {step} is empty: the regulariser (--regularizer_weight "
                 f"{self.regularizer_weight:g}) outweighs the distillation. Lower it tenfold, or lengthen --ramp."
             )
-        sparse_documents = gather(local_documents)
-        scores = dot(sparse_queries, sparse_documents) * head.log_scale.exp()  # (batch, all candidates)
+        all_queries, all_documents = gather(sparse_queries), gather(local_documents)
+        scale = self.model.log_scale.exp()
+        scores = dot(sparse_queries, all_documents) * scale  # (batch, all candidates)
         losses = {}
         if self.label_weight < 1:
             with torch.no_grad():
-                teacher = self._teacher_logits(queries, documents)
-            loss = _divergence(scores, teacher)
+                teacher = self._teacher_logits(queries, documents)  # (all queries, all candidates)
+            mine = [slice(get_rank() * len(side), (get_rank() + 1) * len(side)) for side in (sparse_queries, local_documents)]
+            loss = _divergence(scores, teacher[mine[0]])
             if self.bidirectional:
-                loss = (loss + _divergence(scores.T, teacher.T)) / 2
+                loss = (loss + _divergence(dot(local_documents, all_queries) * scale, teacher[:, mine[1]].T)) / 2
             losses["distillation"] = (1 - self.label_weight) * loss
         if self.label_weight > 0:
             assert labels is not None
@@ -257,20 +261,21 @@ class Dense2SparseLoss(nn.Module):
         if self.gate_weight > 0:
             losses["gate"] = self.gate_weight * self._gate_loss(sparse_queries, documents, labels)
         ramp = min(1.0, step / max(1.0, self.ramp * steps)) ** 2
-        losses["regularizer"] = self.regularizer_weight * ramp * self._cost(gather(sparse_queries), sparse_documents)
+        losses["regularizer"] = self.regularizer_weight * ramp * self._cost(all_queries, all_documents)
         return losses
 
     def _teacher_logits(self, queries: Features, documents: Features) -> Tensor:
-        everyone = {"sentence_embedding": gather(documents["sentence_embedding"])}
-        if not self.teacher_lexical:
-            return dot(queries["sentence_embedding"], everyone["sentence_embedding"]) / self.teacher_temperature
-        dense = dot(queries["sentence_embedding"], everyone["sentence_embedding"])
-        words = [self._encode(self.lexical, queries, "query"), gather(self._encode(self.lexical, documents, "document"))]
-        # In units of the dense model's spread, so that the temperature keeps its meaning.
-        mixed = (1 - self.teacher_lexical) * dense + self.teacher_lexical * dot(*words) * (
-            self.deviations[0] / self.deviations[1]
-        )
-        return mixed / self.teacher_temperature
+        """Scores that the sparse ones are to follow, over the temperature: ``(all queries, all documents)``."""
+        scores = dot(*(gather(side["sentence_embedding"]) for side in (queries, documents)))
+        if self.teacher_lexical:
+            words = (
+                gather(self._encode(self.lexical, side, task))
+                for side, task in ((queries, "query"), (documents, "document"))
+            )
+            # In units of the dense model's spread, so that the temperature keeps its meaning.
+            lexical = dot(*words) * (self.deviations[0] / self.deviations[1])
+            scores = (1 - self.teacher_lexical) * scores + self.teacher_lexical * lexical
+        return scores / self.teacher_temperature
 
     def _draw_gate(self, batch: int, step: int, steps: int) -> Tensor | None:
         """Which words each query may be expanded to, or None for all: the paper's control, and two finer ones."""
@@ -286,8 +291,7 @@ class Dense2SparseLoss(nn.Module):
 
     def _gate_loss(self, sparse_queries: Tensor, documents: Features, labels: Tensor | None) -> Tensor:
         """Document logits are pulled up on the words of their query, each as much as the query weighs it."""
-        head = getattr(self.model, "module", self.model)
-        logits = head.vocabulary(head.hidden(documents["sentence_embedding"][labels]))  # (batch, words)
+        logits = self.model.vocabulary(self.model.hidden(documents["sentence_embedding"][labels]))  # (batch, words)
         weights = sparse_queries.detach()
         return -(weights * F.logsigmoid(logits)).sum(1).div(weights.sum(1).clamp(min=1e-6)).mean()
 
