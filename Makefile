@@ -9,8 +9,7 @@ BACKBONE ?= minilm
 .PHONY: quickstart test test-min lint results clean
 
 quickstart: $(VENV)/.quickstart
-	$(BIN)/python evaluate.py $(BACKBONE) --dataset data/tldr_pages --baselines bm25,minilm --model_dtype auto \
-		--output runs/quickstart --name quickstart
+	$(BIN)/python benchmarks/dense2sparse_text.py --quick --backbone $(BACKBONE) --output runs/quickstart --name quickstart
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -28,7 +27,7 @@ test-min:
 		transformers==5.17.0 sentence-transformers==6.0.1 huggingface-hub==1.33.0
 	$(VENV)-min/bin/python -m pytest tests/test_rooms.py tests/test_hub.py tests/test_training.py
 
-# Everything in results/ that a CPU can make again, about an hour on 2 cores.
+# Everything in results/ that a CPU can make again, about three hours on 2 cores.
 results: $(VENV)/.dev
 	$(BIN)/accelerate launch train.py hub_configs/late-interaction-minilm --overwrite
 	$(BIN)/python evaluate.py models/late-interaction-minilm/final \
@@ -36,6 +35,8 @@ results: $(VENV)/.dev
 		--token_pooling mean 1 2 4 8 16 32 --output results --name baselines
 	$(BIN)/python benchmarks/cache_memory.py --output results
 	$(BIN)/python benchmarks/search_speed.py --output results
+	$(BIN)/python benchmarks/dense2sparse_text.py --ablation --output results
+	$(BIN)/python benchmarks/dense2sparse_text.py --output results --settings_tried 40
 
 $(VENV)/.%: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)

@@ -10,10 +10,8 @@ fits only what is missing.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-import math
 import shlex
 import sys
 from collections.abc import Callable
@@ -34,10 +32,9 @@ from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 from tqdm import tqdm
 from transformers import AutoModel, HfArgumentParser, set_seed
 
-import polyrep.dense2sparse
+import polyrep
 from polyrep.cache import Embeddings
 from polyrep.data import RetrievalDataset, load_retrieval_dataset
-from polyrep.errors import InputError
 from polyrep.evaluation import per_query_metrics, table_rows
 from polyrep.files import staged_folder, write_json
 from polyrep.heads import HeadData, HeadTrainer, Side, encode_side, encode_sparse
@@ -61,27 +58,31 @@ HYBRID_WEIGHTS = np.arange(0.1, 1.0, 0.1)
 
 ABLATIONS: dict[str, dict[str, list[str]]] = {
     "default": {"default": []},
-    "initialisation and alignment": {
-        "random, no alignment": ["--initialization", "random", "--alignment", "none"],
-        "word embeddings, no alignment": ["--alignment", "none"],
-        "random, ridge alignment": ["--initialization", "random"],
-        "ridge alignment alone (1 step)": ["--max_steps", "1"],
+    "teacher": {
+        "dense and 15 % BM25": ["--teacher_lexical", "0.15"],
+        "labels, half": ["--label_weight", "0.5"],
+        "labels alone": ["--label_weight", "1"],
     },
-    "own tokens": {
-        "none, as in the paper": ["--own_tokens", "none"],
-        "no expansion": ["--expansion", "none"],
-        "only documents expanded": ["--expansion", "document"],
-    },
-    "control": {f"control by {how}": ["--control", how] for how in ("batch", "caption", "term")},
     "regulariser": {
         "L1": ["--regularizer", "l1", "--regularizer_weight", "0.003"],
         "FLOPS": ["--regularizer", "flops", "--regularizer_weight", "0.1"],
         "joint x 4": ["--regularizer_weight", "0.8"],
     },
-    "teacher": {
-        "dense and 15 % BM25": ["--teacher_lexical", "0.15"],
-        "labels, half": ["--label_weight", "0.5"],
-        "labels alone": ["--label_weight", "1"],
+    "control": {f"control by {how}": ["--control", how] for how in ("batch", "caption", "term")},
+    "initialisation and alignment": {
+        "ridge alignment alone (1 step)": ["--max_steps", "1"],
+        "word embeddings, no alignment": ["--alignment", "none"],
+        "random, no alignment": ["--initialization", "random", "--alignment", "none"],
+        "random, ridge alignment": ["--initialization", "random"],
+    },
+    "own tokens": {
+        "none, as in the paper": ["--own_tokens", "none"],
+        "no expansion": ["--expansion", "none"],
+        "only documents expanded": ["--expansion", "document"],
+        "as published: also no alignment, L1, both directions": [
+            *("--own_tokens", "none", "--alignment", "none", "--bidirectional", "true"),
+            *("--regularizer", "l1", "--regularizer_weight", "0.003"),
+        ],
     },
     "head": {
         "one hidden layer": ["--hidden_layers", "1"],
@@ -98,7 +99,9 @@ class Arguments:
         default_factory=lambda: ["data/tldr_pages", "data/scitldr", "data/scifact"], metadata={"help": "BEIR folders."}
     )
     backbone: str = field(default="minilm", metadata={"help": "Folder, Hub id, or minilm."})
-    quick: bool = field(default=False, metadata={"help": "One data set, one seed, and the top terms of three queries."})
+    quick: bool = field(
+        default=False, metadata={"help": "One data set, one seed, and the top terms of three queries."}
+    )
     ablation: bool = field(default=False, metadata={"help": "Every lever on dev instead of the table on test."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the fits."})
     flags: str = field(default="", metadata={"help": "Flags of the run for every fit, e.g. '--max_steps 2'."})
@@ -142,10 +145,8 @@ class Bench:
 
     def fitted(self, label: str, depends: dict[str, Any], fit: Callable[[Path], None]) -> Path:
         """The folder that ``fit`` fills, kept under a hash of what it depends on."""
-        sources = [Path(polyrep.dense2sparse.__file__).parent / f"{n}.py" for n in ("modeling_dense2sparse", "objective")]
-        sources += [Path(polyrep.__file__).parent / "heads.py"]
         depends = depends | {
-            "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in sources],
+            "version": polyrep.__version__,
             "documents": str(self.documents.embeddings.path.name),
             "threads": torch.get_num_threads(),
             "flags": self.flags,
@@ -312,9 +313,7 @@ def ablation(args: Arguments, benches: list[Bench]) -> dict[str, Any]:
                 for point, (query_words, document_words) in {"all words": (None, None), **OPERATING_POINTS}.items():
                     q, d = pruned(whole[0], query_words), pruned(whole[1], document_words)
                     ranking = bench.ranking(point, q, d, **readability(bench.documents, d, special))
-                    dense = ndcg(
-                        dataset, bench.ranking("dense", queries.embeddings, bench.documents.embeddings)
-                    )
+                    dense = ndcg(dataset, bench.ranking("dense", queries.embeddings, bench.documents.embeddings))
                     row = {
                         "system": f"{variant}, {point}",
                         "dataset": dataset.name,
@@ -333,8 +332,198 @@ def ablation(args: Arguments, benches: list[Bench]) -> dict[str, Any]:
             for point in dict.fromkeys(r["point"] for r in latest):
                 mine = [r for r in latest if r["point"] == point]
                 values = " ".join(f"{r['value']:.4f}@{r['flops']:.2f}" for r in mine)
-                print(f"{variant:<32} {point:<10} ratio {np.mean([r['ratio'] for r in mine]):.4f}  {values}", flush=True)
+                print(
+                    f"{variant:<32} {point:<10} ratio {np.mean([r['ratio'] for r in mine]):.4f}  {values}", flush=True
+                )
     return {"rows": rows, "settings_tried": sum(map(len, ABLATIONS.values()))}
+
+
+@dataclass
+class Measured:
+    """The table's rankings of one data set, and what the claims need of them."""
+
+    dataset: RetrievalDataset
+    rankings: list[Ranking]
+    fit_seconds: list[float]
+
+    def per_query(self, system: str) -> np.ndarray:
+        """nDCG@10 of each query, averaged over seeds: ``(queries,)``."""
+        values = [per_query_metrics(self.dataset, r)["nDCG@10"] for r in self.rankings if r.system == system]
+        return np.mean(values, axis=0)
+
+    def cost(self, system: str, name: str) -> float:
+        """A cost of a system, averaged over seeds."""
+        return float(np.mean([r.costs[name] for r in self.rankings if r.system == system]))
+
+
+def measure(args: Arguments, bench: Bench, split: str, weights: dict[str, float]) -> Measured:
+    """Every row of the table for one data set."""
+    dataset, queries, documents = bench.split(split), bench.queries(split), bench.documents
+    out = Measured(dataset, [], [])
+    add = out.rankings.append
+    bm25, lexical = rank_with_bm25(dataset), bm25_scores(dataset)
+    dense = all_scores(queries.embeddings, documents.embeddings)
+    add(bm25)
+    add(bench.ranking("dense", queries.embeddings, documents.embeddings))
+    dense_bytes = out.cost("dense", "bytes_per_document")
+
+    def hybrid(system: str, scores: np.ndarray, extra_bytes: float) -> None:
+        weight = weights[system]
+        mixed = weight * standardised(scores) + (1 - weight) * standardised(dense)
+        add(ranked_scores(system, mixed, bench.ranks, {"bytes_per_document": dense_bytes + extra_bytes}))
+
+    hybrid("dense + BM25", lexical, bm25.costs["bytes_per_document"])
+    variants = {"Dense2Sparse": [], "Dense2Sparse controlled": CONTROL}
+    if not args.quick:
+        variants["Dense2Sparse with labels"] = LABELS
+    for seed in args.seeds:
+        for variant, flags in variants.items():
+            folder = bench.dense2sparse(flags, seed, whole=args.quick and not flags)
+            if not flags:
+                out.fit_seconds.append(read_json(folder / "training.json")["seconds"])
+            head = AutoModel.from_pretrained(folder / "head").eval()
+            special = head.config.special_token_ids
+            q, d = with_head(head, queries, "query"), with_head(head, documents, "document")
+
+            def row(system: str, q_: Embeddings, d_: Embeddings, special: list[int] = special) -> None:
+                add(bench.ranking(system, q_, d_, **readability(documents, d_, special)))
+
+            for point, (query_words, document_words) in OPERATING_POINTS.items():
+                row(f"{variant}, {point}", pruned(q, query_words), pruned(d, document_words))
+            if flags:
+                continue
+            query_words, document_words = OPERATING_POINTS["FLOPs 5"]
+            best = pruned(q, query_words), pruned(d, document_words)
+            row(f"{variant}, half mass", *(pruned(side, mass=0.5) for side in best))
+            for words in CSR_SIZES if not args.quick else [64]:
+                row(f"{variant}, {words} words", pruned(q, words), pruned(d, words))
+            hybrid("dense + Dense2Sparse", all_scores(*best), out.cost(f"{variant}, FLOPs 5", "bytes_per_document"))
+        for size in CSR_SIZES if not args.quick else [64]:
+            module = bench.rival("csr", seed, size, labels=False)
+            sides = [
+                encode_sparse(
+                    lambda f, m=module: m({"sentence_embedding": f["sentence_embedding"]})["sentence_embedding"], side
+                )
+                for side in (queries, documents)
+            ]
+            add(bench.ranking(f"CSR, {size} words", *sides))
+        if not args.quick:
+            adapter: Any = bench.rival("adapter", seed)
+            adapted = [adapted_by(adapter, side) for side in (queries, documents)]
+            add(bench.ranking("dense, adapter with labels", *adapted))
+    return out
+
+
+def adapted_by(adapter: torch.nn.Module, side: Side) -> Embeddings:
+    """Dense vectors through the linear adapter, of unit length again."""
+    with torch.inference_mode():
+        vectors = adapter.linear(torch.from_numpy(np.asarray(side.embeddings.values, np.float32)))
+    unit = torch.nn.functional.normalize(vectors, dim=1).numpy().astype(np.float16)
+    return replace(side.embeddings, values=unit)
+
+
+def bm25_scores(dataset: RetrievalDataset) -> np.ndarray:
+    """BM25 of every pair: ``(queries, documents)``."""
+    ranking = rank_with_bm25(dataset, depth=len(dataset.corpus))
+    scores = np.zeros((len(dataset.queries), len(dataset.corpus)), np.float32)
+    np.put_along_axis(scores, ranking.positions, ranking.scores, 1)
+    return scores
+
+
+def hybrid_weights(args: Arguments, benches: list[Bench]) -> dict[str, float]:
+    """Share of the lexical side in each hybrid: one for all data sets, the best mean on dev."""
+    totals: dict[str, np.ndarray] = {
+        name: np.zeros(len(HYBRID_WEIGHTS)) for name in ("dense + BM25", "dense + Dense2Sparse")
+    }
+    for bench in benches:
+        dataset, queries = bench.split("dev"), bench.queries("dev")
+        dense = standardised(all_scores(queries.embeddings, bench.documents.embeddings))
+        folder = bench.dense2sparse([], args.seeds[0], whole=args.quick)
+        head = AutoModel.from_pretrained(folder / "head").eval()
+        query_words, document_words = OPERATING_POINTS["FLOPs 5"]
+        q = pruned(with_head(head, queries, "query"), query_words)
+        d = pruned(with_head(head, bench.documents, "document"), document_words)
+        for name, scores in (("dense + BM25", bm25_scores(dataset)), ("dense + Dense2Sparse", all_scores(q, d))):
+            lexical = standardised(scores)
+            totals[name] += [
+                ndcg(dataset, ranked_scores(name, w * lexical + (1 - w) * dense, bench.ranks, {}))
+                for w in HYBRID_WEIGHTS
+            ]
+    return {name: float(HYBRID_WEIGHTS[total.argmax()]) for name, total in totals.items()}
+
+
+def claims(measured: list[Measured]) -> list[dict[str, Any]]:
+    """The figures that the card promises, with intervals from resampling the queries of every data set."""
+    generator = np.random.default_rng(0)
+    draws = [generator.integers(len(m.dataset.queries), size=(2000, len(m.dataset.queries))) for m in measured]
+    split = measured[0].dataset.split
+
+    def macro(statistic: Callable[[Measured, np.ndarray], np.ndarray]) -> tuple[float, list[float]]:
+        """Mean over data sets of a statistic of rows of query positions, and its interval."""
+        everyone = [np.arange(len(m.dataset.queries))[None] for m in measured]
+        value = float(np.mean([statistic(m, rows) for m, rows in zip(measured, everyone, strict=True)]))
+        resampled = np.mean([statistic(m, rows) for m, rows in zip(measured, draws, strict=True)], axis=0)
+        return value, [float(x) for x in np.percentile(resampled, [2.5, 97.5])]
+
+    means: dict[tuple[int, str], np.ndarray] = {}
+
+    def mean(m: Measured, system: str, rows: np.ndarray) -> np.ndarray:
+        key = (id(m), system)
+        if key not in means:
+            means[key] = m.per_query(system)
+        return means[key][rows].mean(1)
+
+    def ratio(system: str, reference: str) -> tuple[float, list[float]]:
+        return macro(lambda m, rows: mean(m, system, rows) / mean(m, reference, rows))
+
+    def points(system: str, *references: str) -> tuple[float, list[float]]:
+        return macro(
+            lambda m, rows: 100 * (mean(m, system, rows) - np.max([mean(m, r, rows) for r in references], axis=0))
+        )
+
+    found: list[dict[str, Any]] = []
+
+    def claim(
+        name: str, outcome: tuple[float, list[float]], target: float | None, met: bool | None, **more: Any
+    ) -> None:
+        value, interval = outcome
+        entry = {"claim": f"dense2sparse.{name}", "value": value, "interval": interval, "target": target, "met": met}
+        found.append(entry | {"split": split} | more)
+
+    for point, limit, target in (("FLOPs 5", 5.0, 1.0), ("FLOPs 1", 1.0, 0.97)):
+        outcome = ratio(f"Dense2Sparse, {point}", "dense")
+        highest = max(m.cost(f"Dense2Sparse, {point}", "flops") for m in measured)
+        claim(
+            f"text_ratio_at_flops{limit:g}", outcome, target, outcome[0] >= target and highest <= limit, flops=highest
+        )
+    for size in CSR_SIZES:
+        outcome = points(f"Dense2Sparse, {size} words", f"CSR, {size} words")
+        claim(f"margin_over_csr_{size}", outcome, 0.0, outcome[0] >= 0)
+    outcome = points("dense + Dense2Sparse", "dense", "Dense2Sparse, FLOPs 5")
+    claim("hybrid_gain", outcome, 0.0, outcome[0] > 0)
+    shares = [m.cost("Dense2Sparse, FLOPs 5", "own_token_share") for m in measured]
+    claim("own_token_share", (float(np.mean(shares)), [min(shares), max(shares)]), None, None)
+    seconds = [s for m in measured for s in m.fit_seconds]
+    claim("fit_seconds", (max(seconds), [min(seconds), max(seconds)]), 300, max(seconds) <= 300)
+    outcome = points("Dense2Sparse, FLOPs 5", "Dense2Sparse, half mass")
+    claim("half_mass_loss", outcome, 1.0, outcome[0] <= 1.0)
+    claim(
+        "labels_ratio_to_adapter", ratio("Dense2Sparse with labels, FLOPs 5", "dense, adapter with labels"), None, None
+    )
+    return found
+
+
+def show_words(bench: Bench, folder: Path) -> None:
+    """Print the heaviest words of three queries and of the document that each finds first."""
+    model = load(folder, trust_remote_code=True)
+    dataset = bench.split("test")
+    texts = list(dataset.queries.values())
+    chosen = [texts[i] for i in np.linspace(0, len(texts) - 1, 5).astype(int)[1:4]]
+    vectors = model.encode_query(chosen)
+    print("\nHeaviest words of three queries; + marks a word that the query does not hold:")
+    for text, words in zip(chosen, model.decode(vectors, top_k=10), strict=True):
+        own = set(model.tokenizer.tokenize(text))
+        print(f"  {text}\n    " + ", ".join(f"{'' if w in own else '+'}{w} {x:.1f}" for w, x in words))
 
 
 def main() -> None:
@@ -342,12 +531,24 @@ def main() -> None:
     (args,) = HfArgumentParser([Arguments]).parse_args_into_dataclasses()
     folder = fetch(args.backbone)
     model = load(folder, dtype=fastest_dtype("auto"))
+    if args.quick:
+        args.datasets, args.seeds = args.datasets[:1], args.seeds[:1]
     benches = [Bench(args, source, model) for source in args.datasets]
     if args.ablation:
         outcome = ablation(args, benches)
         name = f"{args.name}-ablation"
     else:
-        raise SystemExit
+        weights = hybrid_weights(args, benches)
+        measured = [measure(args, bench, "test", weights) for bench in benches]
+        rows = [row for m in measured for row in table_rows(m.dataset, m.rankings, "dense")]
+        outcome = {
+            "rows": rows,
+            "settings_tried": args.settings_tried,
+            "axis": "flops",
+            "hybrid_weights": weights,
+            "claims": [] if args.quick else claims(measured),
+        }
+        name = args.name
     results = {
         "name": name,
         **provenance(shlex.join(["python", *sys.argv])),
@@ -356,7 +557,14 @@ def main() -> None:
         "claims": [],
         **outcome,
     }
-    write_results(results, Path(args.output) if args.output else None)
+    print(write_results(results, Path(args.output) if args.output else None))
+    if args.quick:
+        bench = benches[0]
+        folder = bench.dense2sparse([], args.seeds[0], whole=True)
+        show_words(bench, folder / "final")
+        print(f"\nThe model: {folder / 'final'}")
+        if args.output:
+            print(f"Quality against FLOPs: {Path(args.output) / name}.png")
 
 
 if __name__ == "__main__":

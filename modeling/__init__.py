@@ -55,4 +55,4 @@ def register(room: Room) -> None:
     ROOMS[room.config.model_type] = room
 
 
-from . import dense2sparse  # noqa: E402  registers itself, for which it needs what is above
+from . import dense2sparse as dense2sparse  # noqa: E402  registers itself, for which it needs what is above

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytrec_eval
-import torch
 from sentence_transformers import MultiVectorEncoder
 from transformers import HfArgumentParser
 

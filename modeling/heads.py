@@ -47,7 +47,7 @@ class Side:
     first: int = 0
 
     def features(self, rows: np.ndarray) -> Features:
-        """Features of some texts: ``sentence_embedding, input_ids, attention_mask`` padded to the longest, ``index``."""
+        """Features of some texts: ``sentence_embedding``, padded ``input_ids, attention_mask``, and ``index``."""
         lengths = np.diff(self.offsets)[rows]
         columns = np.arange(max(1, lengths.max(initial=1)))
         mask = columns < lengths[:, None]  # (texts, tokens)
@@ -131,7 +131,7 @@ class HeadData(Dataset):
         return self.pairs[row]
 
     def collate(self, rows: list[np.ndarray]) -> dict[str, Any]:
-        """A batch: ``features`` of queries ``(batch)`` and of documents, own ones first, then negatives; ``labels``."""
+        """A batch: ``features`` of queries and of documents, own ones first, then negatives; and ``labels``."""
         pairs = np.stack(rows)
         pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]  # a data set's rows side by side
         query_parts, own_parts, negative_parts = [], [], []
@@ -179,13 +179,15 @@ class HeadTrainer(Trainer):
 
     def __init__(self, *, objective: Any, **kwargs: Any):
         super().__init__(model=objective, **kwargs)
-        self.objective = objective
+        self.objective: Any = objective
         self.model_accepts_loss_kwargs = False
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         self.prepare_seconds = 0.0
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Loss of a batch."""
         self.objective.seed = self.args.seed
         self.objective.progress = (self.state.global_step, self.state.max_steps)

@@ -168,7 +168,7 @@ def resolve(argv: list[str], *, prog: str = "polyrep train") -> Plan:
                 f"{run}/config.json: {unknown[0]!r} is no field of {room.config.__name__}, so it would be ignored. "
                 f"Fields: {', '.join(k for k in fields if k != 'kwargs')}."
             )
-        owner = room.head.config_class if on_cache and room.head else room.config
+        owner: Any = room.head.config_class if on_cache and room.head else room.config
         groups.append(_flags_of(owner, f"method: {method['model_type']}", method))
     groups.append(_flags_of(objective, f"objective: {name}", {}))
     parser = _parser([*groups, arguments], prog)

@@ -40,7 +40,8 @@ def write_results(results: dict[str, Any], output: Path | None) -> str:
         results: ``name, command, created, commit, hardware, versions, seeds, settings_tried, models {system:
             fingerprint}, rows, claims``. A row has ``system, dataset, split, metric, value`` and what applies of
             ``interval, std, bytes_per_document, flops, active_dims, ...``. A claim has ``claim, value, target, met``
-            (both None without a target) and, where it needs data, ``split``.
+            (both None without a target) and, where it needs data, ``split``. Optionally ``axis``, the cost that the
+            picture sets quality against; default ``bytes_per_document``.
         output: Folder to write to; None writes nothing.
 
     Returns:
@@ -114,13 +115,18 @@ def to_markdown(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Quality with its interval against bytes per document on a logarithmic axis, a panel per data set."""
+    """Quality with its interval against a cost on a logarithmic axis, a panel per data set.
+
+    Systems without that cost are lines across the panel.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    cost = results.get("axis", "bytes_per_document")
     points = _points(results)
+    without = [row for row in results["rows"] if row["metric"] == "nDCG@10" and not row.get(cost)]
     datasets = list(dict.fromkeys(row["dataset"] for row in points))
     families = list(dict.fromkeys(row["system"].partition(", ")[0] for row in points))
     columns = min(len(datasets), 2)
@@ -134,9 +140,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
         for family in families:
             mine = sorted(
                 (row for row in points if row["dataset"] == dataset and row["system"].partition(", ")[0] == family),
-                key=lambda row: row["bytes_per_document"],
+                key=lambda row: row[cost],
             )
-            sizes, values = [row["bytes_per_document"] for row in mine], [row["value"] for row in mine]
+            sizes, values = [row[cost] for row in mine], [row["value"] for row in mine]
             intervals = [row.get("interval", [row["value"]] * 2) for row in mine]
             errors = [[v - low for v, (low, _) in zip(values, intervals, strict=True)]]
             errors.append([high - v for v, (_, high) in zip(values, intervals, strict=True)])
@@ -146,11 +152,15 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 label = row["system"].partition(", ")[2].replace("hierarchical ", "k=")
                 below = (0, -12) if label == "mean" else (-2, 5)  # the mean and k=1 lie on one another
                 axis.annotate(label, (size, value), below, textcoords="offset points", fontsize=7, ha="right")
+        across = [row for row in without if row["dataset"] == dataset]
+        for row, style in zip(across, ("-", "--", ":", "-.") * len(across), strict=False):
+            axis.axhline(row["value"], ls=style, color="0.5", lw=1, label=row["system"])
         axis.set_xscale("log")
         axis.margins(x=0.12)
         axis.set_title(dataset)
         axis.grid(alpha=0.3)
-    figure.supxlabel("bytes per document", fontsize="medium")
+    names = {"bytes_per_document": "bytes per document", "flops": "FLOPs: words that a query and a document share"}
+    figure.supxlabel(names.get(cost, cost), fontsize="medium")
     figure.supylabel("nDCG@10 (95 % interval)", fontsize="medium")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=144)
@@ -159,7 +169,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 def _points(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows that have a place in the picture."""
-    return [row for row in results["rows"] if row["metric"] == "nDCG@10" and row.get("bytes_per_document")]
+    cost = results.get("axis", "bytes_per_document")
+    return [row for row in results["rows"] if row["metric"] == "nDCG@10" and row.get(cost)]
 
 
 def provenance(command: str) -> dict[str, Any]:
@@ -229,6 +240,7 @@ def _table_cells(system: str, metrics: dict[str, dict[str, Any]]) -> dict[str, s
         "vectors/doc": _or(main.get("vectors_per_document"), ".1f"),
         "active dims": _or(main.get("active_dims"), ".1f"),
         "FLOPs": _or(main.get("flops"), ".2f"),
+        "own words in top 20": _or(main.get("own_token_share"), ".2f"),
         "encode docs/s": _or(main.get("encode_docs_per_s"), ",.0f"),
         "search ms (p50 / p99)": " / ".join(latency) if all(latency) else "",
     }

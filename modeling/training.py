@@ -133,7 +133,7 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
 
 
 def build(plan: Plan, folder: Path, head: PreTrainedModel | None = None) -> None:
-    """Write a model: the run's folder plus the backbone's weights and tokenizer, and a trained head where there is one.
+    """Write a model: the run's folder plus the backbone's weights and tokenizer, and a trained head if there is one.
 
     A room builds itself through ``from_encoder``. Without a room the stock modules that ``modules.json`` lists are
     built: the first from the backbone, the others from their own config with fresh weights.
@@ -251,7 +251,7 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], SentenceTran
         head = plan.room.head.from_backbone(backbone, **plan.config, **base)  # type: ignore[attr-defined]
     except ValueError as error:
         raise InputError(str(error)) from error
-    objective = plan.objective(head, **plan.objective_arguments)
+    objective: Any = plan.objective(head, **plan.objective_arguments)
     data = HeadData(negatives=settings.negatives, labels=objective.needs_labels, depth=settings.depth)
     counts = {}
     for source in recipe.datasets:
@@ -286,8 +286,8 @@ def _with_backbone(plan: Plan, head: PreTrainedModel, backbone: SentenceTransfor
         assert plan.room.module
         recipe = plan.recipe  # opened afresh: for encoding, its weights may have been halved
         folder = fetch(recipe.backbone, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-        whole = load(folder, trust_remote_code=recipe.trust_remote_code)
-        return family_of(plan.run)(modules=[*whole.children(), plan.room.module(head)], prompts=backbone.prompts)
+        whole: Any = load(folder, trust_remote_code=recipe.trust_remote_code)
+        return family_of(plan.run)(modules=[*whole.children(), plan.room.module(head)], prompts=whole.prompts)
     with tempfile.TemporaryDirectory() as scratch:
         build(plan, Path(scratch) / "model", head)
         model = load(Path(scratch) / "model", trust_remote_code=True)
@@ -345,6 +345,8 @@ def _card_context(plan: Plan, counts: dict[str, int]) -> dict[str, Any]:
         # Where the model was written is a matter of the machine that made it.
         "command": re.sub(r" --output_dir ('[^']*'|\S+)", "", plan.command),
         "backbone": plan.recipe.backbone,
+        "backbone_id": MINILM_ID if plan.recipe.backbone == "minilm" else plan.recipe.backbone,
+        "labels": plan.objective_arguments.get("label_weight", 1) > 0,
         "objective": plan.recipe.objective,
         "pairs": counts,
         "seed": plan.args.seed,

@@ -71,9 +71,7 @@ def toy_example(backbone: Path, scratch: Path) -> Example:
 
 def dense2sparse_example(backbone: Path, scratch: Path) -> Example:
     torch.manual_seed(4)
-    encoder = SentenceTransformer(
-        modules=[Transformer(str(backbone)), Pooling(32, "mean"), Normalize()], device="cpu"
-    )
+    encoder = SentenceTransformer(modules=[Transformer(str(backbone)), Pooling(32, "mean"), Normalize()], device="cpu")
     head = Dense2SparseModel.from_backbone(encoder, query_top_k=20, document_top_k=30, average_length=5.0)
     with torch.no_grad():
         head.vocabulary.bias.normal_()

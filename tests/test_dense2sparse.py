@@ -1,4 +1,4 @@
-"""The Dense2Sparse room: its maths against plain loops in float64, what it refuses, and its training from end to end."""
+"""The Dense2Sparse room: its maths against plain loops in float64, what it refuses, and its training."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ TEXTS = [*DOCUMENTS.values(), *QUERIES.values()]
 def random_head(**config: Any) -> Dense2SparseModel:
     torch.manual_seed(0)
     head = Dense2SparseModel(
-        Dense2SparseConfig(**{"input_dim": 6, "vocab_size": 12, "special_token_ids": [0, 1], "average_length": 4.0} | config)
+        Dense2SparseConfig(
+            **{"input_dim": 6, "vocab_size": 12, "special_token_ids": [0, 1], "average_length": 4.0} | config
+        )
     )
     with torch.no_grad():
         for parameter in head.parameters():
@@ -314,7 +316,9 @@ def test_a_backbone_with_more_modules_is_refused_for_one_folder(backbone, tmp_pa
 @pytest.fixture
 def data(sentence_model, tmp_path) -> HeadData:
     data = HeadData(negatives=1, depth=3)
-    data.add(sentence_model, load_retrieval_dataset(write_beir(tmp_path / "tiny", "train"), "train"), show_progress=False)
+    data.add(
+        sentence_model, load_retrieval_dataset(write_beir(tmp_path / "tiny", "train"), "train"), show_progress=False
+    )
     return data
 
 
@@ -338,7 +342,9 @@ def test_preparation_sets_what_bm25_would(sentence_model, data):
     known = [[t for t in row if t not in head.config.special_token_ids] for row in own]
     assert head.config.average_length == pytest.approx(np.mean([len(row) for row in known]))
     assert head.expansion_terms.tolist() == sorted({t for row in known for t in row})
-    idf = np.array([math.log(1 + (5 - df + 0.5) / (df + 0.5)) for df in (sum(t in row for row in known) for t in range(61))])
+    idf = np.array(
+        [math.log(1 + (5 - df + 0.5) / (df + 0.5)) for df in (sum(t in row for row in known) for t in range(61))]
+    )
     np.testing.assert_allclose(head.own_weight.detach(), 3 * np.sqrt(np.maximum(idf / idf.max(), 0.02)), rtol=1e-5)
 
 
@@ -352,9 +358,17 @@ def test_alignment_is_the_ridge_regression_that_it_says(sentence_model, data):
         own_only = Dense2SparseModel(Dense2SparseConfig(**start.config.to_diff_dict()))
         own_only.load_state_dict(start.state_dict())
         own_only.config.expansion = "none"
-        z = own_only(
-            features["sentence_embedding"], features["input_ids"], features["attention_mask"], "document", compact=True
-        ).sentence_embedding.double().numpy()
+        z = (
+            own_only(
+                features["sentence_embedding"],
+                features["input_ids"],
+                features["attention_mask"],
+                "document",
+                compact=True,
+            )
+            .sentence_embedding.double()
+            .numpy()
+        )
     prior = start.vocabulary.weight.detach().double().numpy().T
     xc, zc = x - x.mean(0), z - z.mean(0)
     best = ((xc @ prior) * zc).sum() / ((xc @ prior) ** 2).sum()  # least squares for one common scale
@@ -385,7 +399,10 @@ def test_distillation_and_regulariser_against_loops(sentence_model, data, batch,
     with torch.no_grad():
         losses = objective(batch["features"], batch["labels"])
         encode = objective._encode
-        zq, zd = encode(objective.model, q, "query").double().numpy(), encode(objective.model, d, "document").double().numpy()
+        zq, zd = (
+            encode(objective.model, q, "query").double().numpy(),
+            encode(objective.model, d, "document").double().numpy(),
+        )
     teacher = (q["sentence_embedding"].double() @ d["sentence_embedding"].double().T).numpy() / 0.05
     student = zq @ zd.T
 
@@ -432,7 +449,9 @@ def test_the_lexical_teacher_is_bm25_in_units_of_the_dense_one(sentence_model, d
     mixed = 0.6 * batch_dense + 0.4 * batch_words * objective.deviations[0] / objective.deviations[1]
     torch.testing.assert_close(objective._teacher_logits(q, d), mixed / 0.05)
     with torch.no_grad():
-        own = objective.lexical(q["sentence_embedding"], q["input_ids"], q["attention_mask"], "query").sentence_embedding
+        own = objective.lexical(
+            q["sentence_embedding"], q["input_ids"], q["attention_mask"], "query"
+        ).sentence_embedding
     assert ((own > 0).sum(1) <= q["attention_mask"].sum(1)).all(), "the lexical teacher has no expansion"
 
 
@@ -462,7 +481,10 @@ def test_control_reaches_queries_only(sentence_model, data, batch):
     objective = prepared(sentence_model, data, control="caption", regularizer_weight=0.0)
     seen: list[tuple[str, bool]] = []
     plain = objective._encode
-    objective._encode = lambda head, f, task, gate=None: (seen.append((task, gate is not None)), plain(head, f, task, gate))[1]
+    objective._encode = lambda head, f, task, gate=None: (
+        seen.append((task, gate is not None)),
+        plain(head, f, task, gate),
+    )[1]
     objective(batch["features"], batch["labels"])
     assert seen == [("query", True), ("document", False)]
 

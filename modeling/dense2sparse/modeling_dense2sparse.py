@@ -8,7 +8,7 @@ encoder onto a word-piece vocabulary. Where this code leaves the paper:
   ``own_tokens="learned"`` they enter with a learned weight per word, saturated and normalised by length as in BM25,
   and the head only has to add the words that the text does not hold ("expansion").
 - Padding and special tokens are left out by mask, not by id: an id may stand for padding and for a word.
-- Only words that can be learned are expanded to (``expansion_size``); every word of the vocabulary counts as a text's own.
+- Only words that can be learned are expanded to (``expansion_size``); every known word counts as a text's own.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Dense2SparseConfig(PretrainedConfig):
         input_dim (int): Width of the dense vectors.
         vocab_size (int): Width of the sparse vectors: entries of the word-piece vocabulary.
         expansion_size (int): Words that the head can add; None for the whole vocabulary.
-        hidden_layers (int): Residual layers (GELU) between the first projection and the vocabulary; the paper has none.
+        hidden_layers (int): Residual layers (GELU) before the vocabulary; the paper has none.
         activation (str): log1p_relu as in the paper, or double_log1p, which saturates harder.
         expansion (str): Which side may hold words that its text lacks: both, document, query or none.
         own_tokens (str): learned: a text's own words count with a learned weight. none: as in the paper.
@@ -124,7 +124,11 @@ class Dense2SparseConfig(PretrainedConfig):
         for field, value in (("activation", activation), ("expansion", expansion), ("own_tokens", own_tokens)):
             if value not in _CHOICES[field]:
                 raise ValueError(f"{name}: {field}={value!r} is unknown. Use one of {', '.join(_CHOICES[field])}.")
-        for field, value in (("document_top_k", document_top_k), ("query_top_k", query_top_k), ("expansion_size", expansion_size)):
+        for field, value in (
+            ("document_top_k", document_top_k),
+            ("query_top_k", query_top_k),
+            ("expansion_size", expansion_size),
+        ):
             if value is not None and not (field == "expansion_size" or value >= 1) or (value or 0) > vocab_size:
                 raise ValueError(
                     f"{name}: {field}={value!r} of a vocabulary of {vocab_size:,} words cannot be kept. "
@@ -291,6 +295,7 @@ class Dense2SparseModel(PreTrainedModel):
             gate: ``(batch, 1)`` or ``(batch, expansion_size)`` zeros and ones: the expansion that is allowed, which
                 never touches own tokens. The expansion control of training draws it.
             compact: Return only the ``(batch, expansion_size)`` columns that can be expanded to, and prune nothing.
+            kwargs: Ignored; what other heads read.
 
         Raises:
             ValueError: The vectors have another width than the head, or own tokens are missing.
@@ -329,8 +334,7 @@ class Dense2SparseModel(PreTrainedModel):
         return Dense2SparseOutput(sentence_embedding=weights if compact else self._prune(weights, task))
 
     def count(self, input_ids: Tensor, attention_mask: Tensor | None = None, compact: bool = False) -> tuple:
-        """Own tokens of texts, ``(batch, tokens)``: how often each word occurs, ``(batch, words)``, and how many there
-        are in all, ``(batch, 1)``; see ``forward``."""
+        """Own tokens of texts: times that each word occurs ``(batch, words)``, and length ``(batch, 1)``."""
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         special = torch.tensor(self.config.special_token_ids, device=input_ids.device, dtype=input_ids.dtype)
         real = real & ~torch.isin(input_ids, special)
@@ -345,7 +349,7 @@ class Dense2SparseModel(PreTrainedModel):
         return counts.scatter_add_(1, columns.clamp(min=0), real.float()), lengths
 
     def saturate(self, counts: Tensor, lengths: Tensor, task: str | None) -> Tensor:
-        """Term frequency as BM25 takes it: a repeated word counts more, in a long document less. Queries: yes or no."""
+        """Term frequency as BM25 takes it: a repeated word counts more, in a long document less. Queries: 0 or 1."""
         if task == "query":
             return (counts > 0).to(counts.dtype)
         k1, b = F.softplus(self.own_saturation), torch.sigmoid(self.own_length)
@@ -511,6 +515,7 @@ class Dense2SparseForRetrieval(PreTrainedModel):
             attention_mask: ``(batch, tokens)``; default: all tokens count.
             token_type_ids: ``(batch, tokens)``, for encoders that know them.
             task: "query" or "document".
+            kwargs: Ignored; what other retrievers read.
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
@@ -539,7 +544,8 @@ class Dense2SparsePooling(Module):
         if ids is not None and len(ids) != len(vectors):
             raise ValueError(
                 f"Dense2SparsePooling: {len(vectors)} vectors but input_ids of shape {tuple(ids.shape)}: the encoder "
-                "was fed without padding, so a text's own tokens cannot be told apart. Load it with unpad_inputs=False."
+                "was fed without padding, so a text's own tokens cannot be told apart. Load it with "
+                "unpad_inputs=False."
             )
         output = self.model(vectors, ids, features.get("attention_mask"), task)
         return {**features, "sentence_embedding": output.sentence_embedding}
@@ -551,8 +557,8 @@ class Dense2SparsePooling(Module):
         if dims and dims[-1] and dims[-1] != config.input_dim:
             raise ValueError(
                 f"Dense2SparsePooling: the backbone's vectors have width {dims[-1]}, but the head was made for "
-                f"input_dim={config.input_dim}. Use the backbone it was trained on ({config.base_model_id or 'not recorded'}), or "
-                "train a head for this one."
+                f"input_dim={config.input_dim}. Use the backbone it was trained on "
+                f"({config.base_model_id or 'not recorded'}), or train a head for this one."
             )
         if before and config.own_tokens == "learned":
             vocabulary = model.tokenizer.get_vocab()
@@ -633,6 +639,9 @@ def _stable(content):
 
 _HEAD_FIELDS = set(Dense2SparseConfig().to_dict()) - set(PretrainedConfig().to_dict()) - {"projection_dim"}
 
-for config, model in ((Dense2SparseConfig, Dense2SparseModel), (Dense2SparseForRetrievalConfig, Dense2SparseForRetrieval)):
+for config, model in (
+    (Dense2SparseConfig, Dense2SparseModel),
+    (Dense2SparseForRetrievalConfig, Dense2SparseForRetrieval),
+):
     config.register_for_auto_class()
     model.register_for_auto_class("AutoModel")

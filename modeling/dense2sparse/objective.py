@@ -231,7 +231,9 @@ class Dense2SparseLoss(nn.Module):
         """
         queries, documents = features
         step, steps = self.progress
-        sparse_queries = self._encode(self.model, queries, "query", self._draw_gate(len(queries["index"]), step, steps))
+        sparse_queries = self._encode(
+            self.model, queries, "query", self._draw_gate(len(queries["index"]), step, steps)
+        )
         local_documents = self._encode(self.model, documents, "document")
         if not local_documents.detach().any() or not sparse_queries.detach().any():
             side = "query" if local_documents.detach().any() else "document"
@@ -246,7 +248,10 @@ class Dense2SparseLoss(nn.Module):
         if self.label_weight < 1:
             with torch.no_grad():
                 teacher = self._teacher_logits(queries, documents)  # (all queries, all candidates)
-            mine = [slice(get_rank() * len(side), (get_rank() + 1) * len(side)) for side in (sparse_queries, local_documents)]
+            mine = [
+                slice(get_rank() * len(side), (get_rank() + 1) * len(side))
+                for side in (sparse_queries, local_documents)
+            ]
             loss = _divergence(scores, teacher[mine[0]])
             if self.bidirectional:
                 loss = (loss + _divergence(dot(local_documents, all_queries) * scale, teacher[:, mine[1]].T)) / 2
@@ -320,5 +325,5 @@ class Dense2SparseLoss(nn.Module):
 
 
 def _divergence(scores: Tensor, teacher: Tensor) -> Tensor:
-    """KL divergence of the softmax of ``scores`` from that of ``teacher``, both ``(rows, columns)``; mean over rows."""
+    """KL divergence of the softmax of ``scores`` from that of ``teacher``: mean over ``(rows, columns)``' rows."""
     return F.kl_div(scores.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)

@@ -1,0 +1,157 @@
+"""Training on cached vectors: the batches are the right rows, and stock losses and modules train on them too."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DOCUMENTS, QUERIES, ROOT, run_python, write_beir
+from sentence_transformers import SparseEncoder
+from sentence_transformers.sparse_encoder.losses import CSRLoss
+from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
+
+from polyrep.cache import Embeddings
+from polyrep.data import load_retrieval_dataset
+from polyrep.dense2sparse import Dense2SparseConfig, Dense2SparseModel
+from polyrep.heads import HeadData, HeadTrainer, Side, encode_sparse
+from polyrep.recipes import HeadTrainingArguments
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import dense2sparse_text as bench
+
+
+@pytest.fixture
+def two_sets(sentence_model, tmp_path) -> HeadData:
+    """The small data set, and a second one with the first three documents and one query."""
+    first, second = write_beir(tmp_path / "first", "train"), write_beir(tmp_path / "second", "train")
+    lines = (second / "corpus.jsonl").read_text().splitlines()[:3]
+    (second / "corpus.jsonl").write_text("\n".join(lines) + "\n")
+    (second / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq2\td1\t1\n")
+    data = HeadData(negatives=2, labels=True, depth=3)
+    for folder in (first, second):
+        data.add(sentence_model, load_retrieval_dataset(folder, "train"), show_progress=False)
+    return data
+
+
+def test_batches_hold_the_rows_that_they_name(two_sets, sentence_model):
+    texts = {side: [] for side in ("query", "document")}
+    for side in texts:
+        for batch in two_sets.batches(side, size=2):
+            texts[side].append(batch["sentence_embedding"])
+    vectors = {side: torch.cat(parts) for side, parts in texts.items()}
+    assert {side: len(v) for side, v in vectors.items()} == {"query": 4, "document": 8}
+    np.testing.assert_allclose(
+        vectors["document"][5:], sentence_model.encode_document(list(DOCUMENTS.values())[:3]), atol=1e-3
+    )
+    rows = [two_sets[i] for i in (4, 0, 2)]  # out of order, from both sets
+    batch = two_sets.collate(rows)
+    queries, documents = batch["features"]
+    for features, side in ((queries, "query"), (documents, "document")):
+        torch.testing.assert_close(features["sentence_embedding"], vectors[side][features["index"]])
+    assert batch["labels"].tolist() == [0, 1, 2] and len(documents["index"]) == 3 + 3 * 2
+    own = dict(zip(queries["index"].tolist(), documents["index"][:3].tolist(), strict=True))
+    assert own == {0: 1, 2: own[2], 3: 5} and own[2] in (2, 3)
+    tokenizer = sentence_model.tokenizer
+    expected = [*DOCUMENTS.values(), *list(DOCUMENTS.values())[:3]]
+    for ids, mask, index in zip(documents["input_ids"], documents["attention_mask"], documents["index"], strict=True):
+        assert ids[mask.bool()].tolist() == tokenizer(expected[index])["input_ids"]
+
+
+def test_negatives_are_among_the_nearest_of_the_same_set(two_sets, sentence_model):
+    scores = sentence_model.similarity(
+        sentence_model.encode_query(list(QUERIES.values())), sentence_model.encode_document(list(DOCUMENTS.values()))
+    )
+    nearest = scores.topk(3, dim=1).indices
+    for _ in range(5):
+        documents = two_sets.collate([two_sets[0], two_sets[1]])["features"][1]["index"][2:].reshape(2, 2)
+        for row, negatives in enumerate(documents):
+            assert set(negatives.tolist()) <= set(nearest[row].tolist())
+        assert set(two_sets.collate([two_sets[4]])["features"][1]["index"][1:].tolist()) <= {5, 6, 7}
+
+
+def test_without_labels_the_nearest_document_takes_the_place_of_the_judged(sentence_model, tmp_path):
+    data = HeadData()
+    data.add(sentence_model, load_retrieval_dataset(write_beir(tmp_path / "a", "train"), "train"), show_progress=False)
+    scores = sentence_model.similarity(
+        sentence_model.encode_query(list(QUERIES.values())), sentence_model.encode_document(list(DOCUMENTS.values()))
+    )
+    assert data.pairs[:, 2].tolist() == scores.argmax(1).tolist() and len(data) == len(QUERIES)
+
+
+def test_a_stock_module_under_a_stock_loss_learns(two_sets, tmp_path):
+    torch.manual_seed(0)
+    module = SparseAutoEncoder(32, hidden_dim=64, k=8, k_aux=32)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    arguments = HeadTrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=30,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        logging_steps=5,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+    trainer = HeadTrainer(
+        objective=CSRLoss(SparseEncoder(modules=[module], device="cpu")),
+        args=arguments,
+        train_dataset=two_sets,
+        data_collator=two_sets.collate,
+    )
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert log[-1]["loss"] < log[0]["loss"]
+    parts = {name for name in log[0] if "loss" in name and name != "loss"}
+    assert len(parts) > 1 and sum(log[0][part] for part in parts) == pytest.approx(log[0]["loss"], rel=0.02)
+    assert not torch.equal(module.encoder.weight, before["encoder.weight"])
+
+
+def test_pruning_a_cache_is_pruning_in_the_head():
+    torch.manual_seed(0)
+    head = Dense2SparseModel(Dense2SparseConfig(input_dim=6, vocab_size=40)).eval()
+    torch.nn.init.normal_(head.vocabulary.weight)
+    vectors = np.random.default_rng(0).normal(size=(9, 6)).astype(np.float32)
+    tokens = np.random.default_rng(1).integers(0, 40, 45)
+    side = Side(
+        Embeddings("sentence", vectors, None, None, 6, 0.0, Path()), tokens.astype(np.int32), np.arange(0, 46, 5)
+    )
+    full = bench.with_head(head, side, "document")
+    for words, mass in ((5, None), (None, 0.5), (8, 0.7)):
+        head.config.document_top_k, head.config.mass = words, mass
+        expected = encode_sparse(
+            lambda f: head(f["sentence_embedding"], f["input_ids"], f["attention_mask"], "document").sentence_embedding,
+            side,
+        )
+        found = bench.pruned(full, words, mass)
+        np.testing.assert_array_equal(found.offsets, expected.offsets)
+        for row in range(9):
+            part = slice(*found.offsets[row : row + 2])
+            ours = dict(zip(found.indices[part].tolist(), found.values[part].tolist(), strict=True))
+            assert ours == dict(zip(expected.indices[part].tolist(), expected.values[part].tolist(), strict=True))
+
+
+def test_the_quick_start_runs_and_its_second_run_fits_nothing(backbone, tmp_path):
+    data = write_beir(tmp_path / "tiny", "train")
+    for split in ("dev", "test"):
+        shutil.copy(data / "qrels" / "train.tsv", data / "qrels" / f"{split}.tsv")
+    command = [str(ROOT / "benchmarks" / "dense2sparse_text.py"), "--quick", "--datasets", str(data)]
+    command += ["--backbone", str(backbone), "--cache_dir", str(tmp_path / "cache"), "--output", str(tmp_path / "out")]
+    command += ["--flags", "--max_steps 2 --per_device_train_batch_size 2 --depth 3", "--name", "quick"]
+    first = run_python(*command)
+    assert first.returncode == 0, first.stderr[-3000:]
+    systems = {row["system"] for row in json.loads((tmp_path / "out" / "quick.json").read_text())["rows"]}
+    expected = {"BM25", "dense", "Dense2Sparse", "Dense2Sparse controlled", "CSR", "dense + Dense2Sparse"}
+    assert expected <= {system.partition(", ")[0] for system in systems}
+    assert first.stdout.count("\n    ") == 3, "three queries with their words"
+    assert (tmp_path / "out" / "quick.png").stat().st_size > 10_000
+    heads = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "heads").rglob("*.safetensors")}
+    second = run_python(*command)
+    assert second.returncode == 0 and "train_runtime" in first.stdout and "train_runtime" not in second.stdout
+    assert heads == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "heads").rglob("*.safetensors")}
