@@ -36,7 +36,7 @@ results: $(VENV)/.dev
 	$(BIN)/python benchmarks/cache_memory.py --output results
 	$(BIN)/python benchmarks/search_speed.py --output results
 	$(BIN)/python benchmarks/dense2sparse_text.py --ablation --output results
-	$(BIN)/python benchmarks/dense2sparse_text.py --output results --settings_tried 40
+	$(BIN)/python benchmarks/dense2sparse_text.py --output results
 
 $(VENV)/.%: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)

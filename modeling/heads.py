@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from .cache import Embeddings, embed
 from .data import RetrievalDataset
+from .errors import InputError
 from .scoring import exact_search, tie_ranks
 
 Features = dict[str, Tensor]
@@ -70,10 +71,21 @@ def encode_side(
     """Encode and tokenise texts; ``options`` are those of :func:`polyrep.cache.embed`."""
     embeddings = embed(model, texts, task=task, name=name, kind="sentence", **options)
     prompt = (model.prompts or {}).get(task) or None
+    similarity = str(model.similarity_fn_name)
+    if similarity not in ("dot", "cosine"):
+        raise InputError(
+            f"{name}: the model scores by {similarity}, which no inner product of sparse vectors can follow. "
+            "Use a model with dot or cosine similarity."
+        )
+    if similarity == "cosine":  # the inner product of unit vectors, so that everything after scores alike
+        vectors = np.asarray(embeddings.values, np.float32)
+        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        embeddings = replace(embeddings, values=vectors)
     rows, lengths, content = [], [], list(texts.values())
     for start in range(0, len(content), 1024):
         batch = model.preprocess(content[start : start + 1024], prompt=prompt, task=task)
         mask = batch["attention_mask"].bool()
+        mask[:, : int(torch.as_tensor(batch.get("prompt_length", 0)).max())] = False  # no words of the text
         rows.append(batch["input_ids"][mask].numpy().astype(np.int32))
         lengths.append(mask.sum(1).numpy())
     return Side(embeddings, np.concatenate(rows), np.cumsum(np.concatenate([[0], *lengths])), first)
@@ -90,9 +102,12 @@ class HeadData(Dataset):
     """
 
     def __init__(self, *, negatives: int = 2, labels: bool = False, depth: int = 100):
-        self.negatives, self.labels, self.depth = negatives, labels, depth
+        if negatives < 0 or depth < 1:
+            raise InputError(f"--negatives {negatives}, --depth {depth}: none can be drawn. Use 0 and 1, or more.")
+        self.negatives, self.labels, self.depth, self.seed = negatives, labels, depth, 0
         self.parts: list[tuple[Side, Side, np.ndarray]] = []  # queries, documents, nearest (queries, depth)
         self.pairs = np.empty((0, 3), np.int64)  # data set, query, document
+        self.epoch = 0  # set by the trainer
 
     def add(self, model: SentenceTransformer, dataset: RetrievalDataset, **options: Any) -> None:
         """Encode a data set, or map its cache, and add its pairs."""
@@ -101,14 +116,8 @@ class HeadData(Dataset):
             model, dataset.queries, "query", f"{dataset.name}-{dataset.split}", first=firsts[0], **options
         )
         documents = encode_side(model, dataset.corpus, "document", dataset.name, first=firsts[1], **options)
-        similarity = str(model.similarity_fn_name)
-        nearest, _ = exact_search(
-            queries.embeddings,
-            documents.embeddings,
-            tie_ranks(list(dataset.corpus)),
-            similarity=similarity,
-            k=self.depth,
-        )
+        ranks = tie_ranks(list(dataset.corpus))
+        nearest, _ = exact_search(queries.embeddings, documents.embeddings, ranks, similarity="dot", k=self.depth)
         if self.labels:
             place = {identifier: i for i, identifier in enumerate(dataset.corpus)}
             judged = [
@@ -128,21 +137,28 @@ class HeadData(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, row: int) -> np.ndarray:
-        return self.pairs[row]
+        return np.append(self.pairs[row], row)
 
     def collate(self, rows: list[np.ndarray]) -> dict[str, Any]:
         """A batch: ``features`` of queries and of documents, own ones first, then negatives; and ``labels``."""
-        pairs = np.stack(rows)
-        pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]  # a data set's rows side by side
-        query_parts, own_parts, negative_parts = [], [], []
+        pairs = np.stack(rows)  # (batch, 4): data set, query, document, row
+        # Draws follow from the seed and the rows, so that neither an interruption nor more processes change them.
+        draws = np.stack(
+            [np.random.default_rng([self.seed, self.epoch, row]).random(self.negatives) for row in pairs[:, 3]]
+        )
+        query_parts, own_parts, negative_parts, members = [], [], [], []
         for number in np.unique(pairs[:, 0]):
             queries, documents, nearest = self.parts[number]
-            members = pairs[pairs[:, 0] == number]
-            drawn = torch.randint(nearest.shape[1], (len(members), self.negatives)).numpy()
-            query_parts.append(queries.features(members[:, 1]))
-            own_parts.append(documents.features(members[:, 2]))
-            negative_parts.append(documents.features(nearest[members[:, 1][:, None], drawn].reshape(-1)))
+            member = np.flatnonzero(pairs[:, 0] == number)
+            drawn = (draws[member] * nearest.shape[1]).astype(np.int64)
+            query_parts.append(queries.features(pairs[member, 1]))
+            own_parts.append(documents.features(pairs[member, 2]))
+            negative_parts.append(documents.features(nearest[pairs[member, 1][:, None], drawn].reshape(-1)))
+            members.append(member)
+        back = torch.from_numpy(np.argsort(np.concatenate(members)))  # from data set by data set to the order of rows
         features = [_concatenated(query_parts), _concatenated(own_parts + negative_parts)]
+        places = [back, torch.cat([back, torch.arange(len(pairs), len(features[1]["index"]))])]
+        features = [{n: v[order] for n, v in side.items()} for side, order in zip(features, places, strict=True)]
         return {"features": features, "labels": torch.arange(len(pairs))}
 
     def batches(self, side: str, size: int = 1024) -> Iterator[Features]:
@@ -165,6 +181,16 @@ def _concatenated(parts: list[Features]) -> Features:
     return joined
 
 
+class _EpochCallback(TrainerCallback):
+    """Tells the data which epoch it is, on which its draws depend."""
+
+    def __init__(self, data: HeadData):
+        self.data = data
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.data.epoch = int(state.epoch or 0)
+
+
 class HeadTrainer(Trainer):
     """The stock Trainer over an objective with the shape of a sentence-transformers loss.
 
@@ -184,6 +210,20 @@ class HeadTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         self.prepare_seconds = 0.0
+        if isinstance(self.train_dataset, HeadData):
+            self.train_dataset.seed = self.args.seed
+            self.add_callback(_EpochCallback(self.train_dataset))
+
+    def get_train_dataloader(self) -> Any:
+        """The stock one, unless there is no whole batch, which it would pass over in silence."""
+        batch = self.args.train_batch_size * self.args.world_size
+        pairs = len(self.train_dataset)  # type: ignore[arg-type]
+        if pairs < batch:
+            raise InputError(
+                f"{pairs} pairs, but a step takes {batch}, so there is no step. Lower "
+                "--per_device_train_batch_size, or name more --datasets."
+            )
+        return super().get_train_dataloader()
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -246,7 +286,7 @@ def encode_sparse(encode: Callable[[Features], Tensor], side: Side, *, show_prog
     values, indices, counts, width = [], [], [np.zeros(1, np.int64)], 0
     with torch.inference_mode():
         for start in tqdm(range(0, len(side), 512), desc="sparse", unit="batch", disable=not show_progress):
-            weights = encode(side.features(np.arange(start, min(start + 512, len(side))))).numpy()
+            weights = encode(side.features(np.arange(start, min(start + 512, len(side))))).float().cpu().numpy()
             text_of, term = np.nonzero(weights)
             values.append(weights[text_of, term].astype(np.float16))
             indices.append(term.astype(np.int32))

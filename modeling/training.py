@@ -58,7 +58,9 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
         )
     resume = _checkpoint_to_resume(output, args.resume_from_checkpoint)
     started_from = {"backbone": recipe.backbone, "objective": recipe.objective, **plan.config}
-    earlier = [] if resume or recipe.dry_run else [output / "final", *output.glob("checkpoint-*")]
+    if plan.head:  # what the corpus and the objective make of the head before the first step
+        started_from |= {"datasets": recipe.datasets, "split": recipe.split, **plan.objective_arguments}
+    earlier = [] if resume or recipe.dry_run else [output / "final", output / "head", *output.glob("checkpoint-*")]
     earlier = [path for path in earlier if path.exists()] if args.process_index == 0 else []
     if earlier and not recipe.overwrite:
         raise InputError(
@@ -206,13 +208,7 @@ def _trainer(plan: Plan, model: Encoder) -> tuple[Any, dict[str, int]]:
         if loaded.name in sources:
             raise InputError(f"--datasets: two are called {loaded.name!r}; rename one folder.")
         sources[loaded.name] = loaded.pairs()
-    for pattern in plan.recipe.freeze:
-        matched = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
-        if not matched:
-            names = [name for name, _ in model.named_parameters()]
-            raise InputError(f"--freeze {pattern!r}: matches no parameter. The first is {names[0]!r}.")
-        for parameter in matched:
-            parameter.requires_grad_(False)
+    _freeze(plan.recipe.freeze, model)
     trainer = TRAINERS[type(model).__name__][0](
         model=model,
         args=plan.args,
@@ -221,6 +217,16 @@ def _trainer(plan: Plan, model: Encoder) -> tuple[Any, dict[str, int]]:
         callbacks=[CheckpointCallback()],
     )
     return trainer, {name: len(pairs) for name, pairs in sources.items()}
+
+
+def _freeze(patterns: list[str], model: torch.nn.Module) -> None:
+    for pattern in patterns:
+        matched = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
+        if not matched:
+            names = [name for name, _ in model.named_parameters()]
+            raise InputError(f"--freeze {pattern!r}: matches no parameter. The first is {names[0]!r}.")
+        for parameter in matched:
+            parameter.requires_grad_(False)
 
 
 def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], SentenceTransformer]:
@@ -251,6 +257,7 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], SentenceTran
         head = plan.room.head.from_backbone(backbone, **plan.config, **base)  # type: ignore[attr-defined]
     except ValueError as error:
         raise InputError(str(error)) from error
+    _freeze(recipe.freeze, head)
     objective: Any = plan.objective(head, **plan.objective_arguments)
     data = HeadData(negatives=settings.negatives, labels=objective.needs_labels, depth=settings.depth)
     counts = {}
@@ -308,7 +315,7 @@ def _print_plan(plan: Plan, model: Encoder, trainer: Any, counts: dict[str, int]
         "objective": f"{plan.recipe.objective} {plan.objective_arguments}",
         "pairs": ", ".join(f"{name} {count:,}" for name, count in counts.items()) + f" = {sum(counts.values()):,}",
         "batch": f"{args.train_batch_size} x {args.world_size} processes x {args.gradient_accumulation_steps}",
-        "steps": f"{steps:,} ({args.num_train_epochs:g} epochs of {per_epoch:,})",
+        "steps": f"{steps:,} ({steps / per_epoch:.3g} epochs of {per_epoch:,})",
         "parameters": f"{everything:,}, {trainable:,} trainable",
         "output": output / "final",
     }
@@ -343,7 +350,7 @@ def _is_complete(checkpoint: Path) -> bool:
 def _card_context(plan: Plan, counts: dict[str, int]) -> dict[str, Any]:
     return {
         # Where the model was written is a matter of the machine that made it.
-        "command": re.sub(r" --output_dir ('[^']*'|\S+)", "", plan.command),
+        "command": re.sub(r" --(output_dir|cache_dir) ('[^']*'|\S+)| --overwrite", "", plan.command),
         "backbone": plan.recipe.backbone,
         "backbone_id": MINILM_ID if plan.recipe.backbone == "minilm" else plan.recipe.backbone,
         "labels": plan.objective_arguments.get("label_weight", 1) > 0,
@@ -352,7 +359,9 @@ def _card_context(plan: Plan, counts: dict[str, int]) -> dict[str, Any]:
         "seed": plan.args.seed,
         "batch_size": plan.args.train_batch_size * plan.args.world_size,
         "learning_rate": plan.args.learning_rate,
-        "epochs": plan.args.num_train_epochs,
+        "length": f"{plan.args.max_steps} steps"
+        if plan.args.max_steps > 0
+        else f"{plan.args.num_train_epochs:g} epochs",
     }
 
 

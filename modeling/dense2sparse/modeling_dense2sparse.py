@@ -140,6 +140,13 @@ class Dense2SparseConfig(PretrainedConfig):
             raise ValueError(f"{name}: min_weight={min_weight!r} is no weight. Use e.g. 0.1, or None.")
         if own_tokens == expansion == "none":
             raise ValueError(f"{name}: expansion and own_tokens are both 'none', so every vector is empty. Allow one.")
+        if own_tokens == "none" and expansion != "both":
+            raise ValueError(
+                f"{name}: expansion={expansion!r} without own tokens leaves the other side empty. Use "
+                "expansion='both', or own_tokens='learned'."
+            )
+        if not 0 < average_length < math.inf:
+            raise ValueError(f"{name}: average_length={average_length!r} is no length of a text. Use e.g. 100.")
         self.input_dim, self.vocab_size, self.expansion_size = input_dim, vocab_size, expansion_size
         self.hidden_layers, self.activation = hidden_layers, activation
         self.expansion, self.own_tokens = expansion, own_tokens
@@ -207,10 +214,10 @@ class Dense2SparseModel(PreTrainedModel):
         """A head whose vocabulary projection starts from the word embeddings of a language model.
 
         Args:
-            model: A masked language model (its output layer and last LayerNorm are taken) or any BERT-like embedding
-                model (its word embeddings are), as an object, a folder or a Hub id.
-            input_dim: Width of the dense vectors that the head will read. Word embeddings of another width are
-                projected to it by their principal directions.
+            model: Object, folder or Hub id of a masked language model, whose output layer and last LayerNorm are taken
+                as they are, or of any BERT-like embedding model, whose word embeddings are, centred and of one length.
+            input_dim: Width of the dense vectors that the head will read. Words of another width are projected to it
+                by their principal directions, and lose the LayerNorm.
             tokenizer: Of that model; default: loaded from where the model came from.
             config: Further fields of Dense2SparseConfig.
 
@@ -247,10 +254,11 @@ class Dense2SparseModel(PreTrainedModel):
                 norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm) and m not in body]
                 if norms and norms[-1].elementwise_affine:
                     head.norm.load_state_dict(norms[-1].state_dict())
-            # Rows of one length: frequent words have short embeddings, and would otherwise never be chosen.
-            head.vocabulary.weight.copy_(F.normalize(weights - weights.mean(0), dim=1)[: head.config.expansion_size])
-            if output is not None and output.bias is not None and weights.shape[1] == input_dim:
-                head.vocabulary.bias.copy_(output.bias[: head.config.expansion_size])
+                if output.bias is not None:
+                    head.vocabulary.bias.copy_(output.bias[: head.config.expansion_size])
+            else:  # rows of one length: frequent words have short embeddings, and would never be chosen
+                weights = F.normalize(weights - weights.mean(0), dim=1)
+            head.vocabulary.weight.copy_(weights[: head.config.expansion_size])
         return head
 
     @classmethod
@@ -318,8 +326,9 @@ class Dense2SparseModel(PreTrainedModel):
             logits = self.vocabulary(self.hidden(sentence_embedding))
             expanded = torch.log1p(F.relu(logits))
             expanded = torch.log1p(expanded) if config.activation == "double_log1p" else expanded
+            expanded = expanded.to(weights.dtype)
             weights = expanded if compact else weights.index_copy(1, self.expansion_terms, expanded)
-        if input_ids is not None:
+        if config.own_tokens == "learned" or gate is not None:
             counts, lengths = (x.to(weights.dtype) for x in self.count(input_ids, attention_mask, compact))
             if gate is not None:
                 gate = gate.to(weights.dtype)
@@ -331,6 +340,8 @@ class Dense2SparseModel(PreTrainedModel):
                 own = own[self.expansion_terms] if compact else own
                 weights = torch.maximum(weights, own * self.saturate(counts, lengths, task))
             weights = weights * (lengths > 0)  # nothing is known of a text without a known word
+        elif attention_mask is not None:  # begin and end alone are an empty text
+            weights = weights * (attention_mask.sum(1, keepdim=True) > 2)
         return Dense2SparseOutput(sentence_embedding=weights if compact else self._prune(weights, task))
 
     def count(self, input_ids: Tensor, attention_mask: Tensor | None = None, compact: bool = False) -> tuple:
@@ -367,7 +378,8 @@ class Dense2SparseModel(PreTrainedModel):
         values, terms = weights.topk(min(top_k or most, most), dim=1)  # heaviest first
         if config.mass is not None:
             total = weights.sum(1, keepdim=True)
-            values = values * (values.cumsum(1) - values < config.mass * total)
+            before = values.float().cumsum(1) - values.float()
+            values = values * (before < config.mass * total.float())
         return torch.zeros_like(weights).scatter_(1, terms, values)
 
     @property
@@ -480,10 +492,14 @@ class Dense2SparseForRetrieval(PreTrainedModel):
         """Pooling of a SentenceTransformer and whether it normalises; ValueError if it does more than that."""
         names = [type(module).__name__ for module in model]
         pooling = model[1].pooling_mode if names[1:2] == ["Pooling"] else None
-        if names[0] != "Transformer" or pooling not in _CHOICES["pooling"] or names[2:] not in ([], ["Normalize"]):
+        pooled = names[0] == "Transformer" and names[1:2] == ["Pooling"]
+        plain = pooled and model[1].include_prompt and not getattr(model[0], "do_lower_case", False)
+        plain = plain and not any((model.prompts or {}).values())  # their words are not the text's own
+        if not plain or pooling not in _CHOICES["pooling"] or names[2:] not in ([], ["Normalize"]):
             raise ValueError(
-                f"Dense2SparseForRetrieval: the backbone is {' + '.join(names)} with pooling {pooling!r}, which one "
-                "folder of this kind cannot hold. Put the head behind its own modules instead: --pipeline true, or "
+                f"Dense2SparseForRetrieval: the backbone is {' + '.join(names)} with pooling {pooling!r} and prompts "
+                f"{model.prompts}, and one folder of this kind holds a transformer, one pooling and no prompt. Put "
+                "the head behind the backbone's own modules instead: --pipeline true, or "
                 "SparseEncoder(modules=[*model.children(), Dense2SparsePooling(head)])."
             )
         return pooling, names[2:] == ["Normalize"]
@@ -547,7 +563,12 @@ class Dense2SparsePooling(Module):
                 "was fed without padding, so a text's own tokens cannot be told apart. Load it with "
                 "unpad_inputs=False."
             )
-        output = self.model(vectors, ids, features.get("attention_mask"), task)
+        mask = features.get("attention_mask")
+        prompt = int(torch.as_tensor(features.get("prompt_length", 0)).max())
+        if mask is not None and prompt:  # a prompt's words are not the text's own
+            mask = mask.clone()
+            mask[:, :prompt] = 0
+        output = self.model(vectors, ids, mask, task)
         return {**features, "sentence_embedding": output.sentence_embedding}
 
     def on_model_ready(self, model):
@@ -610,21 +631,22 @@ def _fingerprint_of(module) -> str | None:
         return None
     folder = Path(source)
     if not folder.is_dir():
-        file = cached_file(source, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
-        if file is None:
+        try:
+            folder = Path(cached_file(source, "config.json", local_files_only=True)).parent
+        except OSError:
             return None
-        folder = Path(file).parent
-    digest, configs = hashlib.sha256(), []
+    configs = []
+    for name in ("config.json", "sentence_bert_config.json"):
+        configs += [(file, json.loads(file.read_text(encoding="utf-8"))) for file in sorted(folder.rglob(name))]
+    if any(content.get("model_type", "").startswith(Dense2SparseConfig.model_type) for _, content in configs):
+        return None
+    digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.safetensors")):
         if not {"onnx", "openvino"} & set(file.relative_to(folder).parts):
             with file.open("rb") as stream:
                 content = hashlib.file_digest(stream, "sha256").hexdigest()
             digest.update(f"{file.relative_to(folder)}:{content}\n".encode())
-    for name in ("config.json", "sentence_bert_config.json"):
-        configs += [(file, json.loads(file.read_text(encoding="utf-8"))) for file in sorted(folder.rglob(name))]
     for file, content in configs:
-        if content.get("model_type") in (Dense2SparseConfig.model_type, Dense2SparseForRetrievalConfig.model_type):
-            return None
         digest.update(f"{file.relative_to(folder)}:{json.dumps(_stable(content), sort_keys=True)}\n".encode())
     return digest.hexdigest()
 

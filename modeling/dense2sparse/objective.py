@@ -46,8 +46,8 @@ class Dense2SparseLoss(nn.Module):
         teacher_lexical (float): Share of BM25 in the teacher's scores; 0 distils the dense model alone.
         label_weight (float): Share of the loss on labelled pairs (InfoNCE); 0 uses no label at all.
         bidirectional (bool): Also distil from documents to queries, as the paper does.
-        regularizer (str): joint: mean co-active weight of a query and a document, which is what FLOPs count. flops:
-            squared mean activation of each side. l1: mean weight of each side, as the paper.
+        regularizer (str): joint: sum over words of mean query weight times mean document weight, a smooth stand-in for
+            FLOPs. flops: squared mean weight of each side. l1: mean weight of each side, as the paper.
         regularizer_weight (float): Its weight after the ramp.
         ramp (float): Share of the steps over which that weight rises quadratically.
         initialization (str): words: the backbone's word embeddings. random: for the control.
@@ -148,9 +148,9 @@ class Dense2SparseLoss(nn.Module):
             head.vocabulary.reset_parameters()
         if self.alignment == "ridge":
             self._align(corpus)
-        self.lexical = copy.deepcopy(head).requires_grad_(False)
-        self.lexical.config.expansion, self.lexical.config.own_tokens = "none", "learned"
         if self.teacher_lexical:
+            self.lexical = copy.deepcopy(head).requires_grad_(False)
+            self.lexical.config.expansion, self.lexical.config.own_tokens = "none", "learned"
             self._measure_teachers(corpus)
 
     def _align(self, corpus: Corpus) -> None:
@@ -235,12 +235,27 @@ class Dense2SparseLoss(nn.Module):
             self.model, queries, "query", self._draw_gate(len(queries["index"]), step, steps)
         )
         local_documents = self._encode(self.model, documents, "document")
-        if not local_documents.detach().any() or not sparse_queries.detach().any():
-            side = "query" if local_documents.detach().any() else "document"
+        # Summed over processes, so that all of them stop, or none.
+        filled = gather(torch.stack([sparse_queries.detach().sum(), local_documents.detach().sum()])[None]).sum(0)
+        if not filled.all():
             raise InputError(
-                f"every {side} of step {step} is empty: the regulariser (--regularizer_weight "
-                f"{self.regularizer_weight:g}) outweighs the distillation. Lower it tenfold, or lengthen --ramp."
+                f"every {'query' if filled[1] else 'document'} of step {step} is empty, so nothing can be learned: "
+                f"the regulariser (--regularizer_weight {self.regularizer_weight:g}) outweighs the distillation. "
+                "Lower it tenfold or lengthen --ramp; if this is one of the first steps, raise --alignment_bias."
             )
+        # Half precision is for the projections: scores a thousandth apart decide what is learned.
+        with torch.autocast(sparse_queries.device.type, enabled=False):
+            return self._losses(queries, documents, sparse_queries.float(), local_documents.float(), labels)
+
+    def _losses(
+        self,
+        queries: Features,
+        documents: Features,
+        sparse_queries: Tensor,
+        local_documents: Tensor,
+        labels: Tensor | None,
+    ) -> dict[str, Tensor]:
+        step, steps = self.progress
         all_queries, all_documents = gather(sparse_queries), gather(local_documents)
         scale = self.model.log_scale.exp()
         scores = dot(sparse_queries, all_documents) * scale  # (batch, all candidates)
