@@ -66,9 +66,29 @@ class Side:
 
 
 def encode_side(
-    model: SentenceTransformer, texts: dict[str, str], task: Any, name: str, *, first: int = 0, **options: Any
+    model: SentenceTransformer,
+    texts: dict[str, str],
+    task: Any,
+    name: str,
+    *,
+    first: int = 0,
+    tokenizer: Any = None,
+    **options: Any,
 ) -> Side:
-    """Encode and tokenise texts; ``options`` are those of :func:`polyrep.cache.embed`."""
+    """Encode and tokenise texts.
+
+    Args:
+        model: The frozen backbone.
+        texts: Id -> text.
+        task: ``query`` or ``document``.
+        name: Readable part of the cache's name.
+        first: See :class:`Side`.
+        tokenizer: Takes the place of the backbone's own where a head uses another vocabulary.
+        options: Those of :func:`polyrep.cache.embed`.
+
+    Raises:
+        InputError: The backbone's similarity is neither dot nor cosine.
+    """
     embeddings = embed(model, texts, task=task, name=name, kind="sentence", **options)
     prompt = (model.prompts or {}).get(task) or None
     similarity = str(model.similarity_fn_name)
@@ -83,7 +103,13 @@ def encode_side(
         embeddings = replace(embeddings, values=vectors)
     rows, lengths, content = [], [], list(texts.values())
     for start in range(0, len(content), 1024):
-        batch = model.preprocess(content[start : start + 1024], prompt=prompt, task=task)
+        part = content[start : start + 1024]
+        if tokenizer is None:
+            batch = model.preprocess(part, prompt=prompt, task=task)
+        else:
+            batch = tokenizer(
+                part, padding=True, truncation=True, max_length=model.max_seq_length, return_tensors="pt"
+            )
         mask = batch["attention_mask"].bool()
         mask[:, : int(torch.as_tensor(batch.get("prompt_length", 0)).max())] = False  # no words of the text
         rows.append(batch["input_ids"][mask].numpy().astype(np.int32))

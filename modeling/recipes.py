@@ -113,6 +113,9 @@ class HeadArguments:
     encode_batch_size: int = field(default=32, metadata={"help": "Texts per forward pass of the backbone."})
     negatives: int = field(default=2, metadata={"help": "Documents drawn per query from the backbone's nearest."})
     depth: int = field(default=100, metadata={"help": "How many of the nearest they are drawn from."})
+    vocabulary: str = field(
+        default="", metadata={"help": "Model whose words are used where the backbone's tokens are none."}
+    )
     head_only: bool = field(
         default=False, metadata={"help": "Write <output_dir>/head alone, to attach to the backbone by hand."}
     )

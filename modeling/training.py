@@ -253,8 +253,21 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], SentenceTran
         "base_fingerprint": fingerprint(folder),
     }
     set_seed(plan.args.seed)
+    tokenizer = None
     try:
-        head = plan.room.head.from_backbone(backbone, **plan.config, **base)  # type: ignore[attr-defined]
+        if settings.vocabulary:
+            if plan.config.get("own_tokens") != "none":
+                raise InputError(
+                    f"--vocabulary {settings.vocabulary}: with another vocabulary than the backbone's, own tokens are "
+                    "not known when a text is encoded. Add --own_tokens none."
+                )
+            words = fetch(settings.vocabulary, revision=None)
+            tokenizer = AutoTokenizer.from_pretrained(words)
+            head = plan.room.head.from_mlm(  # type: ignore[attr-defined]
+                str(words), backbone.get_embedding_dimension(), tokenizer, **plan.config, **base
+            )
+        else:
+            head = plan.room.head.from_backbone(backbone, **plan.config, **base)  # type: ignore[attr-defined]
     except ValueError as error:
         raise InputError(str(error)) from error
     _freeze(recipe.freeze, head)
@@ -270,7 +283,8 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], SentenceTran
             data.pairs = np.zeros((sum(counts.values()), 3), np.int64)  # for the number of steps
             continue
         with plan.args.main_process_first(desc="encode"):
-            data.add(backbone, dataset, cache_dir=settings.cache_dir, batch_size=settings.encode_batch_size)
+            options = {"cache_dir": settings.cache_dir, "batch_size": settings.encode_batch_size}
+            data.add(backbone, dataset, tokenizer=tokenizer, **options)
     started = time.perf_counter()
     if not recipe.dry_run:
         objective.prepare(data)

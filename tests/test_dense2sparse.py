@@ -196,6 +196,46 @@ def test_a_tokenizer_without_word_pieces_is_refused_with_a_way_out(backbone):
         Dense2SparseModel.from_mlm(BertModel.from_pretrained(backbone), 32, tokenizer)
 
 
+def test_a_backbone_without_word_pieces_takes_the_vocabulary_of_another_model(run, tmp_path):
+    """A backbone with a Unigram tokenizer: refused with the flags that help, and these flags help."""
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{x}", -2.0) for x in letters)]
+    pieces += [(x, -3.0) for x in letters] + [
+        (f"filler{i}", -9.0) for i in range(40)
+    ]  # more ids than the head has words
+    tokens = Tokenizer(models.Unigram(pieces, unk_id=3))
+    tokens.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokens, pad_token="<pad>", unk_token="<unk>", model_max_length=64
+    )
+    folder = tmp_path / "unigram"
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(pieces), **sizes)).save_pretrained(folder)
+    model = SentenceTransformer(modules=[Transformer(str(folder)), Pooling(32, "mean"), Normalize()], device="cpu")
+    model.save_pretrained(str(tmp_path / "backbone"))
+    flags = ["--backbone", str(tmp_path / "backbone"), "--output_dir", str(tmp_path / "out"), "--save_strategy", "no"]
+    with pytest.raises(InputError, match="is Unigram, not WordPiece.*--vocabulary .* --own_tokens none"):
+        train([str(run), *flags])
+    flags += ["--vocabulary", str(run.parent / "encoder")]
+    with pytest.raises(InputError, match="Add --own_tokens none"):
+        train([str(run), *flags])
+    train([str(run), *flags, "--own_tokens", "none"])
+    retriever = polyrep.load(tmp_path / "out" / "final", trust_remote_code=True)
+    head = Dense2SparseModel.from_pretrained(tmp_path / "out" / "head")
+    known = BertTokenizer.from_pretrained(run.parent / "encoder").get_vocab()
+    words = head.decode(retriever.encode_document(["zebra file"])[0])
+    assert words and set(dict(words)) <= set(known)
+    pipeline = SparseEncoder(modules=[*model.children(), Dense2SparsePooling(head)], device="cpu")
+    torch.testing.assert_close(
+        pipeline.encode_document(TEXTS).to_dense(),
+        retriever.encode_document(TEXTS).to_dense().cpu(),
+        atol=1e-5,
+        rtol=1e-4,
+    )
+
+
 # --- behind any SentenceTransformer ---
 
 
@@ -251,7 +291,7 @@ def test_vectors_of_another_width_are_refused(sentence_model, head):
 
 def test_another_vocabulary_is_refused_for_own_tokens(sentence_model, head):
     with torch.no_grad():
-        head.terms[0] += 1  # another first word
+        head.vocabulary_text[0] += 1  # another first word
     with pytest.raises(ValueError, match="own tokens would be taken for other words"):
         SparseEncoder(modules=[*sentence_model.children(), Dense2SparsePooling(head)], device="cpu")
 
@@ -420,6 +460,36 @@ def test_distillation_and_regulariser_against_loops(sentence_model, data, batch,
     assert losses["regularizer"].item() == pytest.approx(0.5 * 0.25 * cost, rel=1e-4)
 
 
+def test_scores_are_compared_in_full_precision_whatever_trains(sentence_model, data, batch):
+    """Cosines that half precision cannot tell apart are a large step at this temperature."""
+    objective = prepared(sentence_model, data, teacher_temperature=0.001, regularizer_weight=0.0)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = objective(batch["features"], batch["labels"])["distillation"]
+        sides = [
+            objective._encode(objective.model, side, task).double()
+            for side, task in zip(batch["features"], ("query", "document"), strict=True)
+        ]
+    dense = [side["sentence_embedding"].double() for side in batch["features"]]
+    p, q = softmax((dense[0] @ dense[1].T).numpy() / 0.001), softmax((sides[0] @ sides[1].T).numpy())
+    expected = (p * (np.log(p + 1e-300) - np.log(q))).sum(1).mean()
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_negatives_follow_from_seed_epoch_and_row(data):
+    data.negatives = 6
+    rows = [data[i] for i in range(len(data))]
+    first, again = (data.collate(rows)["features"][1]["index"] for _ in range(2))
+    torch.testing.assert_close(first, again)
+    data.epoch = 1
+    assert not torch.equal(first, data.collate(rows)["features"][1]["index"])
+
+
+def test_fewer_pairs_than_a_batch_are_refused(run, tmp_path):
+    flags = ["--output_dir", str(tmp_path), "--per_device_train_batch_size", "64", "--save_strategy", "no"]
+    with pytest.raises(InputError, match="3 pairs, but a step takes 64"):
+        train([str(run), *flags])
+
+
 def test_labels_ignore_the_same_document_elsewhere_in_the_batch(sentence_model, data, batch):
     objective = prepared(sentence_model, data, label_weight=1.0, regularizer_weight=0.0)
     q, d = batch["features"]
@@ -508,7 +578,7 @@ def test_a_regulariser_that_empties_everything_stops_with_a_remedy(sentence_mode
         objective.model.own_weight.fill_(-1.0)
         objective.model.vocabulary.bias.fill_(-100.0)
     objective.progress = (7, 10)
-    with pytest.raises(InputError, match=r"every document of step 7 is empty.*--regularizer_weight 0.2.*Lower it"):
+    with pytest.raises(InputError, match=r"every document of step 7 is empty.*--regularizer_weight 0.3.*Lower it"):
         objective(batch["features"], batch["labels"])
 
 
@@ -649,7 +719,7 @@ def test_a_dry_run_encodes_nothing(run, tmp_path, capsys):
 def test_flags_name_what_can_be_chosen_and_not_what_follows(run):
     result = run_python("-c", RUN_CLI, "train", str(run), "--help")
     assert "--document_top_k" in result.stdout and "--control" in result.stdout
-    assert "--terms_bytes" not in result.stdout and "--base_fingerprint" not in result.stdout
+    assert "--vocabulary_bytes" not in result.stdout and "--base_fingerprint" not in result.stdout
 
 
 @pytest.mark.parametrize("processes", [2])

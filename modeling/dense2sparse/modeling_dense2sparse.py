@@ -69,7 +69,7 @@ class Dense2SparseConfig(PretrainedConfig):
         min_weight (float): Drop words below this weight.
         average_length (float): Mean number of own tokens of a document where the head was trained.
         special_token_ids (list): Vocabulary entries that stand for no word.
-        terms_bytes (int): Length of the stored vocabulary in bytes; set by ``from_mlm``.
+        vocabulary_bytes (int): Length of the stored vocabulary in bytes; set by ``from_mlm``.
         base_model_id (str): The backbone whose vectors the head was trained on, with revision and fingerprint.
         base_revision (str): Its commit on the Hub.
         base_fingerprint (str): SHA-256 over its weight files and module configs.
@@ -83,7 +83,7 @@ class Dense2SparseConfig(PretrainedConfig):
         "expansion_size",
         "average_length",
         "special_token_ids",
-        "terms_bytes",
+        "vocabulary_bytes",
         "base_model_id",
         "base_revision",
         "base_fingerprint",
@@ -104,7 +104,7 @@ class Dense2SparseConfig(PretrainedConfig):
         min_weight: float | None = None,
         average_length: float = 1.0,
         special_token_ids: list | None = None,
-        terms_bytes: int = 0,
+        vocabulary_bytes: int = 0,
         base_model_id: str | None = None,
         base_revision: str | None = None,
         base_fingerprint: str | None = None,
@@ -154,7 +154,7 @@ class Dense2SparseConfig(PretrainedConfig):
         self.mass, self.min_weight = mass, min_weight
         self.average_length = average_length
         self.special_token_ids = list(special_token_ids or [])
-        self.terms_bytes = terms_bytes
+        self.vocabulary_bytes = vocabulary_bytes
         self.base_model_id, self.base_revision, self.base_fingerprint = base_model_id, base_revision, base_fingerprint
         kwargs.pop("projection_dim", None)
         super().__init__(**kwargs)
@@ -194,7 +194,7 @@ class Dense2SparseModel(PreTrainedModel):
         self.own_length = nn.Parameter(torch.tensor(1.0))
         self.log_scale = nn.Parameter(torch.tensor(0.0))  # of scores, against the teacher's; ranks do not need it
         # The words, one a line: they travel with the weights, so no second file can be lost or be of another model.
-        self.register_buffer("terms", torch.zeros(config.terms_bytes, dtype=torch.uint8))
+        self.register_buffer("vocabulary_text", torch.zeros(config.vocabulary_bytes, dtype=torch.uint8))
         self.post_init()
 
     def _init_weights(self, module):
@@ -205,7 +205,7 @@ class Dense2SparseModel(PreTrainedModel):
             for parameter, value in ((module.own_saturation, 1.0), (module.own_length, 1.0), (module.log_scale, 0.0)):
                 initialization.constant_(parameter, value)
             initialization.copy_(module.expansion_terms, torch.arange(module.config.expansion_size))
-            initialization.zeros_(module.terms)
+            initialization.zeros_(module.vocabulary_text)
             for layer in module.layers:  # a residual layer starts as none
                 initialization.zeros_(layer[-1].weight)
 
@@ -234,18 +234,19 @@ class Dense2SparseModel(PreTrainedModel):
         if kind != "WordPiece":
             raise ValueError(
                 f"Dense2SparseModel: the tokenizer of {model.name_or_path!r} is {kind}, not WordPiece, so its entries "
-                "are no words to index under. Take the vocabulary of a BERT-like model instead and leave the text's "
-                "own tokens out: from_mlm('google-bert/bert-base-uncased', input_dim, own_tokens='none')."
+                "are no words to index under. Take the vocabulary of a BERT-like model instead, which leaves "
+                "the text's own tokens out: --vocabulary google-bert/bert-base-uncased --own_tokens none, or "
+                "from_mlm('google-bert/bert-base-uncased', input_dim, own_tokens='none')."
             )
         size = max(tokenizer.get_vocab().values()) + 1
         words = tokenizer.convert_ids_to_tokens(list(range(size)))
         stored = torch.frombuffer(bytearray("\n".join(words).encode()), dtype=torch.uint8)
         settings = {"vocab_size": size, "special_token_ids": sorted(set(tokenizer.all_special_ids))} | config
-        head = cls(Dense2SparseConfig(input_dim=input_dim, terms_bytes=len(stored), **settings))
+        head = cls(Dense2SparseConfig(input_dim=input_dim, vocabulary_bytes=len(stored), **settings))
         output = model.get_output_embeddings()
         weights = (output or model.get_input_embeddings()).weight.detach().float()[:size]  # (words, hidden)
         with torch.no_grad():
-            head.terms.copy_(stored)
+            head.vocabulary_text.copy_(stored)
             if weights.shape[1] != input_dim:
                 kept = torch.pca_lowrank(weights, min(input_dim, *weights.shape))[2]
                 weights = F.pad(weights @ kept, (0, input_dim - kept.shape[1]))
@@ -385,7 +386,7 @@ class Dense2SparseModel(PreTrainedModel):
     @property
     def words(self) -> list[str]:
         """The vocabulary, by id."""
-        return bytes(self.terms.cpu().numpy()).decode().split("\n")
+        return bytes(self.vocabulary_text.cpu().numpy()).decode().split("\n")
 
     def decode(self, embeddings: Tensor, top_k: int | None = None) -> list:
         """Words and weights of sparse vectors, heaviest first.

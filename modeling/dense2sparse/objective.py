@@ -77,7 +77,7 @@ class Dense2SparseLoss(nn.Module):
         label_weight: float = 0.0,
         bidirectional: bool = False,
         regularizer: str = "joint",
-        regularizer_weight: float = 0.2,
+        regularizer_weight: float = 0.3,
         ramp: float = 0.3,
         initialization: str = "words",
         alignment: str = "ridge",
