@@ -76,12 +76,10 @@ ABLATIONS: dict[str, dict[str, list[str]]] = {
         "ridge alignment alone (1 step)": ["--max_steps", "1"],
         "word embeddings without alignment": ["--alignment", "none"],
         "random without alignment": ["--initialization", "random", "--alignment", "none"],
-        "random with ridge alignment": ["--initialization", "random"],
     },
     "own tokens": {
         "no own tokens (as the paper)": ["--own_tokens", "none"],
         "no expansion": ["--expansion", "none"],
-        "only documents expanded": ["--expansion", "document"],
         "as published (no own tokens or alignment; L1; both directions)": [
             *("--own_tokens", "none", "--alignment", "none", "--bidirectional", "true"),
             *("--regularizer", "l1", "--regularizer_weight", "0.003"),
@@ -329,8 +327,8 @@ def ndcg(dataset: RetrievalDataset, ranking: Ranking) -> float:
     return float(per_query_metrics(dataset, ranking)["nDCG@10"].mean())
 
 
-def ablation(args: Arguments, benches: list[Bench]) -> dict[str, Any]:
-    """Every lever on dev, one seed, at both operating points."""
+def ablation(args: Arguments, benches: list[Bench], write: Callable[[dict[str, Any]], None]) -> None:
+    """Every lever on dev, one seed, at both operating points; written after each, so that none is lost."""
     rows = []
     for bench in benches:
         dataset, queries = bench.split("dev"), bench.queries("dev")
@@ -380,7 +378,7 @@ def ablation(args: Arguments, benches: list[Bench]) -> dict[str, Any]:
                 print(
                     f"{variant:<32} {point:<10} ratio {np.mean([r['ratio'] for r in mine]):.4f}  {values}", flush=True
                 )
-    return {"rows": rows, "settings_tried": SETTINGS_TRIED, "axis": "flops"}
+            write({"rows": rows, "settings_tried": SETTINGS_TRIED, "axis": "flops"})
 
 
 @dataclass
@@ -592,38 +590,39 @@ def main() -> None:
     if args.quick:
         args.datasets, args.seeds = args.datasets[:1], args.seeds[:1]
     benches = [Bench(args, source, model) for source in args.datasets]
+
+    def write(outcome: dict[str, Any]) -> str:
+        results = made_by | {
+            "name": f"{args.name}-ablation" if args.ablation else args.name,
+            "seeds": args.seeds,
+            "models": {args.backbone: fingerprint(folder)},
+            "claims": [],
+            **outcome,
+        }
+        return write_results(results, Path(args.output) if args.output else None)
+
     if args.ablation:
         args.seeds = args.seeds[:1]
-        outcome = ablation(args, benches)
-        name = f"{args.name}-ablation"
-    else:
-        weights = hybrid_weights(args, benches)
-        measured = [measure(args, bench, "test", weights) for bench in benches]
-        rows = [row for m in measured for row in table_rows(m.dataset, m.rankings, "dense")]
-        outcome = {
-            "rows": rows,
-            "settings_tried": 1 if args.quick else SETTINGS_TRIED,
-            "axis": "flops",
-            "hybrid_weights": weights,
-            "claims": [] if args.quick else claims(measured),
-        }
-        name = args.name
-    results = {
-        "name": name,
-        **made_by,
-        "seeds": args.seeds,
-        "models": {args.backbone: fingerprint(folder)},
-        "claims": [],
-        **outcome,
+        ablation(args, benches, write)
+        return
+    weights = hybrid_weights(args, benches)
+    measured = [measure(args, bench, "test", weights) for bench in benches]
+    rows = [row for m in measured for row in table_rows(m.dataset, m.rankings, "dense")]
+    outcome = {
+        "rows": rows,
+        "settings_tried": 1 if args.quick else SETTINGS_TRIED,
+        "axis": "flops",
+        "hybrid_weights": weights,
+        "claims": [] if args.quick else claims(measured),
     }
-    print(write_results(results, Path(args.output) if args.output else None))
+    print(write(outcome))
     if args.quick:
         bench = benches[0]
-        folder = bench.dense2sparse([], args.seeds[0], whole=True)
-        show_words(bench, folder / "final")
-        print(f"\nThe model: {folder / 'final'}")
+        fitted = bench.dense2sparse([], args.seeds[0], whole=True)
+        show_words(bench, fitted / "final")
+        print(f"\nThe model: {fitted / 'final'}")
         if args.output:
-            print(f"Quality against FLOPs: {Path(args.output) / name}.png")
+            print(f"Quality against FLOPs: {Path(args.output) / args.name}.png")
 
 
 if __name__ == "__main__":

@@ -239,6 +239,7 @@ def _table_cells(system: str, metrics: dict[str, dict[str, Any]]) -> dict[str, s
         "bytes/doc": _or(main.get("bytes_per_document"), ",.0f"),
         "vectors/doc": _or(main.get("vectors_per_document"), ".1f"),
         "active dims": _or(main.get("active_dims"), ".1f"),
+        "query dims": _or(main.get("query_active_dims"), ".1f"),
         "FLOPs": _or(main.get("flops"), ".2f"),
         "own words in top 20": _or(main.get("own_token_share"), ".2f"),
         "encode docs/s": _or(main.get("encode_docs_per_s"), ",.0f"),

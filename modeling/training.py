@@ -246,9 +246,8 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], SentenceTran
             plan.room.model.check_backbone(backbone)  # type: ignore[attr-defined]
         except ValueError as error:
             raise InputError(str(error)) from error
-    local = Path(recipe.backbone).is_dir()
     base = {
-        "base_model_id": {"minilm": MINILM_ID}.get(recipe.backbone, folder.name if local else recipe.backbone),
+        "base_model_id": _base_id(recipe.backbone),
         "base_revision": recipe.revision,
         "base_fingerprint": fingerprint(folder),
     }
@@ -361,12 +360,20 @@ def _is_complete(checkpoint: Path) -> bool:
         return False
 
 
+def _base_id(backbone: str) -> str:
+    """A backbone's name for others: its Hub id, or the last part of a path, which is nobody else's."""
+    if backbone == "minilm":
+        return MINILM_ID
+    return Path(backbone).resolve().name if Path(backbone).is_dir() else backbone
+
+
 def _card_context(plan: Plan, counts: dict[str, int]) -> dict[str, Any]:
     return {
         # Where the model was written is a matter of the machine that made it.
         "command": re.sub(r" --(output_dir|cache_dir) ('[^']*'|\S+)| --overwrite", "", plan.command),
         "backbone": plan.recipe.backbone,
-        "backbone_id": MINILM_ID if plan.recipe.backbone == "minilm" else plan.recipe.backbone,
+        "backbone_id": _base_id(plan.recipe.backbone),
+        "pipeline": bool(plan.head and plan.head.pipeline),
         "labels": plan.objective_arguments.get("label_weight", 1) > 0,
         "objective": plan.recipe.objective,
         "pairs": counts,
