@@ -137,6 +137,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for unused in axes.flat[len(datasets) :]:
         unused.set_visible(False)
     for axis, dataset in zip(axes.flat, datasets, strict=False):
+        named: set[str] = set()  # one name for points of several families at the same place
         for family in families:
             mine = sorted(
                 (row for row in points if row["dataset"] == dataset and row["system"].partition(", ")[0] == family),
@@ -150,6 +151,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
             axis.errorbar(sizes, values, errors, fmt="o-", color=color, label=family, capsize=3, lw=1, elinewidth=0.8)
             for size, value, row in zip(sizes, values, mine, strict=True):
                 label = row["system"].partition(", ")[2].replace("hierarchical ", "k=")
+                if label in named and cost == "flops":
+                    continue
+                named.add(label)
                 below = (0, -12) if label == "mean" else (-2, 5)  # the mean and k=1 lie on one another
                 axis.annotate(label, (size, value), below, textcoords="offset points", fontsize=7, ha="right")
         across = [row for row in without if row["dataset"] == dataset]
