@@ -100,7 +100,7 @@ def encode_side(
     if similarity == "cosine":  # the inner product of unit vectors, so that everything after scores alike
         vectors = np.asarray(embeddings.values, np.float32)
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        embeddings = replace(embeddings, values=vectors)
+        embeddings = replace(embeddings, values=vectors.astype(embeddings.values.dtype))
     rows, lengths, content = [], [], list(texts.values())
     for start in range(0, len(content), 1024):
         part = content[start : start + 1024]
