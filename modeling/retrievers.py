@@ -161,7 +161,7 @@ def rank_embeddings(
     return Ranking(system, positions, scores, costs_of(queries, documents) | _latency(timed))
 
 
-def rank_with_bm25(dataset: RetrievalDataset, depth: int = DEPTH) -> Ranking:
+def rank_with_bm25(dataset: RetrievalDataset, depth: int | None = None) -> Ranking:
     """BM25 (Lucene's variant, k1 = 1.5, b = 0.75) with English stop words and no stemming, by ``bm25s``."""
     try:
         import bm25s
@@ -181,7 +181,7 @@ def rank_with_bm25(dataset: RetrievalDataset, depth: int = DEPTH) -> Ranking:
     for query in tqdm(queries, desc="bm25", unit="query"):
         begun = time.perf_counter()
         found = index.get_scores(query) if query else np.zeros(len(by_id), np.float32)
-        order = np.argsort(-found[by_id], kind="stable")[:depth]
+        order = np.argsort(-found[by_id], kind="stable")[: depth or DEPTH]
         timed.append(time.perf_counter() - begun)
         positions.append(np.asarray(by_id)[order])
         scores.append(found[positions[-1]])

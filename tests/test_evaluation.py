@@ -21,7 +21,7 @@ from polyrep import InputError, evaluation
 from polyrep.cli import main
 from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.evaluation import METRICS, bootstrap_interval, compare, evaluate, holm, per_query_metrics
-from polyrep.hub import fingerprint, load
+from polyrep.hub import fastest_dtype, fingerprint, load
 from polyrep.report import check_results
 from polyrep.retrievers import Ranking, rank_with_bm25, rank_with_model
 
@@ -457,4 +457,4 @@ def test_a_row_is_called_like_its_folder(system, name):
 def test_automatic_weights_are_halved_where_the_processor_can(monkeypatch, capability):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True, "avx2": True}, raising=False)
-    assert evaluation._weights_dtype("auto") == (torch.bfloat16 if capability else torch.float32)
+    assert fastest_dtype("auto") == (torch.bfloat16 if capability else torch.float32)
