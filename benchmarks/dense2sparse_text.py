@@ -62,32 +62,32 @@ HYBRID_WEIGHTS = np.arange(0.1, 1.0, 0.1)
 
 ABLATIONS: dict[str, dict[str, list[str]]] = {
     "default": {"default": []},
-    "teacher": {
-        "dense and 15 % BM25": ["--teacher_lexical", "0.15"],
-        "half labels": ["--label_weight", "0.5"],
-        "labels alone": ["--label_weight", "1"],
-    },
-    "regulariser": {
-        "L1": ["--regularizer", "l1", "--regularizer_weight", "0.003"],
-        "FLOPS": ["--regularizer", "flops", "--regularizer_weight", "0.1"],
-    },
     "control": {f"control by {how}": ["--control", how] for how in ("batch", "caption", "term")},
     "initialisation and alignment": {
         "ridge alignment alone (1 step)": ["--max_steps", "1"],
         "word embeddings without alignment": ["--alignment", "none"],
         "random without alignment": ["--initialization", "random", "--alignment", "none"],
     },
+    "head": {
+        "one hidden layer": ["--hidden_layers", "1"],
+        "gate supervision 0.1": ["--gate_weight", "0.1"],
+    },
+    "regulariser": {
+        "L1": ["--regularizer", "l1", "--regularizer_weight", "0.003"],
+        "FLOPS": ["--regularizer", "flops", "--regularizer_weight", "0.1"],
+    },
     "own tokens": {
-        "no own tokens (as the paper)": ["--own_tokens", "none"],
-        "no expansion": ["--expansion", "none"],
         "as published (no own tokens or alignment; L1; both directions)": [
             *("--own_tokens", "none", "--alignment", "none", "--bidirectional", "true"),
             *("--regularizer", "l1", "--regularizer_weight", "0.003"),
         ],
+        "no own tokens (as the paper)": ["--own_tokens", "none"],
+        "no expansion": ["--expansion", "none"],
     },
-    "head": {
-        "one hidden layer": ["--hidden_layers", "1"],
-        "gate supervision 0.1": ["--gate_weight", "0.1"],
+    "teacher": {
+        "dense and 15 % BM25": ["--teacher_lexical", "0.15"],
+        "half labels": ["--label_weight", "0.5"],
+        "labels alone": ["--label_weight", "1"],
     },
 }
 
@@ -251,12 +251,17 @@ class Bench:
 
 
 def with_head(head: Any, side: Side, task: str) -> Embeddings:
-    """Encode with a Dense2Sparse head, keeping every word."""
+    """Encode with a Dense2Sparse head, keeping every word that a document can hold, a third of the vocabulary."""
     config = head.config
     config.document_top_k = config.query_top_k = config.mass = config.min_weight = None
-    return encode_sparse(
-        lambda f: head(f["sentence_embedding"], f["input_ids"], f["attention_mask"], task).sentence_embedding, side
+    compact = encode_sparse(
+        lambda f: (
+            head(f["sentence_embedding"], f["input_ids"], f["attention_mask"], task, compact=True).sentence_embedding
+        ),
+        side,
     )
+    terms = head.expansion_terms.numpy().astype(np.int32)
+    return replace(compact, indices=terms[compact.indices], dim=config.vocab_size)
 
 
 def pruned(embeddings: Embeddings, words: int | None = None, mass: float | None = None) -> Embeddings:
@@ -332,7 +337,7 @@ def ablation(args: Arguments, benches: list[Bench], write: Callable[[dict[str, A
     rows = []
     for bench in benches:
         dataset, queries = bench.split("dev"), bench.queries("dev")
-        adapter = bench.rival("adapter", args.seeds[0])
+        adapter: Any = bench.rival("adapter", args.seeds[0])
         adapted = [adapted_by(adapter, side) for side in (queries, bench.documents)]
         plain = (queries.embeddings, bench.documents.embeddings)
         for system, sides in (("dense", plain), ("dense; adapter with labels", adapted)):
@@ -353,7 +358,7 @@ def ablation(args: Arguments, benches: list[Bench], write: Callable[[dict[str, A
                 head = AutoModel.from_pretrained(folder / "head")
                 special = head.config.special_token_ids
                 whole = with_head(head, queries, "query"), with_head(head, bench.documents, "document")
-                for point, (query_words, document_words) in {"all words": (None, None), **OPERATING_POINTS}.items():
+                for point, (query_words, document_words) in OPERATING_POINTS.items():
                     q, d = pruned(whole[0], query_words), pruned(whole[1], document_words)
                     ranking = bench.ranking(point, q, d, **readability(bench.documents, d, special))
                     dense = ndcg(dataset, bench.ranking("dense", queries.embeddings, bench.documents.embeddings))
