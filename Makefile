@@ -35,7 +35,7 @@ results: $(VENV)/.dev
 		--token_pooling mean 1 2 4 8 16 32 --output results --name baselines
 	$(BIN)/python benchmarks/cache_memory.py --output results
 	$(BIN)/python benchmarks/search_speed.py --output results
-	$(BIN)/python benchmarks/dense2sparse_text.py --ablation --output results
+	$(BIN)/python benchmarks/dense2sparse_text.py --ablation --flags '--max_steps 60' --output results
 	$(BIN)/python benchmarks/dense2sparse_text.py --output results
 
 $(VENV)/.%: pyproject.toml constraints.txt

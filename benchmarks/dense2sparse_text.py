@@ -1,7 +1,7 @@
 """What Dense2Sparse gains on text, beside its controls and rivals on the same cached vectors.
 
     python benchmarks/dense2sparse_text.py --quick                      # the quick start's table, terms and picture
-    python benchmarks/dense2sparse_text.py --ablation --output results  # every lever, on dev
+    python benchmarks/dense2sparse_text.py --ablation --flags '--max_steps 60' --output results  # every lever, on dev
     python benchmarks/dense2sparse_text.py --output results             # the table on test, three seeds
 
 Fitted heads are kept under a hash of everything that they depend on, so a second run, or one that was interrupted,

@@ -166,7 +166,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
     names = {"bytes_per_document": "bytes per document", "flops": "FLOPs: words that a query and a document share"}
     figure.supxlabel(names.get(cost, cost), fontsize="medium")
     figure.supylabel("nDCG@10 (95 % interval)", fontsize="medium")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2 * columns, frameon=False
+    )
     figure.savefig(path, dpi=144)
     plt.close(figure)
 
