@@ -183,7 +183,7 @@ class Bench:
     def dense2sparse(self, flags: list[str], seed: int, *, whole: bool = False) -> Path:
         """Fit a head with the shipped run and flags over it; ``whole`` writes the retriever too."""
         # Projections in half precision where the processor computes in it; scores never are.
-        flags = ["--bf16", str(fastest_dtype("auto") == torch.bfloat16), *flags, *self.flags]
+        flags = ["--bf16", str(fastest_dtype("auto") == torch.bfloat16), *self.flags, *flags]
         recipe = {file.name: file.read_text() for file in sorted(RUN.iterdir())}
 
         def fit(folder: Path) -> None:
