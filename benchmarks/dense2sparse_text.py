@@ -334,7 +334,8 @@ def ndcg(dataset: RetrievalDataset, ranking: Ranking) -> float:
 
 def ablation(args: Arguments, benches: list[Bench], write: Callable[[dict[str, Any]], None]) -> None:
     """Every lever on dev, one seed, at both operating points; written after each, so that none is lost."""
-    rows = []
+    rows: list[dict[str, Any]] = []
+    dense: dict[str, float] = {}
     for bench in benches:
         dataset, queries = bench.split("dev"), bench.queries("dev")
         adapter: Any = bench.rival("adapter", args.seeds[0])
@@ -350,6 +351,7 @@ def ablation(args: Arguments, benches: list[Bench], write: Callable[[dict[str, A
                 "group": "references",
             }
             rows.append(row | {"value": ndcg(dataset, ranking), "queries": len(queries)} | ranking.costs)
+            dense.setdefault(bench.source, rows[-1]["value"])  # the first is the dense model
     for group, variants in tqdm(ABLATIONS.items(), desc="ablation"):
         for variant, flags in variants.items():
             for bench in benches:
@@ -361,7 +363,6 @@ def ablation(args: Arguments, benches: list[Bench], write: Callable[[dict[str, A
                 for point, (query_words, document_words) in OPERATING_POINTS.items():
                     q, d = pruned(whole[0], query_words), pruned(whole[1], document_words)
                     ranking = bench.ranking(point, q, d, **readability(bench.documents, d, special))
-                    dense = ndcg(dataset, bench.ranking("dense", queries.embeddings, bench.documents.embeddings))
                     row = {
                         "system": f"{variant}, {point}",
                         "dataset": dataset.name,
@@ -374,7 +375,7 @@ def ablation(args: Arguments, benches: list[Bench], write: Callable[[dict[str, A
                         "queries": len(queries),
                         "fit_seconds": read_json(folder / "training.json")["seconds"],
                     }
-                    row["ratio"] = row["value"] / dense
+                    row["ratio"] = row["value"] / dense[bench.source]
                     rows.append(row | ranking.costs)
             latest = [r for r in rows if r.get("variant") == variant]
             for point in dict.fromkeys(r["point"] for r in latest):

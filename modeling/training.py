@@ -16,6 +16,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from sentence_transformers.base.modules.transformer import Transformer
 from sentence_transformers.util.misc import import_from_string
 from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback, set_seed
 
-from .data import load_retrieval_dataset
+from .data import RetrievalDataset, load_retrieval_dataset
 from .errors import InputError
 from .files import staged_folder, write_json
 from .heads import HeadData, HeadTrainer
@@ -203,10 +204,7 @@ _WHEN_NOT_FINITE = (
 def _trainer(plan: Plan, model: Encoder) -> tuple[Any, dict[str, int]]:
     """The family's trainer over one data set per source, and the number of pairs in each."""
     sources = {}
-    for source in plan.recipe.datasets:
-        loaded = load_retrieval_dataset(source, plan.recipe.split, keep_empty=plan.recipe.keep_empty)
-        if loaded.name in sources:
-            raise InputError(f"--datasets: two are called {loaded.name!r}; rename one folder.")
+    for loaded in _datasets(plan.recipe):
         sources[loaded.name] = loaded.pairs()
     _freeze(plan.recipe.freeze, model)
     trainer = TRAINERS[type(model).__name__][0](
@@ -217,6 +215,17 @@ def _trainer(plan: Plan, model: Encoder) -> tuple[Any, dict[str, int]]:
         callbacks=[CheckpointCallback()],
     )
     return trainer, {name: len(pairs) for name, pairs in sources.items()}
+
+
+def _datasets(recipe: RecipeArguments) -> Iterator[RetrievalDataset]:
+    """The data sets of a run, one at a time; two of one name are refused, since counts and caches go by name."""
+    seen = set()
+    for source in recipe.datasets:
+        dataset = load_retrieval_dataset(source, recipe.split, keep_empty=recipe.keep_empty)
+        if dataset.name in seen:
+            raise InputError(f"--datasets: two are called {dataset.name!r}; rename one folder.")
+        seen.add(dataset.name)
+        yield dataset
 
 
 def _freeze(patterns: list[str], model: torch.nn.Module) -> None:
@@ -273,10 +282,7 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], SentenceTran
     objective: Any = plan.objective(head, **plan.objective_arguments)
     data = HeadData(negatives=settings.negatives, labels=objective.needs_labels, depth=settings.depth)
     counts = {}
-    for source in recipe.datasets:
-        dataset = load_retrieval_dataset(source, recipe.split, keep_empty=recipe.keep_empty)
-        if dataset.name in counts:
-            raise InputError(f"--datasets: two are called {dataset.name!r}; rename one folder.")
+    for dataset in _datasets(recipe):
         counts[dataset.name] = len(dataset.pairs() if data.labels else dataset.queries)
         if recipe.dry_run:
             data.pairs = np.zeros((sum(counts.values()), 3), np.int64)  # for the number of steps

@@ -411,14 +411,11 @@ class Dense2SparseModel(PreTrainedModel):
         if top_k is not None and top_k < 1:
             raise ValueError(f"decode: top_k={top_k} asks for no word. Use 1 or more, or None for all.")
         words = self.words
-        values, terms = embeddings.float().sort(dim=-1, descending=True, stable=True)
+        batch = embeddings.float().reshape(-1, self.config.vocab_size)
+        values, terms = (part[:, :top_k].tolist() for part in batch.sort(dim=1, descending=True, stable=True))
         rows = [
             [(words[t], w) for t, w in zip(row_terms, row, strict=True) if w > 0]
-            for row, row_terms in zip(
-                values[..., :top_k].reshape(-1, values[..., :top_k].shape[-1]).tolist(),
-                terms[..., :top_k].reshape(-1, terms[..., :top_k].shape[-1]).tolist(),
-                strict=True,
-            )
+            for row, row_terms in zip(values, terms, strict=True)
         ]
         return rows[0] if embeddings.ndim == 1 else rows
 
