@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -84,7 +84,7 @@ class Embeddings:
 
 def embed(
     model: Encoder,
-    texts: dict[str, str],
+    texts: Mapping[str, Any],
     *,
     task: Literal["query", "document"],
     cache_dir: str | Path | None = None,
@@ -98,7 +98,7 @@ def embed(
 
     Args:
         model: Any sentence-transformers model.
-        texts: Id -> text, in the order of the result.
+        texts: Id -> text or page image, in the order of the result.
         task: Whether the texts are queries or documents (prompts and asymmetric models depend on it).
         cache_dir: Where caches live; None keeps this one only as long as the result is referenced.
         kind: What to keep; default: what the model's family gives.
@@ -124,7 +124,7 @@ def embed(
     if not path.exists():
         _explain_miss(path, key)
         try:
-            _write(path, key, model, list(texts), list(texts.values()), batch_size, show_progress)
+            _write(path, key, model, texts, batch_size, show_progress)
         except BaseException:
             if temporary:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -174,11 +174,12 @@ def kind_of(model: Encoder) -> Kind:
     return "sparse" if isinstance(model, SparseEncoder) else "sentence"
 
 
-def cache_key(model: Encoder, texts: dict[str, str], *, task: str, kind: str, dtype: str) -> dict[str, Any]:
+def cache_key(model: Encoder, texts: Mapping[str, Any], *, task: str, kind: str, dtype: str) -> dict[str, Any]:
     """Everything that embeddings depend on, readable; two equal keys mean equal embeddings."""
     digest = hashlib.sha256()
     for identifier, text in texts.items():
-        for part in (identifier.encode(), text.encode()):  # lengths keep ("a", "bc") apart from ("ab", "c")
+        content = text.encode() if isinstance(text, str) else f"{text.mode}{text.size}".encode() + text.tobytes()
+        for part in (identifier.encode(), content):  # lengths keep ("a", "bc") apart from ("ab", "c")
             digest.update(len(part).to_bytes(8, "little") + part)
     return {
         "kind": kind,
@@ -231,13 +232,12 @@ def _write(
     path: Path,
     key: dict[str, Any],
     model: Encoder,
-    ids: list[str],
-    texts: list[str],
+    texts: Mapping[str, Any],
     batch_size: int,
     show_progress: bool,
 ) -> None:
     """Encode chunk by chunk, appending to the arrays of a staged folder."""
-    started = time.perf_counter()
+    started, ids = time.perf_counter(), list(texts)
     encode = _ENCODERS[key["kind"]]
     dim, shape_tail, rows, counts = 0, (), 0, [np.zeros(1, np.int64)]
     names = ["values", "indices"] if key["kind"] == "sparse" else ["values"]
@@ -246,7 +246,7 @@ def _write(
         try:
             with tqdm(total=len(texts), desc=path.name, unit="text", disable=not show_progress) as progress:
                 for start in range(0, len(texts), CHUNK):
-                    chunk = texts[start : start + CHUNK]
+                    chunk = [texts[identifier] for identifier in ids[start : start + CHUNK]]
                     values, lengths, indices, dim = encode(model, chunk, key["task"], batch_size)
                     with np.errstate(over="ignore"):  # an overflow is refused below, by the id of its text
                         values = values.astype(key["dtype"])

@@ -10,23 +10,27 @@ Folder layout, each ``.jsonl`` optionally gzipped (``.jsonl.gz``)::
     qrels/test.tsv    header line, then: query id <TAB> document id <TAB> integer score
 
 On the Hub both common arrangements are read: configurations ``corpus``, ``queries`` and ``default`` in one repository,
-or ``corpus`` and ``queries`` with the judgments in ``<repository>-qrels``.
+or ``corpus`` and ``queries`` with the judgments in ``<repository>-qrels``. So is a plain table of pairs, with a
+column ``query`` and one of ``document``, ``positive``, ``answer``, ``text`` or ``image``: equal documents are one, and
+each row is a judgment. Page images stay as they are stored until they are encoded.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import logging
+import random
 import re
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, DatasetDict, Image, load_dataset
 from datasets.exceptions import DatasetsError
 
 from .errors import InputError
@@ -43,14 +47,14 @@ class RetrievalDataset:
     Attributes:
         name: Last part of the folder or repository name, used in tables.
         split: Name of the split, e.g. ``"test"``.
-        corpus: Document id -> text (title, one space, text; stripped), in file order.
+        corpus: Document id -> text (title, one space, text; stripped), in file order; or -> page image.
         queries: Query id -> text, only the queries that the split judges.
         qrels: Query id -> {document id: integer relevance}.
     """
 
     name: str
     split: str
-    corpus: dict[str, str]
+    corpus: Mapping[str, Any]
     queries: dict[str, str]
     qrels: Judgments
 
@@ -81,6 +85,8 @@ def load_retrieval_dataset(
     """
     source = str(path_or_id)
     folder = Path(path_or_id)
+    if (table := _open_pairs(source, revision)) is not None:
+        return _from_pairs(source, table, split)
     if any((folder / f"corpus.jsonl{suffix}").is_file() for suffix in ("", ".gz")):
         corpus_rows = _read_jsonl(folder, "corpus")
         query_rows = _read_jsonl(folder, "queries")
@@ -106,7 +112,7 @@ def load_retrieval_dataset(
     if wanted not in splits:
         raise InputError(f"{source}: no judgments for split {split!r}; it has {sorted(splits) or 'none'}.")
 
-    corpus = _index(corpus_rows, f"{source} corpus", keep_empty, lambda r: f"{r.get('title') or ''} {r['text']}")
+    corpus = _index(corpus_rows, f"{source} corpus", keep_empty, _text_of_document)
     all_queries = _index(query_rows, f"{source} queries", keep_empty, lambda r: r["text"])
     qrels = _check_qrels(read_qrels(wanted), corpus, all_queries)
     if wanted != split or (split == "train" and "dev" not in splits):
@@ -117,6 +123,148 @@ def load_retrieval_dataset(
     return RetrievalDataset(
         folder.name or folder.resolve().name, split, corpus, queries, {q: qrels[q] for q in queries}
     )
+
+
+def load_corpus(path_or_id: str | Path, *, revision: str | None = None, keep_empty: bool = False) -> RetrievalDataset:
+    """Read the documents alone: queries and judgments need not be there, and are left out if they are.
+
+    Args:
+        path_or_id: As for :func:`load_retrieval_dataset`.
+        revision: Likewise.
+        keep_empty: Likewise.
+
+    Raises:
+        InputError: The corpus is missing or malformed.
+    """
+    source, folder = str(path_or_id), Path(path_or_id)
+    if (table := _open_pairs(source, revision)) is not None:
+        corpus: Mapping[str, Any] = _from_pairs(source, table, next(iter(table))).corpus
+    else:
+        if folder.is_dir():
+            rows = _read_jsonl(folder, "corpus")
+        else:
+            rows = _hub_rows(_load(source, "corpus", revision), f"{source} corpus")
+        corpus = _index(rows, f"{source} corpus", keep_empty, _text_of_document)
+    return RetrievalDataset(folder.name or folder.resolve().name, "corpus", corpus, {}, {})
+
+
+def inverse_cloze(dataset: RetrievalDataset, sentences: int = 3, seed: int = 0) -> RetrievalDataset:
+    """A data set whose queries are sentences of the documents, each removed from its own (Lee et al., 2019).
+
+    It lets a head be fitted to any corpus without queries. No more than a third of a document's sentences are taken,
+    and none of fewer than four words; a document that has too few is only there to be told apart from.
+
+    Args:
+        dataset: The corpus.
+        sentences: Most sentences of one document.
+        seed: Which ones.
+
+    Raises:
+        InputError: The documents are images, or no document has sentences enough.
+    """
+    if sentences < 1:
+        raise InputError(f"--cloze_sentences {sentences}: at least 1, else there is no query.")
+    corpus: dict[str, str] = {}
+    queries: dict[str, str] = {}
+    qrels: Judgments = {}
+    for identifier, text in dataset.corpus.items():
+        if not isinstance(text, str):
+            raise InputError(
+                f"{dataset.name}: {identifier!r} is an image, which has no sentences. Use judged queries."
+            )
+        parts = [part for part in re.split(r"(?<=[.!?:])\s+|\n+", text) if part.strip()]
+        long_enough = [i for i, part in enumerate(parts) if len(part.split()) >= 4]
+        count = min(sentences, len(long_enough), max(1, len(parts) // 3) if len(parts) > 1 else 0)
+        taken = set(random.Random(f"{seed} {identifier}").sample(long_enough, count))
+        corpus[identifier] = " ".join(part for i, part in enumerate(parts) if i not in taken)
+        for i in sorted(taken):
+            queries[f"{identifier}#{i}"] = parts[i].strip()
+            qrels[f"{identifier}#{i}"] = {identifier: 1}
+    if not queries:
+        raise InputError(
+            f"{dataset.name}: no document has two sentences, one of four words or more, so none can be taken for a "
+            "query. Use judged queries."
+        )
+    asked = len({next(iter(judged)) for judged in qrels.values()})
+    logger.info("%s: %s sentences of %s of %s documents.", dataset.name, len(queries), asked, len(corpus))
+    return replace(dataset, name=f"{dataset.name}-cloze", split="cloze", corpus=corpus, queries=queries, qrels=qrels)
+
+
+class _Pages(Mapping[str, Any]):
+    """Document id -> page image, decoded when it is asked for: a corpus of pages does not fit into memory."""
+
+    def __init__(self, column: str):
+        self.column = column
+        self.places: dict[str, tuple[Dataset, int]] = {}
+
+    def __getitem__(self, identifier: str) -> Any:
+        from PIL import Image as Pillow
+
+        table, row = self.places[identifier]
+        stored = table[row][self.column]
+        return Pillow.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]).convert("RGB")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+_DOCUMENT_COLUMNS = ("document", "positive", "answer", "text", "image")
+
+
+def _open_pairs(source: str, revision: str | None) -> DatasetDict | None:
+    """A table of pairs, local or on the Hub; None for everything in BEIR layout."""
+    folder = Path(source)
+    if folder.is_dir() and not (any(folder.glob("**/*.parquet")) and not (folder / "queries.jsonl").is_file()):
+        return None
+    if not folder.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        return None
+    try:
+        table = load_dataset(source, revision=revision)
+    except (OSError, ValueError, DatasetsError):
+        return None
+    columns = next(iter(table.values())).column_names
+    return table if "query" in columns and any(name in columns for name in _DOCUMENT_COLUMNS) else None
+
+
+def _from_pairs(source: str, table: DatasetDict, split: str) -> RetrievalDataset:
+    """Documents of all splits, and the queries of one; without a dev split, a seeded tenth of train as elsewhere."""
+    wanted = "train" if split == "dev" and "dev" not in table and "train" in table else split
+    if wanted not in table:
+        raise InputError(f"{source}: no split {split!r}; it has {sorted(table)}.")
+    column = next(name for name in _DOCUMENT_COLUMNS if name in table[wanted].column_names)
+    pages = _Pages(column) if isinstance(table[wanted].features[column], Image) else None
+    texts: dict[str, str] = {}
+    queries: dict[str, str] = {}
+    qrels: Judgments = {}
+    id_of: dict[str, str] = {}
+    for name, part in table.items():
+        part = part.cast_column(column, Image(decode=False)) if pages is not None else part
+        for number, row in enumerate(part):
+            document, query = row[column], row["query"]
+            if not isinstance(query, str) or not query.strip() or not document:
+                raise InputError(
+                    f"{source} {name} row {number}: an empty query or {column}, which encodes to an arbitrary vector. "
+                    "Remove the row."
+                )
+            raw = document if pages is None else document["bytes"] or document["path"]
+            digest = hashlib.sha256(raw.strip().encode() if isinstance(raw, str) else raw).hexdigest()
+            identifier = id_of.setdefault(digest, f"{name}-{number}")
+            if pages is not None:
+                pages.places.setdefault(identifier, (part, number))
+            else:
+                texts.setdefault(identifier, document.strip())
+            if name == wanted:
+                queries[f"{name}-{number}"] = query.strip()
+                qrels[f"{name}-{number}"] = {identifier: 1}
+    if wanted != split or (split == "train" and "dev" not in table):
+        qrels = {q: judged for q, judged in qrels.items() if _in_dev_tenth(q) == (split == "dev")}
+    if not qrels:
+        raise InputError(f"{source}: split {split!r} has no pair, so there is nothing to train on or to measure.")
+    corpus: Mapping[str, Any] = texts if pages is None else pages
+    return RetrievalDataset(Path(source).name, split, corpus, {q: queries[q] for q in qrels}, qrels)
 
 
 def _in_dev_tenth(query_id: str) -> bool:
@@ -166,9 +314,7 @@ def _read_tsv(path: Path) -> Iterator[tuple[str, Any, Any, Any]]:
 def _open_hub(source: str, revision: str | None) -> tuple[Iterator, Iterator, set[str], Any]:
     """The same four parts as a folder gives, read through ``datasets`` (Arrow files, no remote code)."""
     try:
-        corpus, queries = (
-            next(iter(load_dataset(source, name, revision=revision).values())) for name in ("corpus", "queries")
-        )
+        corpus, queries = (_load(source, name, revision) for name in ("corpus", "queries"))
         try:
             judgments = load_dataset(source, "default", revision=revision)
         except ValueError:  # this arrangement keeps its judgments in a repository of their own
@@ -186,10 +332,21 @@ def _open_hub(source: str, revision: str | None) -> tuple[Iterator, Iterator, se
                 raise InputError(f"{place}: no {sorted(missing)}; expected query-id, corpus-id and score.")
             yield place, str(row["query-id"]), str(row["corpus-id"]), row["score"]  # ids read from TSV are numbers
 
-    def rows(part: Dataset, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        return ((f"{source} {name} row {number}", row) for number, row in enumerate(part, start=1))
+    corpus_rows, query_rows = _hub_rows(corpus, f"{source} corpus"), _hub_rows(queries, f"{source} queries")
+    return corpus_rows, query_rows, set(judgments), read_qrels
 
-    return rows(corpus, "corpus"), rows(queries, "queries"), set(judgments), read_qrels
+
+def _load(source: str, name: str, revision: str | None) -> Dataset:
+    """One configuration of a Hub data set, whatever its only split is called."""
+    return next(iter(load_dataset(source, name, revision=revision).values()))
+
+
+def _hub_rows(part: Dataset, subject: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    return ((f"{subject} row {number}", row) for number, row in enumerate(part, start=1))
+
+
+def _text_of_document(row: dict[str, Any]) -> str:
+    return f"{row.get('title') or ''} {row['text']}"
 
 
 def _index(rows: Iterable[tuple[str, Any]], subject: str, keep_empty: bool, text_of: Any) -> dict[str, str]:

@@ -12,12 +12,12 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from safetensors.torch import load_model
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -26,6 +26,7 @@ from transformers import Trainer, TrainerCallback
 from .cache import Embeddings, embed
 from .data import RetrievalDataset
 from .errors import InputError
+from .retrievers import mean_of_tokens, sum_of_tokens
 from .scoring import exact_search, tie_ranks
 
 Features = dict[str, Tensor]
@@ -117,33 +118,117 @@ def encode_side(
     return Side(embeddings, np.concatenate(rows), np.cumsum(np.concatenate([[0], *lengths])), first)
 
 
-class HeadData(Dataset):
-    """Pairs of query and document, with negatives from the dense model's own ranking, over one or more data sets.
+@dataclass(frozen=True)
+class TokenSide:
+    """The queries or the documents of one data set as a late-interaction model encodes them.
+
+    Attributes:
+        embeddings: Several vectors a text.
+        first: Place of the first text among the texts of all data sets.
+    """
+
+    embeddings: Embeddings
+    first: int = 0
+
+    def features(self, rows: np.ndarray) -> Features:
+        """Features of some texts: padded ``token_embeddings (texts, tokens, dim), attention_mask``, and ``index``."""
+        offsets = self.embeddings.offsets
+        assert offsets is not None
+        lengths = offsets[rows + 1] - offsets[rows]
+        mask = np.arange(lengths.max(initial=1)) < lengths[:, None]  # (texts, tokens)
+        starts = np.repeat(offsets[rows] - np.cumsum(lengths) + lengths, lengths)
+        vectors = torch.zeros(*mask.shape, self.embeddings.dim)
+        found = self.embeddings.values[starts + np.arange(lengths.sum())]
+        vectors[torch.from_numpy(mask)] = torch.from_numpy(np.asarray(found, np.float32))
+        return {
+            "token_embeddings": vectors,
+            "attention_mask": torch.from_numpy(mask),
+            "index": torch.from_numpy(self.first + rows),
+        }
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+
+def encode_tokens(
+    model: MultiVectorEncoder, texts: dict[str, str], task: Any, name: str, *, first: int = 0, **options: Any
+) -> TokenSide:
+    """Encode texts into token vectors.
 
     Args:
-        negatives: Documents drawn for each query from the ``depth`` nearest of the dense model.
+        model: The frozen backbone.
+        texts: Id -> text.
+        task: ``query`` or ``document``.
+        name: Readable part of the cache's name.
+        first: See :class:`TokenSide`.
+        options: Those of :func:`polyrep.cache.embed`.
+
+    Raises:
+        InputError: A text has no vector, or one that is not finite or is zero; names its id.
+    """
+    embeddings = embed(model, texts, task=task, name=name, kind="tokens", **options)
+    assert embeddings.offsets is not None
+    ids = list(texts)
+    if not embeddings.lengths.all():
+        raise InputError(
+            f"{name}: {task} {ids[int(np.argmin(embeddings.lengths))]!r} has no token that counts, so it cannot be "
+            "scored. Remove it, or loosen the backbone's skiplist or keep_only_token_ids."
+        )
+    for start in range(0, len(embeddings.values), 2**18):  # 64 MiB at width 128, not the whole corpus
+        lengths = np.linalg.norm(embeddings.values[start : start + 2**18].astype(np.float32), axis=1)
+        bad = ~((lengths > 0) & np.isfinite(lengths))
+        if bad.any():
+            place = start + int(np.argmax(bad))
+            text = int(np.searchsorted(embeddings.offsets, place, "right")) - 1
+            raise InputError(
+                f"{name}: {task} {ids[text]!r} has a token vector of length {lengths[place - start]} in the cache "
+                f"{embeddings.path}, so its pooled vector would mean nothing. Delete the cache to have it made again; "
+                "if the error stays, the backbone is broken."
+            )
+    return TokenSide(embeddings, first)
+
+
+class HeadData(Dataset):
+    """Pairs of query and document, with negatives from the backbone's own ranking, over one or more data sets.
+
+    Args:
+        kind: What the head reads: ``sentence`` for one vector a text, ``tokens`` for several. Nearest documents of
+            token vectors are those of their mean, since a full late-interaction search would cost more than the fit.
+        negatives: Documents drawn for each query from the ``depth`` nearest of the backbone.
         labels: Take pairs from the judgments. Without, the nearest document takes the place of the judged one, so
             that no judgment has any influence.
         depth: See ``negatives``.
     """
 
-    def __init__(self, *, negatives: int = 2, labels: bool = False, depth: int = 100):
+    def __init__(
+        self,
+        *,
+        kind: Literal["sentence", "tokens"] = "sentence",
+        negatives: int = 2,
+        labels: bool = False,
+        depth: int = 100,
+    ):
         if negatives < 0 or depth < 1:
             raise InputError(f"--negatives {negatives}, --depth {depth}: none can be drawn. Use 0 and 1, or more.")
-        self.negatives, self.labels, self.depth, self.seed = negatives, labels, depth, 0
-        self.parts: list[tuple[Side, Side, np.ndarray]] = []  # queries, documents, nearest (queries, depth)
+        self.kind, self.negatives, self.labels, self.depth, self.seed = kind, negatives, labels, depth, 0
+        # queries, documents, nearest (queries, depth)
+        self.parts: list[tuple[Side, Side, np.ndarray] | tuple[TokenSide, TokenSide, np.ndarray]] = []
         self.pairs = np.empty((0, 3), np.int64)  # data set, query, document
         self.epoch = 0  # set by the trainer
 
-    def add(self, model: SentenceTransformer, dataset: RetrievalDataset, **options: Any) -> None:
+    def add(self, model: Any, dataset: RetrievalDataset, **options: Any) -> None:
         """Encode a data set, or map its cache, and add its pairs."""
         firsts = [sum(len(part[side]) for part in self.parts) for side in (0, 1)]
-        queries = encode_side(
+        encode: Any = encode_tokens if self.kind == "tokens" else encode_side
+        queries = encode(
             model, dataset.queries, "query", f"{dataset.name}-{dataset.split}", first=firsts[0], **options
         )
-        documents = encode_side(model, dataset.corpus, "document", dataset.name, first=firsts[1], **options)
+        documents = encode(model, dataset.corpus, "document", dataset.name, first=firsts[1], **options)
         ranks = tie_ranks(list(dataset.corpus))
-        nearest, _ = exact_search(queries.embeddings, documents.embeddings, ranks, similarity="dot", k=self.depth)
+        sides = queries.embeddings, documents.embeddings
+        if self.kind == "tokens":
+            sides = sum_of_tokens(sides[0]), mean_of_tokens(sides[1])
+        nearest, _ = exact_search(*sides, ranks, similarity="dot", k=self.depth)
         if self.labels:
             place = {identifier: i for i, identifier in enumerate(dataset.corpus)}
             judged = [
@@ -194,17 +279,39 @@ class HeadData(Dataset):
             for start in range(0, len(texts), size):
                 yield texts.features(np.arange(start, min(start + size, len(texts))))
 
+    def query_sums(self) -> Tensor:
+        """``(queries, dim)`` sum of each query's token vectors, over all data sets."""
+        sums = [sum_of_tokens(queries.embeddings).values for queries, _, _ in self.parts]
+        return torch.from_numpy(np.concatenate(sums))
+
+    def relevant(self) -> Tensor:
+        """``(pairs, 2)`` place of a query and of its document among those of all data sets."""
+        firsts = np.array([(queries.first, documents.first) for queries, documents, _ in self.parts])
+        return torch.from_numpy(self.pairs[:, 1:] + firsts[self.pairs[:, 0]])
+
+    def most_tokens(self) -> int:
+        """Vectors of the longest document."""
+        return max(int(documents.embeddings.lengths.max()) for _, documents, _ in self.parts)
+
 
 def _concatenated(parts: list[Features]) -> Features:
-    """Features of several parts under one another, token ids padded to the longest."""
+    """Features of several parts under one another, token ids or vectors padded to the longest."""
     joined = {}
     for name in parts[0]:
         tensors = [part[name] for part in parts]
-        if tensors[0].ndim == 2 and name != "sentence_embedding":
-            width = max(tensor.shape[1] for tensor in tensors)
-            tensors = [torch.nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors]
+        if tensors[0].ndim > 1 and name != "sentence_embedding":
+            tensors = pad_tokens(tensors)
         joined[name] = torch.cat(tensors)
     return joined
+
+
+def pad_tokens(tensors: list[Tensor]) -> list[Tensor]:
+    """Pad the second axis, that of tokens, to the longest with zeros."""
+    width = max(tensor.shape[1] for tensor in tensors)
+    return [
+        torch.nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, width - tensor.shape[1]))
+        for tensor in tensors
+    ]
 
 
 class _EpochCallback(TrainerCallback):
@@ -260,7 +367,8 @@ class HeadTrainer(Trainer):
         losses = model(inputs["features"], inputs["labels"])
         if not isinstance(losses, dict):
             losses = {"objective": losses}
-        for name, value in losses.items():
+        shown = losses | getattr(self.objective, "metrics", {})
+        for name, value in shown.items():
             self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach()
         self._steps += 1
         total = torch.stack(list(losses.values())).sum()

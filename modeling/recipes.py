@@ -110,7 +110,16 @@ class HeadArguments:
     model_dtype: str = field(
         default="auto", metadata={"help": "Backbone's weights while encoding; auto for the fastest safe."}
     )
+    max_length: int | None = field(default=None, metadata={"help": "Tokens per text; default: the backbone's own."})
     encode_batch_size: int = field(default=32, metadata={"help": "Texts per forward pass of the backbone."})
+    queries: str = field(
+        default="judged",
+        metadata={
+            "help": "judged: those of the data set. inverse_cloze: sentences of the documents, removed from them, "
+            "for a corpus without queries. both: the two together."
+        },
+    )
+    cloze_sentences: int = field(default=3, metadata={"help": "Sentences taken of a document, at most a third."})
     negatives: int = field(default=2, metadata={"help": "Documents drawn per query from the backbone's nearest."})
     depth: int = field(default=100, metadata={"help": "How many of the nearest they are drawn from."})
     vocabulary: str = field(

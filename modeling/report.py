@@ -41,7 +41,8 @@ def write_results(results: dict[str, Any], output: Path | None) -> str:
             fingerprint}, rows, claims``. A row has ``system, dataset, split, metric, value`` and what applies of
             ``interval, std, bytes_per_document, flops, active_dims, ...``. A claim has ``claim, value, target, met``
             (both None without a target) and, where it needs data, ``split``. Optionally ``axis``, the cost that the
-            picture sets quality against; default ``bytes_per_document``.
+            picture sets quality against (default ``bytes_per_document``); ``drawn``, the families of systems (what
+            stands before a comma) that it shows; and ``gap``, two systems from which a second axis counts 0 and 1.
         output: Folder to write to; None writes nothing.
 
     Returns:
@@ -125,7 +126,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     cost = results.get("axis", "bytes_per_document")
-    points = _points(results)
+    shown = results.get("drawn")
+    points = [r for r in _points(results) if shown is None or r["system"].partition(", ")[0] in shown]
     without = [row for row in results["rows"] if row["metric"] == "nDCG@10" and not row.get(cost)]
     datasets = list(dict.fromkeys(row["dataset"] for row in points))
     families = list(dict.fromkeys(row["system"].partition(", ")[0] for row in points))
@@ -159,13 +161,27 @@ def draw(results: dict[str, Any], path: Path) -> None:
         across = [row for row in without if row["dataset"] == dataset]
         for row, style in zip(across, ("-", "--", ":", "-.") * len(across), strict=False):
             axis.axhline(row["value"], ls=style, color="0.5", lw=1, label=row["system"])
+        if results.get("gap"):
+            low, high = (
+                next(r["value"] for r in points if (r["dataset"], r["system"]) == (dataset, name))
+                for name in results["gap"]
+            )
+            if high - low >= 0.02:  # of a smaller gap, a share says nothing
+                axis.secondary_yaxis(
+                    "right",
+                    functions=(
+                        lambda y, low=low, high=high: (y - low) / (high - low),
+                        lambda share, low=low, high=high: low + share * (high - low),
+                    ),
+                )
         axis.set_xscale("log")
         axis.margins(x=0.12)
         axis.set_title(dataset)
         axis.grid(alpha=0.3)
     names = {"bytes_per_document": "bytes per document", "flops": "FLOPs: words that a query and a document share"}
     figure.supxlabel(names.get(cost, cost), fontsize="medium")
-    figure.supylabel("nDCG@10 (95 % interval)", fontsize="medium")
+    second = f"; right: 0 is {results['gap'][0]}, 1 is {results['gap'][1]}" if results.get("gap") else ""
+    figure.supylabel(f"nDCG@10 (95 % interval{second})", fontsize="medium")
     figure.legend(
         *axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2 * columns, frameon=False
     )
@@ -241,6 +257,8 @@ def _table_cells(system: str, metrics: dict[str, dict[str, Any]]) -> dict[str, s
         "system": system,
         "nDCG@10": f"{main['value']:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else ""),
         **{name: _or(metrics.get(name, {}).get("value"), ".3f") for name in ("nDCG@3", "MRR@10", "Recall@100")},
+        "gap closed": _or(main.get("gap_closed"), ".0%"),
+        "retention": _or(main.get("retention"), ".0%"),
         "difference": difference,
         "bytes/doc": _or(main.get("bytes_per_document"), ",.0f"),
         "vectors/doc": _or(main.get("vectors_per_document"), ".1f"),

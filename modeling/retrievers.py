@@ -133,7 +133,7 @@ def rank_with_model(
     rankings = [ranked(name, queries, documents, similarity)]
     for how in pooling or []:
         if how == "mean":
-            rankings.append(ranked(f"{name}, mean", _summed(queries), _mean(documents), "dot"))
+            rankings.append(ranked(f"{name}, mean", sum_of_tokens(queries), mean_of_tokens(documents), "dot"))
         else:
             rankings.append(
                 ranked(f"{name}, hierarchical {how}", queries, _hierarchical(documents, int(how)), similarity)
@@ -243,12 +243,12 @@ def _sums(embeddings: Embeddings) -> np.ndarray:
     return sums
 
 
-def _summed(queries: Embeddings) -> Embeddings:
+def sum_of_tokens(queries: Embeddings) -> Embeddings:
     """Queries as one vector: MaxSim against a single document vector is the dot product with this sum."""
     return replace(queries, kind="sentence", values=_sums(queries), offsets=None)
 
 
-def _mean(documents: Embeddings) -> Embeddings:
+def mean_of_tokens(documents: Embeddings) -> Embeddings:
     """Documents as the normalised mean of their vectors."""
     sums = _sums(documents)
     unit = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)

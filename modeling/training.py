@@ -8,6 +8,7 @@ one as ``<output_dir>/final``. Reading the recipe and the flags is in ``recipes.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import math
@@ -24,17 +25,17 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import DatasetDict
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules.transformer import Transformer
 from sentence_transformers.util.misc import import_from_string
 from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback, set_seed
 
-from .data import RetrievalDataset, load_retrieval_dataset
+from .data import RetrievalDataset, inverse_cloze, load_corpus, load_retrieval_dataset
 from .errors import InputError
 from .files import staged_folder, write_json
 from .heads import HeadData, HeadTrainer
 from .hub import MINILM_ID, Encoder, family_of, fastest_dtype, fetch, fingerprint, load, localize, read_json, save
-from .recipes import TRAINERS, Plan, RecipeArguments, resolve
+from .recipes import TRAINERS, HeadArguments, Plan, RecipeArguments, resolve
 from .report import provenance
 
 
@@ -61,6 +62,9 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
     started_from = {"backbone": recipe.backbone, "objective": recipe.objective, **plan.config}
     if plan.head:  # what the corpus and the objective make of the head before the first step
         started_from |= {"datasets": recipe.datasets, "split": recipe.split, **plan.objective_arguments}
+        started_from |= {
+            name: getattr(plan.head, name) for name in ("queries", "cloze_sentences", "negatives", "depth")
+        }
     earlier = [] if resume or recipe.dry_run else [output / "final", output / "head", *output.glob("checkpoint-*")]
     earlier = [path for path in earlier if path.exists()] if args.process_index == 0 else []
     if earlier and not recipe.overwrite:
@@ -217,15 +221,24 @@ def _trainer(plan: Plan, model: Encoder) -> tuple[Any, dict[str, int]]:
     return trainer, {name: len(pairs) for name, pairs in sources.items()}
 
 
-def _datasets(recipe: RecipeArguments) -> Iterator[RetrievalDataset]:
+def _datasets(recipe: RecipeArguments, head: HeadArguments | None = None) -> Iterator[RetrievalDataset]:
     """The data sets of a run, one at a time; two of one name are refused, since counts and caches go by name."""
     seen = set()
+    queries = head.queries if head else "judged"
+    if queries not in ("judged", "inverse_cloze", "both"):
+        raise InputError(f"--queries {queries!r}: use judged, inverse_cloze or both.")
     for source in recipe.datasets:
-        dataset = load_retrieval_dataset(source, recipe.split, keep_empty=recipe.keep_empty)
+        if queries == "inverse_cloze":
+            dataset = load_corpus(source, keep_empty=recipe.keep_empty)
+        else:
+            dataset = load_retrieval_dataset(source, recipe.split, keep_empty=recipe.keep_empty)
         if dataset.name in seen:
             raise InputError(f"--datasets: two are called {dataset.name!r}; rename one folder.")
         seen.add(dataset.name)
-        yield dataset
+        if queries != "inverse_cloze":
+            yield dataset
+        if head and queries != "judged":
+            yield inverse_cloze(dataset, head.cloze_sentences)
 
 
 def _freeze(patterns: list[str], model: torch.nn.Module) -> None:
@@ -238,18 +251,26 @@ def _freeze(patterns: list[str], model: torch.nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], SentenceTransformer]:
+def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], Encoder]:
     """A trainer of the room's head over cached embeddings, the number of pairs in each data set, and the backbone."""
     recipe, settings = plan.recipe, plan.head
-    assert plan.room and plan.room.head and settings
+    assert plan.room and settings
+    head_class: Any = plan.room.head or plan.room.model
     remote: dict[str, Any] = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
     folder = fetch(recipe.backbone, **remote)
     backbone = load(folder, trust_remote_code=recipe.trust_remote_code, dtype=fastest_dtype(settings.model_dtype))
-    if type(backbone) is not SentenceTransformer:
+    kind = plan.objective.trains_on  # type: ignore[attr-defined]
+    needed, reads = {
+        "sentence": (SentenceTransformer, "one dense vector a text"),
+        "tokens": (MultiVectorEncoder, "several vectors a text"),
+    }[kind]
+    if type(backbone) is not needed:
         raise InputError(
-            f"{recipe.backbone}: is a {type(backbone).__name__}, but this head reads one dense vector a text. "
-            "Name a SentenceTransformer."
+            f"{recipe.backbone}: is a {type(backbone).__name__}, but this head reads {reads}. "
+            f"Name a {needed.__name__}."
         )
+    if settings.max_length:
+        backbone.max_seq_length = settings.max_length
     if not settings.pipeline and not settings.head_only:
         try:
             plan.room.model.check_backbone(backbone)  # type: ignore[attr-defined]
@@ -271,25 +292,30 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], SentenceTran
                 )
             words = fetch(settings.vocabulary, revision=None)
             tokenizer = AutoTokenizer.from_pretrained(words)
-            head = plan.room.head.from_mlm(  # type: ignore[attr-defined]
+            head = head_class.from_mlm(
                 str(words), backbone.get_embedding_dimension(), tokenizer, **plan.config, **base
             )
         else:
-            head = plan.room.head.from_backbone(backbone, **plan.config, **base)  # type: ignore[attr-defined]
+            head = head_class.from_backbone(backbone, **plan.config, **base)
+        if settings.pipeline and not settings.head_only:  # what does not fit together should say so before training
+            assert plan.room.module
+            family_of(plan.run)(modules=[*backbone.children(), plan.room.module(copy.deepcopy(head))])
     except ValueError as error:
         raise InputError(str(error)) from error
     _freeze(recipe.freeze, head)
     objective: Any = plan.objective(head, **plan.objective_arguments)
-    data = HeadData(negatives=settings.negatives, labels=objective.needs_labels, depth=settings.depth)
+    data = HeadData(kind=kind, negatives=settings.negatives, labels=objective.needs_labels, depth=settings.depth)
     counts = {}
-    for dataset in _datasets(recipe):
+    for dataset in _datasets(recipe, settings):
         counts[dataset.name] = len(dataset.pairs() if data.labels else dataset.queries)
         if recipe.dry_run:
             data.pairs = np.zeros((sum(counts.values()), 3), np.int64)  # for the number of steps
             continue
         with plan.args.main_process_first(desc="encode"):
-            options = {"cache_dir": settings.cache_dir, "batch_size": settings.encode_batch_size}
-            data.add(backbone, dataset, tokenizer=tokenizer, **options)
+            options: dict[str, Any] = {"cache_dir": settings.cache_dir, "batch_size": settings.encode_batch_size}
+            if tokenizer is not None:
+                options["tokenizer"] = tokenizer
+            data.add(backbone, dataset, **options)
     started = time.perf_counter()
     if not recipe.dry_run:
         objective.prepare(data)
@@ -305,7 +331,7 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], SentenceTran
     return trainer, counts, backbone
 
 
-def _with_backbone(plan: Plan, head: PreTrainedModel, backbone: SentenceTransformer) -> Encoder:
+def _with_backbone(plan: Plan, head: PreTrainedModel, backbone: Encoder) -> Encoder:
     """The trained head and its backbone as one retriever, with the backbone's prompts and length."""
     assert plan.room and plan.head
     if plan.head.pipeline:
@@ -313,7 +339,10 @@ def _with_backbone(plan: Plan, head: PreTrainedModel, backbone: SentenceTransfor
         recipe = plan.recipe  # opened afresh: for encoding, its weights may have been halved
         folder = fetch(recipe.backbone, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
         whole: Any = load(folder, trust_remote_code=recipe.trust_remote_code)
-        return family_of(plan.run)(modules=[*whole.children(), plan.room.module(head)], prompts=whole.prompts)
+        model = family_of(plan.run)(modules=[*whole.children(), plan.room.module(head)], prompts=whole.prompts)
+        if plan.head.max_length:
+            model.max_seq_length = plan.head.max_length
+        return model
     with tempfile.TemporaryDirectory() as scratch:
         build(plan, Path(scratch) / "model", head)
         model = load(Path(scratch) / "model", trust_remote_code=True)

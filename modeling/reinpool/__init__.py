@@ -1,0 +1,29 @@
+"""ReinPool: read ``modeling_reinpool.py`` for what it is, then ``objective.py`` for how it is learned.
+
+``show.py`` draws what the filter keeps.
+"""
+
+from __future__ import annotations
+
+from .. import Room, register
+from .modeling_reinpool import ReinPoolConfig, ReinPoolModel, ReinPoolOutput, ReinPoolPooling, spherical_kmeans
+from .objective import ReinforceObjective, SoftGateObjective
+
+__all__ = [
+    "ReinPoolConfig",
+    "ReinPoolModel",
+    "ReinPoolOutput",
+    "ReinPoolPooling",
+    "ReinforceObjective",
+    "SoftGateObjective",
+    "spherical_kmeans",
+]
+
+register(
+    Room(
+        model=ReinPoolModel,
+        module=ReinPoolPooling,
+        objectives={"SoftGateObjective": SoftGateObjective, "ReinforceObjective": ReinforceObjective},
+        card="reinpool",
+    )
+)

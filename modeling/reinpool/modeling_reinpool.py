@@ -1,0 +1,629 @@
+"""ReinPool: hundreds of token vectors of a document become one, or k, after a learned filter has chosen among them.
+
+After Cha et al., "ReinPool: Reinforcement Learning Pooling Multi-Vector Embeddings for Retrieval System" (2026, arXiv
+2601.07125): a small transformer decides for each token vector of a frozen late-interaction model whether it is kept,
+and what is kept is averaged. The paper publishes neither its algorithm in full nor code; where this code is its own:
+
+- Many vectors: the kept vectors are clustered, since one mean of several topics is none of them. MaxSim against one
+  vector is the dot product with the sum of the query's vectors, so one vector per document serves any dense index.
+- ``projection`` learns which directions matter. It acts on both sides while training and is then folded into the
+  documents, <Aq, u> = <q, A'u>, so that queries stay as they are.
+- ``refinement`` lets each pooled vector look back at the tokens once more and move. It starts as no change at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PretrainedConfig, PreTrainedModel, initialization
+from transformers.utils import ModelOutput, cached_file
+
+try:
+    from sentence_transformers.multi_vector_encoder.modules.token_pooling import BaseTokenPooling
+except ImportError:  # AutoModel works without sentence-transformers
+    BaseTokenPooling = nn.Module
+
+logger = logging.getLogger(__name__)
+
+_CHOICES = {
+    "output": ("token_embeddings", "sentence_embedding"),
+    "pooling": ("mean", "kmeans", "slots"),
+    "weights": ("hard", "soft"),
+    "quantization": ("none", "binary"),
+}
+
+
+class ReinPoolConfig(PretrainedConfig):
+    """Everything that the head needs to pool.
+
+    Args:
+        dim (int): Width of the token vectors.
+        num_layers (int): Transformer layers of the filter; 0 judges each vector by itself.
+        num_heads (int): Attention heads of each layer.
+        ffn_mult (int): Width of its feed-forward part over dim.
+        dropout (float): While training.
+        patch_columns (int): Page images: patches in a row, so that the filter knows where on the page a vector lies.
+            None: the vectors are a set.
+        num_vectors (int): Vectors of a document, at most.
+        output (str): token_embeddings for a MultiVectorEncoder; sentence_embedding for one vector and dot product.
+        pooling (str): How what is kept becomes num_vectors: mean (one), kmeans, or slots, which are learned.
+        weights (str): hard: a vector is kept or not. soft: it counts by its keep probability.
+        threshold (float): Keep probability above which hard weights keep.
+        min_keep (int): Vectors that are kept at least, the likeliest first.
+        normalize (bool): Bring pooled vectors to unit length, before the projection.
+        projection (bool): Learn which directions of the space matter.
+        refinement (int): Layers through which pooled vectors look back at the tokens.
+        quantization (str): none, or binary for signs, one bit a dimension.
+        tasks (list): What is pooled: document, and query where queries are to be pooled too.
+        base_model_id (str): The backbone whose vectors the head was trained on, with revision and fingerprint.
+        base_revision (str): Its commit on the Hub.
+        base_fingerprint (str): SHA-256 over its weight files and module configs.
+    """
+
+    model_type = "polyrep_reinpool"
+    derived = ("dim", "base_model_id", "base_revision", "base_fingerprint")
+
+    def __init__(
+        self,
+        dim: int = 128,
+        num_layers: int = 1,
+        num_heads: int = 4,
+        ffn_mult: int = 4,
+        dropout: float = 0.0,
+        patch_columns: int | None = None,
+        num_vectors: int = 1,
+        output: str = "token_embeddings",
+        pooling: str = "mean",
+        weights: str = "hard",
+        threshold: float = 0.5,
+        min_keep: int = 1,
+        normalize: bool = True,
+        projection: bool = False,
+        refinement: int = 0,
+        quantization: str | None = None,
+        tasks: list | None = None,
+        base_model_id: str | None = None,
+        base_revision: str | None = None,
+        base_fingerprint: str | None = None,
+        **kwargs,
+    ):
+        quantization = quantization or "none"
+        name = type(self).__name__
+        for field, value, low in (
+            ("dim", dim, 1),
+            ("num_layers", num_layers, 0),
+            ("num_heads", num_heads, 1),
+            ("ffn_mult", ffn_mult, 1),
+            ("num_vectors", num_vectors, 1),
+            ("min_keep", min_keep, 1),
+            ("refinement", refinement, 0),
+            ("patch_columns", 1 if patch_columns is None else patch_columns, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"{name}: {field}={value!r} is no count. Use a whole number from {low} on.")
+        for field, value in (
+            ("output", output),
+            ("pooling", pooling),
+            ("weights", weights),
+            ("quantization", quantization),
+        ):
+            if value not in _CHOICES[field]:
+                raise ValueError(f"{name}: {field}={value!r} is unknown. Use one of {', '.join(_CHOICES[field])}.")
+        if dim % num_heads:
+            fitting = max(h for h in range(1, num_heads + 1) if dim % h == 0)
+            raise ValueError(
+                f"{name}: num_heads={num_heads} does not divide dim={dim}, so attention heads would be uneven. "
+                f"Use a divisor of {dim}, e.g. {fitting}."
+            )
+        if patch_columns and dim % 4:
+            raise ValueError(f"{name}: patch_columns needs dim in fours for its sines, but dim={dim}. Use None.")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"{name}: dropout={dropout!r} is no share below 1. Use e.g. 0.1.")
+        if not 0 < threshold < 1:
+            raise ValueError(f"{name}: threshold={threshold!r} is no probability to decide by. Use e.g. 0.5.")
+        if pooling == "mean" and num_vectors > 1:
+            raise ValueError(
+                f"{name}: pooling='mean' gives one vector, but num_vectors={num_vectors}. Use pooling='kmeans'."
+            )
+        if output == "sentence_embedding" and num_vectors > 1:
+            raise ValueError(
+                f"{name}: output='sentence_embedding' is one vector, but num_vectors={num_vectors}. Use "
+                "num_vectors=1, or output='token_embeddings' in a MultiVectorEncoder."
+            )
+        self.dim, self.num_layers, self.num_heads, self.ffn_mult = dim, num_layers, num_heads, ffn_mult
+        self.dropout, self.patch_columns = dropout, patch_columns
+        self.num_vectors, self.output, self.pooling, self.weights = num_vectors, output, pooling, weights
+        self.threshold, self.min_keep, self.normalize = threshold, min_keep, normalize
+        self.projection, self.refinement, self.quantization = projection, refinement, quantization
+        self.tasks = list(tasks or ["document"])
+        self.base_model_id, self.base_revision, self.base_fingerprint = base_model_id, base_revision, base_fingerprint
+        kwargs.pop("hidden_size", None)
+        super().__init__(**kwargs)
+        self.hidden_size = dim  # the name under which sentence-transformers looks for the width
+
+
+@dataclass
+class ReinPoolOutput(ModelOutput):
+    """What the head returns.
+
+    Attributes:
+        embeddings: ``(batch, vectors, dim)`` pooled vectors, zero where ``mask`` is False.
+        mask: ``(batch, vectors)``, True for vectors that are there: a document may have fewer than asked for.
+        keep_probability: ``(batch, tokens)`` of each token vector, zero where there is none.
+    """
+
+    embeddings: Tensor | None = None
+    mask: Tensor | None = None
+    keep_probability: Tensor | None = None
+
+
+class _Attention(nn.Module):
+    """Pre-LN attention and feed-forward part, both residual: of a set over itself, or of one set over another."""
+
+    def __init__(self, config: ReinPoolConfig, cross: bool = False):
+        super().__init__()
+        dim, hidden = config.dim, config.ffn_mult * config.dim
+        self.heads, self.dropout = config.num_heads, config.dropout
+        self.norm, self.ffn_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.context_norm = nn.LayerNorm(dim) if cross else None
+        self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
+        self.ffn_in, self.ffn_out = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, states: Tensor, mask: Tensor, context: Tensor | None = None) -> Tensor:
+        """``states (batch, n, dim)`` attend to ``context (batch, m, dim)``, by default to themselves.
+
+        ``mask (batch, n or 1, m)`` is True for what they may attend to.
+        """
+        normed = self.norm(states)
+        context = normed if context is None else self.context_norm(context)
+        split = (len(states), -1, self.heads, states.shape[-1] // self.heads)
+        query, key, value = (
+            part(x).view(split).transpose(1, 2)  # (batch, heads, n or m, dim / heads)
+            for part, x in ((self.query, normed), (self.key, context), (self.value, context))
+        )
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], dropout_p=dropout)
+        states = states + F.dropout(self.out(mixed.transpose(1, 2).flatten(2)), dropout)
+        hidden = F.dropout(F.gelu(self.ffn_in(self.ffn_norm(states))), dropout)
+        return states + self.ffn_out(hidden)
+
+
+class ReinPoolModel(PreTrainedModel):
+    """The head: a filter over token vectors, and the pooling of what it keeps."""
+
+    config_class = ReinPoolConfig
+    _supports_sdpa = _supports_flash_attn = True  # so that it may sit behind any backbone
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.filter = nn.ModuleList(_Attention(config) for _ in range(config.num_layers))
+        self.keep = nn.Linear(config.dim, 1)
+        if config.pooling == "slots":
+            self.slots = nn.Parameter(torch.empty(config.num_vectors, config.dim))
+            self.slot_log_scale = nn.Parameter(torch.empty(()))
+        self.refine = nn.ModuleList(_Attention(config, cross=True) for _ in range(config.refinement))
+        if config.projection:
+            self.project = nn.Linear(config.dim, config.dim, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if module is self.keep:  # every vector is kept alike, which is plain mean pooling
+            initialization.zeros_(module.weight)
+            initialization.ones_(module.bias)
+        elif module is getattr(self, "project", None):
+            initialization.eye_(module.weight)
+        elif any(module in (layer.out, layer.ffn_out) for layer in self.refine):  # starts as no change
+            initialization.zeros_(module.weight)
+            initialization.zeros_(module.bias)
+        elif module is self and self.config.pooling == "slots":
+            initialization.normal_(module.slots, std=self.config.dim**-0.5)
+            initialization.constant_(module.slot_log_scale, math.log(10.0))
+
+    @classmethod
+    def from_backbone(cls, model, **config) -> ReinPoolModel:
+        """An untrained head, which pools by the plain mean or by plain clusters, for a MultiVectorEncoder."""
+        return cls(ReinPoolConfig(dim=model.get_embedding_dimension(), **config))
+
+    def keep_logits(self, token_embeddings: Tensor, attention_mask: Tensor) -> Tensor:
+        """Log-odds of keeping each vector, independent of one another given all: ``(batch, tokens)``."""
+        states, mask = token_embeddings, attention_mask
+        if self.config.patch_columns:
+            states = states + self._patch_positions(mask).to(states.dtype)
+        for layer in self.filter:
+            states = layer(states, mask[:, None])
+        return self.keep(states)[..., 0]
+
+    def _patch_positions(self, mask: Tensor) -> Tensor:
+        """Sines of row and column of each patch, row by row: ``(batch, tokens, dim)``."""
+        place = (mask.long().cumsum(1) - 1).clamp(min=0)
+        quarter = self.config.dim // 4
+        rates = 100.0 ** (-torch.arange(quarter, device=mask.device) / quarter)
+        scale = (2 / self.config.dim) ** 0.5  # of unit length, as the vectors that they are added to
+        row, column = (
+            x[..., None] * rates for x in (place // self.config.patch_columns, place % self.config.patch_columns)
+        )
+        return torch.cat([row.sin(), row.cos(), column.sin(), column.cos()], dim=-1) * scale
+
+    def decide(self, logits: Tensor, attention_mask: Tensor) -> Tensor:
+        """Weight of each vector, ``(batch, tokens)``: 0 or 1 for hard weights, else its keep probability."""
+        probability = torch.sigmoid(logits.float()) * attention_mask
+        if self.config.weights == "soft":
+            return probability
+        keep = probability > self.config.threshold
+        least = min(self.config.min_keep, logits.shape[1])
+        likeliest = probability.masked_fill(~attention_mask, -1.0).topk(least, dim=1).indices
+        return (keep.scatter(1, likeliest, True) & attention_mask).to(probability.dtype)
+
+    def assign(self, token_embeddings: Tensor, weights: Tensor, num_vectors: int) -> Tensor:
+        """How much of each token goes into each vector: ``(batch, vectors, tokens)``.
+
+        Args:
+            token_embeddings: ``(batch, tokens, dim)``, zero where there is no token.
+            weights: ``(batch, tokens)``; what weighs nothing is left out.
+            num_vectors: Vectors of a document, at most.
+        """
+        if self.config.pooling == "slots":
+            logits = token_embeddings @ F.normalize(self.slots, dim=-1).T * self.slot_log_scale.exp()
+            return (torch.softmax(logits, dim=-1) * weights[..., None]).transpose(1, 2)
+        if num_vectors == 1:
+            return weights[:, None]
+        clusters = spherical_kmeans(token_embeddings, weights, num_vectors)
+        number = torch.arange(num_vectors, device=clusters.device)
+        return (clusters[:, None] == number[:, None]) * weights[:, None]
+
+    def combine(self, token_embeddings: Tensor, shares: Tensor, attended: Tensor) -> Tensor:
+        """Averages of tokens, refined by another look at them, before the projection: ``(batch, vectors, dim)``.
+
+        Args:
+            token_embeddings: ``(batch, tokens, dim)``, zero where there is no token.
+            shares: ``(batch, vectors, tokens)``, how much of each token goes into each vector.
+            attended: ``(batch, vectors or 1, tokens)``, True for tokens that the refinement may look at.
+        """
+        pooled = shares @ token_embeddings
+        if self.config.normalize:
+            pooled = F.normalize(pooled, dim=-1)
+        else:
+            pooled = pooled / shares.sum(-1, keepdim=True).clamp(min=1e-12)
+        for layer in self.refine:
+            pooled = layer(pooled, attended, token_embeddings)
+        return F.normalize(pooled, dim=-1) if self.config.normalize and self.config.refinement else pooled
+
+    def pool(self, token_embeddings: Tensor, weights: Tensor, num_vectors: int) -> tuple[Tensor, Tensor]:
+        """Pooled vectors before the projection, and the mask ``(batch, vectors)`` of those that are there."""
+        shares = self.assign(token_embeddings, weights, num_vectors)
+        return self.combine(token_embeddings, shares, (weights > 0)[:, None]), shares.sum(-1) > 0
+
+    def fold(self, pooled: Tensor) -> Tensor:
+        """What an index stores: A'(A v / |A v|) for a projection A, so that queries need none; then perhaps signs."""
+        if self.config.projection:
+            projected = self.project(pooled)
+            projected = F.normalize(projected, dim=-1) if self.config.normalize else projected
+            pooled = projected @ self.project.weight
+        return pooled
+
+    def quantize(self, pooled: Tensor) -> Tensor:
+        """Signs as a vector of unit length where ``quantization`` asks for it; straight through for gradients."""
+        if self.config.quantization == "none":
+            return pooled
+        signs = torch.where(pooled >= 0, 1.0, -1.0).to(pooled.dtype) * pooled.shape[-1] ** -0.5
+        return signs + pooled - pooled.detach() if pooled.requires_grad else signs
+
+    def forward(
+        self, token_embeddings: Tensor, attention_mask: Tensor | None = None, num_vectors: int | None = None, **kwargs
+    ) -> ReinPoolOutput:
+        """Pool documents.
+
+        Args:
+            token_embeddings: ``(batch, tokens, dim)``, padded.
+            attention_mask: ``(batch, tokens)``, True where there is a token; default: all.
+            num_vectors: Vectors of a document, at most; default: the config's. Not for slots, which are learned.
+            kwargs: Ignored.
+
+        Raises:
+            ValueError: Another width than the config's, a document without a token, a vector that is not finite or
+                is zero, or a number of vectors that the pooling cannot give.
+        """
+        config = self.config
+        mask = torch.ones(token_embeddings.shape[:2], device=token_embeddings.device)
+        mask = mask.bool() if attention_mask is None else attention_mask.bool()
+        num_vectors = config.num_vectors if num_vectors is None else num_vectors
+        self._check(token_embeddings, mask, num_vectors)
+        dtype = token_embeddings.dtype
+        tokens = torch.where(mask[..., None], token_embeddings, 0).to(self.dtype)
+        logits = self.keep_logits(tokens, mask)
+        pooled, present = self.pool(tokens, self.decide(logits, mask).to(tokens.dtype), num_vectors)
+        embeddings = torch.where(present[..., None], self.quantize(self.fold(pooled)), 0)
+        return ReinPoolOutput(
+            embeddings=embeddings.to(dtype), mask=present, keep_probability=torch.sigmoid(logits.float()) * mask
+        )
+
+    def _check(self, tokens: Tensor, mask: Tensor, num_vectors: int) -> None:
+        config, name = self.config, type(self).__name__
+        if tokens.ndim != 3 or tokens.shape[-1] != config.dim:
+            raise ValueError(
+                f"{name}: token vectors of shape {tuple(tokens.shape)}, but the head was made for (documents, tokens, "
+                f"{config.dim}). Use the backbone it was trained on ({config.base_model_id or 'not recorded'}), or "
+                "train a head for this one."
+            )
+        if mask.shape != tokens.shape[:2]:
+            raise ValueError(f"{name}: a mask of shape {tuple(mask.shape)} for tokens {tuple(tokens.shape)}.")
+        if not isinstance(num_vectors, int) or num_vectors < 1:
+            raise ValueError(f"{name}: num_vectors={num_vectors!r} is no number of vectors. Use 1 or more.")
+        if num_vectors != config.num_vectors and (config.pooling == "slots" or config.output == "sentence_embedding"):
+            raise ValueError(
+                f"{name}: num_vectors={num_vectors}, but this head gives {config.num_vectors} (pooling="
+                f"{config.pooling!r}, output={config.output!r}). Use a head made for {num_vectors}."
+            )
+        if num_vectors > 1 and config.pooling == "mean":
+            raise ValueError(f"{name}: pooling='mean' gives one vector, not {num_vectors}. Use pooling='kmeans'.")
+        norms = tokens.float().norm(dim=-1)  # one pass finds NaN, infinity and zero
+        bad = mask & ~((norms > 0) & norms.isfinite())
+        empty = ~mask.any(1)
+        if bool((bad.any(1) | empty).any()):
+            row = int((bad.any(1) | empty).nonzero()[0])
+            if empty[row]:
+                raise ValueError(
+                    f"{name}: document {row} of the batch has no token that counts, so there is nothing to pool. "
+                    "Leave empty documents out, or loosen the skiplist or keep_only_token_ids of the backbone."
+                )
+            raise ValueError(
+                f"{name}: document {row} of the batch has a token vector of length "
+                f"{float(norms[row][bad[row]][0])}, so its pooled vector would mean nothing. The backbone is broken "
+                "or its numbers overflow; use float32."
+            )
+
+
+@torch.no_grad()
+def spherical_kmeans(vectors: Tensor, weights: Tensor, num_vectors: int, iterations: int = 8) -> Tensor:
+    """Clusters of each document's vectors by direction, for all documents at once.
+
+    Lloyd's iterations on unit vectors from a deterministic start: the vector nearest to the document's mean, then
+    again and again the one that the seeds so far explain worst. Two calls give the same clusters.
+
+    Args:
+        vectors: ``(batch, tokens, dim)``, padded.
+        weights: ``(batch, tokens)`` weight of each vector; what weighs nothing neither moves a cluster nor seeds one.
+        num_vectors: Clusters, at most; documents with fewer different vectors get fewer.
+        iterations: Of Lloyd's.
+
+    Returns:
+        ``(batch, tokens)`` number of each vector's cluster.
+    """
+    unit, weights = F.normalize(vectors.float(), dim=-1), weights.float()
+    rows = torch.arange(len(unit), device=unit.device)
+    present = weights > 0
+    mean = F.normalize(torch.einsum("bn,bnd->bd", weights, unit), dim=-1)
+    seed = torch.einsum("bnd,bd->bn", unit, mean).masked_fill(~present, -2).argmax(1)
+    centres, filled = [unit[rows, seed]], [present.any(1)]
+    nearest = torch.einsum("bnd,bd->bn", unit, centres[0])
+    for _ in range(num_vectors - 1):
+        unexplained = (1 - nearest) * weights
+        worst, seed = unexplained.max(1)
+        centres.append(unit[rows, seed])
+        filled.append(worst > 1e-6)
+        nearest = torch.maximum(nearest, torch.einsum("bnd,bd->bn", unit, centres[-1]))
+    centre, alive = torch.stack(centres, 1), torch.stack(filled, 1)  # (batch, clusters, dim), (batch, clusters)
+    number = torch.arange(num_vectors, device=unit.device)
+    for step in range(iterations + 1):
+        clusters = (unit @ centre.transpose(1, 2)).masked_fill(~alive[:, None], -2).argmax(-1)
+        if step < iterations:
+            share = (clusters[..., None] == number) * weights[..., None]  # (batch, tokens, clusters)
+            total = share.transpose(1, 2) @ unit
+            moved = total.norm(dim=-1, keepdim=True) > 1e-6  # a cluster that lost its members stays where it was
+            centre = torch.where(moved, F.normalize(total, dim=-1), centre)
+    return clusters
+
+
+class ReinPoolPooling(BaseTokenPooling):
+    """The head as token pooling: for one call, by itself, or as last module behind any MultiVectorEncoder.
+
+    With ``output="sentence_embedding"`` it makes a SentenceTransformer of the same modules: one vector per document,
+    the unnormalised sum of the scored token vectors per query, and the dot product, which then equals MaxSim.
+    """
+
+    def __init__(self, model: ReinPoolModel, *, tasks: str | list[str] | None = None):
+        super().__init__(tasks=tasks or model.config.tasks)
+        self.model = model
+        model.config.tasks = self.tasks
+
+    def forward(self, features, task=None):
+        """Replace a batch's token vectors by pooled ones, or sum those of a query."""
+        tokens, mask = features["token_embeddings"], features["attention_mask"].bool()
+        single = self.model.config.output == "sentence_embedding"
+        if not self.applies_to(task):
+            if single:
+                features["sentence_embedding"] = torch.where(mask[..., None], tokens, 0).sum(1)
+            return features
+        if len(tokens):
+            output = self._run(tokens, mask)
+            if single:
+                features["sentence_embedding"] = output.embeddings[:, 0]
+            else:
+                features["token_embeddings"], features["attention_mask"] = output.embeddings, output.mask
+        return features
+
+    @torch.inference_mode()
+    def pool(self, embeddings, *, task=None, attention_mask=None, padding_side="right"):
+        """Pool encoded documents: a list of ``(tokens, dim)``, or a padded ``(batch, tokens, dim)``.
+
+        Args:
+            embeddings: Token vectors of each document.
+            task: What they were encoded for; queries pass unchanged.
+            attention_mask: ``(batch, tokens)`` of a padded tensor; default: rows that are not zero.
+            padding_side: Where the result of a padded tensor is padded.
+
+        Returns:
+            A list of ``(vectors, dim)``, or a padded ``(batch, vectors, dim)``.
+        """
+        if not self.applies_to(task) or not len(embeddings):
+            return embeddings
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"ReinPoolPooling: padding_side={padding_side!r} is neither 'left' nor 'right'.")
+        padded = isinstance(embeddings, Tensor)
+        if padded:
+            mask = embeddings.abs().sum(-1) > 0 if attention_mask is None else attention_mask.bool()
+            tokens = embeddings
+        else:
+            if any(document.ndim != 2 for document in embeddings):
+                raise ValueError("ReinPoolPooling: every document of a list must be of shape (tokens, dim).")
+            tokens = nn.utils.rnn.pad_sequence(embeddings, batch_first=True)
+            lengths = torch.tensor([len(document) for document in embeddings], device=tokens.device)
+            mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        output = self._run(tokens, mask)
+        pooled = [vectors[there] for vectors, there in zip(output.embeddings, output.mask, strict=True)]
+        if not padded:
+            return pooled
+        return nn.utils.rnn.pad_sequence(pooled, batch_first=True, padding_side=padding_side)
+
+    def pool_one(self, embedding, **kwargs):
+        """One document, ``(tokens, dim)`` to ``(vectors, dim)``."""
+        return self.pool([embedding])[0]
+
+    def _run(self, tokens, mask):
+        """Pool on the tokens' device, without dropout: nobody moves or sets a pooling that is passed to a call."""
+        if self.model.device != tokens.device:
+            with torch.inference_mode(False):  # else the weights could never be trained again
+                self.model.to(tokens.device)
+        training = self.model.training
+        self.model.eval()
+        try:
+            return self.model(tokens, mask)
+        finally:
+            self.model.train(training)
+
+    def on_model_ready(self, model):
+        """Refuse a backbone with vectors of another width or another score, and warn of other weights."""
+        config, before = self.model.config, list(model)[: list(model).index(self)]
+        dims = [module.get_embedding_dimension() for module in before if hasattr(module, "get_embedding_dimension")]
+        if dims and dims[-1] and dims[-1] != config.dim:
+            raise ValueError(
+                f"ReinPoolPooling: the backbone's vectors have width {dims[-1]}, but the head was made for "
+                f"dim={config.dim}. Use the backbone it was trained on ({config.base_model_id or 'not recorded'}), or "
+                "train a head for this one."
+            )
+        self._check_family(model)
+        found = _fingerprint_of(before[0]) if before and config.base_fingerprint else None
+        if found and found != config.base_fingerprint:
+            logger.warning(
+                "ReinPoolPooling: the head was trained on %s (fingerprint %s), this backbone is %s (fingerprint %s). "
+                "Same shape, other vectors: expect worse results.",
+                config.base_model_id,
+                config.base_fingerprint[:16],
+                before[0].model.name_or_path,
+                found[:16],
+            )
+
+    def _check_family(self, model):
+        family, single = type(model).__name__, self.model.config.output == "sentence_embedding"
+        if family == "MultiVectorEncoder" and single or family == "SentenceTransformer" and not single:
+            raise ValueError(
+                f"ReinPoolPooling: output={self.model.config.output!r} in a {family}, which reads another one. Open "
+                "the head with ReinPoolPooling.from_pretrained(head, output="
+                f"{'token_embeddings' if single else 'sentence_embedding'!r})."
+            )
+        if not single or family != "SentenceTransformer":
+            return
+        if model._similarity_fn_name is None:
+            model.similarity_fn_name = "dot"
+        elif str(model.similarity_fn_name) != "dot":
+            raise ValueError(
+                f"ReinPoolPooling: similarity {model.similarity_fn_name!r}, but a query is the unnormalised sum of "
+                "its token vectors and a document may have any length. Use similarity_fn_name='dot'."
+            )
+        if model.truncate_dim is not None:
+            raise ValueError(
+                f"ReinPoolPooling: truncate_dim={model.truncate_dim} would cut off part of every score. Use None."
+            )
+
+    def get_embedding_dimension(self):
+        """Width of the vectors."""
+        return self.model.config.dim
+
+    def save(self, output_path, *args, **kwargs):
+        """Write the head as a folder of its own, and this code to the folder above, where it is looked for."""
+        self.model.save_pretrained(output_path)
+        shutil.copy(sys.modules[type(self).__module__].__file__, Path(output_path).parent)
+
+    @classmethod
+    def load(cls, model_name_or_path, subfolder="", **kwargs):
+        """Open a head's folder or repository, or the module folder of a saved pipeline.
+
+        Args:
+            model_name_or_path: Folder or Hub id.
+            subfolder: Of the head in it.
+            kwargs: ``revision, token, local_files_only, cache_folder``; and fields of ReinPoolConfig to change, such
+                as ``num_vectors=8``, ``output="sentence_embedding"`` or ``quantization="binary"``.
+        """
+        kept = {k: v for k, v in kwargs.items() if k in ("revision", "token", "local_files_only")}
+        kept["cache_dir"] = kwargs.get("cache_folder")
+        model = ReinPoolModel.from_pretrained(model_name_or_path, subfolder=subfolder, **kept)
+        fields = model.config.to_dict()
+        changes = {k: v for k, v in kwargs.items() if k in fields and fields[k] != v and k not in kept}
+        slots = "slots" in (fields["pooling"], changes.get("pooling"))
+        fixed = set(changes) - _CHANGEABLE | set(changes) & ({"pooling", "num_vectors"} if slots else set())
+        if fixed:
+            name = sorted(fixed)[0]
+            raise ValueError(
+                f"ReinPoolPooling: {name}={changes[name]!r}, but the head was trained with {name}={fields[name]!r}, "
+                f"and its weights fit nothing else. Change only {', '.join(sorted(_CHANGEABLE))}, or train another head."
+            )
+        model.config = ReinPoolConfig(**(fields | changes))
+        return cls(model)
+
+    from_pretrained = load
+
+
+_CHANGEABLE = {"num_vectors", "pooling", "output", "weights", "threshold", "min_keep", "quantization", "tasks"}
+
+
+def _fingerprint_of(module) -> str | None:
+    """SHA-256 over weight files and module configs of the folder a module came from; None if that is not to be known.
+
+    None, too, for a folder that holds a head already: there it was put together with its backbone on purpose.
+    """
+    source = getattr(getattr(module, "model", None), "name_or_path", None)
+    if not source:
+        return None
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            folder = Path(cached_file(source, "config.json", local_files_only=True)).parent
+        except OSError:
+            return None
+    configs = []
+    for name in ("config.json", "sentence_bert_config.json"):
+        configs += [(file, json.loads(file.read_text(encoding="utf-8"))) for file in sorted(folder.rglob(name))]
+    if any(content.get("model_type", "").startswith("polyrep_") for _, content in configs):
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        if not {"onnx", "openvino"} & set(file.relative_to(folder).parts):
+            with file.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest.update(f"{file.relative_to(folder)}:{content}\n".encode())
+    for file, content in configs:
+        digest.update(f"{file.relative_to(folder)}:{json.dumps(_stable(content), sort_keys=True)}\n".encode())
+    return digest.hexdigest()
+
+
+def _stable(content):
+    """Parsed JSON without version stamps and places, at every depth."""
+    if isinstance(content, dict):
+        volatile = ("transformers_version", "_name_or_path", "__version__")
+        return {k: _stable(v) for k, v in content.items() if k not in volatile}
+    return [_stable(v) for v in content] if isinstance(content, list) else content
+
+
+ReinPoolConfig.register_for_auto_class()
+ReinPoolModel.register_for_auto_class("AutoModel")

@@ -1,0 +1,352 @@
+"""How the ReinPool head is learned from cached token vectors: by reward, or by soft gates. The backbone is not needed.
+
+Both objectives teach the same head. ``SoftGateObjective`` lets every vector count by its keep probability, through
+which gradients flow, and follows the frozen model's own MaxSim scores. ``ReinforceObjective`` decides for real, keep
+or drop, looks how well the pooled documents rank, and makes decisions that did better than their siblings likelier.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Protocol
+
+import torch
+from sentence_transformers.util import get_rank, get_world_size
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import InputError
+from ..heads import pad_tokens
+from ..objectives import gather, row_uniform
+from ..scoring import maxsim
+from .modeling_reinpool import ReinPoolModel
+
+Features = dict[str, Tensor]
+
+
+class TokenCorpus(Protocol):
+    """What ``prepare`` reads of the training data."""
+
+    def query_sums(self) -> Tensor:
+        """``(queries, dim)`` sum of each query's vectors, which is what scores one vector."""
+        ...
+
+    def relevant(self) -> Tensor:
+        """``(pairs, 2)`` place of each query and of a document that it is relevant to."""
+        ...
+
+    def most_tokens(self) -> int:
+        """Vectors of the longest document."""
+        ...
+
+
+class _PoolingObjective(nn.Module):
+    """What both objectives share: pooled documents are to score as whole ones do, for any number of vectors."""
+
+    trains_on: ClassVar[str] = "tokens"
+    """Kind of cached embeddings that this objective reads."""
+
+    needs_labels: ClassVar[bool] = True
+    """Pairs come from the judgments: each query's own document is in its batch."""
+
+    learning_rates: ClassVar[dict[str, float]] = {r"\bkeep\.": 30.0}
+    """The last layer of the filter is zero at first: slow at the rate that suits the others."""
+
+    def __init__(self, model: ReinPoolModel, settings: dict[str, Any]):
+        super().__init__()
+        self.settings = {name: v for name, v in settings.items() if name not in ("self", "model", "__class__")}
+        scale, ladder, share = (settings[name] for name in ("score_scale", "ladder", "label_weight"))
+        if not 0 < scale < math.inf:
+            raise InputError(f"--score_scale {scale}: scores need a positive factor before the softmax, e.g. 30.")
+        if not 0 <= share < math.inf:
+            raise InputError(f"--label_weight {share}: no weight. Use 0 or more.")
+        try:
+            self.ladder = [int(number) for number in ladder.split(",")]
+        except ValueError:
+            self.ladder = []
+        if not self.ladder or min(self.ladder) < 1 or len(set(self.ladder)) < len(self.ladder):
+            raise InputError(f"--ladder {ladder!r}: different numbers of vectors, with commas between, e.g. 1,4,16.")
+        if model.config.pooling in ("mean", "slots") and self.ladder != [model.config.num_vectors]:
+            raise InputError(
+                f"--ladder {ladder}: pooling={model.config.pooling!r} always gives {model.config.num_vectors} "
+                f"vector(s). Use --ladder {model.config.num_vectors}, or --pooling kmeans."
+            )
+        self.model = model
+        self.progress, self.seed = (0, 1), 0  # step and steps in all, and seed of the run: set by the trainer
+        self.metrics: dict[str, Tensor] = {}
+
+    def prepare(self, corpus: TokenCorpus) -> None:
+        """Keep what a step needs of the whole corpus."""
+
+    def _distillation(
+        self, queries: Features, documents: Features, weights: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
+        """Divergence of the pooled documents' scores from MaxSim over all their tokens, and perhaps InfoNCE.
+
+        Queries travel between processes, being short, and scores come back.
+
+        Args:
+            queries: This process's queries.
+            documents: This process's documents.
+            weights: ``(documents, tokens)`` of the filter.
+            labels: ``(queries,)`` row of each query's own document among this process's documents.
+        """
+        # One number of vectors a step, the same for every process; over the steps, all of the ladder.
+        draw = torch.rand((), generator=torch.Generator().manual_seed(hash((self.seed, self.progress[0])) % 2**63))
+        number = self.ladder[int(draw * len(self.ladder))]
+        query_tokens, query_mask = _gather_tokens(queries["token_embeddings"], queries["attention_mask"])
+        tokens, mask = documents["token_embeddings"], documents["attention_mask"]
+        pooled, present = self.model.pool(tokens, weights, number)
+        # A document that is there twice must not be its own negative: columns of its first place only.
+        everyone = gather(documents["index"])
+        columns, place = _first_places(everyone)
+        factor = self.settings["score_scale"] / query_mask.sum(1, keepdim=True)
+
+        def scores(vectors: Tensor, there: Tensor) -> Tensor:  # (all queries, all different documents)
+            mine = maxsim(query_tokens, vectors, query_mask, there)
+            return (gather(mine.T.contiguous()).T * factor)[:, columns]
+
+        with torch.no_grad():
+            teacher = scores(tokens, mask)
+        student = scores(self.model.fold(pooled), present)
+        losses = {"distillation": (_divergence(student, teacher) + _divergence(student.T, teacher.T)) / 2}
+        if self.settings["label_weight"]:
+            own = place[gather(labels + get_rank() * len(tokens))]
+            losses["labels"] = self.settings["label_weight"] * F.cross_entropy(student, own)
+        return losses
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Settings, for the card."""
+        return dict(self.settings)
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of the paper."""
+        return """@misc{cha2026reinpool,
+  title = {ReinPool: Reinforcement Learning Pooling Multi-Vector Embeddings for Retrieval System},
+  author = {Cha and others},
+  year = {2026},
+  eprint = {2601.07125},
+  archivePrefix = {arXiv}
+}"""
+
+
+class SoftGateObjective(_PoolingObjective):
+    """Every vector counts by its keep probability, so that gradients reach the filter.
+
+    The loss is the divergence, in both directions, of the softmax over a batch of the pooled documents' scores from
+    that of the frozen model's MaxSim over all tokens, and with ``label_weight`` InfoNCE beside it, which by itself
+    over-fits a few thousand pairs.
+
+    Args:
+        score_scale: Factor of scores per query token before the softmax.
+        ladder: Numbers of vectors to train, one drawn each step; the head then serves all of them.
+        label_weight: Weight of InfoNCE on the judgments.
+        prior_weight: Weight of the squared distance of the filter's logits from their start, where all are kept.
+    """
+
+    def __init__(
+        self,
+        model: ReinPoolModel,
+        score_scale: float = 30.0,
+        ladder: str = "1",
+        label_weight: float = 0.0,
+        prior_weight: float = 0.0,
+    ):
+        super().__init__(model, locals())
+
+    def forward(self, features: list[Features], labels: Tensor) -> dict[str, Tensor]:
+        """Loss of a batch.
+
+        Args:
+            features: Queries ``(batch, ...)``, then documents ``(candidates, ...)``; each with ``token_embeddings``,
+                ``attention_mask`` and ``index``, the text's place in the corpus.
+            labels: ``(batch,)`` row of each query's own document among this process's documents.
+
+        Returns:
+            Parts of the loss by name; their sum is minimised.
+        """
+        queries, documents = features
+        mask = documents["attention_mask"]
+        logits = self.model.keep_logits(documents["token_embeddings"], mask).float()
+        weights = torch.sigmoid(logits) * mask
+        self.metrics = {"kept": (weights.detach().sum() / mask.sum())}
+        with torch.autocast(weights.device.type, enabled=False):
+            losses = self._distillation(queries, documents, weights, labels)
+        if self.settings["prior_weight"]:
+            distance = ((logits - 1) * mask).square().sum() / mask.sum()
+            losses["prior"] = self.settings["prior_weight"] * distance
+        return losses
+
+
+class ReinforceObjective(_PoolingObjective):
+    """Decisions are drawn, keep or drop, and those whose pooled vector ranks better than its siblings' get likelier.
+
+    REINFORCE with the mean reward of a document's other samples as baseline. The reward is nDCG of rankings by the
+    pooled vector, uncut by default: with one relevant text, a cut reward is nearly always zero.
+
+    What has gradients of its own, projection, refinement or slots, is distilled as in SoftGateObjective, on what the
+    filter keeps.
+
+    Args:
+        reward: inverse: the pooled document ranks queries, those of the batch and a sample of all. forward: its
+            queries rank the batch's documents, of which only this one is drawn anew.
+        metric: ndcg, the only one.
+        cutoff: Rank below which a relevant text counts nothing; None counts all.
+        samples: Draws of a document, two at least.
+        bank: Queries of the whole corpus that a document ranks beside the batch's, for the inverse reward.
+        entropy_weight: Bonus for undecided filters.
+        score_scale: See SoftGateObjective.
+        ladder: See SoftGateObjective; rewards are always those of one vector.
+        label_weight: See SoftGateObjective.
+    """
+
+    def __init__(
+        self,
+        model: ReinPoolModel,
+        reward: str = "inverse",
+        metric: str = "ndcg",
+        cutoff: int | None = None,
+        samples: int = 8,
+        bank: int = 1024,
+        entropy_weight: float = 1e-3,
+        score_scale: float = 30.0,
+        ladder: str = "1",
+        label_weight: float = 0.0,
+    ):
+        super().__init__(model, locals())
+        for name, choice, known in (("reward", reward, ("inverse", "forward")), ("metric", metric, ("ndcg",))):
+            if choice not in known:
+                raise InputError(f"--{name} {choice!r}: unknown. Use one of {', '.join(known)}.")
+        for name, value, least in (("samples", samples, 2), ("bank", bank, 0), ("cutoff", cutoff or 1, 1)):
+            if value < least:
+                raise InputError(f"--{name} {value}: at least {least}, else there is nothing to compare.")
+        if model.config.pooling == "slots":
+            raise InputError("--pooling slots: rewards are those of one vector. Use --pooling kmeans, or mean.")
+        self.distils = any(not name.startswith(("filter.", "keep.")) for name, _ in model.named_parameters())
+
+    def prepare(self, corpus: TokenCorpus) -> None:
+        """Keep the sums of all queries and which document each asks for."""
+        sums = corpus.query_sums()
+        # Of unit length: a document ranks queries here, and a long query must not win by its length.
+        self.query_vectors = F.normalize(sums, dim=-1)
+        pairs = corpus.relevant()
+        self.documents = int(pairs[:, 1].max()) + 1
+        self.relevant = (pairs[:, 0] * self.documents + pairs[:, 1]).unique()  # sorted codes of (query, document)
+        self.most_tokens = corpus.most_tokens()
+
+    def forward(self, features: list[Features], labels: Tensor) -> dict[str, Tensor]:
+        """Loss of a batch; see :meth:`SoftGateObjective.forward`."""
+        queries, documents = features
+        tokens, mask = documents["token_embeddings"], documents["attention_mask"]
+        logits = self.model.keep_logits(tokens, mask).float()
+        device = logits.device
+        with torch.autocast(device.type, enabled=False):
+            own_logits, own_mask = logits[labels], mask[labels]  # (batch, tokens)
+            draws = row_uniform(
+                len(labels),
+                self.settings["samples"],
+                self.most_tokens,
+                seed=self.seed,
+                step=self.progress[0],
+                device=device,
+            )[..., : mask.shape[1]]
+            kept = (draws < torch.sigmoid(own_logits.detach())[:, None]) & own_mask[
+                :, None
+            ]  # (batch, samples, tokens)
+            with torch.no_grad():
+                pooled = self.model.fold(self.model.combine(tokens[labels], kept.to(tokens.dtype), _some(kept)))
+                reward = self._inverse if self.settings["reward"] == "inverse" else self._forward
+                rewards = reward(pooled, queries, documents, labels, logits)  # (batch, samples)
+                others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
+                advantage = rewards - others
+                informative = (rewards.max(1).values - rewards.min(1).values) > 1e-9
+            log_kept, log_dropped = F.logsigmoid(own_logits), F.logsigmoid(-own_logits)
+            chosen = torch.where(kept, log_kept[:, None], log_dropped[:, None]) * own_mask[:, None]
+            log_probability = chosen.sum(-1)  # (batch, samples)
+            count = gather(informative.float()[:, None]).sum().clamp(min=1) / get_world_size()
+            losses = {"policy": -(advantage * log_probability).mean(1)[informative].sum() / count}
+            if self.settings["entropy_weight"]:
+                entropy = -(log_kept.exp() * log_kept + log_dropped.exp() * log_dropped) * own_mask
+                losses["entropy"] = -self.settings["entropy_weight"] * (entropy.sum() / own_mask.sum())
+            self.metrics = {
+                "reward": rewards.mean(),
+                "skipped": 1 - informative.float().mean(),
+                "kept": torch.sigmoid(own_logits.detach())[own_mask].mean(),
+            }
+            if self.distils:
+                weights = self.model.decide(logits.detach(), mask)
+                losses |= self._distillation(queries, documents, weights, labels)
+        return losses
+
+    def _inverse(
+        self, pooled: Tensor, queries: Features, documents: Features, labels: Tensor, logits: Tensor
+    ) -> Tensor:
+        """Quality (nDCG) of the ranking of queries by each sample: ``(batch, samples)``."""
+        device = pooled.device
+        generator = torch.Generator().manual_seed(hash((self.seed, self.progress[0], 1)) % 2**63)
+        drawn = torch.randint(len(self.query_vectors), (self.settings["bank"],), generator=generator)
+        bank = torch.cat([gather(queries["index"]).cpu(), drawn]).unique()
+        scores = pooled @ self.query_vectors[bank].to(device).T  # (batch, samples, bank)
+        codes = bank[None] * self.documents + documents["index"][labels].cpu()[:, None]
+        relevant = torch.isin(codes, self.relevant).to(device)  # (batch, bank)
+        return ndcg(scores, relevant[:, None], self.settings["cutoff"])
+
+    def _forward(
+        self, pooled: Tensor, queries: Features, documents: Features, labels: Tensor, logits: Tensor
+    ) -> Tensor:
+        """Gain of each document's own query when one sample takes the document's place: ``(batch, samples)``."""
+        tokens, mask = documents["token_embeddings"], documents["attention_mask"]
+        usual, _ = self.model.pool(tokens, self.model.decide(logits, mask), 1)
+        vectors, everyone = gather(self.model.fold(usual)[:, 0]), gather(documents["index"])
+        columns, _ = _first_places(everyone)
+        asked = (queries["token_embeddings"] * queries["attention_mask"][..., None]).sum(1)  # (batch, dim)
+        others = asked @ vectors[columns].T  # (batch, all different documents)
+        others = others.masked_fill(everyone[columns] == documents["index"][labels][:, None], -math.inf)
+        scores = torch.einsum("bsd,bd->bs", pooled, asked)
+        rank = 1 + (others[:, None] > scores[..., None]).sum(-1)
+        return _gain(rank, self.settings["cutoff"])
+
+
+def ndcg(scores: Tensor, relevant: Tensor, cutoff: int | None = None) -> Tensor:
+    """Binary nDCG: ``(..., candidates)`` scores and relevance give ``(...)``, 0 where none is relevant."""
+    rank = 1 + scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    gained = (_gain(rank, cutoff) * relevant).sum(-1)
+    count = relevant.sum(-1, keepdim=True)
+    place = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
+    ideal = (_gain(place, cutoff) * (place <= count)).sum(-1)
+    return torch.where(ideal > 0, gained / ideal.clamp(min=1e-12), 0.0)
+
+
+def _gain(rank: Tensor, cutoff: int | None) -> Tensor:
+    gain = 1 / torch.log2(1.0 + rank)
+    return gain if cutoff is None else gain * (rank <= cutoff)
+
+
+def _some(kept: Tensor) -> Tensor:
+    """What a refinement may look at: what a sample keeps, or everything where it keeps nothing."""
+    return kept | ~kept.any(-1, keepdim=True)
+
+
+def _gather_tokens(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Padded vectors of all processes, whose longest texts differ: ``(world * batch, tokens, dim)`` and their mask."""
+    if get_world_size() > 1:
+        width = torch.tensor(tokens.shape[1], device=tokens.device)
+        torch.distributed.all_reduce(width, torch.distributed.ReduceOp.MAX)
+        widest = torch.empty(0, int(width), device=tokens.device)
+        tokens, mask = pad_tokens([tokens, widest[..., None]])[0], pad_tokens([mask.float(), widest])[0]
+        tokens, mask = gather(tokens), gather(mask) > 0
+    return tokens, mask
+
+
+def _first_places(index: Tensor) -> tuple[Tensor, Tensor]:
+    """First place of each different entry, in order, and for every entry the number of the place that is its own."""
+    same = index[:, None] == index[None]  # (entries, entries)
+    first = same.float().argmax(1)
+    columns = (first == torch.arange(len(index), device=index.device)).nonzero()[:, 0]
+    return columns, torch.searchsorted(columns, first)
+
+
+def _divergence(scores: Tensor, teacher: Tensor) -> Tensor:
+    """KL divergence of the softmax of ``scores`` from that of ``teacher``: mean over ``(rows, columns)``' rows."""
+    return F.kl_div(scores.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
