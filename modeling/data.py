@@ -140,10 +140,16 @@ def load_corpus(path_or_id: str | Path, *, revision: str | None = None, keep_emp
     if (table := _open_pairs(source, revision)) is not None:
         corpus: Mapping[str, Any] = _from_pairs(source, table, next(iter(table))).corpus
     else:
-        if folder.is_dir():
+        if any(folder.glob("corpus.jsonl*")) or folder.is_dir() and not (folder / "README.md").is_file():
             rows = _read_jsonl(folder, "corpus")
         else:
-            rows = _hub_rows(_load(source, "corpus", revision), f"{source} corpus")
+            try:
+                rows = _hub_rows(_load(source, "corpus", revision), f"{source} corpus")
+            except (OSError, ValueError, DatasetsError) as error:
+                raise InputError(
+                    f"{source}: neither a folder with corpus.jsonl nor a readable Hub data set "
+                    f"({type(error).__name__}: {error}). Check the path, the id and the network."
+                ) from error
         corpus = _index(rows, f"{source} corpus", keep_empty, _text_of_document)
     return RetrievalDataset(folder.name or folder.resolve().name, "corpus", corpus, {}, {})
 
@@ -152,7 +158,8 @@ def inverse_cloze(dataset: RetrievalDataset, sentences: int = 3, seed: int = 0) 
     """A data set whose queries are sentences of the documents, each removed from its own (Lee et al., 2019).
 
     It lets a head be fitted to any corpus without queries. No more than a third of a document's sentences are taken,
-    and none of fewer than four words; a document that has too few is only there to be told apart from.
+    of two sentences one, and none of fewer than four words; a document that has too few is only there to be told
+    apart from.
 
     Args:
         dataset: The corpus.
@@ -244,7 +251,8 @@ def _from_pairs(source: str, table: DatasetDict, split: str) -> RetrievalDataset
         part = part.cast_column(column, Image(decode=False)) if pages is not None else part
         for number, row in enumerate(part):
             document, query = row[column], row["query"]
-            if not isinstance(query, str) or not query.strip() or not document:
+            empty = not (document.strip() if isinstance(document, str) else document)
+            if not isinstance(query, str) or not query.strip() or empty:
                 raise InputError(
                     f"{source} {name} row {number}: an empty query or {column}, which encodes to an arbitrary vector. "
                     "Remove the row."

@@ -284,6 +284,11 @@ class HeadData(Dataset):
         sums = [sum_of_tokens(queries.embeddings).values for queries, _, _ in self.parts]
         return torch.from_numpy(np.concatenate(sums))
 
+    def document_means(self) -> Tensor:
+        """``(documents, dim)`` normalised mean of each document's token vectors, over all data sets."""
+        means = [mean_of_tokens(documents.embeddings).values for _, documents, _ in self.parts]
+        return torch.from_numpy(np.concatenate(means).astype(np.float32))
+
     def relevant(self) -> Tensor:
         """``(pairs, 2)`` place of a query and of its document among those of all data sets."""
         firsts = np.array([(queries.first, documents.first) for queries, documents, _ in self.parts])

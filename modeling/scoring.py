@@ -46,6 +46,22 @@ def maxsim(queries: Tensor, documents: Tensor, query_mask: Tensor, document_mask
     return _stock_maxsim(queries.float(), documents.float(), a_mask=query_mask, b_mask=document_mask)
 
 
+def packed_maxsim(queries: Tensor, documents: Tensor, query_mask: Tensor, document_mask: Tensor) -> Tensor:
+    """:func:`maxsim` for training: no work on the padding of queries, and products in the type of what is passed.
+
+    Shapes are those of :func:`maxsim`. Half precision errs by less than 1 % of a score, sums being in float32.
+    """
+    vectors, owner = queries[query_mask], query_mask.nonzero()[:, 0]  # (vectors of all queries, dim), (vectors,)
+    scores = []
+    step = max(1, CHUNK_ELEMENTS // max(1, len(vectors) * documents.shape[1]))
+    for start in range(0, len(documents), step):
+        part, mask = documents[start : start + step], document_mask[start : start + step]
+        similarity = (vectors @ part.flatten(0, 1).T).unflatten(1, mask.shape)  # (vectors, part, tokens)
+        best = similarity.masked_fill(~mask, -torch.inf).amax(-1).float()
+        scores.append(best.new_zeros(len(queries), len(part)).index_add(0, owner, best))
+    return torch.cat(scores, 1)
+
+
 def exact_search(
     queries: Embeddings,
     documents: Embeddings,

@@ -411,6 +411,7 @@ def _card_context(plan: Plan, counts: dict[str, int]) -> dict[str, Any]:
         "pipeline": bool(plan.head and plan.head.pipeline),
         "labels": plan.objective_arguments.get("label_weight", 1) > 0,
         "objective": plan.recipe.objective,
+        "config": plan.config,
         "pairs": counts,
         "seed": plan.args.seed,
         "batch_size": plan.args.train_batch_size * plan.args.world_size,

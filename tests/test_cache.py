@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DOCUMENTS, run_python
+from PIL import Image
 
 from polyrep import InputError, cache
 from polyrep.cache import Embeddings, cache_key, embed, open_cache
@@ -166,6 +167,53 @@ def test_texts_without_any_active_term_stay_empty(tmp_path):
     assert (embeddings.values.tolist(), embeddings.indices.tolist()) == ([2], [0])
     nothing = fake_embed(Fake(), tmp_path, {"a": "0"}, kind="sparse")
     assert (len(nothing), nothing.lengths.tolist(), len(nothing.values), len(nothing.indices)) == (1, [0], 0, 0)
+
+
+# Page images, which are decoded when they are asked for.
+
+
+class FakePages(Fake):
+    """A page becomes the vector of its first pixel."""
+
+    def encode_document(self, texts: list[Any], **_: Any) -> np.ndarray:
+        self.before(texts)
+        return np.array([page.getpixel((0, 0))[:2] for page in texts], np.float32)
+
+
+class Pages(dict):
+    """Counts how often each page is decoded, and how many are held at once."""
+
+    def __init__(self, pages: dict[str, Image.Image]):
+        super().__init__(pages)
+        self.asked: list[str] = []
+
+    def __getitem__(self, name: str) -> Image.Image:
+        self.asked.append(name)
+        return super().__getitem__(name)
+
+
+def pages(**colours: tuple[int, int, int]) -> Pages:
+    return Pages({name: Image.new("RGB", (3, 2), colour) for name, colour in colours.items()})
+
+
+def test_pages_are_encoded_in_order_and_fetched_a_chunk_at_a_time(tmp_path):
+    texts = pages(**{f"p{i}": (i + 1, 7, 0) for i in range(7)})
+    held: list[int] = []
+    embeddings = fake_embed(FakePages(lambda chunk: held.append(len(texts.asked))), tmp_path, texts)
+    np.testing.assert_array_equal(embeddings.values, [[i + 1, 7] for i in range(7)])
+    assert held == [3, 6, 7], "no page is decoded before its chunk's turn"
+
+
+def test_pages_are_found_again_by_their_pixels_size_and_mode():
+    def key(texts: Any) -> dict[str, Any]:
+        return cache_key(Fake(), texts, task="document", kind="sentence", dtype="float16")["texts"]
+
+    texts = pages(a=(1, 2, 3), b=(4, 5, 6))
+    assert key(texts) == key(pages(a=(1, 2, 3), b=(4, 5, 6)))
+    turned = {"a": texts["a"].resize((2, 3)), "b": texts["b"]}  # of one colour, so the bytes are the same
+    grey = {"a": Image.frombytes("L", (9, 2), texts["a"].tobytes()), "b": texts["b"]}
+    others = [pages(a=(1, 2, 4), b=(4, 5, 6)), pages(b=(4, 5, 6), a=(1, 2, 3)), turned, grey]
+    assert all(key(other) != key(texts) for other in others)
 
 
 # Read again instead of encoded again, and only if nothing changed.

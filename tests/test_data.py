@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from conftest import DOCUMENTS, QRELS, QUERIES, ROOT, write_beir
+from PIL import Image
 
 from polyrep import InputError
-from polyrep.data import load_retrieval_dataset
+from polyrep.data import RetrievalDataset, inverse_cloze, load_corpus, load_retrieval_dataset
 
 HEADER = "query-id\tcorpus-id\tscore\n"
 
@@ -236,6 +238,152 @@ def test_a_folder_that_is_only_described_is_refused(hub):
     write(hub / "README.md", "No front matter here.\n")
     message = said_about(hub)
     assert str(hub) in message and "configurations corpus, queries and default" in message
+
+
+# The corpus alone, and queries made of it.
+
+
+def test_a_corpus_needs_no_queries_and_no_judgments(beir):
+    whole = load_retrieval_dataset(beir)
+    (beir / "queries.jsonl").unlink()
+    (beir / "qrels" / "test.tsv").unlink()
+    zip_file(beir / "corpus.jsonl")
+    loaded = load_corpus(beir)
+    assert list(loaded.corpus.items()) == list(whole.corpus.items())
+    assert (loaded.name, loaded.queries, loaded.qrels) == ("tiny", {}, {})
+
+
+@pytest.mark.parametrize("path", ["nowhere", "no-such-org/no-such-set", "folder"])
+def test_a_corpus_that_cannot_be_had_is_refused(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=path):
+        load_corpus(path)
+
+
+def test_a_corpus_of_the_hub_is_read_from_a_local_clone_too(hub):
+    assert load_corpus(hub).corpus == load_retrieval_dataset(hub).corpus
+
+
+def corpus_of(**texts: str) -> RetrievalDataset:
+    return RetrievalDataset("made", "corpus", texts, {}, {})
+
+
+SENTENCES = [f"Sentence number {i} of the text is here." for i in range(9)]
+
+
+def test_a_cloze_query_is_a_sentence_that_its_document_no_longer_has():
+    made = inverse_cloze(corpus_of(long=" ".join(SENTENCES), other="One sentence of five words. Two\nThree?"))
+    assert (made.name, made.split) == ("made-cloze", "cloze")
+    assert len(made.queries) == 3 + 1 and made.qrels.keys() == made.queries.keys()
+    for query, text in made.queries.items():
+        (document,) = made.qrels[query]
+        assert made.qrels[query] == {document: 1} and query.startswith(f"{document}#")
+        assert text not in made.corpus[document]
+    taken = [SENTENCES.index(text) for query, text in made.queries.items() if query.startswith("long")]
+    assert made.corpus["long"] == " ".join(s for i, s in enumerate(SENTENCES) if i not in taken)
+    assert made.corpus["other"] == "Two Three?" and made.queries["other#0"] == "One sentence of five words."
+
+
+@pytest.mark.parametrize("sentences", [1, 2, 5, 100])
+def test_no_more_than_a_third_of_a_document_is_taken(sentences):
+    made = inverse_cloze(corpus_of(**{f"d{n}": " ".join(SENTENCES[:n]) for n in range(1, 10)}), sentences)
+    for n in range(1, 10):
+        count = sum(query.startswith(f"d{n}#") for query in made.queries)
+        # Of two sentences, one; of one, none, for nothing would be left.
+        assert count == (0 if n == 1 else min(sentences, max(1, n // 3)))
+        assert made.corpus[f"d{n}"]
+
+
+def test_short_sentences_are_no_queries_and_their_documents_stay_as_they_are():
+    made = inverse_cloze(corpus_of(short="Three words only. Again three words.", long="\n".join(SENTENCES[:2])))
+    assert {query.partition("#")[0] for query in made.queries} == {"long"}
+    assert made.corpus["short"] == "Three words only. Again three words."
+
+
+def test_cloze_queries_follow_from_the_seed_and_the_document_alone():
+    texts = {f"d{n}": " ".join(SENTENCES) for n in range(20)}
+    first, again = inverse_cloze(corpus_of(**texts)), inverse_cloze(corpus_of(**texts))
+    assert first == again and first.queries != inverse_cloze(corpus_of(**texts), seed=1).queries
+    few = inverse_cloze(corpus_of(d7=texts["d7"]))
+    assert few.queries == {query: text for query, text in first.queries.items() if query.startswith("d7#")}
+    assert len({query.partition("#")[2] for query in first.queries}) > 3, "not the same sentences of every document"
+
+
+def test_a_corpus_that_gives_no_cloze_query_is_refused():
+    with pytest.raises(InputError, match="made: no document has two sentences.*Use judged queries"):
+        inverse_cloze(corpus_of(a="One sentence of five words.", b="Too short. Also short."))
+    with pytest.raises(InputError, match="--cloze_sentences 0: at least 1"):
+        inverse_cloze(corpus_of(a=" ".join(SENTENCES)), sentences=0)
+    with pytest.raises(InputError, match="'page' is an image, which has no sentences"):
+        inverse_cloze(RetrievalDataset("made", "corpus", {"page": Image.new("RGB", (2, 2))}, {}, {}))
+
+
+# Tables of pairs.
+
+
+def write_pairs(folder: Path, splits: dict[str, dict[str, list]], features: datasets.Features | None = None) -> Path:
+    folder.mkdir(parents=True)
+    for split, columns in splits.items():
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(str(folder / f"{split}.parquet"))
+    return folder
+
+
+@pytest.fixture
+def local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("column", ["document", "positive", "answer", "text"])
+def test_a_table_of_pairs_is_a_data_set_and_equal_documents_are_one(tmp_path, local_cache, column):
+    train = {"query": ["a", "b", " c "], column: ["one", "two ", "one"]}
+    test = {"query": ["d", "e"], column: ["three", "two"]}
+    folder = write_pairs(tmp_path / "pairs", {"train": train, "test": test})
+    loaded = load_retrieval_dataset(folder)
+    assert (loaded.name, loaded.split) == ("pairs", "test")
+    assert sorted(loaded.corpus.values()) == ["one", "three", "two"], "the documents of all splits"
+    asked = {text: [loaded.corpus[d] for d in loaded.qrels[q]] for q, text in loaded.queries.items()}
+    assert asked == {"d": ["three"], "e": ["two"]}
+    ids = {f"train-{i}" for i in range(3)}
+    tenth = {q for q in ids if int(hashlib.md5(q.encode()).hexdigest(), 16) % 10 == 0}
+    loaded = load_retrieval_dataset(folder, "train")
+    assert set(loaded.queries) == ids - tenth != set()
+    expected = {"a": "one", "b": "two", "c": "one"}
+    for query, text in loaded.queries.items():
+        ((document, score),) = loaded.qrels[query].items()
+        assert loaded.corpus[document] == expected[text] and score == 1
+    assert sorted(load_corpus(folder).corpus.values()) == ["one", "three", "two"]
+    with pytest.raises(InputError, match=r"no split 'validation'; it has \['test', 'train'\]"):
+        load_retrieval_dataset(folder, "validation")
+
+
+@pytest.mark.parametrize(("query", "document"), [("a", ""), ("a", "  "), ("a", None), ("", "x"), (None, "x")])
+def test_a_pair_without_a_text_is_refused_by_its_row(tmp_path, local_cache, query, document):
+    folder = write_pairs(tmp_path / "pairs", {"test": {"query": ["q", query], "document": ["d", document]}})
+    with pytest.raises(InputError, match="pairs test row 1: an empty query or document"):
+        load_retrieval_dataset(folder)
+
+
+def test_pairs_of_queries_and_pages_stay_undecoded_until_they_are_asked_for(tmp_path, local_cache, monkeypatch):
+    pages = [Image.fromarray(np.full((3, 4, 3), value, np.uint8)) for value in (10, 200, 90)]
+    columns = {"query": ["a", "b", "c", "d"], "image": [pages[0], pages[1], pages[0], pages[2]]}
+    features = datasets.Features({"query": datasets.Value("string"), "image": datasets.Image()})
+    folder = write_pairs(tmp_path / "pages", {"test": columns}, features)
+    opened: list[object] = []
+    plain = Image.open
+    monkeypatch.setattr(
+        Image, "open", lambda file, *rest, **more: (opened.append(file), plain(file, *rest, **more))[1]
+    )
+    loaded = load_retrieval_dataset(folder)
+    assert len(loaded.corpus) == 3 and list(loaded.queries.values()) == ["a", "b", "c", "d"]
+    assert not opened, "reading the table decodes nothing"
+    found = [np.asarray(loaded.corpus[d]) for judged in loaded.qrels.values() for d in judged]
+    assert len(opened) == 4
+    for image, page in zip(found, columns["image"], strict=True):
+        np.testing.assert_array_equal(image, np.asarray(page))
+    assert loaded.qrels["test-0"] == loaded.qrels["test-2"]
+    with pytest.raises(InputError, match="is an image"):
+        inverse_cloze(load_corpus(folder))
 
 
 # Bad files: each refusal names the file, the line and what was expected.

@@ -11,29 +11,35 @@ import numpy as np
 import pytest
 import torch
 from conftest import DOCUMENTS, QUERIES, ROOT, run_python, write_beir
-from sentence_transformers import SparseEncoder
+from sentence_transformers import MultiVectorEncoder, SparseEncoder
+from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sparse_encoder.losses import CSRLoss
 from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 
+from polyrep import InputError
 from polyrep.cache import Embeddings
 from polyrep.data import load_retrieval_dataset
 from polyrep.dense2sparse import Dense2SparseConfig, Dense2SparseModel
-from polyrep.heads import HeadData, HeadTrainer, Side, encode_sparse
+from polyrep.heads import HeadData, HeadTrainer, Side, encode_sparse, encode_tokens
 from polyrep.recipes import HeadTrainingArguments
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import dense2sparse_text as bench
 
 
-@pytest.fixture
-def two_sets(sentence_model, tmp_path) -> HeadData:
+def two_folders(root: Path) -> list[Path]:
     """The small data set, and a second one with the first three documents and one query."""
-    first, second = write_beir(tmp_path / "first", "train"), write_beir(tmp_path / "second", "train")
+    first, second = write_beir(root / "first", "train"), write_beir(root / "second", "train")
     lines = (second / "corpus.jsonl").read_text().splitlines()[:3]
     (second / "corpus.jsonl").write_text("\n".join(lines) + "\n")
     (second / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq2\td1\t1\n")
+    return [first, second]
+
+
+@pytest.fixture
+def two_sets(sentence_model, tmp_path) -> HeadData:
     data = HeadData(negatives=2, labels=True, depth=3)
-    for folder in (first, second):
+    for folder in two_folders(tmp_path):
         data.add(sentence_model, load_retrieval_dataset(folder, "train"), show_progress=False)
     return data
 
@@ -113,6 +119,103 @@ def test_a_stock_module_under_a_stock_loss_learns(two_sets, tmp_path):
     parts = {name for name in log[0] if "loss" in name and name != "loss"}
     assert len(parts) > 1 and sum(log[0][part] for part in parts) == pytest.approx(log[0]["loss"], rel=0.02)
     assert not torch.equal(module.encoder.weight, before["encoder.weight"])
+
+
+# Several vectors a text.
+
+
+@pytest.fixture
+def two_token_sets(multi_vector_model, tmp_path) -> HeadData:
+    data = HeadData(kind="tokens", negatives=2, labels=True, depth=3)
+    for folder in two_folders(tmp_path):
+        data.add(multi_vector_model, load_retrieval_dataset(folder, "train"), show_progress=False)
+    return data
+
+
+def test_token_batches_hold_the_rows_that_they_name_padded(two_token_sets, multi_vector_model):
+    texts = {
+        "query": [*QUERIES.values(), QUERIES["q2"]],
+        "document": [*DOCUMENTS.values(), *list(DOCUMENTS.values())[:3]],
+    }
+    vectors = {
+        "query": multi_vector_model.encode_query(texts["query"], convert_to_numpy=True),
+        "document": multi_vector_model.encode_document(texts["document"], convert_to_numpy=True),
+    }
+    batch = two_token_sets.collate([two_token_sets[i] for i in (4, 0, 2)])  # out of order, from both sets
+    assert batch["labels"].tolist() == [0, 1, 2]
+    assert batch["features"][0]["index"].tolist() == [3, 0, 2]
+    own = batch["features"][1]["index"].tolist()
+    assert own[0] == 5 and own[1] == 1 and own[2] in (2, 3) and len(own) == 3 + 3 * 2
+    everything = {side: [*two_token_sets.batches(side, size=2)] for side in texts}
+    for side, parts in (("query", batch["features"][:1]), ("document", batch["features"][1:])):
+        for features in [*parts, *everything[side]]:
+            lengths = [len(vectors[side][i]) for i in features["index"]]
+            assert features["attention_mask"].sum(1).tolist() == lengths
+            assert features["token_embeddings"].shape == (len(lengths), features["attention_mask"].shape[1], 16)
+            for tokens, mask, index in zip(
+                features["token_embeddings"], features["attention_mask"], features["index"], strict=True
+            ):
+                np.testing.assert_allclose(tokens[mask], vectors[side][index], atol=1e-3)
+                assert not tokens[~mask].any()
+    found = [torch.cat([part["index"] for part in everything[side]]).tolist() for side in ("query", "document")]
+    assert found == [[*range(4)], [*range(8)]]
+
+
+def test_what_objectives_ask_of_all_sets_is_counted_over_all_sets(two_token_sets, multi_vector_model):
+    queries = multi_vector_model.encode_query([*QUERIES.values(), QUERIES["q2"]], convert_to_numpy=True)
+    np.testing.assert_allclose(two_token_sets.query_sums(), [q.sum(0) for q in queries], atol=5e-3)
+    means = [
+        d.mean(0) for d in multi_vector_model.encode_document([*DOCUMENTS.values(), *list(DOCUMENTS.values())[:3]])
+    ]
+    expected = [d / np.linalg.norm(d) for d in means]
+    np.testing.assert_allclose(two_token_sets.document_means(), expected, atol=1e-3)
+    # Queries q1 to q3 and documents d1 to d5, then q2 and d1 to d3 of the second set.
+    assert sorted(map(tuple, two_token_sets.relevant().tolist())) == [(0, 1), (1, 0), (2, 2), (2, 3), (3, 5)]
+    longest = max(len(x) for x in multi_vector_model.encode_document(list(DOCUMENTS.values())))
+    assert two_token_sets.most_tokens() == longest
+
+
+def test_negatives_of_token_sets_are_among_the_nearest_by_their_mean(two_token_sets, multi_vector_model):
+    queries = [q.double().numpy().sum(0) for q in multi_vector_model.encode_query(list(QUERIES.values()))]
+    means = [d.double().numpy().mean(0) for d in multi_vector_model.encode_document(list(DOCUMENTS.values()))]
+    scores = np.array([[q @ (d / np.linalg.norm(d)) for d in means] for q in queries])
+    nearest = np.argsort(-scores, axis=1)[:, :3]
+    for epoch in range(8):
+        two_token_sets.epoch = epoch
+        documents = two_token_sets.collate([two_token_sets[0], two_token_sets[1]])["features"][1]["index"][2:]
+        for row, negatives in enumerate(documents.reshape(2, 2)):
+            assert set(negatives.tolist()) <= set(nearest[row].tolist())
+
+
+@pytest.mark.parametrize(("value", "length"), [(0.0, "0.0"), (np.nan, "nan"), (np.inf, "inf")])
+def test_a_token_vector_that_means_nothing_names_its_text(multi_vector_model, tmp_path, value, length):
+    options = {"cache_dir": tmp_path, "show_progress": False}
+    side = encode_tokens(multi_vector_model, DOCUMENTS, "document", "tiny", **options)
+    bounds, path = side.embeddings.offsets, side.embeddings.path
+    for text, row in (("d3", bounds[2]), ("d3", bounds[3] - 1), ("d5", bounds[5] - 1)):
+        values = np.fromfile(path / "values.bin", np.float16).reshape(-1, 16)
+        healthy = values.copy()
+        values[row] = value
+        (path / "values.bin").write_bytes(values.tobytes())
+        with pytest.raises(InputError, match=f"tiny: document '{text}' has a token vector of length {length}.*{path}"):
+            encode_tokens(multi_vector_model, DOCUMENTS, "document", "tiny", **options)
+        (path / "values.bin").write_bytes(healthy.tobytes())
+    assert len(encode_tokens(multi_vector_model, DOCUMENTS, "document", "tiny", **options)) == 5
+
+
+def test_a_text_without_a_token_that_counts_is_named(multi_vector_model):
+    port = multi_vector_model.tokenizer.convert_tokens_to_ids("list")
+    modules = [
+        MultiVectorMask(keep_only_token_ids=[port]) if isinstance(m, MultiVectorMask) else m
+        for m in multi_vector_model.children()
+    ]
+    model = MultiVectorEncoder(modules=modules, device="cpu")
+    texts = {"d5": DOCUMENTS["d5"], "d3": DOCUMENTS["d3"]}
+    with pytest.raises(InputError, match="tiny: document 'd3' has no token that counts.*keep_only_token_ids"):
+        encode_tokens(model, texts, "document", "tiny", show_progress=False)
+    assert encode_tokens(
+        model, {"d5": DOCUMENTS["d5"]}, "document", "tiny", show_progress=False
+    ).embeddings.lengths == [1]
 
 
 def test_pruning_a_cache_is_pruning_in_the_head():

@@ -145,7 +145,7 @@ class ReinPoolConfig(PretrainedConfig):
         self.num_vectors, self.output, self.pooling, self.weights = num_vectors, output, pooling, weights
         self.threshold, self.min_keep, self.normalize = threshold, min_keep, normalize
         self.projection, self.refinement, self.quantization = projection, refinement, quantization
-        self.tasks = list(tasks or ["document"])
+        self.tasks = [tasks] if isinstance(tasks, str) else list(tasks or ["document"])
         self.base_model_id, self.base_revision, self.base_fingerprint = base_model_id, base_revision, base_fingerprint
         kwargs.pop("hidden_size", None)
         super().__init__(**kwargs)
@@ -414,12 +414,13 @@ def spherical_kmeans(vectors: Tensor, weights: Tensor, num_vectors: int, iterati
         filled.append(worst > 1e-6)
         nearest = torch.maximum(nearest, torch.einsum("bnd,bd->bn", unit, centres[-1]))
     centre, alive = torch.stack(centres, 1), torch.stack(filled, 1)  # (batch, clusters, dim), (batch, clusters)
-    number = torch.arange(num_vectors, device=unit.device)
+    first = num_vectors * rows[:, None]  # of each document's clusters among those of all
+    weighted = (unit * weights[..., None]).flatten(0, 1)
     for step in range(iterations + 1):
         clusters = (unit @ centre.transpose(1, 2)).masked_fill(~alive[:, None], -2).argmax(-1)
         if step < iterations:
-            share = (clusters[..., None] == number) * weights[..., None]  # (batch, tokens, clusters)
-            total = share.transpose(1, 2) @ unit
+            total = torch.zeros_like(centre).flatten(0, 1).index_add_(0, (first + clusters).flatten(), weighted)
+            total = total.view_as(centre)
             moved = total.norm(dim=-1, keepdim=True) > 1e-6  # a cluster that lost its members stays where it was
             centre = torch.where(moved, F.normalize(total, dim=-1), centre)
     return clusters
@@ -576,7 +577,8 @@ class ReinPoolPooling(BaseTokenPooling):
             name = sorted(fixed)[0]
             raise ValueError(
                 f"ReinPoolPooling: {name}={changes[name]!r}, but the head was trained with {name}={fields[name]!r}, "
-                f"and its weights fit nothing else. Change only {', '.join(sorted(_CHANGEABLE))}, or train another head."
+                f"and its weights fit nothing else. Change only {', '.join(sorted(_CHANGEABLE - fixed))}, or train "
+                "another head."
             )
         model.config = ReinPoolConfig(**(fields | changes))
         return cls(model)

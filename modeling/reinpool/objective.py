@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..errors import InputError
 from ..heads import pad_tokens
 from ..objectives import gather, row_uniform
-from ..scoring import maxsim
+from ..scoring import packed_maxsim
 from .modeling_reinpool import ReinPoolModel
 
 Features = dict[str, Tensor]
@@ -29,6 +29,10 @@ class TokenCorpus(Protocol):
 
     def query_sums(self) -> Tensor:
         """``(queries, dim)`` sum of each query's vectors, which is what scores one vector."""
+        ...
+
+    def document_means(self) -> Tensor:
+        """``(documents, dim)`` normalised mean of each document's vectors."""
         ...
 
     def relevant(self) -> Tensor:
@@ -79,7 +83,7 @@ class _PoolingObjective(nn.Module):
         """Keep what a step needs of the whole corpus."""
 
     def _distillation(
-        self, queries: Features, documents: Features, weights: Tensor, labels: Tensor
+        self, queries: Features, documents: Features, weights: Tensor, labels: Tensor, teacher_dtype: torch.dtype
     ) -> dict[str, Tensor]:
         """Divergence of the pooled documents' scores from MaxSim over all their tokens, and perhaps InfoNCE.
 
@@ -90,6 +94,7 @@ class _PoolingObjective(nn.Module):
             documents: This process's documents.
             weights: ``(documents, tokens)`` of the filter.
             labels: ``(queries,)`` row of each query's own document among this process's documents.
+            teacher_dtype: Of the dearest product of a step, for which half precision is enough.
         """
         # One number of vectors a step, the same for every process; over the steps, all of the ladder.
         draw = torch.rand((), generator=torch.Generator().manual_seed(hash((self.seed, self.progress[0])) % 2**63))
@@ -103,11 +108,12 @@ class _PoolingObjective(nn.Module):
         factor = self.settings["score_scale"] / query_mask.sum(1, keepdim=True)
 
         def scores(vectors: Tensor, there: Tensor) -> Tensor:  # (all queries, all different documents)
-            mine = maxsim(query_tokens, vectors, query_mask, there)
-            return (gather(mine.T.contiguous()).T * factor)[:, columns]
+            mine = packed_maxsim(query_tokens.to(vectors.dtype), vectors, query_mask, there)
+            # Rows, then transposed: of a gradient that is not contiguous, torch's all_gather mixes up the entries.
+            return gather(mine.T.contiguous())[columns].T * factor
 
         with torch.no_grad():
-            teacher = scores(tokens, mask)
+            teacher = scores(tokens.to(teacher_dtype), mask)
         student = scores(self.model.fold(pooled), present)
         losses = {"distillation": (_divergence(student, teacher) + _divergence(student.T, teacher.T)) / 2}
         if self.settings["label_weight"]:
@@ -171,10 +177,11 @@ class SoftGateObjective(_PoolingObjective):
         logits = self.model.keep_logits(documents["token_embeddings"], mask).float()
         weights = torch.sigmoid(logits) * mask
         self.metrics = {"kept": (weights.detach().sum() / mask.sum())}
+        dtype = _product_dtype(weights.device)
         with torch.autocast(weights.device.type, enabled=False):
-            losses = self._distillation(queries, documents, weights, labels)
+            losses = self._distillation(queries, documents, weights, labels, dtype)
         if self.settings["prior_weight"]:
-            distance = ((logits - 1) * mask).square().sum() / mask.sum()
+            distance = ((logits - 1) * mask).square().sum() / _usual_count(mask)
             losses["prior"] = self.settings["prior_weight"] * distance
         return losses
 
@@ -190,7 +197,7 @@ class ReinforceObjective(_PoolingObjective):
 
     Args:
         reward: inverse: the pooled document ranks queries, those of the batch and a sample of all. forward: its
-            queries rank the batch's documents, of which only this one is drawn anew.
+            query ranks the whole corpus, of which only this document is drawn anew.
         metric: ndcg, the only one.
         cutoff: Rank below which a relevant text counts nothing; None counts all.
         samples: Draws of a document, two at least.
@@ -201,6 +208,9 @@ class ReinforceObjective(_PoolingObjective):
         label_weight: See SoftGateObjective.
     """
 
+    learning_rates: ClassVar[dict[str, float]] = {r"\bkeep\.": 5.0}
+    """Less than for soft gates: most of a reward's gradient is noise, under which a filter drifts to drop all alike."""
+
     def __init__(
         self,
         model: ReinPoolModel,
@@ -208,7 +218,7 @@ class ReinforceObjective(_PoolingObjective):
         metric: str = "ndcg",
         cutoff: int | None = None,
         samples: int = 8,
-        bank: int = 1024,
+        bank: int = 4096,
         entropy_weight: float = 1e-3,
         score_scale: float = 30.0,
         ladder: str = "1",
@@ -218,8 +228,8 @@ class ReinforceObjective(_PoolingObjective):
         for name, choice, known in (("reward", reward, ("inverse", "forward")), ("metric", metric, ("ndcg",))):
             if choice not in known:
                 raise InputError(f"--{name} {choice!r}: unknown. Use one of {', '.join(known)}.")
-        for name, value, least in (("samples", samples, 2), ("bank", bank, 0), ("cutoff", cutoff or 1, 1)):
-            if value < least:
+        for name, value, least in (("samples", samples, 2), ("bank", bank, 0), ("cutoff", cutoff, 1)):
+            if value is not None and value < least:
                 raise InputError(f"--{name} {value}: at least {least}, else there is nothing to compare.")
         if model.config.pooling == "slots":
             raise InputError("--pooling slots: rewards are those of one vector. Use --pooling kmeans, or mean.")
@@ -233,6 +243,7 @@ class ReinforceObjective(_PoolingObjective):
         pairs = corpus.relevant()
         self.documents = int(pairs[:, 1].max()) + 1
         self.relevant = (pairs[:, 0] * self.documents + pairs[:, 1]).unique()  # sorted codes of (query, document)
+        self.document_means = corpus.document_means()
         self.most_tokens = corpus.most_tokens()
 
     def forward(self, features: list[Features], labels: Tensor) -> dict[str, Tensor]:
@@ -240,7 +251,7 @@ class ReinforceObjective(_PoolingObjective):
         queries, documents = features
         tokens, mask = documents["token_embeddings"], documents["attention_mask"]
         logits = self.model.keep_logits(tokens, mask).float()
-        device = logits.device
+        device, dtype = logits.device, _product_dtype(logits.device)
         with torch.autocast(device.type, enabled=False):
             own_logits, own_mask = logits[labels], mask[labels]  # (batch, tokens)
             draws = row_uniform(
@@ -257,7 +268,7 @@ class ReinforceObjective(_PoolingObjective):
             with torch.no_grad():
                 pooled = self.model.fold(self.model.combine(tokens[labels], kept.to(tokens.dtype), _some(kept)))
                 reward = self._inverse if self.settings["reward"] == "inverse" else self._forward
-                rewards = reward(pooled, queries, documents, labels, logits)  # (batch, samples)
+                rewards = reward(pooled, queries, documents, labels)  # (batch, samples)
                 others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
                 advantage = rewards - others
                 informative = (rewards.max(1).values - rewards.min(1).values) > 1e-9
@@ -268,7 +279,7 @@ class ReinforceObjective(_PoolingObjective):
             losses = {"policy": -(advantage * log_probability).mean(1)[informative].sum() / count}
             if self.settings["entropy_weight"]:
                 entropy = -(log_kept.exp() * log_kept + log_dropped.exp() * log_dropped) * own_mask
-                losses["entropy"] = -self.settings["entropy_weight"] * (entropy.sum() / own_mask.sum())
+                losses["entropy"] = -self.settings["entropy_weight"] * (entropy.sum() / _usual_count(own_mask))
             self.metrics = {
                 "reward": rewards.mean(),
                 "skipped": 1 - informative.float().mean(),
@@ -276,12 +287,10 @@ class ReinforceObjective(_PoolingObjective):
             }
             if self.distils:
                 weights = self.model.decide(logits.detach(), mask)
-                losses |= self._distillation(queries, documents, weights, labels)
+                losses |= self._distillation(queries, documents, weights, labels, dtype)
         return losses
 
-    def _inverse(
-        self, pooled: Tensor, queries: Features, documents: Features, labels: Tensor, logits: Tensor
-    ) -> Tensor:
+    def _inverse(self, pooled: Tensor, queries: Features, documents: Features, labels: Tensor) -> Tensor:
         """Quality (nDCG) of the ranking of queries by each sample: ``(batch, samples)``."""
         device = pooled.device
         generator = torch.Generator().manual_seed(hash((self.seed, self.progress[0], 1)) % 2**63)
@@ -292,17 +301,14 @@ class ReinforceObjective(_PoolingObjective):
         relevant = torch.isin(codes, self.relevant).to(device)  # (batch, bank)
         return ndcg(scores, relevant[:, None], self.settings["cutoff"])
 
-    def _forward(
-        self, pooled: Tensor, queries: Features, documents: Features, labels: Tensor, logits: Tensor
-    ) -> Tensor:
-        """Gain of each document's own query when one sample takes the document's place: ``(batch, samples)``."""
-        tokens, mask = documents["token_embeddings"], documents["attention_mask"]
-        usual, _ = self.model.pool(tokens, self.model.decide(logits, mask), 1)
-        vectors, everyone = gather(self.model.fold(usual)[:, 0]), gather(documents["index"])
-        columns, _ = _first_places(everyone)
+    def _forward(self, pooled: Tensor, queries: Features, documents: Features, labels: Tensor) -> Tensor:
+        """Gain of each document's own query when a sample takes its place in the corpus: ``(batch, samples)``.
+
+        The other documents stay at their plain mean: a batch has so few that the own one is nearly always first.
+        """
         asked = (queries["token_embeddings"] * queries["attention_mask"][..., None]).sum(1)  # (batch, dim)
-        others = asked @ vectors[columns].T  # (batch, all different documents)
-        others = others.masked_fill(everyone[columns] == documents["index"][labels][:, None], -math.inf)
+        others = asked @ self.model.fold(self.document_means.to(pooled.device)).T  # (batch, documents)
+        others = others.scatter(1, documents["index"][labels][:, None], -math.inf)
         scores = torch.einsum("bsd,bd->bs", pooled, asked)
         rank = 1 + (others[:, None] > scores[..., None]).sum(-1)
         return _gain(rank, self.settings["cutoff"])
@@ -323,9 +329,19 @@ def _gain(rank: Tensor, cutoff: int | None) -> Tensor:
     return gain if cutoff is None else gain * (rank <= cutoff)
 
 
+def _product_dtype(device: torch.device) -> torch.dtype:
+    """What ``--bf16`` or ``--fp16`` asks products to be in; float32 without."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+
+
 def _some(kept: Tensor) -> Tensor:
     """What a refinement may look at: what a sample keeps, or everything where it keeps nothing."""
     return kept | ~kept.any(-1, keepdim=True)
+
+
+def _usual_count(mask: Tensor) -> Tensor:
+    """Vectors of a process's documents, averaged over processes: they then give the mean that one would."""
+    return gather(mask.sum()[None]).sum() / get_world_size()
 
 
 def _gather_tokens(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
