@@ -361,6 +361,12 @@ class Bench:
         generator = torch.Generator().manual_seed(seed)
 
         def pool(rows: np.ndarray, tokens: torch.Tensor, mask: torch.Tensor) -> dict:
+            short = max(numbers) - mask.shape[1]  # a batch of short documents has fewer tokens than are drawn
+            if short > 0:
+                tokens, mask = (
+                    torch.nn.functional.pad(tokens, (0, 0, 0, short)),
+                    torch.nn.functional.pad(mask, (0, short)),
+                )
             order = torch.rand(mask.shape, generator=generator).masked_fill(~mask, -1).argsort(1, descending=True)
             chosen = {k: order[:, :k] for k in numbers}
             return {
