@@ -25,9 +25,10 @@ test-min:
 	grep -vE '^(transformers|sentence-transformers|huggingface-hub)==' constraints.txt > $(VENV)-min/constraints.txt
 	$(VENV)-min/bin/python -m pip install -q -c $(VENV)-min/constraints.txt -e ".[dev]" \
 		transformers==5.17.0 sentence-transformers==6.0.1 huggingface-hub==1.33.0
-	$(VENV)-min/bin/python -m pytest tests/test_rooms.py tests/test_hub.py tests/test_training.py tests/test_dense2sparse.py
+	$(VENV)-min/bin/python -m pytest tests/test_rooms.py tests/test_hub.py tests/test_training.py tests/test_dense2sparse.py \
+		tests/test_reinpool.py tests/test_reinpool_pages.py
 
-# Everything in results/ that a CPU can make again, about three hours on 2 cores.
+# Everything in results/ that a CPU can make again, about five hours on 2 cores.
 results: $(VENV)/.dev
 	$(BIN)/accelerate launch train.py hub_configs/late-interaction-minilm --overwrite
 	$(BIN)/python evaluate.py models/late-interaction-minilm/final \
@@ -37,6 +38,11 @@ results: $(VENV)/.dev
 	$(BIN)/python benchmarks/search_speed.py --output results
 	$(BIN)/python benchmarks/dense2sparse_text.py --ablation --flags '--max_steps 60' --output results
 	$(BIN)/python benchmarks/dense2sparse_text.py --output results
+	$(BIN)/accelerate launch train.py hub_configs/reinpool-minilm --overwrite
+	$(BIN)/python benchmarks/reinpool_text.py --ablation --output results
+	$(BIN)/python benchmarks/reinpool_text.py --output results
+	$(BIN)/python benchmarks/reinpool.py --output results
+	$(BIN)/python benchmarks/reinpool_kept.py --output results
 
 $(VENV)/.%: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)

@@ -170,7 +170,7 @@ def test_one_pooled_vector_is_the_normalised_mean():
     documents = vectors_of(np.random.default_rng(4), [1, 2, 5, 30])
     expected = [normalised(text.mean(axis=0)) for text in texts_of(documents)]
     np.testing.assert_allclose(retrievers._hierarchical(documents, 1).values, expected, rtol=1e-5)
-    np.testing.assert_allclose(retrievers._mean(documents).values, expected, rtol=1e-5)
+    np.testing.assert_allclose(retrievers.mean_of_tokens(documents).values, expected, rtol=1e-5)
 
 
 def test_pooling_merges_the_vectors_that_are_close():
@@ -186,7 +186,7 @@ def test_the_mean_of_a_text_without_vectors_is_zero():
     documents = vectors_of(np.random.default_rng(5), [0, 2, 0, 0, 3, 0])
     sums = retrievers._sums(documents)
     np.testing.assert_allclose(sums, [text.sum(axis=0) for text in texts_of(documents)], rtol=1e-5, atol=1e-6)
-    assert np.isfinite(retrievers._mean(documents).values).all()
+    assert np.isfinite(retrievers.mean_of_tokens(documents).values).all()
 
 
 @pytest.mark.parametrize("how", ["median", "0", "-1", "1.5", "²", ""])

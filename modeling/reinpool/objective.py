@@ -209,7 +209,7 @@ class ReinforceObjective(_PoolingObjective):
     """
 
     learning_rates: ClassVar[dict[str, float]] = {r"\bkeep\.": 5.0}
-    """Less than for soft gates: most of a reward's gradient is noise, under which a filter drifts to drop all alike."""
+    """Less than for soft gates: most of a reward's gradient is noise, under which a filter drifts to drop all."""
 
     def __init__(
         self,

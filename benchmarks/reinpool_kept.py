@@ -1,0 +1,58 @@
+"""Pictures of the tokens that a trained ReinPool filter keeps.
+
+python benchmarks/reinpool_kept.py --model models/late-interaction-minilm/final --head models/reinpool-minilm/head \
+    --output results
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from polyrep.data import load_retrieval_dataset
+from polyrep.files import staged_folder, write_json, write_text
+from polyrep.hub import fingerprint, load
+from polyrep.reinpool import ReinPoolPooling
+from polyrep.reinpool.show import kept_tokens_html, kept_tokens_png, token_pieces
+from polyrep.report import provenance
+
+DATA = Path(__file__).parent.parent / "data" / "tldr_pages"
+
+
+def main() -> None:
+    """Draw three pages that the filter was not chosen on."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="models/late-interaction-minilm/final")
+    parser.add_argument("--head", default="models/reinpool-minilm/head")
+    parser.add_argument("--documents", nargs="*", help="ids of tldr_pages; default: three test pages over the corpus")
+    parser.add_argument("--output", type=Path, default=Path("runs"), help="folder for reinpool-kept.png, .html, .json")
+    args = parser.parse_args()
+    dataset = load_retrieval_dataset(DATA)
+    judged = [next(iter(documents)) for documents in dataset.qrels.values()]
+    chosen = args.documents or judged[:: len(judged) // 3][:3]
+    retriever = load(args.model)
+    pooling = ReinPoolPooling.from_pretrained(args.head)
+    shown = []
+    for identifier in chosen:
+        tokens, vectors = token_pieces(retriever, dataset.corpus[identifier])
+        with torch.inference_mode():
+            shown.append((tokens, pooling.model(vectors[None]).keep_probability[0].numpy()))
+    pages = [kept_tokens_html(*one, title=name) for one, name in zip(shown, chosen, strict=True)]
+    with staged_folder(args.output, merge=True) as staged:
+        kept_tokens_png(shown, staged / "reinpool-kept.png", titles=chosen)
+        write_text(staged / "reinpool-kept.html", pages[0])
+        figures = {
+            name: [[t, round(float(p), 3)] for t, p in zip(*one, strict=True)]
+            for one, name in zip(shown, chosen, strict=True)
+        }
+        models = {args.model: fingerprint(Path(args.model)), args.head: fingerprint(Path(args.head))}
+        made_by = provenance(shlex.join(["python", *sys.argv]))
+        write_json(staged / "reinpool-kept.json", made_by | {"models": models, "keep_probability": figures})
+
+
+if __name__ == "__main__":
+    main()
