@@ -177,7 +177,9 @@ def kind_of(model: Encoder) -> Kind:
 def cache_key(model: Encoder, texts: Mapping[str, Any], *, task: str, kind: str, dtype: str) -> dict[str, Any]:
     """Everything that embeddings depend on, readable; two equal keys mean equal embeddings."""
     digest = hashlib.sha256()
-    for identifier, text in texts.items():
+    known = getattr(texts, "digests", {})
+    for identifier in texts:
+        text = known.get(identifier) or texts[identifier]
         content = text.encode() if isinstance(text, str) else f"{text.mode}{text.size}".encode() + text.tobytes()
         for part in (identifier.encode(), content):  # lengths keep ("a", "bc") apart from ("ab", "c")
             digest.update(len(part).to_bytes(8, "little") + part)

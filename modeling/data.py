@@ -137,8 +137,8 @@ def load_corpus(path_or_id: str | Path, *, revision: str | None = None, keep_emp
         InputError: The corpus is missing or malformed.
     """
     source, folder = str(path_or_id), Path(path_or_id)
-    if (table := _open_pairs(source, revision)) is not None:
-        corpus: Mapping[str, Any] = _from_pairs(source, table, next(iter(table))).corpus
+    if (table := _open_pairs(source, revision, queries=False)) is not None:
+        corpus: Mapping[str, Any] = _from_pairs(source, table, None).corpus
     else:
         if any(folder.glob("corpus.jsonl*")) or folder.is_dir() and not (folder / "README.md").is_file():
             rows = _read_jsonl(folder, "corpus")
@@ -203,6 +203,7 @@ class _Pages(Mapping[str, Any]):
     def __init__(self, column: str):
         self.column = column
         self.places: dict[str, tuple[Dataset, int]] = {}
+        self.digests: dict[str, str] = {}  # of the stored bytes, so that a cache need not decode every page
 
     def __getitem__(self, identifier: str) -> Any:
         from PIL import Image as Pillow
@@ -221,8 +222,8 @@ class _Pages(Mapping[str, Any]):
 _DOCUMENT_COLUMNS = ("document", "positive", "answer", "text", "image")
 
 
-def _open_pairs(source: str, revision: str | None) -> DatasetDict | None:
-    """A table of pairs, local or on the Hub; None for everything in BEIR layout."""
+def _open_pairs(source: str, revision: str | None, queries: bool = True) -> DatasetDict | None:
+    """A table of pairs, or of documents alone, local or on the Hub; None for everything in BEIR layout."""
     folder = Path(source)
     if folder.is_dir() and not (any(folder.glob("**/*.parquet")) and not (folder / "queries.jsonl").is_file()):
         return None
@@ -233,16 +234,18 @@ def _open_pairs(source: str, revision: str | None) -> DatasetDict | None:
     except (OSError, ValueError, DatasetsError):
         return None
     columns = next(iter(table.values())).column_names
-    return table if "query" in columns and any(name in columns for name in _DOCUMENT_COLUMNS) else None
+    needed = "query" in columns or not queries and "_id" not in columns
+    return table if needed and any(name in columns for name in _DOCUMENT_COLUMNS) else None
 
 
-def _from_pairs(source: str, table: DatasetDict, split: str) -> RetrievalDataset:
-    """Documents of all splits, and the queries of one; without a dev split, a seeded tenth of train as elsewhere."""
+def _from_pairs(source: str, table: DatasetDict, split: str | None) -> RetrievalDataset:
+    """Documents of all splits, and the queries of one, if any; without a dev split, a tenth of train as elsewhere."""
     wanted = "train" if split == "dev" and "dev" not in table and "train" in table else split
-    if wanted not in table:
+    if wanted is not None and wanted not in table:
         raise InputError(f"{source}: no split {split!r}; it has {sorted(table)}.")
-    column = next(name for name in _DOCUMENT_COLUMNS if name in table[wanted].column_names)
-    pages = _Pages(column) if isinstance(table[wanted].features[column], Image) else None
+    first = next(iter(table.values()))
+    column = next(name for name in _DOCUMENT_COLUMNS if name in first.column_names)
+    pages = _Pages(column) if isinstance(first.features[column], Image) else None
     texts: dict[str, str] = {}
     queries: dict[str, str] = {}
     qrels: Judgments = {}
@@ -250,7 +253,7 @@ def _from_pairs(source: str, table: DatasetDict, split: str) -> RetrievalDataset
     for name, part in table.items():
         part = part.cast_column(column, Image(decode=False)) if pages is not None else part
         for number, row in enumerate(part):
-            document, query = row[column], row["query"]
+            document, query = row[column], row["query"] if wanted else "none is read"
             empty = not (document.strip() if isinstance(document, str) else document)
             if not isinstance(query, str) or not query.strip() or empty:
                 raise InputError(
@@ -262,6 +265,7 @@ def _from_pairs(source: str, table: DatasetDict, split: str) -> RetrievalDataset
             identifier = id_of.setdefault(digest, f"{name}-{number}")
             if pages is not None:
                 pages.places.setdefault(identifier, (part, number))
+                pages.digests.setdefault(identifier, digest)
             else:
                 texts.setdefault(identifier, document.strip())
             if name == wanted:
@@ -269,10 +273,10 @@ def _from_pairs(source: str, table: DatasetDict, split: str) -> RetrievalDataset
                 qrels[f"{name}-{number}"] = {identifier: 1}
     if wanted != split or (split == "train" and "dev" not in table):
         qrels = {q: judged for q, judged in qrels.items() if _in_dev_tenth(q) == (split == "dev")}
-    if not qrels:
+    if wanted and not qrels:
         raise InputError(f"{source}: split {split!r} has no pair, so there is nothing to train on or to measure.")
     corpus: Mapping[str, Any] = texts if pages is None else pages
-    return RetrievalDataset(Path(source).name, split, corpus, {q: queries[q] for q in qrels}, qrels)
+    return RetrievalDataset(Path(source).name, split or "corpus", corpus, {q: queries[q] for q in qrels}, qrels)
 
 
 def _in_dev_tenth(query_id: str) -> bool:

@@ -307,7 +307,8 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], Encoder]:
     data = HeadData(kind=kind, negatives=settings.negatives, labels=objective.needs_labels, depth=settings.depth)
     counts = {}
     for dataset in _datasets(recipe, settings):
-        counts[dataset.name] = len(dataset.pairs() if data.labels else dataset.queries)
+        judged = sum(score > 0 for documents in dataset.qrels.values() for score in documents.values())
+        counts[dataset.name] = judged if data.labels else len(dataset.queries)
         if recipe.dry_run:
             data.pairs = np.zeros((sum(counts.values()), 3), np.int64)  # for the number of steps
             continue

@@ -59,11 +59,12 @@ class _PoolingObjective(nn.Module):
     def __init__(self, model: ReinPoolModel, settings: dict[str, Any]):
         super().__init__()
         self.settings = {name: v for name, v in settings.items() if name not in ("self", "model", "__class__")}
-        scale, ladder, share = (settings[name] for name in ("score_scale", "ladder", "label_weight"))
+        scale, ladder = settings["score_scale"], settings["ladder"]
         if not 0 < scale < math.inf:
             raise InputError(f"--score_scale {scale}: scores need a positive factor before the softmax, e.g. 30.")
-        if not 0 <= share < math.inf:
-            raise InputError(f"--label_weight {share}: no weight. Use 0 or more.")
+        for name in ("label_weight", "prior_weight", "entropy_weight"):
+            if not 0 <= settings.get(name, 0) < math.inf:
+                raise InputError(f"--{name} {settings[name]}: no weight. Use 0 or more.")
         try:
             self.ladder = [int(number) for number in ladder.split(",")]
         except ValueError:
