@@ -162,10 +162,13 @@ def draw(results: dict[str, Any], path: Path) -> None:
         for row, style in zip(across, ("-", "--", ":", "-.") * len(across), strict=False):
             axis.axhline(row["value"], ls=style, color="0.5", lw=1, label=row["system"])
         if results.get("gap"):
-            low, high = (
-                next(r["value"] for r in points if (r["dataset"], r["system"]) == (dataset, name))
+            ends = [
+                r["value"]
                 for name in results["gap"]
-            )
+                for r in _points(results)
+                if (r["dataset"], r["system"]) == (dataset, name)
+            ]
+            low, high = ends if len(ends) == 2 else (0, 0)
             if high - low >= 0.02:  # of a smaller gap, a share says nothing
                 axis.secondary_yaxis(
                     "right",

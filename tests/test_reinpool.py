@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -1118,16 +1119,32 @@ def test_every_checkpoint_is_a_head_that_opens(trained, objective):
         assert type(head).__name__ == "ReinPoolModel"
 
 
+KILLED = """
+import os, signal, sys
+from polyrep import training
+
+class Kill(training.CheckpointCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+training.CheckpointCallback = Kill
+training.train(sys.argv[1:])
+"""
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_resuming_gives_what_an_unbroken_run_gives(trained, run, objective, tmp_path):
-    shutil.copytree(trained[objective] / "checkpoint-2", tmp_path / "checkpoint-2")
-    shutil.copy(trained[objective] / "run.json", tmp_path)
-    flags = ["--resume_from_checkpoint", "last", "--head_only", "true", *OBJECTIVES[objective]]
-    train([str(run), "--output_dir", str(tmp_path), *flags])
+def test_after_kill_9_the_next_losses_are_those_of_an_unbroken_run(trained, run, objective, tmp_path):
+    arguments = [str(run), "--output_dir", str(tmp_path), "--head_only", "true", *OBJECTIVES[objective]]
+    killed = run_python("-c", KILLED, *arguments)
+    assert killed.returncode == -signal.SIGKILL
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"]
+    train([*arguments, "--resume_from_checkpoint", "last"])
     assert len(losses(tmp_path)) == 4
     np.testing.assert_allclose(losses(tmp_path), losses(trained[objective]), rtol=1e-5)
     for name, value in weights_of(trained[objective]).items():
-        torch.testing.assert_close(weights_of(tmp_path)[name], value, msg=name)
+        if not name.endswith("key.bias"):  # a softmax does not see it: what it gets is rounding, scaled up by Adam
+            torch.testing.assert_close(weights_of(tmp_path)[name], value, msg=name, rtol=1e-4, atol=1e-5)
     assert not (tmp_path / "final").exists()
 
 
@@ -1241,3 +1258,46 @@ def test_two_processes_train_what_one_does(run, objective, tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-3)
     for name, value in weights_of(tmp_path / "one").items():
         torch.testing.assert_close(weights_of(tmp_path / "two")[name], value, atol=2e-4, rtol=1e-3, msg=name)
+
+
+def test_a_sample_that_drops_all_is_rewarded_for_the_vector_that_encoding_would_keep():
+    head = ReinPoolModel(ReinPoolConfig(dim=4, num_layers=0, num_heads=1, pooling="mean", initial_keep_logit=-40.0))
+    with torch.no_grad():
+        head.keep.weight[0, 2] = 1.0  # the second token is the likeliest, and none is likely
+    objective = ReinforceObjective(head, reward="forward", samples=2)
+    tokens = torch.eye(4)[None, [0, 2, 1]]
+    seen = {}
+    objective._forward = lambda pooled, *_: seen.setdefault("pooled", pooled)[..., 0]
+    objective.most_tokens = 3
+    side = {"token_embeddings": tokens, "attention_mask": torch.ones(1, 3).bool(), "index": torch.zeros(1).long()}
+    objective([side, side], torch.zeros(1).long())
+    torch.testing.assert_close(seen["pooled"], torch.eye(4)[2].expand(1, 2, 4))
+    torch.testing.assert_close(head(tokens).embeddings, torch.eye(4)[None, None, 2])
+
+
+def test_the_filter_starts_where_the_config_says():
+    head = ReinPoolModel(ReinPoolConfig(dim=8, num_heads=2, initial_keep_logit=-1.0))
+    probability = head(torch.randn(2, 3, 8)).keep_probability
+    torch.testing.assert_close(probability, torch.full((2, 3), 1 / (1 + math.e)))
+
+
+def test_a_misspelt_setting_is_refused(tmp_path):
+    ReinPoolModel(ReinPoolConfig(dim=8, num_heads=2)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="num_vector=4 is no setting. Did you mean 'num_vectors'"):
+        ReinPoolPooling.from_pretrained(tmp_path, num_vector=4)
+
+
+def test_one_bit_vectors_are_trained_through_their_signs():
+    torch.manual_seed(0)
+    config = {"dim": 8, "num_layers": 0, "num_heads": 1, "pooling": "kmeans", "projection": True}
+    queries = {"token_embeddings": torch.randn(3, 4, 8), "attention_mask": torch.ones(3, 4).bool()}
+    documents = {"token_embeddings": torch.randn(3, 5, 8), "attention_mask": torch.ones(3, 5).bool()}
+    features = [side | {"index": torch.arange(3)} for side in (queries, documents)]
+    found = {}
+    for quantization in ("none", "binary"):
+        head = ReinPoolModel(ReinPoolConfig(quantization=quantization, **config))
+        losses = SoftGateObjective(head)(features, torch.arange(3))
+        sum(losses.values()).backward()
+        found[quantization] = float(losses["distillation"])
+        assert head.project.weight.grad.abs().sum() > 0
+    assert found["none"] != found["binary"]

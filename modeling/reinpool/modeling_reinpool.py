@@ -20,6 +20,7 @@ import math
 import shutil
 import sys
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -52,6 +53,7 @@ class ReinPoolConfig(PretrainedConfig):
         num_heads (int): Attention heads of each layer.
         ffn_mult (int): Width of its feed-forward part over dim.
         dropout (float): While training.
+        initial_keep_logit (float): Log-odds of keeping a vector before training; at 1, 73 % are kept.
         patch_columns (int): Page images: patches in a row, so that the filter knows where on the page a vector lies.
             None: the vectors are a set.
         num_vectors (int): Vectors of a document, at most.
@@ -80,6 +82,7 @@ class ReinPoolConfig(PretrainedConfig):
         num_heads: int = 4,
         ffn_mult: int = 4,
         dropout: float = 0.0,
+        initial_keep_logit: float = 1.0,
         patch_columns: int | None = None,
         num_vectors: int = 1,
         output: str = "token_embeddings",
@@ -129,6 +132,8 @@ class ReinPoolConfig(PretrainedConfig):
             raise ValueError(f"{name}: patch_columns needs dim in fours for its sines, but dim={dim}. Use None.")
         if not 0 <= dropout < 1:
             raise ValueError(f"{name}: dropout={dropout!r} is no share below 1. Use e.g. 0.1.")
+        if not math.isfinite(initial_keep_logit):
+            raise ValueError(f"{name}: initial_keep_logit={initial_keep_logit!r} is no log-odds. Use e.g. 1.0.")
         if not 0 < threshold < 1:
             raise ValueError(f"{name}: threshold={threshold!r} is no probability to decide by. Use e.g. 0.5.")
         if pooling == "mean" and num_vectors > 1:
@@ -141,7 +146,7 @@ class ReinPoolConfig(PretrainedConfig):
                 "num_vectors=1, or output='token_embeddings' in a MultiVectorEncoder."
             )
         self.dim, self.num_layers, self.num_heads, self.ffn_mult = dim, num_layers, num_heads, ffn_mult
-        self.dropout, self.patch_columns = dropout, patch_columns
+        self.dropout, self.initial_keep_logit, self.patch_columns = dropout, initial_keep_logit, patch_columns
         self.num_vectors, self.output, self.pooling, self.weights = num_vectors, output, pooling, weights
         self.threshold, self.min_keep, self.normalize = threshold, min_keep, normalize
         self.projection, self.refinement, self.quantization = projection, refinement, quantization
@@ -220,7 +225,7 @@ class ReinPoolModel(PreTrainedModel):
         super()._init_weights(module)
         if module is self.keep:  # every vector is kept alike, which is plain mean pooling
             initialization.zeros_(module.weight)
-            initialization.ones_(module.bias)
+            initialization.constant_(module.bias, self.config.initial_keep_logit)
         elif module is getattr(self, "project", None):
             initialization.eye_(module.weight)
         elif any(module in (layer.out, layer.ffn_out) for layer in self.refine):  # starts as no change
@@ -503,9 +508,16 @@ class ReinPoolPooling(BaseTokenPooling):
         finally:
             self.model.train(training)
 
-    def on_model_ready(self, model):
-        """Refuse a backbone with vectors of another width or another score, and warn of other weights."""
-        config, before = self.model.config, list(model)[: list(model).index(self)]
+    def check_backbone(self, model):
+        """Refuse a backbone with vectors of another width, and warn of other weights than the head was trained on.
+
+        A pipeline does this by itself when it is put together. For pooling in single calls, call it once.
+
+        Args:
+            model: A MultiVectorEncoder, with this pooling in it or without.
+        """
+        config, modules = self.model.config, list(model)
+        before = modules[: modules.index(self)] if self in modules else modules
         dims = [module.get_embedding_dimension() for module in before if hasattr(module, "get_embedding_dimension")]
         if dims and dims[-1] and dims[-1] != config.dim:
             raise ValueError(
@@ -513,7 +525,6 @@ class ReinPoolPooling(BaseTokenPooling):
                 f"dim={config.dim}. Use the backbone it was trained on ({config.base_model_id or 'not recorded'}), or "
                 "train a head for this one."
             )
-        self._check_family(model)
         found = _fingerprint_of(before[0]) if before and config.base_fingerprint else None
         if found and found != config.base_fingerprint:
             logger.warning(
@@ -524,6 +535,11 @@ class ReinPoolPooling(BaseTokenPooling):
                 before[0].model.name_or_path,
                 found[:16],
             )
+
+    def on_model_ready(self, model):
+        """Check the backbone, and that the family and its score fit the output."""
+        self._check_family(model)
+        self.check_backbone(model)
 
     def _check_family(self, model):
         family, single = type(model).__name__, self.model.config.output == "sentence_embedding"
@@ -570,6 +586,9 @@ class ReinPoolPooling(BaseTokenPooling):
         kept["cache_dir"] = kwargs.get("cache_folder")
         model = ReinPoolModel.from_pretrained(model_name_or_path, subfolder=subfolder, **kept)
         fields = model.config.to_dict()
+        for name in kwargs:
+            if near := get_close_matches(name, _CHANGEABLE - {name}, n=1, cutoff=0.8) if name not in fields else []:
+                raise ValueError(f"ReinPoolPooling: {name}={kwargs[name]!r} is no setting. Did you mean {near[0]!r}?")
         changes = {k: v for k, v in kwargs.items() if k in fields and fields[k] != v and k not in kept}
         slots = "slots" in (fields["pooling"], changes.get("pooling"))
         fixed = set(changes) - _CHANGEABLE | set(changes) & ({"pooling", "num_vectors"} if slots else set())
@@ -600,7 +619,8 @@ def _fingerprint_of(module) -> str | None:
     folder = Path(source)
     if not folder.is_dir():
         try:
-            folder = Path(cached_file(source, "config.json", local_files_only=True)).parent
+            commit = getattr(module.model.config, "_commit_hash", None)
+            folder = Path(cached_file(source, "config.json", local_files_only=True, revision=commit)).parent
         except OSError:
             return None
     configs = []

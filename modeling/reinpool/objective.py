@@ -182,7 +182,8 @@ class SoftGateObjective(_PoolingObjective):
         with torch.autocast(weights.device.type, enabled=False):
             losses = self._distillation(queries, documents, weights, labels, dtype)
         if self.settings["prior_weight"]:
-            distance = ((logits - 1) * mask).square().sum() / _usual_count(mask)
+            start = self.model.config.initial_keep_logit
+            distance = ((logits - start) * mask).square().sum() / _usual_count(mask)
             losses["prior"] = self.settings["prior_weight"] * distance
         return losses
 
@@ -263,11 +264,14 @@ class ReinforceObjective(_PoolingObjective):
                 step=self.progress[0],
                 device=device,
             )[..., : mask.shape[1]]
-            kept = (draws < torch.sigmoid(own_logits.detach())[:, None]) & own_mask[
-                :, None
-            ]  # (batch, samples, tokens)
+            # (batch, samples, tokens); a sample that drops all keeps the likeliest, as encoding does
+            kept = (draws < torch.sigmoid(own_logits.detach())[:, None]) & own_mask[:, None]
+            likeliest = own_logits.masked_fill(~own_mask, -math.inf).argmax(1)
+            likeliest = F.one_hot(likeliest, mask.shape[1]).bool()[:, None]
+            pooled_from = torch.where(kept.any(-1, keepdim=True), kept, likeliest)
             with torch.no_grad():
-                pooled = self.model.fold(self.model.combine(tokens[labels], kept.to(tokens.dtype), _some(kept)))
+                shares = pooled_from.to(tokens.dtype)
+                pooled = self.model.fold(self.model.combine(tokens[labels], shares, pooled_from))
                 reward = self._inverse if self.settings["reward"] == "inverse" else self._forward
                 rewards = reward(pooled, queries, documents, labels)  # (batch, samples)
                 others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
@@ -333,11 +337,6 @@ def _gain(rank: Tensor, cutoff: int | None) -> Tensor:
 def _product_dtype(device: torch.device) -> torch.dtype:
     """What ``--bf16`` or ``--fp16`` asks products to be in; float32 without."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-
-
-def _some(kept: Tensor) -> Tensor:
-    """What a refinement may look at: what a sample keeps, or everything where it keeps nothing."""
-    return kept | ~kept.any(-1, keepdim=True)
 
 
 def _usual_count(mask: Tensor) -> Tensor:
