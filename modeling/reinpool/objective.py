@@ -115,7 +115,7 @@ class _PoolingObjective(nn.Module):
 
         with torch.no_grad():
             teacher = scores(tokens.to(teacher_dtype), mask)
-        student = scores(self.model.fold(pooled), present)
+        student = scores(self.model.quantize(self.model.fold(pooled)), present)
         losses = {"distillation": (_divergence(student, teacher) + _divergence(student.T, teacher.T)) / 2}
         if self.settings["label_weight"]:
             own = place[gather(labels + get_rank() * len(tokens))]
