@@ -45,6 +45,7 @@ from polyrep.scoring import tie_ranks
 from polyrep.training import train as train_run
 
 ROOT = Path(__file__).parent.parent
+THREADS = torch.get_num_threads()  # now: training may raise it
 RUN = ROOT / "hub_configs" / "dense2sparse-minilm"
 CODE = [*sorted((ROOT / "modeling" / "dense2sparse").glob("*.py")), ROOT / "modeling" / "heads.py"]
 
@@ -171,7 +172,7 @@ class Bench:
             "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in CODE],
             "pairs": [hashlib.sha256(json.dumps(x).encode()).hexdigest() for x in (train.queries, train.qrels)],
             "documents": str(self.documents.embeddings.path.name),
-            "threads": torch.get_num_threads(),
+            "threads": THREADS,
             "flags": self.flags,
         }
         digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]

@@ -44,6 +44,7 @@ from polyrep.scoring import tie_ranks
 from polyrep.training import train as train_run
 
 ROOT = Path(__file__).parent.parent
+THREADS = torch.get_num_threads()  # now: training may raise it
 RUN = ROOT / "hub_configs" / "reinpool-minilm"
 CODE = [*sorted((ROOT / "modeling" / "reinpool").glob("[mo]*.py")), ROOT / "modeling" / "heads.py"]
 
@@ -198,7 +199,7 @@ class Bench:
             "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in CODE],
             "pairs": [hashlib.sha256(json.dumps(x).encode()).hexdigest() for x in (train.queries, train.qrels)],
             "documents": self.documents.path.name,
-            "threads": torch.get_num_threads(),
+            "threads": THREADS,
             "flags": self.flags,
             "recipe": {file.name: file.read_text() for file in sorted(RUN.iterdir())},
         }
