@@ -51,7 +51,13 @@ def main() -> None:
         }
         models = {args.model: fingerprint(Path(args.model)), args.head: fingerprint(Path(args.head))}
         made_by = provenance(shlex.join(["python", *sys.argv]))
-        write_json(staged / "reinpool-kept.json", made_by | {"models": models, "keep_probability": figures})
+        row = {"system": "ReinPool filter", "dataset": dataset.name, "split": dataset.split}
+        rows = [
+            row | {"metric": f"mean keep probability, {name}", "value": float(one[1].mean())}
+            for one, name in zip(shown, chosen, strict=True)
+        ]
+        results = {"name": "reinpool-kept", "seeds": [0], "settings_tried": 1, "models": models, "rows": rows}
+        write_json(staged / "reinpool-kept.json", made_by | results | {"claims": [], "keep_probability": figures})
 
 
 if __name__ == "__main__":
