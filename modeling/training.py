@@ -62,9 +62,8 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
     started_from = {"backbone": recipe.backbone, "objective": recipe.objective, **plan.config}
     if plan.head:  # what the corpus and the objective make of the head before the first step
         started_from |= {"datasets": recipe.datasets, "split": recipe.split, **plan.objective_arguments}
-        started_from |= {
-            name: getattr(plan.head, name) for name in ("queries", "cloze_sentences", "negatives", "depth")
-        }
+        seen = ("queries", "cloze_sentences", "max_length", "vocabulary", "negatives", "depth")
+        started_from |= {name: getattr(plan.head, name) for name in seen}
     earlier = [] if resume or recipe.dry_run else [output / "final", output / "head", *output.glob("checkpoint-*")]
     earlier = [path for path in earlier if path.exists()] if args.process_index == 0 else []
     if earlier and not recipe.overwrite:

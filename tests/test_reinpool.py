@@ -1148,6 +1148,13 @@ def test_after_kill_9_the_next_losses_are_those_of_an_unbroken_run(trained, run,
     assert not (tmp_path / "final").exists()
 
 
+def test_resuming_with_other_tokens_is_refused(trained, run):
+    folder = trained["SoftGateObjective"]
+    with pytest.raises(InputError, match="started with another max_length"):
+        changed = ["--resume_from_checkpoint", "last", "--max_length", "8", *OBJECTIVES["SoftGateObjective"]]
+        train([str(run), "--output_dir", str(folder), *changed])
+
+
 def test_another_run_on_the_same_texts_leaves_the_backbone_alone(trained, run, tmp_path, monkeypatch):
     def encode(*_: Any, **__: Any) -> None:
         pytest.fail("encoded again")
