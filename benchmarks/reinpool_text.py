@@ -13,7 +13,8 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from bundle import bundle
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
@@ -36,7 +38,7 @@ from polyrep.evaluation import per_query_metrics, table_rows
 from polyrep.files import staged_folder, write_json
 from polyrep.heads import HeadData, HeadTrainer, TokenSide, encode_tokens
 from polyrep.hub import fastest_dtype, fetch, fingerprint, load, read_json
-from polyrep.recipes import HeadTrainingArguments
+from polyrep.recipes import HeadTrainingArguments, resolve
 from polyrep.reinpool import ReinPoolConfig, ReinPoolModel, SoftGateObjective
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import Ranking, mean_of_tokens, rank_embeddings, sum_of_tokens
@@ -123,20 +125,14 @@ class Arguments:
 class HierarchicalProjection(SoftGateObjective):
     """The control: the same projection and loss over clusters of HierarchicalTokenPooling instead of ours."""
 
-    clusters: dict[int, np.ndarray]  # number of vectors -> cluster of every token of the corpus
-    offsets: np.ndarray
+    bench: Bench
 
     def forward(self, features: list[dict[str, torch.Tensor]], labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Loss of a batch."""
         index, mask = features[1]["index"].numpy(), features[1]["attention_mask"]
 
         def assign(tokens: torch.Tensor, weights: torch.Tensor, number: int) -> torch.Tensor:
-            if number == 1:
-                return mask.float()[:, None]
-            rows = torch.full(mask.shape, -1)
-            flat = [self.clusters[number][self.offsets[i] : self.offsets[i + 1]] for i in index]
-            rows[mask] = torch.from_numpy(np.concatenate(flat)).long()
-            return (rows[:, None] == torch.arange(number)[:, None]).float()
+            return self.bench.hierarchical_shares(index, mask, number)
 
         self.model.assign = assign  # type: ignore[method-assign]
         return super().forward(features, labels)
@@ -160,14 +156,20 @@ class Bench:
 
     def encoded(self, dataset: RetrievalDataset, task: str) -> TokenSide:
         """Token vectors of the queries or the documents."""
-        usual = self.model.max_seq_length
-        self.model.max_seq_length = self.length or usual
-        try:
+        with self.at_length():
             if task == "document":
                 return encode_tokens(self.model, dict(dataset.corpus), "document", dataset.name, **self.options)
             return encode_tokens(
                 self.model, dataset.queries, "query", f"{dataset.name}-{dataset.split}", **self.options
             )
+
+    @contextmanager
+    def at_length(self) -> Iterator[None]:
+        """The model with this data set's number of tokens."""
+        usual = self.model.max_seq_length
+        self.model.max_seq_length = self.length or usual
+        try:
+            yield
         finally:
             self.model.max_seq_length = usual
 
@@ -225,16 +227,14 @@ class Bench:
 
     def hierarchical_projection(self, seed: int) -> Path:
         """The control: a projection alone, on the clusters of HierarchicalTokenPooling, by the recipe's own steps."""
-        from polyrep.recipes import resolve
 
         def fit(folder: Path) -> None:
             argv = [RUN.name, "--datasets", str(self.source), "--seed", str(seed), "--output_dir", str(folder)]
             plan = resolve([*argv, *self.flags], prog="train.py")
             set_seed(seed)
             data = HeadData(kind="tokens", negatives=plan.head.negatives, labels=True, depth=plan.head.depth)
-            usual, self.model.max_seq_length = self.model.max_seq_length, self.length or self.model.max_seq_length
-            data.add(self.model, self.split("train"), **self.options)
-            self.model.max_seq_length = usual
+            with self.at_length():
+                data.add(self.model, self.split("train"), **self.options)
             head = ReinPoolModel(
                 ReinPoolConfig(
                     dim=self.documents.dim,
@@ -247,7 +247,7 @@ class Bench:
             )
             head.keep.requires_grad_(False)
             objective = HierarchicalProjection(head, **plan.objective_arguments)
-            objective.clusters, objective.offsets = self.hierarchical_clusters, self.documents.offsets
+            objective.bench = self
             arguments: HeadTrainingArguments = plan.args
             arguments.save_strategy = "no"
             trainer = HeadTrainer(objective=objective, args=arguments, train_dataset=data, data_collator=data.collate)
@@ -284,14 +284,24 @@ class Bench:
                     if i in checked:
                         factor = max(len(vectors) / (k + 0.5), 1.0)
                         stock = HierarchicalTokenPooling(factor, num_protected_tokens=0).pool_one(vectors)
-                        ours = _cluster_means(
-                            vectors[None], torch.from_numpy(found[k][part].astype(np.int64))[None], k
-                        )
-                        assert torch.allclose(stock, ours[0, : len(stock)], atol=1e-4), (i, k)
+                        members = torch.from_numpy(found[k][part]) == torch.arange(k)[:, None]  # (clusters, tokens)
+                        ours = torch.nn.functional.normalize(members.float() @ vectors, dim=-1)
+                        assert torch.allclose(stock, ours[: len(stock)], atol=1e-4), (i, k)
             with staged_folder(folder) as staged:
                 save_file({str(k): torch.from_numpy(v) for k, v in found.items()}, staged / "clusters.safetensors")
         stored = load_file(folder / "clusters.safetensors")
         return {int(k): v.numpy() for k, v in stored.items()}
+
+    def hierarchical_shares(self, rows: np.ndarray, mask: torch.Tensor, number: int) -> torch.Tensor:
+        """1 where a token is in a cluster: ``(documents, number, tokens)``, for documents by their place."""
+        clusters = torch.full(mask.shape, -1)
+        if number == 1:
+            clusters[mask] = 0
+        else:
+            offsets = self.documents.offsets
+            parts = [self.hierarchical_clusters[number][offsets[i] : offsets[i + 1]] for i in rows]
+            clusters[mask] = torch.from_numpy(np.concatenate(parts)).long()
+        return (clusters[:, None] == torch.arange(number)[:, None]).float()
 
     # Pooling: each gives every document's vectors, for some numbers of vectors
 
@@ -337,19 +347,12 @@ class Bench:
     def hierarchical(self, numbers: Iterable[int], folder: Path | None = None, **kwargs: Any) -> dict[int, Embeddings]:
         """HierarchicalTokenPooling without a protected token, and through the projection of a head where given."""
         head: ReinPoolModel | None = AutoModel.from_pretrained(folder).eval() if folder else None
-        offsets = self.documents.offsets
 
         def pool(rows: np.ndarray, tokens: torch.Tensor, mask: torch.Tensor) -> dict:
             result = {}
             for k in numbers:
-                clusters = torch.full(mask.shape, -1)
-                if k == 1:
-                    clusters[mask] = 0
-                else:
-                    parts = [self.hierarchical_clusters[k][offsets[i] : offsets[i + 1]] for i in rows]
-                    clusters[mask] = torch.from_numpy(np.concatenate(parts)).long()
-                vectors = _cluster_means(tokens, clusters, k)
-                there = (clusters[:, None] == torch.arange(k)[:, None]).any(-1)
+                shares = self.hierarchical_shares(rows, mask, k)
+                vectors, there = torch.nn.functional.normalize(shares @ tokens, dim=-1), shares.any(-1)
                 result[k] = (head.fold(vectors) if head else vectors, there)
             return result
 
@@ -407,17 +410,9 @@ class Bench:
                 save_file(tensors, staged / "ranking", metadata={"costs": json.dumps(costs)})
             (path.parent / f"{path.stem}-new" / "ranking").replace(path)
             (path.parent / f"{path.stem}-new").rmdir()
-        from safetensors import safe_open
-
         with safe_open(path, framework="numpy") as stored:
             costs = json.loads(stored.metadata()["costs"])
             return Ranking(system, stored.get_tensor("positions"), stored.get_tensor("scores"), costs)
-
-
-def _cluster_means(tokens: torch.Tensor, clusters: torch.Tensor, number: int) -> torch.Tensor:
-    """Normalised mean of each cluster: ``(documents, number, dim)``, zero for one without members."""
-    shares = (clusters[:, None] == torch.arange(number)[:, None]).to(tokens.dtype)
-    return torch.nn.functional.normalize(shares @ tokens, dim=-1)
 
 
 def _digest(content: Any) -> str:
