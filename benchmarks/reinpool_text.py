@@ -55,10 +55,8 @@ BINARY = (1, 4, 16, 32)
 KEPT_DEPTH = 100
 """Documents of a ranking that are kept: as many as the metrics read."""
 
-ONE = shlex.split(
-    "--ladder 1 --num_vectors 1 --pooling mean --refinement 0 --max_steps 60 --per_device_train_batch_size 32"
-)
-NO_FILTER = ["--num_layers", "0", "--freeze", "^keep"]
+ONE = shlex.split("--ladder 1 --num_vectors 1 --pooling mean --refinement 0 --max_steps 150")
+NO_FILTER = ["--freeze", "^keep"]
 HARD = ["--weights", "hard", "--objective", "ReinforceObjective"]
 ONE_VECTOR = {
     "ReinPool hard, inverse reward": [*ONE, *HARD, "--reward", "inverse", "--projection", "false"],
@@ -73,24 +71,30 @@ NO_FILTER_NAME = "k-means refined without filter"
 LADDERS = {"ReinPool": [], NO_FILTER_NAME: NO_FILTER}
 """Heads that give any number of vectors: the shipped recipe, and the same without its filter."""
 
-SETTINGS_TRIED = 50
-"""On dev: 45 sketches of heads, losses and rates on two or three sets, and 5 of rewards."""
+SETTINGS_TRIED = 64
+"""On dev: 59 sketches of heads, losses, rates and queries on one to three sets, and 5 of rewards."""
 
 RANDOM = (1, 8, 32)
 
 ABLATIONS: dict[str, list[str]] = {
     "recipe": [],
     "no filter": NO_FILTER,
-    "filter without attention": ["--num_layers", "0"],
+    "filter of one layer": ["--num_layers", "1"],
     "filter of two layers": ["--num_layers", "2"],
+    "filter from 50 % kept": ["--initial_keep_logit", "0"],
+    "filter from 95 % kept": ["--initial_keep_logit", "3"],
+    "filter held to its start": ["--prior_weight", "0.1"],
     "no refinement": ["--refinement", "0"],
     "no projection": ["--projection", "false"],
+    "one number of vectors a step": ["--rungs", "1"],
     "no labels": ["--label_weight", "0"],
     "labels at 1": ["--label_weight", "1"],
-    "filter held to its start": ["--prior_weight", "0.1"],
+    "sentences as queries too": ["--queries", "both"],
+    "sentences alone": ["--queries", "inverse_cloze"],
     "slots": shlex.split("--pooling slots --num_vectors 4 --ladder 4"),
     "one vector, soft": ONE,
     "one vector, inverse reward": [*ONE, *HARD],
+    "one vector, inverse reward, filter of one layer": [*ONE, *HARD, "--num_layers", "1"],
     "one vector, inverse reward, 32 samples": [*ONE, *HARD, "--samples", "32"],
     "one vector, inverse reward, no entropy": [*ONE, *HARD, "--entropy_weight", "0"],
     "one vector, inverse reward, sentences as queries too": [*ONE, *HARD, "--queries", "both"],
@@ -708,7 +712,15 @@ def main() -> None:
         "rows": [row for out in [*measured, *beside] for row in rows_of(out)],
         "settings_tried": SETTINGS_TRIED,
         "gap": ["mean", "full MaxSim"],
-        "drawn": ["full MaxSim", "mean", "hierarchical", "hierarchical + projection", "ReinPool", "ReinPool one-bit"],
+        "drawn": [
+            "full MaxSim",
+            "mean",
+            "all-MiniLM-L6-v2",
+            "hierarchical",
+            "hierarchical + projection",
+            "ReinPool",
+            "ReinPool one-bit",
+        ],
         "claims": claims(measured, [bench.head([], seed) for bench in benches for seed in args.seeds]),
     }
     print(write(outcome))

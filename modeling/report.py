@@ -130,6 +130,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     points = [r for r in _points(results) if shown is None or r["system"].partition(", ")[0] in shown]
     without = [row for row in results["rows"] if row["metric"] == "nDCG@10" and not row.get(cost)]
     datasets = list(dict.fromkeys(row["dataset"] for row in points))
+    curves = [name for name in datasets if sum(row["dataset"] == name for row in points) > 2]
+    datasets = curves or datasets  # beside real curves, a panel of two points only takes room
     families = list(dict.fromkeys(row["system"].partition(", ")[0] for row in points))
     columns = min(len(datasets), 2)
     rows = -(-len(datasets) // columns)

@@ -309,13 +309,16 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], Encoder]:
         judged = sum(score > 0 for documents in dataset.qrels.values() for score in documents.values())
         counts[dataset.name] = judged if data.labels else len(dataset.queries)
         if recipe.dry_run:
-            data.pairs = np.zeros((sum(counts.values()), 3), np.int64)  # for the number of steps
+            number = np.repeat(np.arange(len(counts)), list(counts.values()))
+            data.pairs = np.stack([number] * 3, axis=1)  # for the number of steps
             continue
         with plan.args.main_process_first(desc="encode"):
             options: dict[str, Any] = {"cache_dir": settings.cache_dir, "batch_size": settings.encode_batch_size}
             if tokenizer is not None:
                 options["tokenizer"] = tokenizer
             data.add(backbone, dataset, **options)
+    if settings.queries == "both":
+        data.even_out()
     started = time.perf_counter()
     if not recipe.dry_run:
         objective.prepare(data)

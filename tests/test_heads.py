@@ -70,6 +70,15 @@ def test_batches_hold_the_rows_that_they_name(two_sets, sentence_model):
         assert ids[mask.bool()].tolist() == tokenizer(expected[index])["input_ids"]
 
 
+def test_small_sets_are_repeated_until_they_count_as_much_as_the_largest(two_sets):
+    two_sets.pairs = np.array([[0, 0, 1]] * 2 + [[1, q, 0] for q in range(5)])
+    two_sets.even_out()
+    assert two_sets.pairs.tolist() == [[0, 0, 1]] * 4 + [[1, q, 0] for q in range(5)]  # 5 / 2 is nearest to 2
+    two_sets.negatives = 1
+    drawn = [two_sets.collate([two_sets[row]])["features"][1]["index"][1].item() for row in range(4)]
+    assert len(set(drawn)) > 1  # by its own draw
+
+
 def test_negatives_are_among_the_nearest_of_the_same_set(two_sets, sentence_model):
     scores = sentence_model.similarity(
         sentence_model.encode_query(list(QUERIES.values())), sentence_model.encode_document(list(DOCUMENTS.values()))

@@ -949,6 +949,20 @@ def test_each_step_trains_one_number_of_the_ladder_and_steps_all_of_them(batch, 
     assert all(25 < first.count(number) < 75 for number in (1, 2, 5)) and len(first) == 150
 
 
+def test_a_step_of_several_numbers_is_the_mean_of_steps_of_each(batch):
+    head = random_head(projection=True, refinement=1, pooling="kmeans", num_vectors=2, weights="soft")
+
+    def losses(**settings: Any) -> dict[str, float]:
+        objective = SoftGateObjective(head, label_weight=0.7, prior_weight=0.2, **settings)
+        return {name: value.item() for name, value in objective(batch, LABELS).items()}
+
+    together, one, three = losses(ladder="1,3", rungs=2), losses(ladder="1"), losses(ladder="3")
+    for name, value in together.items():
+        assert value == pytest.approx((one[name] + three[name]) / 2, rel=1e-5), name
+    assert one["distillation"] != pytest.approx(three["distillation"], rel=1e-3)
+    assert losses(ladder="1,3", rungs=5) == pytest.approx(together)
+
+
 @pytest.mark.parametrize("reward", ["inverse", "forward"])
 def test_reward_teaches_the_filter_to_tell_topics_from_noise(reward):
     """Two vectors of a document are its topic and five those of other documents; a mark in the last place tells."""
@@ -1009,6 +1023,7 @@ def test_no_relevance_beyond_the_judgments_is_rewarded(batch):
         (SoftGateObjective, {"ladder": ""}, {}, "--ladder ''"),
         (SoftGateObjective, {"ladder": "1,4"}, {}, "--ladder 1,4: pooling='mean' always gives 1 vector"),
         (SoftGateObjective, {}, {"pooling": "slots", "num_vectors": 4}, "'slots' always gives 4.*Use --ladder 4"),
+        (SoftGateObjective, {"rungs": 0}, {}, "--rungs 0: a step would train nothing"),
         (SoftGateObjective, {"score_scale": 0.0}, {}, "--score_scale 0.0"),
         (SoftGateObjective, {"score_scale": math.inf}, {}, "--score_scale inf"),
         (SoftGateObjective, {"label_weight": -1.0}, {}, "--label_weight -1.0"),
@@ -1028,7 +1043,7 @@ def test_objectives_refuse_bad_settings(kind, settings, config, words):
 
 def test_objectives_tell_their_settings():
     settings = SoftGateObjective(random_head(), score_scale=12.0).get_config_dict()
-    assert settings == {"score_scale": 12.0, "ladder": "1", "label_weight": 0.0, "prior_weight": 0.0}
+    assert settings == {"score_scale": 12.0, "ladder": "1", "rungs": 1, "label_weight": 0.0, "prior_weight": 0.0}
     assert ReinforceObjective(random_head(), samples=3).get_config_dict()["samples"] == 3
 
 

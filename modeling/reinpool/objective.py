@@ -76,6 +76,8 @@ class _PoolingObjective(nn.Module):
                 f"--ladder {ladder}: pooling={model.config.pooling!r} always gives {model.config.num_vectors} "
                 f"vector(s). Use --ladder {model.config.num_vectors}, or --pooling kmeans."
             )
+        if settings["rungs"] < 1:
+            raise InputError(f"--rungs {settings['rungs']}: a step would train nothing. Use 1 or more.")
         self.model = model
         self.progress, self.seed = (0, 1), 0  # step and steps in all, and seed of the run: set by the trainer
         self.metrics: dict[str, Tensor] = {}
@@ -97,12 +99,11 @@ class _PoolingObjective(nn.Module):
             labels: ``(queries,)`` row of each query's own document among this process's documents.
             teacher_dtype: Of the dearest product of a step, for which half precision is enough.
         """
-        # One number of vectors a step, the same for every process; over the steps, all of the ladder.
-        draw = torch.rand((), generator=torch.Generator().manual_seed(hash((self.seed, self.progress[0])) % 2**63))
-        number = self.ladder[int(draw * len(self.ladder))]
+        # A few numbers of vectors a step, the same for every process; over the steps, all of the ladder.
+        generator = torch.Generator().manual_seed(hash((self.seed, self.progress[0])) % 2**63)
+        drawn = torch.randperm(len(self.ladder), generator=generator)[: self.settings["rungs"]].tolist()
         query_tokens, query_mask = _gather_tokens(queries["token_embeddings"], queries["attention_mask"])
         tokens, mask = documents["token_embeddings"], documents["attention_mask"]
-        pooled, present = self.model.pool(tokens, weights, number)
         # A document that is there twice must not be its own negative: columns of its first place only.
         everyone = gather(documents["index"])
         columns, place = _first_places(everyone)
@@ -115,11 +116,16 @@ class _PoolingObjective(nn.Module):
 
         with torch.no_grad():
             teacher = scores(tokens.to(teacher_dtype), mask)
-        student = scores(self.model.quantize(self.model.fold(pooled)), present)
-        losses = {"distillation": (_divergence(student, teacher) + _divergence(student.T, teacher.T)) / 2}
-        if self.settings["label_weight"]:
-            own = place[gather(labels + get_rank() * len(tokens))]
-            losses["labels"] = self.settings["label_weight"] * F.cross_entropy(student, own)
+        losses: dict[str, Tensor] = {}
+        for number in (self.ladder[rung] for rung in drawn):
+            pooled, present = self.model.pool(tokens, weights, number)
+            student = scores(self.model.quantize(self.model.fold(pooled)), present)
+            parts = {"distillation": (_divergence(student, teacher) + _divergence(student.T, teacher.T)) / 2}
+            if self.settings["label_weight"]:
+                own = place[gather(labels + get_rank() * len(tokens))]
+                parts["labels"] = self.settings["label_weight"] * F.cross_entropy(student, own)
+            for name, value in parts.items():
+                losses[name] = losses.get(name, 0) + value / len(drawn)
         return losses
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -147,7 +153,9 @@ class SoftGateObjective(_PoolingObjective):
 
     Args:
         score_scale: Factor of scores per query token before the softmax.
-        ladder: Numbers of vectors to train, one drawn each step; the head then serves all of them.
+        ladder: Numbers of vectors to train; the head then serves all of them.
+        rungs: Of the ladder, drawn each step, at most. A second costs less than a second step, since filter and frozen
+            scores are shared.
         label_weight: Weight of InfoNCE on the judgments.
         prior_weight: Weight of the squared distance of the filter's logits from their start, where all are kept.
     """
@@ -157,6 +165,7 @@ class SoftGateObjective(_PoolingObjective):
         model: ReinPoolModel,
         score_scale: float = 30.0,
         ladder: str = "1",
+        rungs: int = 1,
         label_weight: float = 0.0,
         prior_weight: float = 0.0,
     ):
@@ -207,6 +216,7 @@ class ReinforceObjective(_PoolingObjective):
         entropy_weight: Bonus for undecided filters.
         score_scale: See SoftGateObjective.
         ladder: See SoftGateObjective; rewards are always those of one vector.
+        rungs: See SoftGateObjective.
         label_weight: See SoftGateObjective.
     """
 
@@ -224,6 +234,7 @@ class ReinforceObjective(_PoolingObjective):
         entropy_weight: float = 1e-3,
         score_scale: float = 30.0,
         ladder: str = "1",
+        rungs: int = 1,
         label_weight: float = 0.0,
     ):
         super().__init__(model, locals())
