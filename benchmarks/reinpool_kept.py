@@ -40,7 +40,8 @@ def main() -> None:
     for identifier in chosen:
         tokens, vectors = token_pieces(retriever, dataset.corpus[identifier])
         with torch.inference_mode():
-            shown.append((tokens, pooling.model(vectors[None]).keep_probability[0].numpy()))
+            output = pooling.model.to(vectors.device)(vectors[None])
+            shown.append((tokens, output.keep_probability[0].cpu().numpy()))
     pages = [kept_tokens_html(*one, title=name) for one, name in zip(shown, chosen, strict=True)]
     with staged_folder(args.output, merge=True) as staged:
         kept_tokens_png(shown, staged / "reinpool-kept.png", titles=chosen)

@@ -244,10 +244,14 @@ class HeadData(Dataset):
         self.parts.append((queries, documents, nearest))
         self.pairs = np.concatenate([self.pairs, numbered])
 
-    def even_out(self) -> None:
-        """Repeat pairs until every part has about as many as the largest; each repeat draws its own negatives."""
+    def even_out(self, first: int) -> None:
+        """Repeat pairs of the parts from ``first`` on until each has about as many as the largest of them.
+
+        Each repeat draws its own negatives.
+        """
         counts = np.bincount(self.pairs[:, 0])
-        self.pairs = np.repeat(self.pairs, np.round(counts.max() / counts).astype(int)[self.pairs[:, 0]], axis=0)
+        times = np.where(np.arange(len(counts)) < first, 1, np.round(counts[first:].max() / counts))
+        self.pairs = np.repeat(self.pairs, times.astype(int)[self.pairs[:, 0]], axis=0)
 
     def __len__(self) -> int:
         return len(self.pairs)

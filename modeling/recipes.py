@@ -116,7 +116,7 @@ class HeadArguments:
         default="judged",
         metadata={
             "help": "judged: those of the data set. inverse_cloze: sentences of the documents, removed from them, "
-            "for a corpus without queries. both: the two together, each about as often."
+            "for a corpus without queries. both: the two of a data set, each about as often."
         },
     )
     cloze_sentences: int = field(default=3, metadata={"help": "Sentences taken of a document, at most a third."})

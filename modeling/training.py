@@ -280,6 +280,11 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], Encoder]:
         "base_revision": recipe.revision,
         "base_fingerprint": fingerprint(folder),
     }
+    if settings.queries == "both" and getattr(plan.objective, "one_corpus", False):
+        raise InputError(
+            f"--queries both: {plan.objective.__name__} ranks all texts as one corpus, in which every document would "
+            "be twice, whole and without its sentences, and count against itself. Use judged or inverse_cloze."
+        )
     set_seed(plan.args.seed)
     tokenizer = None
     try:
@@ -309,16 +314,16 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], Encoder]:
         judged = sum(score > 0 for documents in dataset.qrels.values() for score in documents.values())
         counts[dataset.name] = judged if data.labels else len(dataset.queries)
         if recipe.dry_run:
-            number = np.repeat(np.arange(len(counts)), list(counts.values()))
-            data.pairs = np.stack([number] * 3, axis=1)  # for the number of steps
-            continue
-        with plan.args.main_process_first(desc="encode"):
-            options: dict[str, Any] = {"cache_dir": settings.cache_dir, "batch_size": settings.encode_batch_size}
-            if tokenizer is not None:
-                options["tokenizer"] = tokenizer
-            data.add(backbone, dataset, **options)
-    if settings.queries == "both":
-        data.even_out()
+            part = np.full((counts[dataset.name], 3), len(counts) - 1)
+            data.pairs = np.concatenate([data.pairs, part])  # for the number of steps
+        else:
+            with plan.args.main_process_first(desc="encode"):
+                options: dict[str, Any] = {"cache_dir": settings.cache_dir, "batch_size": settings.encode_batch_size}
+                if tokenizer is not None:
+                    options["tokenizer"] = tokenizer
+                data.add(backbone, dataset, **options)
+        if settings.queries == "both" and dataset.split == "cloze":
+            data.even_out(len(counts) - 2)  # this data set's judged queries and its sentences
     started = time.perf_counter()
     if not recipe.dry_run:
         objective.prepare(data)

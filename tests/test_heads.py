@@ -72,8 +72,11 @@ def test_batches_hold_the_rows_that_they_name(two_sets, sentence_model):
 
 def test_small_sets_are_repeated_until_they_count_as_much_as_the_largest(two_sets):
     two_sets.pairs = np.array([[0, 0, 1]] * 2 + [[1, q, 0] for q in range(5)])
-    two_sets.even_out()
+    two_sets.even_out(0)
     assert two_sets.pairs.tolist() == [[0, 0, 1]] * 4 + [[1, q, 0] for q in range(5)]  # 5 / 2 is nearest to 2
+    whole = two_sets.pairs
+    two_sets.even_out(1)
+    assert two_sets.pairs is not whole and two_sets.pairs.tolist() == whole.tolist()
     two_sets.negatives = 1
     drawn = [two_sets.collate([two_sets[row]])["features"][1]["index"][1].item() for row in range(4)]
     assert len(set(drawn)) > 1  # by its own draw

@@ -672,9 +672,25 @@ def test_a_head_opens_with_other_settings_but_not_with_another_shape(tmp_path):
             ReinPoolPooling.from_pretrained(tmp_path / "head", **{name: value})
     with pytest.raises(ValueError, match="pooling='slots'"):
         ReinPoolPooling.from_pretrained(tmp_path / "head", pooling="slots")
+    for wrong, meant in {"quantize": "quantization", "vectors": "num_vectors", "num_vector": "num_vectors"}.items():
+        with pytest.raises(ValueError, match=f"{wrong}=1 is no setting. Did you mean '{meant}'"):
+            ReinPoolPooling.from_pretrained(tmp_path / "head", **{wrong: 1})
+    with pytest.raises(ValueError, match=r"min_keep=3 has nothing to decide.*add weights='hard'"):
+        ReinPoolPooling.from_pretrained(tmp_path / "head", weights="soft", min_keep=3)
     random_head(pooling="slots", num_vectors=2).save_pretrained(tmp_path / "slots")
     with pytest.raises(ValueError, match="num_vectors=3"):
         ReinPoolPooling.from_pretrained(tmp_path / "slots", num_vectors=3)
+
+
+def test_a_pipeline_is_not_taken_for_its_head(backbone, head, tmp_path):
+    polyrep.save(attached(late_interaction(backbone, "plain"), head), tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"holds a model of type 'bert', not a polyrep_reinpool head.*subfolder="):
+        ReinPoolPooling.from_pretrained(tmp_path / "saved", num_vectors=4)
+    module = json.loads((tmp_path / "saved" / "modules.json").read_text())[-1]["path"]
+    opened = ReinPoolPooling.from_pretrained(tmp_path / "saved", subfolder=module)
+    rows = documents([4, 3], head.config.dim)
+    for ours, row in zip(opened.pool(rows), rows, strict=True):
+        np.testing.assert_allclose(ours, ReinPoolPooling(head).pool([row])[0], atol=1e-6)
 
 
 def test_a_head_without_its_weights_names_the_file(tmp_path):
@@ -1034,6 +1050,7 @@ def test_no_relevance_beyond_the_judgments_is_rewarded(batch):
         (ReinforceObjective, {"cutoff": -3}, {}, "--cutoff -3: at least 1"),
         (ReinforceObjective, {"cutoff": 0}, {}, "--cutoff 0: at least 1"),
         (ReinforceObjective, {}, {"pooling": "slots"}, "--pooling slots"),
+        (ReinforceObjective, {}, {"weights": "soft"}, "--weights soft: rewards are those of .* Add --weights hard"),
     ],
 )
 def test_objectives_refuse_bad_settings(kind, settings, config, words):
@@ -1051,7 +1068,7 @@ def test_objectives_tell_their_settings():
 
 OBJECTIVES = {
     "SoftGateObjective": ["--prior_weight", "0.1"],
-    "ReinforceObjective": ["--objective", "ReinforceObjective", "--bank", "8", "--entropy_weight", "0.1"],
+    "ReinforceObjective": "--objective ReinforceObjective --weights hard --bank 8 --entropy_weight 0.1".split(),
 }
 
 
@@ -1208,6 +1225,8 @@ def test_a_corpus_without_queries_trains_on_its_own_sentences(trained, run, tmp_
     ]
     train([str(run), *both])
     assert json.loads((tmp_path / "both" / "training.json").read_text())["pairs"] == {"tiny": 4, "tiny-cloze": 3}
+    with pytest.raises(InputError, match="--queries both: ReinforceObjective ranks all texts as one corpus"):
+        train([str(run), *both, "--output_dir", str(tmp_path / "twice"), *OBJECTIVES["ReinforceObjective"]])
     with pytest.raises(InputError, match="--queries 'none': use judged, inverse_cloze or both"):
         train([str(run), *flags, "--output_dir", str(tmp_path / "none"), "--queries", "none"])
     with pytest.raises(InputError, match="started with another queries"):
@@ -1320,6 +1339,6 @@ def test_one_bit_vectors_are_trained_through_their_signs():
         head = ReinPoolModel(ReinPoolConfig(quantization=quantization, **config))
         losses = SoftGateObjective(head)(features, torch.arange(3))
         sum(losses.values()).backward()
-        found[quantization] = float(losses["distillation"])
+        found[quantization] = losses["distillation"].item()
         assert head.project.weight.grad.abs().sum() > 0
     assert found["none"] != found["binary"]

@@ -327,7 +327,7 @@ def test_tokens_are_coloured_in_html():
     assert [float(re.search(r"[\d.]+$", span["title"])[0]) for span in seen.spans] == probability.tolist()
     assert [float(span["style"].removeprefix("--p:")) for span in seen.spans] == probability.tolist()
     assert [span.get("class") for span in seen.spans] == [None, "kept", None, None, "kept", "kept", None]
-    assert "3 of 7 tokens kept" in page
+    assert "3 of 7 tokens above 0.5" in page
     assert not re.search(r"(src|href|url|@import)", page)  # nothing to fetch
 
 

@@ -53,18 +53,19 @@ class ReinPoolConfig(PretrainedConfig):
         num_heads (int): Attention heads of each layer.
         ffn_mult (int): Width of its feed-forward part over dim.
         dropout (float): While training.
-        initial_keep_logit (float): Log-odds of keeping a vector before training; at 1, 73 % are kept.
+        initial_keep_logit (float): Log-odds of keeping any vector before training; at 1, the probability is 73 %.
         patch_columns (int): Page images: patches in a row, so that the filter knows where on the page a vector lies.
             None: the vectors are a set.
         num_vectors (int): Vectors of a document, at most.
         output (str): token_embeddings for a MultiVectorEncoder; sentence_embedding for one vector and dot product.
         pooling (str): How what is kept becomes num_vectors: mean (one), kmeans, or slots, which are learned.
-        weights (str): hard: a vector is kept or not. soft: it counts by its keep probability.
+        weights (str): hard: a vector is kept or not. soft: it counts in its cluster by its keep probability.
         threshold (float): Keep probability above which hard weights keep.
-        min_keep (int): Vectors that are kept at least, the likeliest first.
+        min_keep (int): Vectors that hard weights keep at least, the likeliest first.
         normalize (bool): Bring pooled vectors to unit length, before the projection.
         projection (bool): Learn which directions of the space matter.
-        refinement (int): Layers through which pooled vectors look back at the tokens.
+        refinement (int): Layers through which pooled vectors look back at the tokens: those that are kept, or with
+            soft weights all, whatever their probability.
         quantization (str): none, or binary for signs, one bit a dimension.
         tasks (list): What is pooled: document, and query where queries are to be pooled too.
         base_model_id (str): The backbone whose vectors the head was trained on, with revision and fingerprint.
@@ -400,7 +401,7 @@ def spherical_kmeans(vectors: Tensor, weights: Tensor, num_vectors: int, iterati
         vectors: ``(batch, tokens, dim)``, padded.
         weights: ``(batch, tokens)`` weight of each vector; what weighs nothing neither moves a cluster nor seeds one.
         num_vectors: Clusters, at most; documents with fewer different vectors get fewer.
-        iterations: Of Lloyd's. None: the fewer clusters the more, four for two and one from eight on, since a few
+        iterations: Of Lloyd's. None: the fewer clusters the more, four for two and one from five on, since a few
             seeds are outliers and have far to go, while of many some are better left where they are.
 
     Returns:
@@ -593,10 +594,17 @@ class ReinPoolPooling(BaseTokenPooling):
         """
         kept = {k: v for k, v in kwargs.items() if k in ("revision", "token", "local_files_only")}
         kept["cache_dir"] = kwargs.get("cache_folder")
+        content, _ = PretrainedConfig.get_config_dict(model_name_or_path, subfolder=subfolder, **kept)
+        if content.get("model_type") != ReinPoolConfig.model_type:
+            raise ValueError(
+                f"ReinPoolPooling: {model_name_or_path} holds a model of type {content.get('model_type')!r}, not a "
+                f"{ReinPoolConfig.model_type} head. Name the head's own folder; of a saved pipeline that is its last "
+                "module: subfolder='4_ReinPoolPooling', or whichever number it has in modules.json."
+            )
         model = ReinPoolModel.from_pretrained(model_name_or_path, subfolder=subfolder, **kept)
         fields = model.config.to_dict()
         for name in kwargs:
-            if near := get_close_matches(name, _CHANGEABLE - {name}, n=1, cutoff=0.8) if name not in fields else []:
+            if near := get_close_matches(name, _CHANGEABLE - {name}, n=1, cutoff=0.65) if name not in fields else []:
                 raise ValueError(f"ReinPoolPooling: {name}={kwargs[name]!r} is no setting. Did you mean {near[0]!r}?")
         changes = {k: v for k, v in kwargs.items() if k in fields and fields[k] != v and k not in kept}
         slots = "slots" in (fields["pooling"], changes.get("pooling"))
@@ -607,6 +615,12 @@ class ReinPoolPooling(BaseTokenPooling):
                 f"ReinPoolPooling: {name}={changes[name]!r}, but the head was trained with {name}={fields[name]!r}, "
                 f"and its weights fit nothing else. Change only {', '.join(sorted(_CHANGEABLE - fixed))}, or train "
                 "another head."
+            )
+        decisions = sorted({"threshold", "min_keep"} & set(changes))
+        if decisions and (fields | changes)["weights"] == "soft":
+            raise ValueError(
+                f"ReinPoolPooling: {decisions[0]}={changes[decisions[0]]!r} has nothing to decide, since this head "
+                "weighs by probability (weights='soft'). Leave it out, or add weights='hard'."
             )
         model.config = ReinPoolConfig(**(fields | changes))
         return cls(model)

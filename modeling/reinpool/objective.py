@@ -147,6 +147,8 @@ class _PoolingObjective(nn.Module):
 class SoftGateObjective(_PoolingObjective):
     """Every vector counts by its keep probability, so that gradients reach the filter.
 
+    So it does while training even of a head with ``weights="hard"``, which then decides by its threshold.
+
     The loss is the divergence, in both directions, of the softmax over a batch of the pooled documents' scores from
     that of the frozen model's MaxSim over all tokens, and with ``label_weight`` InfoNCE beside it, which by itself
     over-fits a few thousand pairs.
@@ -203,8 +205,8 @@ class ReinforceObjective(_PoolingObjective):
     REINFORCE with the mean reward of a document's other samples as baseline. The reward is nDCG of rankings by the
     pooled vector, uncut by default: with one relevant text, a cut reward is nearly always zero.
 
-    What has gradients of its own, projection, refinement or slots, is distilled as in SoftGateObjective, on what the
-    filter keeps.
+    What has gradients of its own, projection or refinement, is distilled as in SoftGateObjective, on what the filter
+    keeps; without either, ``score_scale, ladder, rungs`` and ``label_weight`` have nothing to act on.
 
     Args:
         reward: inverse: the pooled document ranks queries, those of the batch and a sample of all. forward: its
@@ -219,6 +221,9 @@ class ReinforceObjective(_PoolingObjective):
         rungs: See SoftGateObjective.
         label_weight: See SoftGateObjective.
     """
+
+    one_corpus: ClassVar[bool] = True
+    """Rewards rank the texts of all data sets together, so that none may be there twice."""
 
     learning_rates: ClassVar[dict[str, float]] = {r"\bkeep\.": 5.0}
     """Less than for soft gates: most of a reward's gradient is noise, under which a filter drifts to drop all."""
@@ -244,6 +249,11 @@ class ReinforceObjective(_PoolingObjective):
         for name, value, least in (("samples", samples, 2), ("bank", bank, 0), ("cutoff", cutoff, 1)):
             if value is not None and value < least:
                 raise InputError(f"--{name} {value}: at least {least}, else there is nothing to compare.")
+        if model.config.weights == "soft":
+            raise InputError(
+                "--weights soft: rewards are those of keeping or dropping, but this head would weigh by probability "
+                "when it encodes. Add --weights hard."
+            )
         if model.config.pooling == "slots":
             raise InputError("--pooling slots: rewards are those of one vector. Use --pooling kmeans, or mean.")
         self.distils = any(not name.startswith(("filter.", "keep.")) for name, _ in model.named_parameters())

@@ -5,7 +5,7 @@ take keep probabilities, so they also show a filter from elsewhere:
 
     tokens, vectors = token_pieces(retriever, document)
     with torch.inference_mode():
-        keep_probability = pooling.model(vectors[None]).keep_probability[0]
+        keep_probability = pooling.model.to(vectors.device)(vectors[None]).keep_probability[0]
     html = kept_tokens_html(tokens, keep_probability)
 """
 
@@ -127,7 +127,7 @@ def kept_tokens_html(tokens: Sequence[str], keep_probability: Any, *, title: str
         style = f'style="--p:{p:.3f}" title="keep probability {p:.3f}"'
         flow.append(f"{space}<span{kept} {style}>{html.escape(piece)}</span>")
         table.append(f"<tr><td>{html.escape(piece)}</td><td>{p:.3f}</td></tr>")
-    share = f"{(probability > threshold).sum()} of {len(tokens)} tokens kept (underlined, above {threshold:g})"
+    share = f"{(probability > threshold).sum()} of {len(tokens)} tokens above {threshold:g} (underlined)"
     scale = "".join(f'<i style="--p:{p}">{p}</i>' for p in (0, 0.25, 0.5, 0.75, 1))
     return _PAGE.format(
         title=html.escape(title or "Kept tokens"),
