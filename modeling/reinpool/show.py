@@ -250,7 +250,7 @@ def kept_tokens_png(
         axis.text(x, y, text, fontproperties=properties, va="center_baseline", parse_math=False)
     place = (_MARGIN / size[0], (_MARGIN + 2 * _FONT) / size[1], 0.4 * _WIDTH / size[0], 0.7 * _FONT / size[1])
     scale = figure.colorbar(ScalarMappable(cmap=colors), cax=figure.add_axes(place), orientation="horizontal")
-    scale.set_label(f"keep probability; underlined: kept, above {threshold:g}", fontsize=8)
+    scale.set_label(f"keep probability; underlined: above {threshold:g}", fontsize=8)
     scale.ax.tick_params(labelsize=8)
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
