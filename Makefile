@@ -39,7 +39,7 @@ results: $(VENV)/.dev
 	$(BIN)/python benchmarks/dense2sparse_text.py --ablation --flags '--max_steps 60' --output results
 	$(BIN)/python benchmarks/dense2sparse_text.py --output results
 	$(BIN)/accelerate launch train.py hub_configs/reinpool-minilm --overwrite
-	$(BIN)/python benchmarks/reinpool_text.py --ablation --output results
+	$(BIN)/python benchmarks/reinpool_text.py --ablation --flags '--max_steps 100' --output results
 	$(BIN)/python benchmarks/reinpool_text.py --output results
 	$(BIN)/python benchmarks/reinpool.py --output results
 	$(BIN)/python benchmarks/reinpool_kept.py --output results

@@ -657,7 +657,9 @@ def ablation(bench: Bench, seed: int, write: Callable[[dict[str, Any]], Any]) ->
             out.add(f"{variant}, {k}", [folder.parent.name, k], pooled.at(k), single=k == 1)
         values = {k: round(float(out.per_query(f"{variant}, {k}").mean()), 4) for k in numbers}
         print(f"{variant:<40} {values}", flush=True)
-        write({"rows": rows_of(out), "settings_tried": SETTINGS_TRIED, "gap": ["mean", "full MaxSim"]})
+        drawn = ["full MaxSim", "mean", "recipe", "no filter", "no refinement", "no projection", "slots"]
+        gap = ["mean", "full MaxSim"]
+        write({"rows": rows_of(out), "settings_tried": SETTINGS_TRIED, "gap": gap, "drawn": drawn})
 
 
 def main() -> None:
