@@ -287,7 +287,7 @@ class Bench:
                     cut = hierarchy.fcluster(tree, t=k, criterion="maxclust") - 1
                     found[k][part] = np.unique(cut, return_inverse=True)[1]
                     if i in checked and len(vectors) > k:
-                        factor = max(len(vectors) / (k + 0.5), 1.0)
+                        factor = len(vectors) / (k + 0.5)
                         stock = HierarchicalTokenPooling(factor, num_protected_tokens=0).pool_one(vectors)
                         members = torch.from_numpy(found[k][part]) == torch.arange(k)[:, None]  # (clusters, tokens)
                         ours = torch.nn.functional.normalize(members.float() @ vectors, dim=-1)
@@ -642,8 +642,8 @@ def rows_of(out: Measured) -> list[dict[str, Any]]:
     return rows
 
 
-def ablation(bench: Bench, seed: int, write: Callable[[dict[str, Any]], Any]) -> None:
-    """Every lever on dev, one data set, one seed; written after each, so that none is lost."""
+def ablation(bench: Bench, seed: int) -> dict[str, Any]:
+    """Every lever on dev, one data set, one seed."""
     out = Measured(bench, "dev")
     out.add("full MaxSim", "full", lambda: bench.documents)
     mean = replace(mean_of_tokens(bench.documents), offsets=np.arange(len(bench.documents) + 1))
@@ -657,9 +657,8 @@ def ablation(bench: Bench, seed: int, write: Callable[[dict[str, Any]], Any]) ->
             out.add(f"{variant}, {k}", [folder.parent.name, k], pooled.at(k), single=k == 1)
         values = {k: round(float(out.per_query(f"{variant}, {k}").mean()), 4) for k in numbers}
         print(f"{variant:<40} {values}", flush=True)
-        drawn = ["full MaxSim", "mean", "recipe", "no filter", "no refinement", "no projection", "slots"]
-        gap = ["mean", "full MaxSim"]
-        write({"rows": rows_of(out), "settings_tried": SETTINGS_TRIED, "gap": gap, "drawn": drawn})
+    drawn = ["full MaxSim", "mean", "recipe", "no filter", "no refinement", "no projection", "slots"]
+    return {"rows": rows_of(out), "drawn": drawn}
 
 
 def main() -> None:
@@ -675,13 +674,15 @@ def main() -> None:
             "name": f"{args.name}-ablation" if args.ablation else args.name,
             "seeds": args.seeds[:1] if args.ablation else args.seeds,
             "models": {args.backbone: fingerprint(folder)},
+            "settings_tried": SETTINGS_TRIED,
+            "gap": ["mean", "full MaxSim"],
             "claims": [],
             **outcome,
         }
         return write_results(results, Path(args.output) if args.output else None)
 
     if args.ablation:
-        ablation(benches[0], args.seeds[0], write)
+        print(write(ablation(benches[0], args.seeds[0])))
         return
     measured = []
     for bench in benches:
@@ -707,8 +708,6 @@ def main() -> None:
             add_transfer(out, heads)
     outcome = {
         "rows": [row for out in [*measured, *beside] for row in rows_of(out)],
-        "settings_tried": SETTINGS_TRIED,
-        "gap": ["mean", "full MaxSim"],
         "drawn": [
             "full MaxSim",
             "mean",
