@@ -127,7 +127,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
     cost = results.get("axis", "bytes_per_document")
     shown = results.get("drawn")
-    points = [r for r in _points(results) if shown is None or r["system"].partition(", ")[0] in shown]
+    placed = _points(results)
+    points = [r for r in placed if shown is None or r["system"].partition(", ")[0] in shown]
     without = [row for row in results["rows"] if row["metric"] == "nDCG@10" and not row.get(cost)]
     datasets = list(dict.fromkeys(row["dataset"] for row in points))
     curves = [name for name in datasets if sum(row["dataset"] == name for row in points) > 2]
@@ -165,10 +166,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             axis.axhline(row["value"], ls=style, color="0.5", lw=1, label=row["system"])
         if results.get("gap"):
             ends = [
-                r["value"]
-                for name in results["gap"]
-                for r in _points(results)
-                if (r["dataset"], r["system"]) == (dataset, name)
+                r["value"] for name in results["gap"] for r in placed if (r["dataset"], r["system"]) == (dataset, name)
             ]
             low, high = ends if len(ends) == 2 else (0, 0)
             if high - low >= 0.02:  # of a smaller gap, a share says nothing

@@ -254,6 +254,11 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], Encoder]:
     """A trainer of the room's head over cached embeddings, the number of pairs in each data set, and the backbone."""
     recipe, settings = plan.recipe, plan.head
     assert plan.room and settings
+    if settings.queries == "both" and getattr(plan.objective, "one_corpus", False):
+        raise InputError(
+            f"--queries both: {plan.objective.__name__} ranks all texts as one corpus, in which every document would "
+            "be twice, whole and without its sentences, and count against itself. Use judged or inverse_cloze."
+        )
     head_class: Any = plan.room.head or plan.room.model
     remote: dict[str, Any] = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
     folder = fetch(recipe.backbone, **remote)
@@ -280,11 +285,6 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], Encoder]:
         "base_revision": recipe.revision,
         "base_fingerprint": fingerprint(folder),
     }
-    if settings.queries == "both" and getattr(plan.objective, "one_corpus", False):
-        raise InputError(
-            f"--queries both: {plan.objective.__name__} ranks all texts as one corpus, in which every document would "
-            "be twice, whole and without its sentences, and count against itself. Use judged or inverse_cloze."
-        )
     set_seed(plan.args.seed)
     tokenizer = None
     try:

@@ -672,7 +672,7 @@ def test_a_head_opens_with_other_settings_but_not_with_another_shape(tmp_path):
             ReinPoolPooling.from_pretrained(tmp_path / "head", **{name: value})
     with pytest.raises(ValueError, match="pooling='slots'"):
         ReinPoolPooling.from_pretrained(tmp_path / "head", pooling="slots")
-    for wrong, meant in {"quantize": "quantization", "vectors": "num_vectors", "num_vector": "num_vectors"}.items():
+    for wrong, meant in {"quantize": "quantization", "vectors": "num_vectors"}.items():
         with pytest.raises(ValueError, match=f"{wrong}=1 is no setting. Did you mean '{meant}'"):
             ReinPoolPooling.from_pretrained(tmp_path / "head", **{wrong: 1})
     with pytest.raises(ValueError, match=r"min_keep=3 has nothing to decide.*add weights='hard'"):

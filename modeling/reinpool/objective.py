@@ -116,13 +116,13 @@ class _PoolingObjective(nn.Module):
 
         with torch.no_grad():
             teacher = scores(tokens.to(teacher_dtype), mask)
+        own = place[gather(labels + get_rank() * len(tokens))] if self.settings["label_weight"] else None
         losses: dict[str, Tensor] = {}
         for number in (self.ladder[rung] for rung in drawn):
             pooled, present = self.model.pool(tokens, weights, number)
             student = scores(self.model.quantize(self.model.fold(pooled)), present)
             parts = {"distillation": (_divergence(student, teacher) + _divergence(student.T, teacher.T)) / 2}
-            if self.settings["label_weight"]:
-                own = place[gather(labels + get_rank() * len(tokens))]
+            if own is not None:
                 parts["labels"] = self.settings["label_weight"] * F.cross_entropy(student, own)
             for name, value in parts.items():
                 losses[name] = losses.get(name, 0) + value / len(drawn)
