@@ -4,12 +4,13 @@ Encoding is the slow part of every experiment here, and everything after it is c
 is encoded once. A cache is a folder of plain arrays with a ``manifest.json`` that says in readable form what they are
 and everything they depend on. No more than one chunk of vectors is ever in memory while it is written.
 
-Four kinds of output::
+Kinds of output::
 
     sentence   values (texts, dim)                                one vector per text
     tokens     values (tokens of all texts, dim), offsets         several vectors per text (late interaction)
     sparse     values (active terms of all texts), indices, offsets
     layers     values (texts, layers + 1, dim)                    masked mean of every layer, embeddings first
+    cls_layers values (texts, layers + 1, dim)                    first token of every layer
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -43,7 +45,7 @@ from .hub import VOLATILE, Encoder, without
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["sentence", "tokens", "sparse", "layers"]
+Kind = Literal["sentence", "tokens", "sparse", "layers", "cls_layers"]
 FORMAT = "polyrep-embeddings-1"
 CHUNK = 1024
 """Texts per chunk: enough that sorting by length inside it saves the padding, little enough to be no memory."""
@@ -312,7 +314,7 @@ def _encode_sparse(model: Encoder, texts: list[str], task: str, batch_size: int)
 
 
 @torch.inference_mode()
-def _encode_layers(model: Encoder, texts: list[str], task: str, batch_size: int) -> _Encoded:
+def _encode_layers(model: Encoder, texts: list[str], task: str, batch_size: int, cls: bool = False) -> _Encoded:
     transformer: Any = model[0].eval()
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     pooled: list[torch.Tensor] = []
@@ -322,8 +324,13 @@ def _encode_layers(model: Encoder, texts: list[str], task: str, batch_size: int)
         inputs = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
         accepted = {k: inputs[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in inputs}
         states = torch.stack(transformer.model(**accepted, output_hidden_states=True).hidden_states, dim=1)
-        mask = inputs["attention_mask"][:, None, :, None].to(states.dtype)  # (batch, 1, tokens, 1)
-        pooled.append(((states * mask).sum(2) / mask.sum(2).clamp(min=1)).float().cpu())  # (batch, layers + 1, dim)
+        mask = inputs["attention_mask"]
+        if cls:
+            layers = states[torch.arange(len(mask)), :, mask.int().argmax(1)]
+        else:
+            weights = mask[:, None, :, None].to(states.dtype)  # (batch, 1, tokens, 1)
+            layers = (states * weights).sum(2, dtype=torch.float32) / weights.sum(2, dtype=torch.float32).clamp(min=1)
+        pooled.append(layers.float().cpu())  # (batch, layers + 1, dim)
     values = torch.cat(pooled)[torch.tensor(np.argsort(order))].numpy()
     return values, None, None, values.shape[2]
 
@@ -333,6 +340,7 @@ _ENCODERS = {
     "tokens": _encode_tokens,
     "sparse": _encode_sparse,
     "layers": _encode_layers,
+    "cls_layers": partial(_encode_layers, cls=True),
 }
 
 

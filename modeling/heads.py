@@ -188,12 +188,65 @@ def encode_tokens(
     return TokenSide(embeddings, first)
 
 
+@dataclass(frozen=True)
+class LayerSide:
+    """The queries or the documents of one data set at every layer of an encoder.
+
+    Attributes:
+        embeddings: One vector a layer.
+        first: Place of the first text among the texts of all data sets.
+    """
+
+    embeddings: Embeddings
+    first: int = 0
+
+    def features(self, rows: np.ndarray) -> Features:
+        """Features of some texts: ``layer_embeddings (texts, layers + 1, dim)``, embeddings first, and ``index``."""
+        return {
+            "layer_embeddings": torch.from_numpy(self.embeddings.values[rows].astype(np.float32)),
+            "index": torch.from_numpy(self.first + rows),
+        }
+
+    def last(self) -> Embeddings:
+        """The last layer alone."""
+        return replace(self.embeddings, kind="sentence", values=self.embeddings.values[:, -1])
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+
+def encode_layers(
+    model: SentenceTransformer,
+    texts: dict[str, str],
+    task: Any,
+    name: str,
+    *,
+    first: int = 0,
+    token: str = "mean",
+    **options: Any,
+) -> LayerSide:
+    """Encode texts into their state at every layer.
+
+    Args:
+        model: The frozen backbone, whose first module is the encoder.
+        texts: Id -> text.
+        task: ``query`` or ``document``.
+        name: Readable part of the cache's name.
+        first: See :class:`LayerSide`.
+        token: ``mean`` of a text's tokens, or ``cls`` for the first.
+        options: Those of :func:`polyrep.cache.embed`.
+    """
+    kind: Any = {"mean": "layers", "cls": "cls_layers"}[token]
+    return LayerSide(embed(model, texts, task=task, name=name, kind=kind, **options), first)
+
+
 class HeadData(Dataset):
     """Pairs of query and document, with negatives from the backbone's own ranking, over one or more data sets.
 
     Args:
-        kind: What the head reads: ``sentence`` for one vector a text, ``tokens`` for several. Nearest documents of
-            token vectors are those of their mean, since a full late-interaction search would cost more than the fit.
+        kind: What the head reads: ``sentence`` for one vector a text, ``tokens`` for several, ``layers`` for one a
+            layer. Nearest documents of token vectors are those of their mean, since a full late-interaction search
+            would cost more than the fit; of layers those of the last.
         negatives: Documents drawn for each query from the ``depth`` nearest of the backbone.
         labels: Take pairs from the judgments. Without, the nearest document takes the place of the judged one, so
             that no judgment has any influence.
@@ -203,7 +256,7 @@ class HeadData(Dataset):
     def __init__(
         self,
         *,
-        kind: Literal["sentence", "tokens"] = "sentence",
+        kind: Literal["sentence", "tokens", "layers"] = "sentence",
         negatives: int = 2,
         labels: bool = False,
         depth: int = 100,
@@ -212,23 +265,25 @@ class HeadData(Dataset):
             raise InputError(f"--negatives {negatives}, --depth {depth}: none can be drawn. Use 0 and 1, or more.")
         self.kind, self.negatives, self.labels, self.depth, self.seed = kind, negatives, labels, depth, 0
         # queries, documents, nearest (queries, depth)
-        self.parts: list[tuple[Side, Side, np.ndarray] | tuple[TokenSide, TokenSide, np.ndarray]] = []
+        self.parts: list[tuple[Any, Any, np.ndarray]] = []
         self.pairs = np.empty((0, 3), np.int64)  # data set, query, document
         self.epoch = 0  # set by the trainer
 
     def add(self, model: Any, dataset: RetrievalDataset, **options: Any) -> None:
         """Encode a data set, or map its cache, and add its pairs."""
         firsts = [sum(len(part[side]) for part in self.parts) for side in (0, 1)]
-        encode: Any = encode_tokens if self.kind == "tokens" else encode_side
+        encode: Any = {"sentence": encode_side, "tokens": encode_tokens, "layers": encode_layers}[self.kind]
         queries = encode(
             model, dataset.queries, "query", f"{dataset.name}-{dataset.split}", first=firsts[0], **options
         )
         documents = encode(model, dataset.corpus, "document", dataset.name, first=firsts[1], **options)
         ranks = tie_ranks(list(dataset.corpus))
-        sides = queries.embeddings, documents.embeddings
+        sides, similarity = (queries.embeddings, documents.embeddings), "dot"
         if self.kind == "tokens":
             sides = sum_of_tokens(sides[0]), mean_of_tokens(sides[1])
-        nearest, _ = exact_search(*sides, ranks, similarity="dot", k=self.depth)
+        elif self.kind == "layers":
+            sides, similarity = (queries.last(), documents.last()), str(model.similarity_fn_name)
+        nearest, _ = exact_search(*sides, ranks, similarity=similarity, k=self.depth)
         if self.labels:
             place = {identifier: i for i, identifier in enumerate(dataset.corpus)}
             judged = [
@@ -313,7 +368,7 @@ def _concatenated(parts: list[Features]) -> Features:
     joined = {}
     for name in parts[0]:
         tensors = [part[name] for part in parts]
-        if tensors[0].ndim > 1 and name != "sentence_embedding":
+        if tensors[0].ndim > 1 and name not in ("sentence_embedding", "layer_embeddings"):
             tensors = pad_tokens(tensors)
         joined[name] = torch.cat(tensors)
     return joined

@@ -15,6 +15,7 @@ import shlex
 import types
 from dataclasses import dataclass, field, make_dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -94,6 +95,13 @@ class RecipeArguments:
     split: str = field(default="train", metadata={"help": "Split whose positive judgments are the training pairs."})
     keep_empty: bool = field(default=False, metadata={"help": "Accept empty texts instead of refusing the data set."})
     objective: str = field(default="", metadata={"help": "Class name of the loss: the room's own, else the family's."})
+    hard_negatives: int = field(
+        default=0, metadata={"help": "Negatives of each pair, mined among the documents that the backbone ranks high."}
+    )
+    negative_margin: float = field(
+        default=0.05, metadata={"help": "Leave out what scores above the own document's score less this share of it."}
+    )
+    lora_rank: int = field(default=0, metadata={"help": "Train adapters of this rank (PEFT), merged at the end."})
     freeze: list[str] = field(default_factory=list, metadata={"help": "Regular expressions of parameters to freeze."})
     card: str = field(default="", metadata={"help": "Template in model_cards/; default: the room's."})
     overwrite: bool = field(default=False, metadata={"help": "Replace what an earlier run left in --output_dir."})
@@ -181,7 +189,8 @@ def resolve(argv: list[str], *, prog: str = "polyrep train") -> Plan:
                 f"Fields: {', '.join(k for k in fields if k != 'kwargs')}."
             )
         owner: Any = room.head.config_class if on_cache and room.head else room.config
-        groups.append(_flags_of(owner, f"method: {method['model_type']}", method))
+        for part in _config_classes(owner):
+            groups.append(_flags_of(part, f"method: {part.model_type}", method))
     groups.append(_flags_of(objective, f"objective: {name}", {}))
     parser = _parser([*groups, arguments], prog)
     known = {action.dest: action for action in parser._actions}
@@ -199,21 +208,35 @@ def resolve(argv: list[str], *, prog: str = "polyrep train") -> Plan:
     # The trainer's arguments start torch.distributed, so nothing above may fail on one process only.
     recipe, *middle, args = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
     head = middle.pop(0) if on_cache else None
-    method_flags: list[dict[str, Any]] = [dict(vars(part)) for part in middle]
-    config = fixed | method_flags.pop(0) if room else {}
+    *method_flags, objective_flags = (dict(vars(part)) for part in middle)
+    config = fixed if room else {}
+    for flags_of_class in method_flags:
+        config |= flags_of_class
     if not recipe.datasets:
         raise InputError(f"{run}: no training data. Name at least one with --datasets.")
     args.logging_nan_inf_filter = False  # a loss that is not finite must show, not be replaced by the last good one
     if on_cache:
         args.remove_unused_columns = False  # batches are features, not columns
         args.dataloader_drop_last = True  # a smaller last batch would be another objective
-    elif not args.router_mapping:
-        args.router_mapping = {"query": "query", "positive": "document"}
+    if on_cache and (recipe.hard_negatives or recipe.lora_rank):
+        raise InputError(
+            f"--hard_negatives {recipe.hard_negatives}, --lora_rank {recipe.lora_rank}: are for training the whole "
+            f"model, and {name} fits a head. Use --negatives, and leave the other out."
+        )
+    documents = dict.fromkeys(["positive", *negative_columns(recipe.hard_negatives)], "document")
+    tasks = {"query": "query"} | documents
+    if not on_cache and not args.router_mapping:
+        args.router_mapping = tasks
     prompts = read_json(run / "config_sentence_transformers.json").get("prompts") or {}
     if not on_cache and not args.prompts and prompts:  # encoding adds these by itself, training does not
-        args.prompts = {"query": prompts.get("query", ""), "positive": prompts.get("document", "")}
+        args.prompts = {column: prompts.get(task, "") for column, task in tasks.items()}
     command = shlex.join([*(["accelerate", "launch"] if prog.endswith(".py") else []), *prog.split(), *argv])
-    return Plan(run, room, recipe, config, objective, method_flags[0], args, defaults, command, head)
+    return Plan(run, room, recipe, config, objective, objective_flags, args, defaults, command, head)
+
+
+def negative_columns(count: int) -> list[str]:
+    """Columns of mined negatives, as ``mine_hard_negatives`` names them."""
+    return [f"negative_{number}" for number in range(1, count + 1)]
 
 
 def _config_classes(config: type) -> list[type]:
@@ -272,7 +295,8 @@ def _flags_of(owner: type, group: str, defaults: dict[str, Any]) -> type:
     function = owner.__init__  # type: ignore[misc]
     hints = get_type_hints(function)
     # One entry of a Google docstring: "    name (type): first line" and the deeper lines below it.
-    entries = re.findall(r"^ {4}(\w+)(?: \([^)]*\))?: (.+(?:\n {5,}.+)*)", inspect.cleandoc(owner.__doc__ or ""), re.M)
+    texts = [inspect.cleandoc(part.__doc__ or "") for part in reversed(owner.__mro__)]
+    entries = re.findall(r"^ {4}(\w+)(?: \([^)]*\))?: (.+(?:\n {5,}.+)*)", "\n".join(texts), re.M)
     helps = {name: " ".join(text.split()).replace("`", "") for name, text in entries}
     flags = []
     for name, parameter in inspect.signature(function).parameters.items():
@@ -284,7 +308,7 @@ def _flags_of(owner: type, group: str, defaults: dict[str, Any]) -> type:
             and len(get_args(hint)) == 2
             and get_args(hint)[1] is type(None)
         )
-        if (get_args(hint)[0] if optional else hint) not in (int, float, str, bool):
+        if (get_args(hint)[0] if optional else hint) not in (int, float, str, bool, list[int]):
             required = (
                 parameter.default is inspect.Parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
             )
@@ -292,5 +316,11 @@ def _flags_of(owner: type, group: str, defaults: dict[str, Any]) -> type:
                 raise InputError(f"{owner.__name__}: needs {name!r}, which no flag can hold. Choose another class.")
             continue
         default = defaults.get(name, None if parameter.default is inspect.Parameter.empty else parameter.default)
-        flags.append((name, hint, field(default=default, metadata={"help": helps.get(name, name).replace("%", "%%")})))
+        shown: dict[str, Any] = {"metadata": {"help": helps.get(name, name).replace("%", "%%")}}
+        if hint == list[int]:
+            values = [default] if isinstance(default, int) else list(default)
+            shown["default_factory"] = partial(list, values)
+        else:
+            shown["default"] = default
+        flags.append((name, hint, field(**shown)))
     return make_dataclass("Flags", flags, namespace={"_argument_group_name": group})

@@ -42,7 +42,8 @@ def write_results(results: dict[str, Any], output: Path | None) -> str:
             ``interval, std, bytes_per_document, flops, active_dims, ...``. A claim has ``claim, value, target, met``
             (both None without a target) and, where it needs data, ``split``. Optionally ``axis``, the cost that the
             picture sets quality against (default ``bytes_per_document``); ``drawn``, the families of systems (what
-            stands before a comma) that it shows; and ``gap``, two systems from which a second axis counts 0 and 1.
+            stands before a comma) that it shows, none for no picture; and ``gap``, two systems from which a second axis
+            counts 0 and 1.
         output: Folder to write to; None writes nothing.
 
     Returns:
@@ -57,7 +58,7 @@ def write_results(results: dict[str, Any], output: Path | None) -> str:
         with staged_folder(output, merge=True) as staged:
             write_json(staged / f"{results['name']}.json", results)
             write_text(staged / f"{results['name']}.md", markdown)
-            if _points(results):
+            if results.get("drawn") != [] and _points(results):
                 draw(results, staged / f"{results['name']}.png")
     return markdown
 
@@ -269,6 +270,8 @@ def _table_cells(system: str, metrics: dict[str, dict[str, Any]]) -> dict[str, s
         "query dims": _or(main.get("query_active_dims"), ".1f"),
         "FLOPs": _or(main.get("flops"), ".2f"),
         "own words in top 20": _or(main.get("own_token_share"), ".2f"),
+        "layer margin": _or(main.get("layer_margin"), ".2f"),
+        "layer saturation": _or(main.get("layer_saturation"), ".3f"),
         "encode docs/s": _or(main.get("encode_docs_per_s"), ",.0f"),
         "search ms (p50 / p99)": " / ".join(latency) if all(latency) else "",
     }

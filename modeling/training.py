@@ -24,12 +24,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules.transformer import Transformer
+from sentence_transformers.util import mine_hard_negatives
 from sentence_transformers.util.misc import import_from_string
 from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback, set_seed
 
+from .adapters import AdapterTrainerMixin, add_adapters, merge_adapters
 from .data import RetrievalDataset, inverse_cloze, load_corpus, load_retrieval_dataset
 from .errors import InputError
 from .files import staged_folder, write_json
@@ -95,6 +97,8 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
         else:
             # The code of a room is ours; any other code in the folder came with the backbone.
             model = load(init, trust_remote_code=bool(plan.room) or recipe.trust_remote_code)
+            if recipe.lora_rank:
+                add_adapters(model, recipe.lora_rank)
             trainer, counts = _trainer(plan, model)
         if recipe.dry_run:
             _print_plan(plan, model, trainer, counts, output)
@@ -112,6 +116,8 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
     seconds = time.perf_counter() - started
     if args.process_index != 0:
         return None
+    if recipe.lora_rank:
+        merge_adapters(model)
     card = recipe.card or (plan.room.card if plan.room else None)
     if plan.head:
         final = save(model, output / "head")
@@ -141,14 +147,15 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
 def build(plan: Plan, folder: Path, head: PreTrainedModel | None = None) -> None:
     """Write a model: the run's folder plus the backbone's weights and tokenizer, and a trained head if there is one.
 
-    A room builds itself through ``from_encoder``. Without a room the stock modules that ``modules.json`` lists are
-    built: the first from the backbone, the others from their own config with fresh weights.
+    A room builds itself through ``from_encoder``. Several modules in ``modules.json`` are built one by one: the first
+    from the backbone, stock ones from their own config with fresh weights, and a room's from its fields.
     """
     recipe = plan.recipe
     backbone = fetch(recipe.backbone, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     with staged_folder(folder) as staged:
         shutil.copytree(plan.run, staged, dirs_exist_ok=True, ignore=shutil.ignore_patterns("recipe.yaml"))
-        if plan.room:
+        parts = read_json(plan.run / "modules.json") or [{}]
+        if plan.room and len(parts) == 1:
             try:
                 options = {"head": head} if head is not None else plan.config
                 model = plan.room.model.from_encoder(str(backbone), **options)  # type: ignore[attr-defined]
@@ -164,8 +171,11 @@ def build(plan: Plan, folder: Path, head: PreTrainedModel | None = None) -> None
         modules: list[torch.nn.Module] = [
             Transformer(str(backbone), model_kwargs=trusted, processor_kwargs=trusted, config_kwargs=trusted, **first)
         ]
-        for part in read_json(plan.run / "modules.json")[1:]:
+        for part in parts[1:]:
             module, _, name = part["type"].rpartition(".")
+            if plan.room and plan.room.module and name == plan.room.module.__name__:
+                modules.append(plan.room.module(**plan.config))
+                continue
             if not module.startswith("sentence_transformers."):
                 raise InputError(f"{plan.run}/modules.json: {part['type']} is neither stock nor of a registered room.")
             module_class = getattr(importlib.import_module(module), name)
@@ -175,11 +185,21 @@ def build(plan: Plan, folder: Path, head: PreTrainedModel | None = None) -> None
             modules.append(module_class(**config))
         settings = read_json(plan.run / "config_sentence_transformers.json")
         keep = {key: settings[key] for key in ("prompts", "similarity_fn_name") if settings.get(key)}
-        family(modules=modules, **keep).save_pretrained(str(staged))
+        try:
+            save(family(modules=modules, **keep), staged)
+        except ValueError as error:  # how a module of a room refuses what stands before it
+            raise InputError(str(error)) from error
 
 
 class CheckpointCallback(TrainerCallback):
-    """Makes every checkpoint a folder that opens without polyrep, and stops a run that is no longer finite."""
+    """Makes every checkpoint a folder that opens without polyrep, and stops a run that is no longer finite.
+
+    Args:
+        objective: Its ``metrics``, if it has any, are logged as they are at that step.
+    """
+
+    def __init__(self, objective: Any = None):
+        self.objective = objective
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Raise InputError before a checkpoint is written, and an older one deleted for it, if a weight is NaN."""
@@ -192,8 +212,12 @@ class CheckpointCallback(TrainerCallback):
             localize(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Raise InputError on a NaN or infinite loss."""
+        """Raise InputError on a NaN or infinite loss; add the objective's figures to what is logged."""
         loss = (logs or {}).get("loss", 0.0)
+        if logs and "loss" in logs and (metrics := getattr(self.objective, "metrics", None)):
+            shown = {name: round(float(value), 4) for name, value in metrics.items()}
+            logs.update(shown)
+            state.log_history[-1].update(shown)
         if not math.isfinite(loss):
             raise InputError(f"loss is {loss} at step {state.global_step}; {_WHEN_NOT_FINITE}")
 
@@ -209,13 +233,20 @@ def _trainer(plan: Plan, model: Encoder) -> tuple[Any, dict[str, int]]:
     sources = {}
     for loaded in _datasets(plan.recipe):
         sources[loaded.name] = loaded.pairs()
+        if plan.recipe.hard_negatives and not plan.recipe.dry_run:
+            with plan.args.main_process_first(desc="mine negatives"):
+                sources[loaded.name] = _with_negatives(loaded, sources[loaded.name], plan.recipe)
     _freeze(plan.recipe.freeze, model)
-    trainer = TRAINERS[type(model).__name__][0](
+    objective: Any = plan.objective(model, **plan.objective_arguments)
+    trainer_class = TRAINERS[type(model).__name__][0]
+    if plan.recipe.lora_rank:
+        trainer_class = type("AdapterTrainer", (AdapterTrainerMixin, trainer_class), {})
+    trainer = trainer_class(
         model=model,
         args=plan.args,
         train_dataset=DatasetDict(sources) if len(sources) > 1 else next(iter(sources.values())),
-        loss=plan.objective(model, **plan.objective_arguments),
-        callbacks=[CheckpointCallback()],
+        loss=objective,
+        callbacks=[CheckpointCallback(objective)],
     )
     return trainer, {name: len(pairs) for name, pairs in sources.items()}
 
@@ -238,6 +269,36 @@ def _datasets(recipe: RecipeArguments, head: HeadArguments | None = None) -> Ite
             yield dataset
         if head and queries != "judged":
             yield inverse_cloze(dataset, head.cloze_sentences)
+
+
+def _with_negatives(dataset: RetrievalDataset, pairs: Dataset, recipe: RecipeArguments) -> Dataset:
+    """Pairs with ``negative_1`` and so on: documents that the backbone ranks high and nobody judged relevant."""
+    folder = fetch(recipe.backbone, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    miner: Any = load(folder, trust_remote_code=recipe.trust_remote_code, dtype=fastest_dtype("auto"))
+    if not isinstance(miner, SentenceTransformer):
+        raise InputError(
+            f"--hard_negatives: {recipe.backbone} is a {type(miner).__name__}, and mining takes one vector a text."
+        )
+    mined = mine_hard_negatives(
+        pairs,
+        miner,
+        anchor_column_name="query",
+        positive_column_name="positive",
+        corpus=list(dict.fromkeys(dataset.corpus.values())),
+        query_prompt=miner.prompts.get("query") or None,
+        corpus_prompt=miner.prompts.get("document") or None,
+        num_negatives=recipe.hard_negatives,
+        relative_margin=recipe.negative_margin,
+        range_max=100,
+        output_format="n-tuple",
+        verbose=False,
+    )
+    if not len(mined):
+        raise InputError(
+            f"{dataset.name}: no pair has {recipe.hard_negatives} negatives that score {recipe.negative_margin:.0%} "
+            "below its document. Lower --hard_negatives or --negative_margin."
+        )
+    return mined.rename_column("negative", "negative_1") if "negative" in mined.column_names else mined
 
 
 def _freeze(patterns: list[str], model: torch.nn.Module) -> None:
@@ -267,6 +328,7 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], Encoder]:
     needed, reads = {
         "sentence": (SentenceTransformer, "one dense vector a text"),
         "tokens": (MultiVectorEncoder, "several vectors a text"),
+        "layers": (SentenceTransformer, "the layers of an encoder with one dense vector a text"),
     }[kind]
     if type(backbone) is not needed:
         raise InputError(
@@ -321,6 +383,8 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], Encoder]:
                 options: dict[str, Any] = {"cache_dir": settings.cache_dir, "batch_size": settings.encode_batch_size}
                 if tokenizer is not None:
                     options["tokenizer"] = tokenizer
+                if kind == "layers":
+                    options["token"] = head.config.token
                 data.add(backbone, dataset, **options)
         if settings.queries == "both" and dataset.split == "cloze":
             data.even_out(len(counts) - 2)  # this data set's judged queries and its sentences
