@@ -335,7 +335,7 @@ def _encode_layers(model: Encoder, texts: list[str], task: str, batch_size: int,
     return values, None, None, values.shape[2]
 
 
-_ENCODERS = {
+_ENCODERS: dict[str, Any] = {
     "sentence": _encode_sentence,
     "tokens": _encode_tokens,
     "sparse": _encode_sparse,

@@ -13,6 +13,7 @@ import inspect
 import re
 import shlex
 import types
+from collections.abc import Collection
 from dataclasses import dataclass, field, make_dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -189,11 +190,16 @@ def resolve(argv: list[str], *, prog: str = "polyrep train") -> Plan:
                 f"Fields: {', '.join(k for k in fields if k != 'kwargs')}."
             )
         owner: Any = room.head.config_class if on_cache and room.head else room.config
-        for part in _config_classes(owner):
-            groups.append(_flags_of(part, f"method: {part.model_type}", method))
+        seen: set[str] = set()
+        for part in _config_classes(owner):  # what a class names again is its own
+            groups.append(_flags_of(part, f"method: {part.model_type}", method, seen))
+            seen |= set(inspect.signature(part).parameters)
     groups.append(_flags_of(objective, f"objective: {name}", {}))
     parser = _parser([*groups, arguments], prog)
     known = {action.dest: action for action in parser._actions}
+    if name != defaults.get("objective", name):  # settings of the recipe's own objective mean nothing to another
+        own = inspect.signature(_find_objective(defaults["objective"], family, room)).parameters
+        defaults = {key: value for key, value in defaults.items() if key in known or key not in own}
     for key, value in defaults.items():
         if key in known and known[key].nargs == "+" and not isinstance(value, list):
             raise InputError(f"{run}/recipe.yaml: {key}: {value!r} is not a list; write [{value}].")
@@ -239,7 +245,7 @@ def negative_columns(count: int) -> list[str]:
     return [f"negative_{number}" for number in range(1, count + 1)]
 
 
-def _config_classes(config: type) -> list[type]:
+def _config_classes(config: type) -> list[Any]:
     """A config class and those of ours that it extends and passes the rest of its arguments to."""
     return [
         owner
@@ -290,7 +296,7 @@ def _parser(groups: list[type], prog: str) -> HfArgumentParser:
         raise InputError(f"two parts of this run have a flag of one name: {error}. Rename one argument.") from None
 
 
-def _flags_of(owner: type, group: str, defaults: dict[str, Any]) -> type:
+def _flags_of(owner: type, group: str, defaults: dict[str, Any], without: Collection[str] = ()) -> type:
     """A dataclass of the number, string and switch arguments of a class, for the parser to turn into flags."""
     function = owner.__init__  # type: ignore[misc]
     hints = get_type_hints(function)
@@ -300,7 +306,7 @@ def _flags_of(owner: type, group: str, defaults: dict[str, Any]) -> type:
     helps = {name: " ".join(text.split()).replace("`", "") for name, text in entries}
     flags = []
     for name, parameter in inspect.signature(function).parameters.items():
-        if name in getattr(owner, "derived", ()):
+        if name in without or name in getattr(owner, "derived", ()):
             continue
         hint = hints.get(name)
         optional = (
@@ -318,7 +324,7 @@ def _flags_of(owner: type, group: str, defaults: dict[str, Any]) -> type:
         default = defaults.get(name, None if parameter.default is inspect.Parameter.empty else parameter.default)
         shown: dict[str, Any] = {"metadata": {"help": helps.get(name, name).replace("%", "%%")}}
         if hint == list[int]:
-            values = [default] if isinstance(default, int) else list(default)
+            values = [default] if isinstance(default, int) else list(default or ())
             shown["default_factory"] = partial(list, values)
         else:
             shown["default"] = default

@@ -42,8 +42,8 @@ def write_results(results: dict[str, Any], output: Path | None) -> str:
             ``interval, std, bytes_per_document, flops, active_dims, ...``. A claim has ``claim, value, target, met``
             (both None without a target) and, where it needs data, ``split``. Optionally ``axis``, the cost that the
             picture sets quality against (default ``bytes_per_document``); ``drawn``, the families of systems (what
-            stands before a comma) that it shows, none for no picture; and ``gap``, two systems from which a second axis
-            counts 0 and 1.
+            stands before a comma) that it shows, none for no picture; and ``gap``, two systems from which a second
+            axis counts 0 and 1.
         output: Folder to write to; None writes nothing.
 
     Returns:

@@ -103,6 +103,13 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
         if recipe.dry_run:
             _print_plan(plan, model, trainer, counts, output)
             return None
+        with torch.random.fork_rng(devices=[]):
+            no_batch = not plan.head and next(iter(trainer.get_train_dataloader().batch_sampler), None) is None
+        if no_batch:
+            raise InputError(
+                f"{sum(counts.values())} pairs make no batch of {args.train_batch_size}, so there is no step. Lower "
+                "--per_device_train_batch_size, name more --datasets, or take another --batch_sampler."
+            )
         for path in earlier:  # only now that nothing of the new run can be refused any more
             shutil.rmtree(path)
         started = time.perf_counter()

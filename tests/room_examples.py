@@ -27,6 +27,7 @@ from polyrep.dense2sparse import (
     Dense2SparsePooling,
 )
 from polyrep.hub import Encoder
+from polyrep.multilayer import MultiLayerConfig, MultiLayerHeadConfig, MultiLayerModel, MultiLayerPooling
 from polyrep.reinpool import ReinPoolConfig, ReinPoolModel, ReinPoolPooling
 
 
@@ -158,8 +159,59 @@ def reinpool_example(backbone: Path, scratch: Path) -> Example:
     )
 
 
+def multilayer_example(backbone: Path, scratch: Path) -> Example:
+    torch.manual_seed(6)
+
+    def stirred(model: torch.nn.Module) -> Any:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        return model
+
+    retriever = stirred(MultiLayerModel.from_encoder(str(backbone), layers=[-1, 0], pooling="scalar_mix", tied=False))
+    folder = scratch / "multilayer-retriever"
+    retriever.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(backbone).save_pretrained(folder)
+    output = {"text": {"method": "forward", "method_output_name": "sentence_embedding"}}
+    transformer = Transformer(
+        str(folder), modality_config=output, module_output_name="sentence_embedding", unpad_inputs=False
+    )
+    one_folder = SentenceTransformer(modules=[transformer], similarity_fn_name="dot", device="cpu")
+    one_folder.module_kwargs = {"0": ["task"]}
+    mixed = MultiLayerPooling(layers=[-1, 0, 1], pooling="scalar_mix", normalize=True)
+    several = MultiLayerPooling(layers=[-1, 1], pooling="multi", projection=True, hidden_size=32)
+    return Example(
+        {
+            "retriever": one_folder,
+            "pipeline": SentenceTransformer(modules=[Transformer(str(backbone)), stirred(mixed)], device="cpu"),
+            "multi": MultiVectorEncoder(modules=[Transformer(str(backbone)), stirred(several)], device="cpu"),
+        },
+        weight="query_encoder.encoder.layer.0.output.dense.weight",
+        bad_config=[
+            (MultiLayerHeadConfig, {"layers": []}, r"layers=\[\] names no hidden states"),
+            (MultiLayerHeadConfig, {"layers": "-1,-3"}, "Use whole numbers"),
+            (MultiLayerHeadConfig, {"layers": [-1, True]}, "Use whole numbers"),
+            (MultiLayerHeadConfig, {"layers": [-1, -1]}, "names a layer twice"),
+            (MultiLayerHeadConfig, {"layers": [-1, 12], "num_hidden_layers": 12}, r"0 to 12 they are \[12, 12\]"),
+            (
+                MultiLayerConfig,
+                {"layers": [-1, 13]},
+                r"names 13, .* 12 layers.* 0 \(embeddings\) to 12 .*-13 to -1",
+            ),
+            (MultiLayerConfig, {"layers": [-1, -14]}, "names -14"),
+            (MultiLayerConfig, {"pooling": "multi"}, "MultiVectorEncoder"),
+            (MultiLayerHeadConfig, {"pooling": "max"}, "self_contrastive, last, mean, scalar_mix, linear, multi"),
+            (MultiLayerHeadConfig, {"token": "max"}, "token='max'.*mean, cls"),
+            (MultiLayerHeadConfig, {"layers": [-1], "pooling": "mean"}, "nothing to pool"),
+            (MultiLayerHeadConfig, {"pool_queries": True}, "would change nothing"),
+            (MultiLayerHeadConfig, {"pooling": "linear", "projection": True}, "one map behind another"),
+        ],
+    )
+
+
 EXAMPLES: dict[str, Callable[[Path, Path], Example]] = {
     toy.ToyModel.config_class.model_type: toy_example,
     Dense2SparseForRetrievalConfig.model_type: dense2sparse_example,
+    MultiLayerConfig.model_type: multilayer_example,
     ReinPoolConfig.model_type: reinpool_example,
 }

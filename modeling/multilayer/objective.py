@@ -202,8 +202,8 @@ class MultiLayerObjective(_LayerContrast):
     def head_config(self) -> MultiLayerHeadConfig:
         """Config with layers and pooling of the model."""
         for module in _unwrapped(self.model):
-            config = getattr(getattr(module, "model", None), "config", None)
-            if isinstance(config, MultiLayerHeadConfig):
+            config: Any = getattr(getattr(module, "model", None), "config", None)
+            if getattr(config, "model_type", "").startswith("polyrep_multilayer"):  # the class may be the folder's own
                 return config
         raise InputError(
             f"{type(self).__name__}: the model has no layers to compare. Use a MultiLayerModel, or put a "
@@ -230,7 +230,8 @@ class MultiLayerObjective(_LayerContrast):
     @contextmanager
     def shown(self) -> Iterator[None]:
         """The model with every layer in its output, if the loss compares them."""
-        config = _unwrapped(self.model)[0].model.config
+        first: Any = _unwrapped(self.model)[0]
+        config = first.model.config
         before = config.output_hidden_states
         config.output_hidden_states = self.contrasts or before
         try:
@@ -279,7 +280,7 @@ class CachedMultiLayerObjective(CachedLossMixin, MultiLayerObjective):
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Loss of a batch."""
         self.drawn = self.draw()
-        tasked = [
+        tasked: list[dict[str, Any]] = [
             {**features, "task": "document" if column else "query"}
             for column, features in enumerate(sentence_features)
         ]
@@ -320,7 +321,8 @@ class CachedMultiLayerObjective(CachedLossMixin, MultiLayerObjective):
 
         (documents, layers), own = self.gathered([split(column, multi) for column in columns])
         asked, asked_layers = split(queries, False)
-        total, metrics = torch.zeros((), device=own.device), {}
+        total = torch.zeros((), device=own.device)
+        metrics: dict[str, Tensor] = {}
         for start in range(0, len(queries), self.mini_batch_size):
             rows = slice(start, start + self.mini_batch_size)
             each = asked[rows], None if asked_layers is None else asked_layers[rows]
@@ -331,7 +333,7 @@ class CachedMultiLayerObjective(CachedLossMixin, MultiLayerObjective):
                 loss.backward()
                 loss = loss.detach()
             total = total + loss
-            metrics = {name: metrics.get(name, 0) + value * share for name, value in self.metrics.items()}
+            metrics = {name: metrics.get(name, total * 0) + value * share for name, value in self.metrics.items()}
         self.metrics = metrics
         return total
 
@@ -349,7 +351,8 @@ class MultiLayerHeadObjective(_LayerContrast):
     @property
     def head_config(self) -> MultiLayerHeadConfig:
         """Config of the head."""
-        return self.model.config
+        config: Any = self.model.config
+        return config
 
     def prepare(self, data: Any) -> None:
         """Nothing is needed of the corpus before the first step."""
