@@ -154,10 +154,36 @@ def table_rows(
     seeds: dict[str, list[Ranking]] = {}
     for ranking in rankings:
         seeds.setdefault(ranking.system, []).append(ranking)
-    values = {}
+    values, costs = {}, {}
     for system, repeated in seeds.items():
         measured = [per_query_metrics(dataset, ranking) for ranking in repeated]
-        values[system] = {metric: np.stack([m[metric] for m in measured]) for metric in METRICS}  # (seeds, queries)
+        values[system] = {metric: np.stack([m[metric] for m in measured]) for metric in METRICS}
+        known = [ranking.costs for ranking in repeated]
+        costs[system] = {name: float(np.mean([cost[name] for cost in known])) for name in known[0]}
+    return metric_rows(dataset.name, dataset.split, values, costs, reference, seed)
+
+
+def metric_rows(
+    dataset: str,
+    split: str,
+    values: Mapping[str, Mapping[str, np.ndarray]],
+    costs: Mapping[str, Mapping[str, float]],
+    reference: str,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """The rows of :func:`table_rows`, from what was measured.
+
+    Args:
+        dataset: Name of the data set.
+        split: Its split.
+        values: System -> metric -> ``(seeds, queries)``.
+        costs: System -> what goes beside its nDCG@10.
+        reference: The system that the others are tested against.
+        seed: Seed of the resampling.
+
+    Raises:
+        InputError: No system is called ``reference``.
+    """
     _refuse_unknown(reference, values)
     others = [system for system in values if system != reference]
     tests = dict(
@@ -166,23 +192,22 @@ def table_rows(
         )
     )
     rows = []
-    for system, repeated in seeds.items():
+    for system, measured in values.items():
         for metric in METRICS:
-            scores = values[system][metric]
+            scores = measured[metric]
             row: dict[str, Any] = {
                 "system": system,
-                "dataset": dataset.name,
-                "split": dataset.split,
+                "dataset": dataset,
+                "split": split,
                 "metric": metric,
                 "value": float(scores.mean()),
                 "interval": list(bootstrap_interval(scores, seed)),
                 "queries": scores.shape[1],
             }
-            if len(repeated) > 1:
-                row |= {"seeds": len(repeated), "std": float(scores.mean(axis=1).std(ddof=1))}
+            if len(scores) > 1:
+                row |= {"seeds": len(scores), "std": float(scores.mean(axis=1).std(ddof=1))}
             if metric == "nDCG@10":
-                costs = [ranking.costs for ranking in repeated]
-                row |= {name: float(np.mean([cost[name] for cost in costs])) for name in costs[0]}
+                row |= costs[system]
                 if system in tests:
                     row |= {"reference": reference} | tests[system]
             rows.append(row)

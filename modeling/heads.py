@@ -203,7 +203,7 @@ class LayerSide:
     def features(self, rows: np.ndarray) -> Features:
         """Features of some texts: ``layer_embeddings (texts, layers + 1, dim)``, embeddings first, and ``index``."""
         return {
-            "layer_embeddings": torch.from_numpy(self.embeddings.values[rows].astype(np.float32)),
+            "layer_embeddings": torch.from_numpy(self.embeddings.values[rows].astype(np.float32, copy=False)),
             "index": torch.from_numpy(self.first + rows),
         }
 
@@ -267,6 +267,7 @@ class HeadData(Dataset):
         # queries, documents, nearest (queries, depth)
         self.parts: list[tuple[Any, Any, np.ndarray]] = []
         self.pairs = np.empty((0, 3), np.int64)  # data set, query, document
+        self.judged: list[np.ndarray] = []  # (queries, most judged) places of relevant documents from 1 on, else 0
         self.epoch = 0  # set by the trainer
 
     def add(self, model: Any, dataset: RetrievalDataset, **options: Any) -> None:
@@ -293,6 +294,11 @@ class HeadData(Dataset):
                 if relevance > 0
             ]
             pairs = np.array(judged, np.int64).reshape(-1, 2)
+            counts = np.bincount(pairs[:, 0], minlength=len(queries))
+            relevant = np.zeros((len(queries), counts.max(initial=1)), np.int64)
+            starts = np.repeat(np.cumsum(counts) - counts, counts)
+            relevant[pairs[:, 0], np.arange(len(pairs)) - starts] = firsts[1] + pairs[:, 1] + 1
+            self.judged.append(relevant)
         else:
             pairs = np.stack([np.arange(len(queries)), nearest[:, 0]], axis=1)
         numbered = np.concatenate([np.full((len(pairs), 1), len(self.parts)), pairs], axis=1)
@@ -315,7 +321,10 @@ class HeadData(Dataset):
         return np.append(self.pairs[row], row)
 
     def collate(self, rows: list[np.ndarray]) -> dict[str, Any]:
-        """A batch: ``features`` of queries and of documents, own ones first, then negatives; and ``labels``."""
+        """A batch: ``features`` of queries and of documents, own ones first, then negatives; and ``labels``.
+
+        With labels, queries carry ``judged``: ``index`` of every relevant document plus 1, padded with 0.
+        """
         pairs = np.stack(rows)  # (batch, 4): data set, query, document, row
         # Draws follow from the seed and the rows, so that neither an interruption nor more processes change them.
         draws = np.stack(
@@ -326,7 +335,10 @@ class HeadData(Dataset):
             queries, documents, nearest = self.parts[number]
             member = np.flatnonzero(pairs[:, 0] == number)
             drawn = (draws[member] * nearest.shape[1]).astype(np.int64)
-            query_parts.append(queries.features(pairs[member, 1]))
+            asked = queries.features(pairs[member, 1])
+            if self.labels:  # so that no relevant document need count as a negative
+                asked["judged"] = torch.from_numpy(self.judged[number][pairs[member, 1]])
+            query_parts.append(asked)
             own_parts.append(documents.features(pairs[member, 2]))
             negative_parts.append(documents.features(nearest[pairs[member, 1][:, None], drawn].reshape(-1)))
             members.append(member)

@@ -102,6 +102,7 @@ class RecipeArguments:
     negative_margin: float = field(
         default=0.05, metadata={"help": "Leave out what scores above the own document's score less this share of it."}
     )
+    mined_cache: str = field(default=".cache/mined", metadata={"help": "Where embeddings for mining are kept."})
     lora_rank: int = field(default=0, metadata={"help": "Train adapters of this rank (PEFT), merged at the end."})
     freeze: list[str] = field(default_factory=list, metadata={"help": "Regular expressions of parameters to freeze."})
     card: str = field(default="", metadata={"help": "Template in model_cards/; default: the room's."})
@@ -218,6 +219,12 @@ def resolve(argv: list[str], *, prog: str = "polyrep train") -> Plan:
     config = fixed if room else {}
     for flags_of_class in method_flags:
         config |= flags_of_class
+    for flag, value, most in (
+        ("hard_negatives", recipe.hard_negatives, 100),
+        ("negative_margin", recipe.negative_margin, 1),
+    ):
+        if not 0 <= value <= most:
+            raise InputError(f"--{flag} {value}: use 0 to {most}.")
     if not recipe.datasets:
         raise InputError(f"{run}: no training data. Name at least one with --datasets.")
     args.logging_nan_inf_filter = False  # a loss that is not finite must show, not be replaced by the last good one

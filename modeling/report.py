@@ -182,7 +182,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axis.margins(x=0.12)
         axis.set_title(dataset)
         axis.grid(alpha=0.3)
-    names = {"bytes_per_document": "bytes per document", "flops": "FLOPs: words that a query and a document share"}
+    names = {
+        "bytes_per_document": "bytes per document",
+        "flops": "FLOPs: words that a query and a document share",
+        "encode_ms_per_document": "milliseconds to encode a document",
+    }
     figure.supxlabel(names.get(cost, cost), fontsize="medium")
     second = f"; right: 0 is {results['gap'][0]}, 1 is {results['gap'][1]}" if results.get("gap") else ""
     figure.supylabel(f"nDCG@10 (95 % interval{second})", fontsize="medium")
@@ -272,6 +276,7 @@ def _table_cells(system: str, metrics: dict[str, dict[str, Any]]) -> dict[str, s
         "own words in top 20": _or(main.get("own_token_share"), ".2f"),
         "layer margin": _or(main.get("layer_margin"), ".2f"),
         "layer saturation": _or(main.get("layer_saturation"), ".3f"),
+        "layer wins": _or(main.get("layer_wins"), ".3f"),
         "encode docs/s": _or(main.get("encode_docs_per_s"), ",.0f"),
         "search ms (p50 / p99)": " / ".join(latency) if all(latency) else "",
     }

@@ -62,8 +62,10 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
         )
     resume = _checkpoint_to_resume(output, args.resume_from_checkpoint)
     started_from = {"backbone": recipe.backbone, "objective": recipe.objective, **plan.config}
+    later = ("hard_negatives", "negative_margin", "lora_rank")  # what older runs did not write down
+    started_from |= {name: getattr(recipe, name) for name in later} | plan.objective_arguments
     if plan.head:  # what the corpus and the objective make of the head before the first step
-        started_from |= {"datasets": recipe.datasets, "split": recipe.split, **plan.objective_arguments}
+        started_from |= {"datasets": recipe.datasets, "split": recipe.split}
         seen = ("queries", "cloze_sentences", "max_length", "vocabulary", "negatives", "depth")
         started_from |= {name: getattr(plan.head, name) for name in seen}
     earlier = [] if resume or recipe.dry_run else [output / "final", output / "head", *output.glob("checkpoint-*")]
@@ -73,7 +75,8 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
             f"{output}: holds {earlier[0].name} of an earlier run, which would be replaced. Go on from there with "
             "--resume_from_checkpoint last, choose another --output_dir, or pass --overwrite."
         )
-    if resume and (changed := [k for k, v in read_json(output / "run.json").items() if started_from.get(k) != v]):
+    before = {name: getattr(RecipeArguments, name) for name in later} | read_json(output / "run.json")
+    if resume and (changed := [k for k, v in before.items() if started_from.get(k) != v]):
         raise InputError(
             f"{output}: started with another {', '.join(changed)}, so going on would mix two runs. Leave these flags "
             "as they were (run.json), or start anew in another --output_dir."
@@ -170,6 +173,7 @@ def build(plan: Plan, folder: Path, head: PreTrainedModel | None = None) -> None
                 raise InputError(str(error)) from error
             model.save_pretrained(staged)
             AutoTokenizer.from_pretrained(backbone).save_pretrained(staged)
+            _inherit(staged, backbone, getattr(model, "similarity_fn_name", None))
             localize(staged)
             return
         family = family_of(plan.run)
@@ -196,6 +200,19 @@ def build(plan: Plan, folder: Path, head: PreTrainedModel | None = None) -> None
             save(family(modules=modules, **keep), staged)
         except ValueError as error:  # how a module of a room refuses what stands before it
             raise InputError(str(error)) from error
+
+
+def _inherit(folder: Path, backbone: Path, similarity: str | None) -> None:
+    """Give a built model the backbone's maximal length and prompts, and its own score, where the run says nothing."""
+    for name, inherited in (
+        ("sentence_bert_config.json", ("max_seq_length",)),
+        ("config_sentence_transformers.json", ("prompts", "default_prompt_name")),
+    ):
+        own, theirs = read_json(folder / name), read_json(backbone / name)
+        own |= {key: theirs[key] for key in inherited if theirs.get(key) is not None and not own.get(key)}
+        if similarity and name.startswith("config_") and not own.get("similarity_fn_name"):
+            own["similarity_fn_name"] = similarity
+        write_json(folder / name, own)
 
 
 class CheckpointCallback(TrainerCallback):
@@ -296,15 +313,18 @@ def _with_negatives(dataset: RetrievalDataset, pairs: Dataset, recipe: RecipeArg
         corpus_prompt=miner.prompts.get("document") or None,
         num_negatives=recipe.hard_negatives,
         relative_margin=recipe.negative_margin,
-        range_max=100,
         output_format="n-tuple",
         verbose=False,
+        cache_folder=str(Path(recipe.mined_cache) / fingerprint(folder)[:16]),
     )
     if not len(mined):
         raise InputError(
             f"{dataset.name}: no pair has {recipe.hard_negatives} negatives that score {recipe.negative_margin:.0%} "
             "below its document. Lower --hard_negatives or --negative_margin."
         )
+    if len(mined) < len(pairs):
+        left = len(pairs) - len(mined)
+        print(f"{dataset.name}: {left:,} of {len(pairs):,} pairs have too few negatives and are left out.", flush=True)
     return mined.rename_column("negative", "negative_1") if "negative" in mined.column_names else mined
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DOCUMENTS, QUERIES, run_python, write_beir
+from conftest import DOCUMENTS, QRELS, QUERIES, RUN_CLI, run_python, write_beir
 from safetensors.torch import load_file
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Normalize, Transformer
@@ -24,6 +24,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTo
 import polyrep
 from polyrep import InputError
 from polyrep.cli import main
+from polyrep.data import load_retrieval_dataset
+from polyrep.heads import HeadData
 from polyrep.multilayer import (
     CachedMultiLayerObjective,
     MultiLayerConfig,
@@ -252,6 +254,16 @@ def test_a_truncated_model_gives_that_layer_with_less_work(encoders):
             model.truncate(layer)
 
 
+@pytest.mark.parametrize("kind", FINAL_NORM)
+def test_an_encoder_that_cannot_be_cut_is_kept_whole(encoders, kind):
+    model = MultiLayerModel.from_encoder(str(encoders[kind]), layers=[2, 1], pooling="mean").eval()
+    batch = tokens_of(encoders[kind])
+    with torch.no_grad():
+        states = model.encoder(**batch, output_hidden_states=True).hidden_states
+        expected = sum(by_hand(states[layer], batch["attention_mask"], "mean") for layer in (1, 2)) / 2
+        torch.testing.assert_close(model(**batch).sentence_embedding, expected)
+
+
 def test_layers_above_the_deepest_that_is_read_are_left_out(encoders, tmp_path):
     model = MultiLayerModel.from_encoder(str(encoders["bert"]), layers=[2, 0], pooling="linear")
     assert model.config.num_hidden_layers == 2 and model.config.layers == [2, 0]
@@ -345,7 +357,7 @@ def test_wrong_families_and_places_are_refused(backbone, static_model, encoders)
         SentenceTransformer(modules=[transformer, MultiLayerPooling(layers=[-1, 5], pooling="mean")], device="cpu")
     with pytest.raises(ValueError, match="names a layer twice"):
         SentenceTransformer(modules=[transformer, MultiLayerPooling(layers=[-1, 2], pooling="mean")], device="cpu")
-    with pytest.raises(ValueError, match="hidden_size=16, but the encoder's states have width 32"):
+    with pytest.raises(ValueError, match="hidden_size=16, but the encoder has 2 layers of width 32"):
         SentenceTransformer(modules=[transformer, MultiLayerPooling(layers=[-1, 0], hidden_size=16)], device="cpu")
     with pytest.raises(ValueError, match="Pass hidden_size"):
         MultiLayerPooling(layers=[-1, 0], pooling="linear")
@@ -420,8 +432,10 @@ def loops(q, d, own, lambda_, tau, tau_r, pooling="self_contrastive"):
     return total
 
 
-@pytest.mark.parametrize("pooling", ["self_contrastive", "last", "multi"])
-@pytest.mark.parametrize("lambda_", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(
+    ("pooling", "lambda_"),
+    [(p, w) for p in ("self_contrastive", "last") for w in (0.0, 0.1, 1.0)] + [("multi", 0.0)],
+)
 def test_the_loss_against_loops(pooling, lambda_):
     torch.manual_seed(0)
     q, d = torch.randn(3, 3, 4), torch.randn(7, 3, 4)
@@ -502,6 +516,10 @@ def test_early_layers_rank_by_themselves_and_follow():
     q, d, own = torch.randn(2, 3, 4), torch.randn(4, 3, 4), torch.tensor([1, 3])
     loss = objective("last", lambda_=0.0, tau=0.5, early_weight=0.7)
     found = loss.losses((q[:, 0], q), (d[:, 0], d), own, drawn=2)["early"].item()
+    both = objective(lambda_=0.3, tau=0.5, early_weight=0.7)
+    parts = both.losses((q[:, 0], q), (d[:, 0], d), own, drawn=2)
+    contrast = loops(q, d, own.tolist(), 0.3, 0.5, 0.5)  # the drawn layer does not take the others' place
+    assert math.isclose(parts["contrast"].item() + parts["layers"].item(), contrast, rel_tol=1e-5)
     expected = 0.0
     for i in range(2):
         early, full = (np.array([float(q[i, layer] @ d[j, layer]) / 0.5 for j in range(4)]) for layer in (2, 0))
@@ -529,6 +547,10 @@ def test_monitors_show_the_lead_and_its_saturation():
     assert math.isclose(loss.metrics["layer_margin"].item(), ((2 - 0.5) + (1 - 3)) / 2)
     shares = [1 / (1 + math.exp(0.5 - 2)), 1 / (1 + math.exp(3 - 1))]
     assert math.isclose(loss.metrics["layer_saturation"].item(), sum(shares) / 2, rel_tol=1e-6)
+    assert loss.metrics["layer_wins"].item() == 0.0, "the other layers of the other documents score 0, as layer 0 does"
+    d[1, 1, 0] = 5.0
+    loss.losses((q[:, 0], q.expand(-1, 2, -1)), (d[:, 0], d), torch.arange(2))
+    assert loss.metrics["layer_wins"].item() == 0.5
 
 
 @pytest.mark.parametrize(
@@ -540,7 +562,8 @@ def test_monitors_show_the_lead_and_its_saturation():
         ({"tau": 0.0}, "--tau 0.0"),
         ({"tau_r": -1.0}, "--tau_r -1.0"),
         ({"mode": "detach"}, "paper, stop_gradient or margin"),
-        ({"pooling": "last", "layers": (-1,)}, "the loss compares layers, and there is one"),
+        ({"pooling": "mean", "lambda_": 0.1}, "push away layers that a document is made of"),
+        ({"pooling": "last", "layers": (-1,), "lambda_": 0.1}, "the loss compares layers, and there is one"),
     ],
 )
 def test_the_objective_refuses_bad_settings(settings, words):
@@ -555,6 +578,7 @@ def test_a_batch_without_negatives_is_refused():
 
 
 def test_temperatures_follow_the_vectors():
+    assert objective().lambda_ == 1.0 and objective("mean").lambda_ == objective("last", (-1,)).lambda_ == 0.0
     assert objective().tau == 1.0 and math.isclose(objective(normalize=True).tau, 0.05)
     fixed, learned = objective(tau=0.5), objective(tau=0.5, learn_tau=True)
     assert math.isclose(learned.log_scale.exp().item(), 2.0, rel_tol=1e-6)
@@ -598,10 +622,10 @@ def test_one_layer_is_the_dual_encoder_of_sentence_transformers(trainable, layer
 SETTINGS = {
     "self_contrastive": ({}, {"lambda_": 0.5}),
     "untied": ({"tied": False}, {"lambda_": 1.0, "mode": "stop_gradient"}),
-    "query side": ({"normalize": True}, {"query_side": True, "learn_tau": True}),
-    "early": ({"pooling": "last", "normalize": True}, {"lambda_": 0.0, "early_weight": 1.0}),
-    "regularised mean": ({"pooling": "mean"}, {"lambda_": 0.1}),
-    "plain scalar mix": ({"pooling": "scalar_mix", "pool_queries": True}, {"lambda_": 0.0}),
+    "query side": ({"normalize": True}, {"query_side": True}),
+    "early": ({"pooling": "last", "normalize": True}, {"early_weight": 1.0}),
+    "regularised": ({"pooling": "last"}, {"lambda_": 0.1}),
+    "scalar mix": ({"pooling": "scalar_mix", "pool_queries": True}, {}),
 }
 
 
@@ -701,10 +725,10 @@ def trained(run: Path, output: Path, *flags: str) -> list[float]:
     return [entry["loss"] for entry in log if "loss" in entry]
 
 
-def _refusal(run: Path, output: Path, *flags: str) -> str:
+def _refusal(run: Path, output: Path, *flags: str, final: bool = False) -> str:
     with pytest.raises(InputError) as caught:
         train([str(run), "--output_dir", str(output), *flags])
-    assert not (output / "final").exists()
+    assert (output / "final").exists() == final
     return str(caught.value)
 
 
@@ -715,6 +739,7 @@ VARIANTS = {
     "cached": ["--objective", "CachedMultiLayerObjective", "--mini_batch_size", "1"],
     "control": ["--objective", "MultipleNegativesRankingLoss"],
     "early": ["--pooling", "last", "--lambda_", "0", "--early_weight", "1"],
+    "mean": ["--pooling", "mean", "--lambda_", "0", "--layers", "-1", "0"],
 }
 
 
@@ -731,10 +756,36 @@ def test_the_run_trains_and_every_checkpoint_opens(runs, tmp_path, variant):
     for tower in towers:
         name = f"{tower}encoder.layer.0.output.dense.weight"
         assert not torch.equal(start[name], end[name]), f"{tower} is trained"
-    assert "# MultiLayer" in (tmp_path / "out" / "final" / "README.md").read_text()
+    assert "The same pooling behind any encoder" in (tmp_path / "out" / "final" / "README.md").read_text()
     if variant == "tied":
         log = json.loads((tmp_path / "out" / "training.json").read_text())["log"]
         assert all({"layer_margin", "layer_saturation"} <= entry.keys() for entry in log if "loss" in entry)
+
+
+def test_the_run_scores_as_it_trains_and_reads_what_the_backbone_reads(runs, backbone, tmp_path):
+    """Unnormalised vectors are served by the inner product; maximal length and prompts are the backbone's."""
+    own = SentenceTransformer(modules=[Transformer(str(backbone)), Pooling(32, "cls")], device="cpu")
+    own.max_seq_length, own.prompts = 8, {"query": "list ", "document": ""}
+    own.save_pretrained(str(tmp_path / "own"))
+    long = ["show open ports and sockets and files and more of them"]
+    for normalize, similarity in (("false", "dot"), ("true", "cosine")):
+        output = tmp_path / similarity
+        flags = ["--backbone", str(tmp_path / "own"), "--normalize", normalize, "--learning_rate", "1e-9"]
+        trained(runs["multilayer-minilm"], output, *flags, "--max_steps", "1")
+        model = polyrep.load(output / "final", trust_remote_code=True, device="cpu")
+        assert model.similarity_fn_name == similarity and model.max_seq_length == 8
+        assert model.prompts == own.prompts and model[0].model.config.token == "cls"
+        expected = own.encode_query(long, normalize_embeddings=normalize == "true")
+        np.testing.assert_allclose(model.encode_query(long), expected, atol=1e-5)
+
+
+def test_a_resumed_run_must_be_the_same(runs, tmp_path):
+    trained(runs["multilayer-minilm"], tmp_path / "out")
+    for flag, value in (("--lora_rank", "2"), ("--hard_negatives", "1"), ("--lambda_", "0.5"), ("--pooling", "last")):
+        words = _refusal(
+            runs["multilayer-minilm"], tmp_path / "out", flag, value, "--resume_from_checkpoint", "last", final=True
+        )
+        assert f"started with another {flag[2:]}" in words
 
 
 def test_the_cached_run_learns_what_the_plain_one_does(runs, tmp_path):
@@ -760,6 +811,9 @@ def test_runs_refuse_what_cannot_be_trained(runs, tmp_path):
         (["--lambda_", "-1"], "--lambda_ -1.0"),
         (["--per_device_train_batch_size", "1"], "a batch of one pair"),
         (["--lora_rank", "-2"], "--lora_rank -2"),
+        (["--hard_negatives", "-1"], "--hard_negatives -1: use 0 to 100"),
+        (["--negative_margin", "2"], "--negative_margin 2.0: use 0 to 1"),
+        (["--pooling", "mean"], "push away layers"),
     ):
         assert words in _refusal(run, tmp_path / "refused", *flags)
     frozen = _refusal(runs["multilayer-minilm-frozen"], tmp_path / "refused", "--lora_rank", "4")
@@ -855,8 +909,49 @@ def test_flags_name_the_method_of_head_and_model(runs, capsys):
     assert "Weight of the second term" in shown, "help comes from the class that says it"
 
 
+def test_relevant_documents_of_a_query_are_never_its_negatives(backbone, tmp_path):
+    """q3 has two: each is known where the other is the own one."""
+    model = SentenceTransformer(modules=[Transformer(str(backbone)), Pooling(32, "mean")], device="cpu")
+    data = HeadData(kind="layers", negatives=3, labels=True, depth=5)
+    for name in ("first", "second"):
+        dataset = load_retrieval_dataset(write_beir(tmp_path / name, split="train"), "train")
+        data.add(model, dataset, show_progress=False)
+    batch = data.collate([data[row] for row in range(len(data))])
+    queries, documents = batch["features"]
+    ids = list(DOCUMENTS) * 2
+    names = [f"{part} {ids[place]}" for place in documents["index"] for part in [int(place) // 5]]
+    seen = (queries["judged"][..., None] == documents["index"] + 1).any(1)
+    for row, (part, query, _) in enumerate(data.pairs):
+        relevant = {f"{part} {d}" for d in list(QRELS.values())[query]}
+        assert [name in relevant for name in names] == seen[row].tolist()
+
+
 def test_config_and_head_say_the_same_of_an_encoder():
     config = MultiLayerConfig(encoder_config={"model_type": "bert", **SMALL}, layers=[-1, 1])
     assert (config.hidden_size, config.num_hidden_layers) == (32, 3)
     again = MultiLayerConfig(**config.to_dict())
     assert again.layers == [-1, 1] and again.encoder_config.hidden_size == 32
+
+
+@pytest.mark.parametrize("objective, tied", [("MultiLayerObjective", "true"), ("CachedMultiLayerObjective", "false")])
+def test_two_processes_train_what_one_does(runs, tmp_path, objective, tied):
+    """Two processes with a batch of 1 each are one process with a batch of 2, hard negatives of both included."""
+    flags = ["--objective", objective, "--hard_negatives", "1", "--negative_margin", "0", "--max_grad_norm", "1e9"]
+    flags += ["--batch_sampler", "batch_sampler", "--save_strategy", "no", "--mined_cache", str(tmp_path / "mined")]
+    flags += ["--max_steps", "2", "--tied", tied]
+    one = trained(runs["multilayer-minilm"], tmp_path / "one", *flags)
+    program = tmp_path / "cli.py"
+    program.write_text(RUN_CLI)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
+    several = ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "1"]
+    result = run_python(*launch, "train", str(runs["multilayer-minilm"]), *flags, *several)
+    assert result.returncode == 0, result.stderr[-3000:]
+    if tied == "false":
+        plain = [*flags[2:], *several, "--overwrite", "--lambda_", "1"]
+        refused = run_python(*launch, "train", str(runs["multilayer-minilm"]), *plain)
+        assert refused.returncode and "--objective CachedMultiLayerObjective" in refused.stderr
+    log = json.loads((tmp_path / "two" / "training.json").read_text())["log"]
+    np.testing.assert_allclose([entry["loss"] for entry in log if "loss" in entry], one, rtol=1e-3)
+    expected = load_file(tmp_path / "one" / "final" / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "two" / "final" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-3)  # Adam turns rounding into steps

@@ -17,6 +17,7 @@ are also layers that count from either end, so that one recipe serves encoders o
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -61,8 +62,9 @@ class MultiLayerHeadConfig(PretrainedConfig):
         layers (list): Hidden states of the encoder: 0 is the embeddings, 12 or -1 the last of twelve layers. The first
             named is the one that stands alone: of queries, and of documents unless they are pooled.
         pooling (str): What a document is: self_contrastive, last, mean, scalar_mix, linear or multi.
-        token (str): What a text is at a layer: mean over its tokens, or cls, its first. Default: the backbone's own.
-        normalize (bool): Bring vectors to unit length. Default: as the backbone does.
+        token (str): What a text is at a layer: mean over its tokens, or cls, its first. Default: the backbone's own
+            where there is one (``from_encoder``, ``from_backbone``, ``train``), else mean.
+        normalize (bool): Bring vectors to unit length. Default: likewise, else not, and scores are inner products.
         pool_queries (bool): Pool queries as documents are: for mean and scalar_mix; linear always does.
         projection (bool): One linear map behind every layer, the identity at first.
         hidden_size (int): Width of the encoder's states; known once there is an encoder.
@@ -133,12 +135,19 @@ class MultiLayerHeadConfig(PretrainedConfig):
                 + (f" (of hidden states 0 to {depth} they are {places})" if depth is not None else "")
                 + ", so it would be compared with itself. Name each once."
             )
-        if self.hidden_size not in (None, hidden_size):
+        made = (self.num_hidden_layers, self.hidden_size)
+        if any(ours not in (None, theirs) for ours, theirs in zip(made, (depth, hidden_size), strict=True)):
             raise ValueError(
-                f"{name}: made for hidden_size={self.hidden_size}, but the encoder's states have width {hidden_size}. "
-                f"Use the backbone it was trained on ({self.base_model_id or 'not recorded'}), or train it anew."
+                f"{name}: made for num_hidden_layers={made[0]} and hidden_size={made[1]}, but the encoder has {depth} "
+                f"layers of width {hidden_size}. Use the backbone it was trained on "
+                f"({self.base_model_id or 'not recorded'}), or train it anew."
             )
         self.num_hidden_layers, self.hidden_size = depth, hidden_size
+
+    @property
+    def similarity_fn_name(self) -> str:
+        """How vectors are scored: those of unit length by cosine, others by the inner product of their training."""
+        return "cosine" if self.normalize else "dot"
 
     @property
     def pools(self) -> bool:
@@ -280,6 +289,11 @@ class MultiLayerModel(PreTrainedModel):
         self.head = MultiLayerHead(config)
         self.post_init()
 
+    @property
+    def similarity_fn_name(self) -> str:
+        """See MultiLayerHeadConfig."""
+        return self.config.similarity_fn_name
+
     @classmethod
     def from_encoder(cls, backbone: str, head: MultiLayerHead | None = None, **config) -> MultiLayerModel:
         """A model from any embedding model that is a transformer, one pooling and perhaps a normalisation.
@@ -307,7 +321,10 @@ class MultiLayerModel(PreTrainedModel):
         if head is not None:
             whole.head.load_state_dict(head.state_dict())
         whole = whole.to(encoder.dtype)
-        return whole if whole.config.deepest() == whole.config.num_hidden_layers else whole.truncate()
+        if whole.config.deepest() < whole.config.num_hidden_layers:
+            with contextlib.suppress(ValueError):  # what cannot be left out costs time and changes no vector
+                whole = whole.truncate()
+        return whole
 
     @staticmethod
     def check_backbone(model: SentenceTransformer) -> tuple[str, bool]:
@@ -382,8 +399,8 @@ class MultiLayerModel(PreTrainedModel):
         if kept < 1:
             raise ValueError(f"truncate: layer={layer} leaves no encoder. Use 1 to {depth}, or {-depth} to -1.")
         encoder = copy.deepcopy(config.encoder_config)
-        for name, value in encoder.to_dict().items():  # what is listed layer by layer, attention patterns say
-            if isinstance(value, list) and len(value) == depth:
+        for name, value in encoder.to_dict().items():  # what is listed layer by layer
+            if name in ("layer_types", "attention_types") and isinstance(value, list):
                 setattr(encoder, name, value[:kept])
         encoder.num_hidden_layers = kept
         layers = [place % (depth + 1) for place in config.layers] if config.pools else [kept]
@@ -439,7 +456,7 @@ class MultiLayerModel(PreTrainedModel):
             settings = json.loads(Path(found).read_text(encoding="utf-8"))
         except OSError:  # a model that was never a SentenceTransformer
             settings = {}
-        similarity = settings.get("similarity_fn_name") or ("cosine" if config.normalize else "dot")
+        similarity = settings.get("similarity_fn_name") or config.similarity_fn_name
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
 

@@ -36,16 +36,18 @@ class _LayerContrast(nn.Module):
         CE over j of (s[i, P(i), 0] for the own document, max over l of s[i, j, l] for the others) / tau
         + lambda * CE over l of s[i, P(i), :] / tau_r, with target 0.
 
-    With another ``pooling`` the first term is plain InfoNCE over what a document is, and the second, if lambda is not
-    zero, the same (the paper's ablation of the regulariser alone). One layer and lambda 0 are a dual encoder.
+    With another ``pooling`` the first term is plain InfoNCE over what a document is; with ``last`` the second can be
+    added to it (the paper's ablation of the regulariser alone). One layer and lambda 0 are a dual encoder.
 
     The paper scores by unbounded inner products, of which the second term can be lowered for ever by turning the other
     layers away from every query: then they are no negatives any more, and the first term is a dual encoder's.
-    ``metrics`` shows it: ``layer_margin``, the mean of s[i, P(i), 0] less the best other layer, and
-    ``layer_saturation``, the probability of layer 0 in the second term.
+    ``metrics`` shows it: ``layer_wins``, the share of negatives whose best layer is not layer 0, is then zero. With it
+    come ``layer_margin``, the mean of s[i, P(i), 0] less the best other layer, and ``layer_saturation``, the
+    probability of layer 0 in the second term.
 
     Args:
-        lambda_: Weight of the second term; 1 from BERT and .1 from a retrieval model in the paper.
+        lambda_: Weight of the second term; 1 from BERT and .1 from a retrieval model in the paper. Default: 1 for
+            self_contrastive, else 0.
         tau: Temperature. Default: .05 for vectors of unit length, else 1 as in the paper.
         tau_r: Temperature of the second term. Default: tau.
         mode: How other layers take part. paper: as above. stop_gradient: as negatives that are themselves not moved.
@@ -53,7 +55,8 @@ class _LayerContrast(nn.Module):
         margin: Lead that the hinge asks for, in units of the score.
         query_side: The other layers of queries are negatives too.
         random_layer: Each step draws one of the layers after the first, instead of taking all.
-        learn_tau: Learn the temperature. It is no part of the model: a resumed run starts from ``tau`` again.
+        learn_tau: Learn the temperature of the first term, at the learning rate of everything else. It is no part of
+            the model: a resumed run starts from ``tau`` again.
         early_weight: Each step also trains one of the layers after the first, queries and documents alike, to rank by
             itself and to follow the first layer's scores, so that the encoder can be cut there.
     """
@@ -61,7 +64,7 @@ class _LayerContrast(nn.Module):
     def __init__(
         self,
         model: Any,
-        lambda_: float = 1.0,
+        lambda_: float | None = None,
         tau: float | None = None,
         tau_r: float | None = None,
         mode: str = "paper",
@@ -74,6 +77,7 @@ class _LayerContrast(nn.Module):
         super().__init__()
         self.model = model
         config = self.head_config
+        lambda_ = lambda_ if lambda_ is not None else float(config.pooling == "self_contrastive")
         tau = tau if tau is not None else 0.05 if config.normalize else 1.0
         tau_r = tau if tau_r is None else tau_r
         for name, value in (("tau", tau), ("tau_r", tau_r)):
@@ -84,6 +88,11 @@ class _LayerContrast(nn.Module):
                 raise InputError(f"--{name} {value}: below 0 it would teach the opposite. Use 0 or more.")
         if mode not in ("paper", "stop_gradient", "margin"):
             raise InputError(f"--mode {mode!r}: use paper, stop_gradient or margin.")
+        if lambda_ and config.pooling not in ("self_contrastive", "last"):
+            raise InputError(
+                f"--lambda_ {lambda_} with --pooling {config.pooling}: would push away layers that a document is made "
+                "of. Use --lambda_ 0, or --pooling self_contrastive or last."
+            )
         contrasts = config.pooling == "self_contrastive" or lambda_ > 0 or early_weight > 0
         if contrasts and len(config.layers) < 2:
             raise InputError(
@@ -95,8 +104,13 @@ class _LayerContrast(nn.Module):
         self.query_side, self.random_layer, self.early_weight = query_side, random_layer, early_weight
         self.contrasts = contrasts
         self.log_scale = nn.Parameter(torch.tensor(-math.log(tau)), requires_grad=learn_tau)
-        if learn_tau and get_world_size() > 1:  # no part of what DDP synchronises
+        if learn_tau and get_world_size() > 1:  # the trainer of a whole model synchronises only the model
             self.log_scale.register_hook(lambda g: gather(g[None]).detach().mean())
+        if not getattr(config, "tied", True) and get_world_size() > 1 and not isinstance(self, CachedLossMixin):
+            raise InputError(
+                "--tied false with several processes: a step runs the towers one after the other, which "
+                "DistributedDataParallel takes for unused parameters. Use --objective CachedMultiLayerObjective."
+            )
         self.metrics: dict[str, Tensor] = {}
 
     @property
@@ -118,7 +132,7 @@ class _LayerContrast(nn.Module):
             queries: ``(queries, dim)`` what is served, and ``(queries, layers, dim)`` every layer, if needed.
             documents: ``(documents, dim)``, or ``(documents, layers, dim)`` for multi, and every layer likewise.
             labels: ``(queries,)`` row of each query's own document.
-            known: ``(queries, documents)`` True for copies of a query's own document, which are no negatives.
+            known: ``(queries, documents)`` True for what is relevant, the own document among it, and so no negative.
             drawn: The layer that ``random_layer`` or ``early_weight`` take this step.
 
         Raises:
@@ -138,7 +152,8 @@ class _LayerContrast(nn.Module):
         if self.contrasts:
             assert queries[1] is not None and documents[1] is not None
             q, d = queries[1].float(), documents[1].float()
-            if drawn is not None:
+            every = q, d
+            if drawn is not None and self.random_layer:
                 q, d = q[:, [0, drawn]], d[:, [0, drawn]]
             others = d[:, 1:].detach() if self.mode == "stop_gradient" else d[:, 1:]
             layers = torch.einsum("bd,nld->bnl", q[:, 0], torch.cat([d[:, :1], others], 1))
@@ -148,20 +163,24 @@ class _LayerContrast(nn.Module):
                 layers = torch.cat([layers, torch.einsum("bld,nd->bnl", asked, d[:, 0])], 2)
             if config.pooling == "self_contrastive":
                 ranked = torch.where(hot, layers[..., 0], layers.amax(-1))
-        copies = torch.zeros_like(hot) if known is None else known & ~hot
-        parts = {"contrast": F.cross_entropy((ranked * scale).masked_fill(copies, -torch.inf), labels)}
+        no_negative = torch.zeros_like(hot) if known is None else known & ~hot
+        parts = {"contrast": F.cross_entropy((ranked * scale).masked_fill(no_negative, -torch.inf), labels)}
         if layers is not None:
             own = layers[rows, labels]  # (queries, layers)
             lead = own[:, :1] - own[:, 1:]
             share = (own.detach() / self.tau_r).softmax(1)[:, 0]
+            wins = (layers.detach().argmax(-1) > 0)[~hot].float().mean()
             self.metrics = {"layer_margin": lead.detach().amin(1).mean(), "layer_saturation": share.mean()}
+            self.metrics["layer_wins"] = wins
             if self.lambda_ and self.mode == "margin":
                 parts["layers"] = self.lambda_ * F.relu(self.margin - lead).mean() / self.tau_r
             elif self.lambda_:
                 parts["layers"] = self.lambda_ * F.cross_entropy(own / self.tau_r, torch.zeros_like(labels))
         if self.early_weight:
-            early = (q[:, 1] @ d[:, 1].T * scale).masked_fill(copies, -1e9)  # finite: the divergence of two infinities
-            target = (served.detach() * scale.detach()).masked_fill(copies, -1e9).softmax(1)
+            assert drawn is not None
+            q, d = (side[:, drawn] for side in every)
+            early = (q @ d.T * scale).masked_fill(no_negative, -1e9)  # finite: the divergence of two infinities
+            target = (served.detach() * scale.detach()).masked_fill(no_negative, -1e9).softmax(1)
             follow = F.kl_div(early.log_softmax(1), target, reduction="batchmean")
             parts["early"] = self.early_weight * (F.cross_entropy(early, labels) + follow)
         return parts
@@ -176,7 +195,8 @@ class _LayerContrast(nn.Module):
     def get_config_dict(self) -> dict[str, Any]:
         """Arguments, for the model card."""
         names = [name for name in inspect.signature(type(self)).parameters if name not in ("model", "learn_tau")]
-        return {name: getattr(self, name) for name in names} | {"learn_tau": self.log_scale.requires_grad}
+        learned = {"learn_tau": True} if self.log_scale.requires_grad else {}
+        return {name: getattr(self, name) for name in names} | learned
 
     @property
     def citation(self) -> str:
@@ -262,19 +282,18 @@ class CachedMultiLayerObjective(CachedLossMixin, MultiLayerObjective):
         self,
         model: Any,
         mini_batch_size: int = 32,
-        lambda_: float = 1.0,
+        lambda_: float | None = None,
         tau: float | None = None,
         tau_r: float | None = None,
         mode: str = "paper",
         margin: float = 0.1,
         query_side: bool = False,
         random_layer: bool = False,
-        learn_tau: bool = False,
         early_weight: float = 0.0,
     ):
         if mini_batch_size < 1:
             raise InputError(f"--mini_batch_size {mini_batch_size}: use 1 or more.")
-        super().__init__(model, lambda_, tau, tau_r, mode, margin, query_side, random_layer, learn_tau, early_weight)
+        super().__init__(model, lambda_, tau, tau_r, mode, margin, query_side, random_layer, False, early_weight)
         self.mini_batch_size = mini_batch_size
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:  # type: ignore[override]
@@ -358,7 +377,7 @@ class MultiLayerHeadObjective(_LayerContrast):
         """Nothing is needed of the corpus before the first step."""
 
     def forward(self, features: list[Features], labels: Tensor) -> dict[str, Tensor]:
-        """Parts of the loss of a batch; features are ``layer_embeddings (texts, layers + 1, dim)`` and ``index``."""
+        """Parts of the loss of a batch of :class:`polyrep.heads.HeadData`: queries, and their documents and others."""
         sides = []
         for side, task in zip(features, ("query", "document"), strict=True):
             states = side["layer_embeddings"][:, self.head_config.layers]
@@ -369,7 +388,8 @@ class MultiLayerHeadObjective(_LayerContrast):
         documents = gather(served), None if layers is None else gather(layers)
         index = gather(features[1]["index"])
         labels = labels + get_rank() * len(served)
-        return self.losses(queries, documents, labels, known=index == index[labels][:, None], drawn=self.draw())
+        relevant = (features[0]["judged"][..., None] == index + 1).any(1)  # (queries, documents)
+        return self.losses(queries, documents, labels, known=relevant, drawn=self.draw())
 
 
 def _unwrapped(model: Any) -> BaseModel:
