@@ -52,10 +52,10 @@ class Arguments:
         default_factory=lambda: ["data/tldr_pages", "data/scitldr", "data/scifact"], metadata={"help": "BEIR folders."}
     )
     backbone: str = field(default="minilm", metadata={"help": "Folder or Hub id of a SentenceTransformer."})
-    max_steps: int = field(default=80, metadata={"help": "Steps of each model."})
+    max_steps: int = field(default=60, metadata={"help": "Steps of each model."})
     batch: int = field(default=32, metadata={"help": "Pairs of a step."})
     max_length: int = field(default=128, metadata={"help": "Tokens per text in training."})
-    learning_rate: float = field(default=2e-5, metadata={"help": "Of all three models."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "Of all three models."})
     early_weight: float = field(default=1.0, metadata={"help": "Weight of our early layers."})
     seed: int = field(default=0, metadata={"help": "Of data order and dropout."})
     cache_dir: str = field(default=".cache", metadata={"help": "Embeddings, rankings and trained models."})
