@@ -49,7 +49,7 @@ class Arguments:
     """What to train and measure."""
 
     datasets: list[str] = field(
-        default_factory=lambda: ["data/tldr_pages", "data/scitldr", "data/scifact"], metadata={"help": "BEIR folders."}
+        default_factory=lambda: ["data/tldr_pages", "data/scifact"], metadata={"help": "BEIR folders."}
     )
     backbone: str = field(default="minilm", metadata={"help": "Folder or Hub id of a SentenceTransformer."})
     max_steps: int = field(default=60, metadata={"help": "Steps of each model."})

@@ -73,9 +73,12 @@ PUBLISHED: dict[str, list[str]] = {
     "last + regulariser 0.1": _form("last", "-1 -3", "--lambda_", "0.1"),
     "last + regulariser 1": _form("last", "-1 -3", "--lambda_", "1"),
     **{
-        f"self-contrastive {name}, lambda {weight}": _form("self_contrastive", layers, "--lambda_", weight)
+        f"self-contrastive [-1,-3], lambda {weight}": _form(*SELF, "--lambda_", weight) for weight in ("0", "0.1", "1")
+    },
+    **{
+        f"self-contrastive {name}, lambda 0.1": _form("self_contrastive", layers, "--lambda_", "0.1")
         for name, layers in PAIRS.items()
-        for weight in ("0", "0.1", "1")
+        if name != "[-1,-3]"
     },
 }
 """The paper's forms, with the backbone's own pooling and cosine, and one map behind all layers."""
