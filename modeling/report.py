@@ -117,7 +117,7 @@ def to_markdown(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Quality with its interval against a cost on a logarithmic axis, a panel per data set.
+    """Quality with its interval against a cost, on a logarithmic axis unless it is time, a panel per data set.
 
     Systems without that cost are lines across the panel.
     """
@@ -178,7 +178,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
                         lambda share, low=low, high=high: low + share * (high - low),
                     ),
                 )
-        axis.set_xscale("log")
+        axis.set_xscale("linear" if cost == "encode_ms_per_document" else "log")
         axis.margins(x=0.12)
         axis.set_title(dataset)
         axis.grid(alpha=0.3)
