@@ -266,7 +266,8 @@ def _trainer(plan: Plan, model: Encoder) -> tuple[Any, dict[str, int]]:
         plan.args.gradient_checkpointing
     ):  # asked for here: not every sentence-transformers passes on what its trainer says
         kwargs = plan.args.gradient_checkpointing_kwargs or {"use_reentrant": False}
-        model[0].model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        first: Any = model[0]
+        first.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
         plan.args.gradient_checkpointing = False
     trainer_class = TRAINERS[type(model).__name__][0]
     if plan.recipe.lora_rank:
