@@ -29,7 +29,7 @@ from transformers import HfArgumentParser
 
 from polyrep.cache import embed
 from polyrep.data import load_retrieval_dataset
-from polyrep.evaluation import METRICS, compare, metric_rows, per_query_metrics
+from polyrep.evaluation import METRICS, macro_interval, metric_rows, per_query_metrics
 from polyrep.hub import fastest_dtype, fetch, fingerprint, load
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import Ranking, costs_of
@@ -37,8 +37,7 @@ from polyrep.scoring import exact_search, tie_ranks
 from polyrep.training import train as train_run
 
 ROOT = Path(__file__).parent.parent
-CONTROL = "dual encoder"
-FOUR, SEVEN = "-1 -2 -3 -4", "-1 -2 -3 -4 -5 -6 -7"
+CONTROL, FOUR, SEVEN = frozen.CONTROL, frozen.FOUR, frozen.SEVEN
 
 
 def _form(pooling: str, layers: str = "-1 -3", *rest: str, lambda_: str = "0") -> list[str]:
@@ -234,39 +233,25 @@ def table(args: Arguments, rows: Rows) -> str:
         sys.exit(
             f"--stage table: {unfinished[0]!r} has seeds {partial[unfinished[0]]} only. Finish --stage test first."
         )
-    claims, chosen = [], []
+    means = {name: {form: v["nDCG@10"].mean(0) for form, v in values[name].items()} for name in names}
+    first = {form: row for (form, seed), row in on_dev.items() if seed == args.seeds[0]}
+    claims, best = [], ""
     for claim, group in (("gain_finetuned", PUBLISHED), ("gain_best_form_finetuned", PUBLISHED | OURS)):
         known = [form for form in forms if form in group]
         if not known:
             continue
-        first = {form: row for (form, seed), row in on_dev.items() if seed == args.seeds[0]}
         best = max(known, key=lambda form: macro(first[form]) if form in first else 0.0)
-        means = {name: {form: v["nDCG@10"].mean(0) for form, v in values[name].items()} for name in names}
         gains = {name: 100 * (means[name][best] - means[name][CONTROL]) for name in names}
-        generator = np.random.default_rng(0)
-        resampled = np.mean(
-            [g[generator.integers(len(g), size=(10_000, len(g)))].mean(1) for g in gains.values()], axis=0
-        )
-        value = float(np.mean([g.mean() for g in gains.values()]))
-        entry = {"claim": f"multilayer.{claim}", "value": value, "target": 0.5, "met": value >= 0.5, "system": best}
-        interval = [float(x) for x in np.percentile(resampled, [2.5, 97.5])]
         by_dataset = {name: float(gain.mean()) for name, gain in gains.items()}
+        value = float(np.mean(list(by_dataset.values())))
+        entry = {"claim": f"multilayer.{claim}", "value": value, "target": 0.5, "met": value >= 0.5, "system": best}
+        interval = list(macro_interval(gains))
         claims.append(entry | {"interval": interval, "split": "test", "by_dataset": by_dataset})
-        chosen.append(best)
-    if chosen:
-        better = []
-        for name in names:
-            tested = {form: values[name][form]["nDCG@10"] for form in dict.fromkeys(chosen)}
-            outcome = compare(tested, values[name][CONTROL]["nDCG@10"])[list(tested).index(chosen[-1])]
-            if outcome["difference"] > 0 and outcome["p_value"] < 0.05:
-                better.append(name)
-        entry = {
-            "claim": "multilayer.significant_datasets",
-            "value": len(better),
-            "target": 2,
-            "met": len(better) >= 2,
-        }
-        claims.append(entry | {"system": chosen[-1], "datasets": better, "split": "test"})
+    if claims:
+        tested = list(dict.fromkeys(entry["system"] for entry in claims))
+        better = frozen.significant(means, tested)[best]
+        entry = {"claim": "multilayer.significant_datasets", "value": len(better), "target": 2}
+        claims.append(entry | {"met": len(better) >= 2, "system": best, "datasets": better, "split": "test"})
     results = provenance(shlex.join(["python", *sys.argv])) | {
         "name": args.name,
         "seeds": args.seeds,

@@ -250,6 +250,20 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0, resamples: int = RESAM
     return float(low), float(high)
 
 
+def macro_interval(values: Mapping[str, np.ndarray], seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """95 % percentile interval of the mean over data sets of the means over their queries.
+
+    Args:
+        values: Data set -> ``(queries,)``.
+        seed: Seed of the resampling.
+        resamples: How many times to resample the queries of every set.
+    """
+    generator = np.random.default_rng(seed)
+    means = [v[generator.integers(len(v), size=(resamples, len(v)))].mean(1) for v in values.values()]
+    low, high = np.percentile(np.mean(means, axis=0), [2.5, 97.5])
+    return float(low), float(high)
+
+
 def compare(
     systems: Mapping[str, np.ndarray], reference: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
 ) -> list[dict[str, Any]]:

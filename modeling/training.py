@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,7 @@ def build(plan: Plan, folder: Path, head: PreTrainedModel | None = None) -> None
                 raise InputError(str(error)) from error
             model.save_pretrained(staged)
             AutoTokenizer.from_pretrained(backbone).save_pretrained(staged)
-            _inherit(staged, backbone, getattr(model, "similarity_fn_name", None))
+            _inherit(staged, backbone, getattr(model.config, "similarity_fn_name", None))
             localize(staged)
             return
         family = family_of(plan.run)
@@ -255,16 +255,16 @@ _WHEN_NOT_FINITE = (
 def _trainer(plan: Plan, model: Encoder) -> tuple[Any, dict[str, int]]:
     """The family's trainer over one data set per source, and the number of pairs in each."""
     sources = {}
+    mine = _miner(plan.recipe) if plan.recipe.hard_negatives and not plan.recipe.dry_run else None
     for loaded in _datasets(plan.recipe):
         sources[loaded.name] = loaded.pairs()
-        if plan.recipe.hard_negatives and not plan.recipe.dry_run:
+        if mine is not None:
             with plan.args.main_process_first(desc="mine negatives"):
-                sources[loaded.name] = _with_negatives(loaded, sources[loaded.name], plan.recipe)
+                sources[loaded.name] = mine(loaded, sources[loaded.name])
     _freeze(plan.recipe.freeze, model)
     objective: Any = plan.objective(model, **plan.objective_arguments)
-    if (
-        plan.args.gradient_checkpointing
-    ):  # asked for here: not every sentence-transformers passes on what its trainer says
+    # Asked for here, since not every sentence-transformers passes on what its trainer says.
+    if plan.args.gradient_checkpointing:
         kwargs = plan.args.gradient_checkpointing_kwargs or {"use_reentrant": False}
         first: Any = model[0]
         first.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
@@ -302,37 +302,44 @@ def _datasets(recipe: RecipeArguments, head: HeadArguments | None = None) -> Ite
             yield inverse_cloze(dataset, head.cloze_sentences)
 
 
-def _with_negatives(dataset: RetrievalDataset, pairs: Dataset, recipe: RecipeArguments) -> Dataset:
-    """Pairs with ``negative_1`` and so on: documents that the backbone ranks high and nobody judged relevant."""
+def _miner(recipe: RecipeArguments) -> Callable[[RetrievalDataset, Dataset], Dataset]:
+    """Adds ``negative_1`` and so on to pairs: documents that the backbone ranks high and nobody judged relevant."""
     folder = fetch(recipe.backbone, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     miner: Any = load(folder, trust_remote_code=recipe.trust_remote_code, dtype=fastest_dtype("auto"))
     if not isinstance(miner, SentenceTransformer):
         raise InputError(
             f"--hard_negatives: {recipe.backbone} is a {type(miner).__name__}, and mining takes one vector a text."
         )
-    mined = mine_hard_negatives(
-        pairs,
-        miner,
-        anchor_column_name="query",
-        positive_column_name="positive",
-        corpus=list(dict.fromkeys(dataset.corpus.values())),
-        query_prompt=miner.prompts.get("query") or None,
-        corpus_prompt=miner.prompts.get("document") or None,
-        num_negatives=recipe.hard_negatives,
-        relative_margin=recipe.negative_margin,
-        output_format="n-tuple",
-        verbose=False,
-        cache_folder=str(Path(recipe.mined_cache) / fingerprint(folder)[:16]),
-    )
-    if not len(mined):
-        raise InputError(
-            f"{dataset.name}: no pair has {recipe.hard_negatives} negatives that score {recipe.negative_margin:.0%} "
-            "below its document. Lower --hard_negatives or --negative_margin."
+    cache = str(Path(recipe.mined_cache) / fingerprint(folder)[:16])
+
+    def mine(dataset: RetrievalDataset, pairs: Dataset) -> Dataset:
+        mined = mine_hard_negatives(
+            pairs,
+            miner,
+            anchor_column_name="query",
+            positive_column_name="positive",
+            corpus=list(dict.fromkeys(dataset.corpus.values())),
+            query_prompt=miner.prompts.get("query") or None,
+            corpus_prompt=miner.prompts.get("document") or None,
+            num_negatives=recipe.hard_negatives,
+            relative_margin=recipe.negative_margin,
+            output_format="n-tuple",
+            verbose=False,
+            cache_folder=cache,
         )
-    if len(mined) < len(pairs):
-        left = len(pairs) - len(mined)
-        print(f"{dataset.name}: {left:,} of {len(pairs):,} pairs have too few negatives and are left out.", flush=True)
-    return mined.rename_column("negative", "negative_1") if "negative" in mined.column_names else mined
+        if not len(mined):
+            raise InputError(
+                f"{dataset.name}: no pair has {recipe.hard_negatives} negatives that score "
+                f"{recipe.negative_margin:.0%} below its document. Lower --hard_negatives or --negative_margin."
+            )
+        if left := len(pairs) - len(mined):
+            print(
+                f"{dataset.name}: {left:,} of {len(pairs):,} pairs have too few negatives and are left out.",
+                flush=True,
+            )
+        return mined.rename_column("negative", "negative_1") if "negative" in mined.column_names else mined
+
+    return mine
 
 
 def _freeze(patterns: list[str], model: torch.nn.Module) -> None:

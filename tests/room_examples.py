@@ -46,24 +46,28 @@ class Example:
     bad_config: list[tuple[type, dict[str, Any], str]] = field(default_factory=list)
 
 
-def toy_example(backbone: Path, scratch: Path) -> Example:
-    torch.manual_seed(3)
-    retriever = ToyModel.from_encoder(backbone, projection_dim=6)
-    folder = scratch / "toy-retriever"
-    retriever.save_pretrained(folder)
+def one_folder(model: Any, backbone: Path, folder: Path, family: type[Encoder] = SentenceTransformer) -> Any:
+    """A room's model as a folder, opened by the stock Transformer: scored by the inner product, told its task."""
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(backbone).save_pretrained(folder)
     output = {"text": {"method": "forward", "method_output_name": "sentence_embedding"}}
     transformer = Transformer(
         str(folder), modality_config=output, module_output_name="sentence_embedding", unpad_inputs=False
     )
-    one_folder = SentenceTransformer(modules=[transformer], similarity_fn_name="dot", device="cpu")
-    one_folder.module_kwargs = {"0": ["task"]}
+    whole = family(modules=[transformer], similarity_fn_name="dot", device="cpu")
+    whole.module_kwargs = {"0": ["task"]}
+    return whole
+
+
+def toy_example(backbone: Path, scratch: Path) -> Example:
+    torch.manual_seed(3)
+    retriever = ToyModel.from_encoder(backbone, projection_dim=6)
     head = ToyPooling(ToyHead(ToyHeadConfig(32, 6)))
     pipeline = SentenceTransformer(
         modules=[Transformer(str(backbone)), Pooling(32, "mean"), head], similarity_fn_name="dot", device="cpu"
     )
     return Example(
-        {"retriever": one_folder, "pipeline": pipeline},
+        {"retriever": one_folder(retriever, backbone, scratch / "toy-retriever"), "pipeline": pipeline},
         weight="head.task_bias",
         bad_config=[
             (ToyHeadConfig, {"projection_dim": 0}, "projection_dim=0"),
@@ -81,18 +85,10 @@ def dense2sparse_example(backbone: Path, scratch: Path) -> Example:
         head.own_weight.uniform_(0.5, 2)
     head.restrict_expansion(torch.arange(10, head.config.vocab_size))
     encoder.save_pretrained(str(scratch / "encoder"))
-    folder = scratch / "dense2sparse-retriever"
-    Dense2SparseForRetrieval.from_encoder(str(scratch / "encoder"), head=head).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(backbone).save_pretrained(folder)
-    output = {"text": {"method": "forward", "method_output_name": "sentence_embedding"}}
-    transformer = Transformer(
-        str(folder), modality_config=output, module_output_name="sentence_embedding", unpad_inputs=False
-    )
-    one_folder = SparseEncoder(modules=[transformer], device="cpu")
-    one_folder.module_kwargs = {"0": ["task"]}
+    retriever = Dense2SparseForRetrieval.from_encoder(str(scratch / "encoder"), head=head)
     return Example(
         {
-            "retriever": one_folder,
+            "retriever": one_folder(retriever, backbone, scratch / "dense2sparse-retriever", SparseEncoder),
             "pipeline": SparseEncoder(modules=[*encoder.children(), Dense2SparsePooling(head)], device="cpu"),
         },
         weight="head.own_weight",
@@ -169,20 +165,11 @@ def multilayer_example(backbone: Path, scratch: Path) -> Example:
         return model
 
     retriever = stirred(MultiLayerModel.from_encoder(str(backbone), layers=[-1, 0], pooling="scalar_mix", tied=False))
-    folder = scratch / "multilayer-retriever"
-    retriever.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(backbone).save_pretrained(folder)
-    output = {"text": {"method": "forward", "method_output_name": "sentence_embedding"}}
-    transformer = Transformer(
-        str(folder), modality_config=output, module_output_name="sentence_embedding", unpad_inputs=False
-    )
-    one_folder = SentenceTransformer(modules=[transformer], similarity_fn_name="dot", device="cpu")
-    one_folder.module_kwargs = {"0": ["task"]}
     mixed = MultiLayerPooling(layers=[-1, 0, 1], pooling="scalar_mix", normalize=True)
     several = MultiLayerPooling(layers=[-1, 1], pooling="multi", projection=True, hidden_size=32)
     return Example(
         {
-            "retriever": one_folder,
+            "retriever": one_folder(retriever, backbone, scratch / "multilayer-retriever"),
             "pipeline": SentenceTransformer(modules=[Transformer(str(backbone)), stirred(mixed)], device="cpu"),
             "multi": MultiVectorEncoder(modules=[Transformer(str(backbone)), stirred(several)], device="cpu"),
         },

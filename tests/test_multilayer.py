@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DOCUMENTS, QRELS, QUERIES, RUN_CLI, run_python, write_beir
+from room_examples import one_folder
 from safetensors.torch import load_file
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Normalize, Transformer
@@ -87,19 +88,6 @@ def by_hand(states: torch.Tensor, mask: torch.Tensor, token: str) -> torch.Tenso
     for text, kept in zip(states, mask.bool(), strict=True):
         rows.append(text[kept][0] if token == "cls" else text[kept].double().mean(0).float())
     return torch.stack(rows)
-
-
-def one_folder(model: MultiLayerModel, backbone: Path, folder: Path) -> SentenceTransformer:
-    """A MultiLayerModel as sentence-transformers opens it."""
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(backbone).save_pretrained(folder)
-    output = {"text": {"method": "forward", "method_output_name": "sentence_embedding"}}
-    transformer = Transformer(
-        str(folder), modality_config=output, module_output_name="sentence_embedding", unpad_inputs=False
-    )
-    whole = SentenceTransformer(modules=[transformer], similarity_fn_name="dot", device="cpu")
-    whole.module_kwargs = {"0": ["task"]}
-    return whole
 
 
 def features_of(model: SentenceTransformer, *columns: list[str]) -> list[dict]:

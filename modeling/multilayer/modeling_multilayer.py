@@ -289,11 +289,6 @@ class MultiLayerModel(PreTrainedModel):
         self.head = MultiLayerHead(config)
         self.post_init()
 
-    @property
-    def similarity_fn_name(self) -> str:
-        """See MultiLayerHeadConfig."""
-        return self.config.similarity_fn_name
-
     @classmethod
     def from_encoder(cls, backbone: str, head: MultiLayerHead | None = None, **config) -> MultiLayerModel:
         """A model from any embedding model that is a transformer, one pooling and perhaps a normalisation.
