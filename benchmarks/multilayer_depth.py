@@ -203,7 +203,7 @@ def main() -> None:
         for cut in depths:
             layers = " ".join(map(str, range(cut, -1, -1)))
             frozen.SETTINGS[f"{LINEAR} {cut}"] = ["--pooling", "linear", "--layers", *layers.split()]
-            ranking = bench.ranked(f"{LINEAR} {cut}", "3e-4", args.seed)["test"]
+            ranking = bench.ranked(f"{LINEAR} {cut}", "3e-4", args.seed, "test")
             costs = {k: v for k, v in ranking.costs.items() if k == "bytes_per_document"}
             costs |= {"encode_ms_per_document": 1000 * seconds[cut], "encode_docs_per_s": 1 / seconds[cut]}
             rankings[bench.name].append(replace(ranking, system=f"{LINEAR}, {cut}", costs=costs))

@@ -249,7 +249,7 @@ def table(args: Arguments, rows: Rows) -> str:
         claims.append(entry | {"interval": interval, "split": "test", "by_dataset": by_dataset})
     if claims:
         tested = list(dict.fromkeys(entry["system"] for entry in claims))
-        better = frozen.significant(means, tested)[best]
+        better = frozen.significant(means, tested, CONTROL)[best]
         entry = {"claim": "multilayer.significant_datasets", "value": len(better), "target": 2}
         claims.append(entry | {"met": len(better) >= 2, "system": best, "datasets": better, "split": "test"})
     results = provenance(shlex.join(["python", *sys.argv])) | {

@@ -9,36 +9,27 @@ under a hash of data, settings and the method's code, so an interrupted run goes
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shlex
 import sys
-import tempfile
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import frozen_tier
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from frozen_tier import DEPTH, RAW, ROOT, chosen_on_dev, gain_claim, significant, test_tables
 from sentence_transformers import SentenceTransformer
-from tqdm import tqdm
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser
 
 from polyrep.cache import Embeddings
-from polyrep.data import RetrievalDataset, load_retrieval_dataset
-from polyrep.evaluation import compare, macro_interval, per_query_metrics, table_rows
-from polyrep.heads import HeadData, HeadTrainer, LayerSide, encode_layers
+from polyrep.heads import HeadData, LayerSide, encode_layers
 from polyrep.hub import fastest_dtype, fetch, fingerprint, load
 from polyrep.multilayer import MultiLayerHead
-from polyrep.recipes import resolve
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import Ranking, costs_of, rank_with_bm25
-from polyrep.scoring import exact_search, tie_ranks
+from polyrep.scoring import exact_search
 
-ROOT = Path(__file__).parent.parent
 RUN = ROOT / "hub_configs" / "multilayer-minilm-frozen"
 CODE = [*sorted((ROOT / "modeling" / "multilayer").glob("[mo]*.py")), ROOT / "modeling" / "heads.py"]
 
@@ -47,11 +38,7 @@ CONTROL_RATES = ("3e-4", "6e-4", "1e-3", "2e-3")
 CONTROL_TRIES = [f"{rate} --tau {tau}" for rate in CONTROL_RATES for tau in ("0.03", "0.05", "0.07")]
 """The control is tuned harder than any form, since there are many of them and one of it."""
 
-DEPTH = 100
-"""Documents of a ranking that are kept: as many as the metrics read."""
-
 CONTROL = "dual encoder"
-RAW = "all-MiniLM-L6-v2"
 
 
 def _form(pooling: str, layers: str, *rest: str, shared: bool = True) -> list[str]:
@@ -109,38 +96,21 @@ SETTINGS = {CONTROL: _form("last", "-1"), **PUBLISHED, **OURS, **BESIDE}
 
 
 @dataclass
-class Arguments:
+class Arguments(frozen_tier.Arguments):
     """What to fit and measure."""
 
-    datasets: list[str] = field(
-        default_factory=lambda: ["data/tldr_pages", "data/scitldr", "data/scifact"], metadata={"help": "BEIR folders."}
-    )
-    backbone: str = field(default="minilm", metadata={"help": "Folder or Hub id of a SentenceTransformer."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the fits."})
-    flags: str = field(default="", metadata={"help": "Flags of the run for every fit, e.g. '--max_steps 2'."})
-    cache_dir: str = field(default=".cache", metadata={"help": "Embeddings and rankings."})
-    output: str | None = field(default=None, metadata={"help": "Folder for the JSON and Markdown."})
     name: str = field(default="multilayer-frozen", metadata={"help": "Name of the files."})
 
 
-class Bench:
+class Bench(frozen_tier.Bench):
     """One data set with its cached layers."""
 
+    run, code, settings = RUN, CODE, SETTINGS
+
     def __init__(self, args: Arguments, source: str, model: SentenceTransformer):
-        self.args, self.source, self.model = args, source, model
-        self.name = Path(source).name
-        self.options: dict[str, Any] = {"cache_dir": f"{args.cache_dir}/embeddings", "batch_size": 32}
+        super().__init__(args, source, model)
         self.sides: dict[tuple[str, str], LayerSide] = {}
         self.training: dict[str, HeadData] = {}
-
-    def split(self, name: str) -> RetrievalDataset:
-        """A split of the data set."""
-        return load_retrieval_dataset(self.source, name)
-
-    @cached_property
-    def ranks(self) -> np.ndarray:
-        """What decides ties."""
-        return tie_ranks(list(self.split("dev").corpus))
 
     def side(self, which: str, token: str = "mean") -> LayerSide:
         """Layers of the documents, or of the queries of a split."""
@@ -163,40 +133,18 @@ class Bench:
             self.training[token] = data
         return self.training[token]
 
-    def ranked(self, system: str, setting: str, seed: int) -> dict[str, Ranking]:
-        """What a fit of a system finds on dev and test; ``setting`` is a learning rate and further flags."""
-        flags = [*SETTINGS[system], "--learning_rate", *setting.split(), *shlex.split(self.args.flags)]
-        depends = {
+    def depends(self, system: str) -> dict[str, Any]:
+        """The layers, and what no flag says."""
+        return {
             "system": system if system in BESIDE else None,
-            "flags": flags,
-            "seed": seed,
             "documents": self.side("documents").embeddings.path.name,
-            "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in CODE],
-            "recipe": [file.read_text(encoding="utf-8") for file in sorted(RUN.iterdir())],
-            "splits": [self.split(name).qrels for name in ("train", "dev", "test")],
         }
-        digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
-        path = Path(self.args.cache_dir) / "rankings" / f"multilayer-{self.name}-{digest}.safetensors"
-        if not path.is_file():
-            self._fit(system, flags, seed, path)
-        with safe_open(path, framework="numpy") as stored:
-            costs = json.loads(stored.metadata()["costs"])
-            return {
-                split: Ranking(
-                    system, stored.get_tensor(f"{split}.positions"), stored.get_tensor(f"{split}.scores"), costs
-                )
-                for split in ("dev", "test")
-            }
 
-    def _fit(self, system: str, flags: list[str], seed: int, path: Path) -> None:
-        with tempfile.TemporaryDirectory() as scratch:
-            argv = [RUN.name, "--datasets", self.source, "--seed", str(seed), "--output_dir", scratch, *flags]
-            plan = resolve([*argv, "--save_strategy", "no", "--disable_tqdm", "true"], prog="train.py")
-            set_seed(seed)
-            head = MultiLayerHead.from_backbone(self.model, **plan.config)
-            data = self.pairs(plan, head.config.token)
-            same = system == "seven maps of the last layer"
-            objective = plan.objective(head, **plan.objective_arguments)
+    def fit(self, system: str, flags: list[str], seed: int) -> frozen_tier.Found:
+        """Fit a form and rank dev and test."""
+        same = system == "seven maps of the last layer"
+
+        def pairs(plan: Any, objective: Any) -> HeadData:
             if same:
                 inner = objective.forward
 
@@ -207,25 +155,25 @@ class Bench:
                     return inner(copies, labels)
 
                 objective.forward = forward
-            trainer = HeadTrainer(
-                objective=objective, args=plan.args, train_dataset=data, data_collator=data.collate, callbacks=[]
-            )
-            trainer.train()
-        tensors, costs = {}, {}
+            return self.pairs(plan, objective.model.config.token)
+
+        trainer = frozen_tier.fitted(
+            self, flags, seed, lambda plan: MultiLayerHead.from_backbone(self.model, **plan.config), pairs
+        )
+        head = trainer.objective.model
+        arrays: dict[str, np.ndarray] = {}
+        costs: dict[str, float] = {}
         documents = self.encoded(head, "documents", same)
         for split in ("dev", "test"):
             queries = self.encoded(head, split, same)
             similarity = "maxsim" if queries.kind == "tokens" else "dot"
             positions, scores = exact_search(queries, documents, self.ranks, similarity=similarity, k=DEPTH)
-            tensors[f"{split}.positions"] = torch.from_numpy(positions.astype(np.int32))
-            tensors[f"{split}.scores"] = torch.from_numpy(scores)
+            arrays |= {f"{split}.positions": positions.astype(np.int32), f"{split}.scores": scores}
             costs = costs_of(queries, documents)
         logged = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
         costs |= {k: v for k, v in logged.items() if k.startswith("layer_")}
         costs["parameters"] = sum(p.numel() for p in head.parameters() if p.requires_grad)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path.with_suffix(".part"), metadata={"costs": json.dumps(costs)})
-        path.with_suffix(".part").replace(path)
+        return arrays, costs
 
     @torch.inference_mode()
     def encoded(self, head: MultiLayerHead, which: str, same: bool = False) -> Embeddings:
@@ -250,11 +198,12 @@ class Bench:
             dim=values.shape[-1],
         )
 
-    def raw(self, split: str) -> Ranking:
-        """The untouched backbone."""
-        queries, documents = self.side(split).last(), self.side("documents").last()
+    def beside(self) -> list[Ranking]:
+        """BM25 and the untouched backbone on test."""
+        queries, documents = self.side("test").last(), self.side("documents").last()
         positions, scores = exact_search(queries, documents, self.ranks, similarity="cosine", k=DEPTH)
-        return Ranking(RAW, positions, scores, costs_of(queries, documents))
+        raw = Ranking(RAW, positions, scores, costs_of(queries, documents))
+        return [rank_with_bm25(self.split("test"), DEPTH), raw]
 
 
 def tries(system: str) -> list[str]:
@@ -270,36 +219,18 @@ def _in_memory(side: LayerSide) -> LayerSide:
     return replace(side, embeddings=replace(side.embeddings, values=side.embeddings.values.astype(np.float32)))
 
 
-def significant(tests: dict[str, dict[str, np.ndarray]], chosen: list[str]) -> dict[str, list[str]]:
-    """Data sets on which each system chosen on dev beats the control, corrected for the chosen ones alone."""
-    better: dict[str, list[str]] = {system: [] for system in chosen}
-    for name, values in tests.items():
-        outcomes = compare({system: values[system] for system in better}, values[CONTROL])
-        for system, outcome in zip(better, outcomes, strict=True):
-            if outcome["difference"] > 0 and outcome["p_value"] < 0.05:
-                better[system].append(name)
-    return better
-
-
 def claims(tests: dict[str, dict[str, np.ndarray]], published: str, best: str) -> list[dict[str, Any]]:
     """The card's figures: gains over the dual encoder on test, of the forms that were best on dev."""
-    names = list(tests)
-    found: list[dict[str, Any]] = []
-
-    def gain(claim: str, system: str, control: str, target: float | None = 0.0) -> None:
-        differences = {n: 100 * (tests[n][system] - tests[n][control]) for n in names}
-        low, high = macro_interval(differences)
-        by_dataset = {n: float(differences[n].mean()) for n in names}
-        entry: dict[str, Any] = {"claim": f"multilayer.{claim}", "value": float(np.mean(list(by_dataset.values())))}
-        entry |= {"interval": [low, high], "target": target, "met": None if target is None else low > target}
-        found.append(entry | {"held_to": "lower", "system": system, "split": "test", "by_dataset": by_dataset})
-
-    gain("gain_frozen", published, CONTROL)
-    gain("gain_best_form_frozen", best, CONTROL)
+    found = [
+        gain_claim("multilayer.gain_frozen", tests, published, CONTROL),
+        gain_claim("multilayer.gain_best_form_frozen", tests, best, CONTROL),
+    ]
     if best == "linear, all layers":
-        gain("gain_over_equal_parameters", best, "seven maps of the last layer")
-    gain("gain_self_contrastive_frozen", "self-contrastive [-1,-3], lambda 0.1", CONTROL, None)
-    better = significant(tests, [best, published])
+        claim = "multilayer.gain_over_equal_parameters"
+        found.append(gain_claim(claim, tests, best, "seven maps of the last layer"))
+    self_contrastive = "self-contrastive [-1,-3], lambda 0.1"
+    found.append(gain_claim("multilayer.gain_self_contrastive_frozen", tests, self_contrastive, CONTROL, None))
+    better = significant(tests, [best, published], CONTROL)
     for claim, system, target in (("", best, 2), ("_published", published, None)):
         entry = {"claim": f"multilayer.significant_datasets{claim}", "value": len(better[system]), "target": target}
         entry |= {"met": None if target is None else len(better[system]) >= target, "system": system}
@@ -314,45 +245,17 @@ def main() -> None:
     folder = fetch(args.backbone)
     model = load(folder, dtype=fastest_dtype("auto"))
     benches = [Bench(args, source, model) for source in args.datasets]
-    dev = {bench.name: bench.split("dev") for bench in benches}
-
-    def on_dev(system: str, setting: str, seed: int) -> float:
-        found = [
-            per_query_metrics(dev[b.name], b.ranked(system, setting, seed)["dev"])["nDCG@10"].mean() for b in benches
-        ]
-        return float(np.mean(found))
-
-    rates: dict[str, str] = {}
-    values: dict[str, float] = {}
-    for system in tqdm(SETTINGS, desc="forms"):
-        tried = {setting: on_dev(system, setting, args.seeds[0]) for setting in tries(system)}
-        rates[system] = max(tried, key=lambda rate: tried[rate])
-        values[system] = float(np.mean([on_dev(system, rates[system], seed) for seed in args.seeds]))
-        tqdm.write(f"{system:<44} dev {100 * values[system]:.2f}  {tried}")
+    settings, values = chosen_on_dev(benches, {system: tries(system) for system in SETTINGS}, args.seeds)
     published = max(PUBLISHED, key=lambda name: values[name])
     best = max([*PUBLISHED, *OURS], key=lambda name: values[name])
-
-    tables: dict[str, list[dict[str, Any]]] = {}
-    tests: dict[str, dict[str, np.ndarray]] = {}
-    for bench in benches:
-        dataset = bench.split("test")
-        rankings = [rank_with_bm25(dataset, DEPTH), bench.raw("test")]
-        rankings += [bench.ranked(s, rates[s], seed)["test"] for s in SETTINGS for seed in args.seeds]
-        tables[bench.name] = table_rows(dataset, rankings, CONTROL)
-        for row in tables[bench.name]:
-            if row["system"] in rates and row["metric"] == "nDCG@10":
-                row |= {"setting": f"--learning_rate {rates[row['system']]}", "dev_macro": values[row["system"]]}
-        tests[bench.name] = {
-            system: np.mean([per_query_metrics(dataset, r)["nDCG@10"] for r in rankings if r.system == system], axis=0)
-            for system in SETTINGS
-        }
+    rows, tests = test_tables(benches, settings, values, args.seeds, Bench.beside, CONTROL)
     results = made_by | {
         "name": args.name,
         "seeds": args.seeds,
         "models": {args.backbone: fingerprint(folder)},
         "settings_tried": sum(len(tries(system)) for system in SETTINGS) + SKETCHES,
         "drawn": [],
-        "rows": [row for rows in tables.values() for row in rows],
+        "rows": rows,
         "claims": claims(tests, published, best),
     }
     print(write_results(results, Path(args.output) if args.output else None))

@@ -12,7 +12,9 @@ Folder layout, each ``.jsonl`` optionally gzipped (``.jsonl.gz``)::
 On the Hub both common arrangements are read: configurations ``corpus``, ``queries`` and ``default`` in one repository,
 or ``corpus`` and ``queries`` with the judgments in ``<repository>-qrels``. So is a plain table of pairs, with a
 column ``query`` and one of ``document``, ``positive``, ``answer``, ``text`` or ``image``: equal documents are one, and
-each row is a judgment. Page images stay as they are stored until they are encoded.
+each row is a judgment. Page images stay as they are stored until they are encoded. Such a table may bring its own
+hard negatives for training, in columns ``negative_1`` and so on, and in ``scores`` what a teacher gave to the document
+and to each of them.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ import hashlib
 import io
 import json
 import logging
+import math
 import random
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,7 @@ class RetrievalDataset:
         corpus: Document id -> text (title, one space, text; stripped), in file order; or -> page image.
         queries: Query id -> text, only the queries that the split judges.
         qrels: Query id -> {document id: integer relevance}.
+        given: Query id -> what a table holds for training beside its document: ``negative_1`` ..., ``label``.
     """
 
     name: str
@@ -57,13 +61,15 @@ class RetrievalDataset:
     corpus: Mapping[str, Any]
     queries: dict[str, str]
     qrels: Judgments
+    given: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def pairs(self) -> Dataset:
-        """One row ``{"query", "positive"}`` for every positive judgment, in the order of the qrels."""
+        """One row ``{"query", "positive"}`` for each positive judgment in the order of the qrels."""
         relevant = [(q, d) for q, judged in self.qrels.items() for d, score in judged.items() if score > 0]
-        return Dataset.from_dict(
-            {"query": [self.queries[q] for q, _ in relevant], "positive": [self.corpus[d] for _, d in relevant]}
-        )
+        columns = {"query": [self.queries[q] for q, _ in relevant], "positive": [self.corpus[d] for _, d in relevant]}
+        for name in next(iter(self.given.values()), {}):
+            columns[name] = [self.given[q][name] for q, _ in relevant]
+        return Dataset.from_dict(columns)
 
 
 def load_retrieval_dataset(
@@ -250,6 +256,9 @@ def _from_pairs(source: str, table: DatasetDict, split: str | None) -> Retrieval
     queries: dict[str, str] = {}
     qrels: Judgments = {}
     id_of: dict[str, str] = {}
+    given: dict[str, dict[str, Any]] = {}
+    extra = [name for name in first.column_names if re.fullmatch(r"negative_\d+", name)]
+    taught = next((name for name in ("scores", "score", "label") if name in first.column_names and extra), None)
     for name, part in table.items():
         part = part.cast_column(column, Image(decode=False)) if pages is not None else part
         for number, row in enumerate(part):
@@ -271,12 +280,34 @@ def _from_pairs(source: str, table: DatasetDict, split: str | None) -> Retrieval
             if name == wanted:
                 queries[f"{name}-{number}"] = query.strip()
                 qrels[f"{name}-{number}"] = {identifier: 1}
+                given[f"{name}-{number}"] = _given(row, extra, taught, f"{source} {name} row {number}")
     if wanted != split or (split == "train" and "dev" not in table):
         qrels = {q: judged for q, judged in qrels.items() if _in_dev_tenth(q) == (split == "dev")}
     if wanted and not qrels:
         raise InputError(f"{source}: split {split!r} has no pair, so there is nothing to train on or to measure.")
     corpus: Mapping[str, Any] = texts if pages is None else pages
-    return RetrievalDataset(Path(source).name, split or "corpus", corpus, {q: queries[q] for q in qrels}, qrels)
+    kept = {q: given[q] for q in qrels} if extra else {}
+    return RetrievalDataset(Path(source).name, split or "corpus", corpus, {q: queries[q] for q in qrels}, qrels, kept)
+
+
+def _given(row: dict[str, Any], negatives: list[str], taught: str | None, place: str) -> dict[str, Any]:
+    """A row's own negatives and a teacher's scores of its document and of them."""
+    for name in negatives:
+        if not isinstance(row[name], str) or not row[name].strip():
+            raise InputError(
+                f"{place}: {name} is {row[name]!r}, which encodes to an arbitrary vector. Remove the row."
+            )
+    found: dict[str, Any] = {name: row[name].strip() for name in negatives}
+    if taught:
+        scores = row[taught]
+        fits = isinstance(scores, list) and len(scores) == len(negatives) + 1
+        if not fits or not all(isinstance(score, int | float) and math.isfinite(score) for score in scores):
+            raise InputError(
+                f"{place}: {taught} is {scores!r}; expected {len(negatives) + 1} numbers, of the document and of "
+                f"{', '.join(negatives)}."
+            )
+        found["label"] = [float(score) for score in scores]
+    return found
 
 
 def _in_dev_tenth(query_id: str) -> bool:
@@ -365,9 +396,9 @@ def _index(rows: Iterable[tuple[str, Any]], subject: str, keep_empty: bool, text
     """Map id -> stripped text, refusing what would silently change a measurement."""
     texts: dict[str, str] = {}
     for place, row in rows:
-        for field in ("_id", "text"):
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                found = f"{field}={row[field]!r}" if isinstance(row, dict) and field in row else f"no {field!r}"
+        for part in ("_id", "text"):
+            if not isinstance(row, dict) or not isinstance(row.get(part), str):
+                found = f"{part}={row[part]!r}" if isinstance(row, dict) and part in row else f"no {part!r}"
                 raise InputError(f'{place}: {found}; expected a JSON object with strings "_id" and "text".')
         identifier, text = row["_id"], text_of(row).strip()
         if identifier in texts:

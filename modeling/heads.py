@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +27,10 @@ from transformers import Trainer, TrainerCallback
 from .cache import Embeddings, embed
 from .data import RetrievalDataset
 from .errors import InputError
+from .noise import narrowed
 from .retrievers import mean_of_tokens, sum_of_tokens
 from .scoring import exact_search, tie_ranks
+from .teachers import Teacher, score_pairs
 
 Features = dict[str, Tensor]
 
@@ -251,6 +254,8 @@ class HeadData(Dataset):
         labels: Take pairs from the judgments. Without, the nearest document takes the place of the judged one, so
             that no judgment has any influence.
         depth: See ``negatives``.
+        narrowed: Also encode every text cut short or misspelt (:func:`polyrep.noise.narrowed`), for kind sentence.
+        teacher: Scores each query's documents and nearest, for kind sentence and with labels.
     """
 
     def __init__(
@@ -260,10 +265,18 @@ class HeadData(Dataset):
         negatives: int = 2,
         labels: bool = False,
         depth: int = 100,
+        narrowed: bool = False,
+        teacher: Teacher | None = None,
     ):
         if negatives < 0 or depth < 1:
             raise InputError(f"--negatives {negatives}, --depth {depth}: none can be drawn. Use 0 and 1, or more.")
         self.kind, self.negatives, self.labels, self.depth, self.seed = kind, negatives, labels, depth, 0
+        self.narrowed, self.teacher = narrowed, teacher
+        if teacher is not None and not (labels and kind == "sentence"):
+            raise InputError("--teacher: is for an objective that learns from judgments, of one vector a text.")
+        self.less: list[tuple[Any, Any]] = []  # queries and documents, narrowed
+        self.taught: list[np.ndarray] = []  # (queries, depth + most judged) the teacher's scores: nearest, then judged
+        self.teach: list[Callable[[np.ndarray], np.ndarray]] = []  # and what makes them
         # queries, documents, nearest (queries, depth)
         self.parts: list[tuple[Any, Any, np.ndarray]] = []
         self.pairs = np.empty((0, 3), np.int64)  # data set, query, document
@@ -304,6 +317,46 @@ class HeadData(Dataset):
         numbered = np.concatenate([np.full((len(pairs), 1), len(self.parts)), pairs], axis=1)
         self.parts.append((queries, documents, nearest))
         self.pairs = np.concatenate([self.pairs, numbered])
+        if self.narrowed:
+            less = (
+                (narrowed(dataset.queries), "query", f"{dataset.name}-{dataset.split}-narrowed"),
+                (narrowed(dataset.corpus), "document", f"{dataset.name}-narrowed"),
+            )
+            first, second = (encode(model, *texts, **options) for texts in less)
+            self.less.append((first, second))
+        if self.teacher is not None:
+            settings = {"cache_dir": options.get("cache_dir"), "batch_size": options.get("batch_size", 32)}
+            names = (f"{dataset.name}-{dataset.split}", dataset.name)
+            self.teach.append(
+                partial(score_pairs, self.teacher, dataset.queries, dataset.corpus, names=names, **settings)
+            )
+            self.taught.append(self._taught(len(self.parts) - 1))
+
+    def _taught(self, number: int) -> np.ndarray:
+        """The teacher's scores of every query's nearest and judged documents; of padding, the first's."""
+        documents, nearest = self.parts[number][1:]
+        judged = np.maximum(self.judged[number] - 1 - documents.first, 0)
+        wanted = np.concatenate([nearest, judged], axis=1)  # (queries, depth + most judged)
+        rows = np.repeat(np.arange(len(wanted)), wanted.shape[1])
+        return self.teach[number](np.stack([rows, wanted.reshape(-1)], axis=1)).reshape(wanted.shape)
+
+    def mine_again(self, encode: Callable[[Features, str], Tensor]) -> None:
+        """Take each query's nearest documents anew, by the inner product of the vectors that ``encode`` makes."""
+        for number, (queries, documents, nearest) in enumerate(self.parts):
+            sides = []
+            for side, task in ((queries, "query"), (documents, "document")):
+                rows = np.arange(len(side))
+                with torch.inference_mode():
+                    vectors = [
+                        encode(side.features(part), task) for part in np.array_split(rows, -(-len(rows) // 2048))
+                    ]
+                values = torch.cat(vectors).float().cpu().numpy()
+                sides.append(replace(side.embeddings, values=values, dim=values.shape[1]))
+            ranks = np.arange(len(documents))
+            found, _ = exact_search(sides[0], sides[1], ranks, similarity="dot", k=nearest.shape[1])
+            self.parts[number] = (queries, documents, found)
+            if self.teach:
+                self.taught[number] = self._taught(number)
 
     def even_out(self, first: int) -> None:
         """Repeat pairs of the parts from ``first`` on until each has about as many as the largest of them.
@@ -323,7 +376,8 @@ class HeadData(Dataset):
     def collate(self, rows: list[np.ndarray]) -> dict[str, Any]:
         """A batch: ``features`` of queries and of documents, own ones first, then negatives; and ``labels``.
 
-        With labels, queries carry ``judged``: ``index`` of every relevant document plus 1, padded with 0.
+        With labels, queries carry ``judged``: ``index`` of every relevant document plus 1, padded with 0. With a
+        teacher, ``list (batch, 1 + negatives)`` rows of their documents in the batch, and its ``teacher`` scores.
         """
         pairs = np.stack(rows)  # (batch, 4): data set, query, document, row
         # Draws follow from the seed and the rows, so that neither an interruption nor more processes change them.
@@ -335,17 +389,30 @@ class HeadData(Dataset):
             queries, documents, nearest = self.parts[number]
             member = np.flatnonzero(pairs[:, 0] == number)
             drawn = (draws[member] * nearest.shape[1]).astype(np.int64)
-            asked = queries.features(pairs[member, 1])
+            asked, own = pairs[member, 1], pairs[member, 2]
+            texts = [asked, own, nearest[asked[:, None], drawn].reshape(-1)]
+            found = [side.features(rows) for side, rows in zip((queries, documents, documents), texts, strict=True)]
             if self.labels:  # so that no relevant document need count as a negative
-                asked["judged"] = torch.from_numpy(self.judged[number][pairs[member, 1]])
-            query_parts.append(asked)
-            own_parts.append(documents.features(pairs[member, 2]))
-            negative_parts.append(documents.features(nearest[pairs[member, 1][:, None], drawn].reshape(-1)))
+                found[0]["judged"] = torch.from_numpy(self.judged[number][asked])
+            if self.less:
+                less = (self.less[number][0], *[self.less[number][1]] * 2)
+                for features, side, rows in zip(found, less, texts, strict=True):
+                    features["narrow_embedding"] = side.features(rows)["sentence_embedding"]
+            if self.taught:
+                column = (self.judged[number][asked] == documents.first + own[:, None] + 1).argmax(1)
+                columns = np.concatenate([nearest.shape[1] + column[:, None], drawn], axis=1)  # own, then negatives
+                found[0]["teacher"] = torch.from_numpy(self.taught[number][asked[:, None], columns])
+            query_parts.append(found[0])
+            own_parts.append(found[1])
+            negative_parts.append(found[2])
             members.append(member)
         back = torch.from_numpy(np.argsort(np.concatenate(members)))  # from data set by data set to the order of rows
         features = [_concatenated(query_parts), _concatenated(own_parts + negative_parts)]
         places = [back, torch.cat([back, torch.arange(len(pairs), len(features[1]["index"]))])]
         features = [{n: v[order] for n, v in side.items()} for side, order in zip(features, places, strict=True)]
+        if self.taught:  # rows of the documents that the teacher's scores are of
+            drawn_of = len(pairs) + back[:, None] * self.negatives + torch.arange(self.negatives)
+            features[0]["list"] = torch.cat([torch.arange(len(pairs))[:, None], drawn_of], 1)
         return {"features": features, "labels": torch.arange(len(pairs))}
 
     def batches(self, side: str, size: int = 1024) -> Iterator[Features]:
@@ -380,7 +447,7 @@ def _concatenated(parts: list[Features]) -> Features:
     joined = {}
     for name in parts[0]:
         tensors = [part[name] for part in parts]
-        if tensors[0].ndim > 1 and name not in ("sentence_embedding", "layer_embeddings"):
+        if tensors[0].ndim > 1 and not name.endswith(("sentence_embedding", "layer_embeddings", "narrow_embedding")):
             tensors = pad_tokens(tensors)
         joined[name] = torch.cat(tensors)
     return joined
@@ -396,13 +463,15 @@ def pad_tokens(tensors: list[Tensor]) -> list[Tensor]:
 
 
 class _EpochCallback(TrainerCallback):
-    """Tells the data which epoch it is, on which its draws depend."""
+    """Tells the data which epoch it is, on which its draws depend, and may have it mine with the model so far."""
 
-    def __init__(self, data: HeadData):
-        self.data = data
+    def __init__(self, data: HeadData, encode: Callable[[Features, str], Tensor] | None):
+        self.data, self.encode = data, encode
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.data.epoch = int(state.epoch or 0)
+        if self.encode and self.data.epoch:
+            self.data.mine_again(self.encode)
 
 
 class HeadTrainer(Trainer):
@@ -414,10 +483,18 @@ class HeadTrainer(Trainer):
     Args:
         objective: Takes ``(features, labels)`` and returns a loss, or several by name that are added and logged apart.
             It may say which ``learning_rates`` (pattern -> multiple) some parameters take, and read ``progress``.
+        remine: Take negatives anew before each further epoch, of the nearest by ``objective.vectors``. A resumed
+            epoch takes them by the model that it resumes from.
         kwargs: Those of the Trainer.
+
+    Raises:
+        InputError: The objective makes no single vectors to mine with.
     """
 
-    def __init__(self, *, objective: Any, **kwargs: Any):
+    def __init__(self, *, objective: Any, remine: bool = False, **kwargs: Any):
+        encode = getattr(objective, "vectors", None) if remine else None
+        if remine and encode is None:
+            raise InputError(f"--remine true: {type(objective).__name__} makes no vectors to mine with. Leave it out.")
         super().__init__(model=objective, **kwargs)
         self.objective: Any = objective
         self.model_accepts_loss_kwargs = False
@@ -426,7 +503,7 @@ class HeadTrainer(Trainer):
         self.prepare_seconds = 0.0
         if isinstance(self.train_dataset, HeadData):
             self.train_dataset.seed = self.args.seed
-            self.add_callback(_EpochCallback(self.train_dataset))
+            self.add_callback(_EpochCallback(self.train_dataset, encode))
 
     def get_train_dataloader(self) -> Any:
         """The stock one, unless there is no whole batch, which it would pass over in silence."""

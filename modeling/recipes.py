@@ -103,6 +103,13 @@ class RecipeArguments:
         default=0.05, metadata={"help": "Leave out what scores above the own document's score less this share of it."}
     )
     mined_cache: str = field(default=".cache/mined", metadata={"help": "Where embeddings for mining are kept."})
+    remine: bool = field(
+        default=False, metadata={"help": "Mine anew with the model so far, before each epoch after the first."}
+    )
+    teacher: str = field(
+        default="",
+        metadata={"help": "Model, a cross-encoder too, whose scores an objective with distill_weight learns from."},
+    )
     lora_rank: int = field(default=0, metadata={"help": "Train adapters of this rank (PEFT), merged at the end."})
     freeze: list[str] = field(default_factory=list, metadata={"help": "Regular expressions of parameters to freeze."})
     card: str = field(default="", metadata={"help": "Template in model_cards/; default: the room's."})
@@ -236,7 +243,15 @@ def resolve(argv: list[str], *, prog: str = "polyrep train") -> Plan:
             f"--hard_negatives {recipe.hard_negatives}, --lora_rank {recipe.lora_rank}: are for training the whole "
             f"model, and {name} fits a head. Use --negatives, and leave the other out."
         )
-    documents = dict.fromkeys(["positive", *negative_columns(recipe.hard_negatives)], "document")
+    if recipe.remine and not on_cache and not recipe.hard_negatives:
+        raise InputError("--remine true: nothing is mined. Add --hard_negatives, e.g. 1.")
+    if recipe.teacher and (not on_cache and not recipe.hard_negatives or not objective_flags.get("distill_weight")):
+        raise InputError(
+            f"--teacher {recipe.teacher}: {name} would not learn from its scores. Use an objective with "
+            "--distill_weight above 0" + ("." if on_cache else ", and --hard_negatives for it to score.")
+        )
+    # Ten more than are mined: a table may bring its own.
+    documents = dict.fromkeys(["positive", *negative_columns(max(recipe.hard_negatives, 10))], "document")
     tasks = {"query": "query"} | documents
     if not on_cache and not args.router_mapping:
         args.router_mapping = tasks

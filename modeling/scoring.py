@@ -7,6 +7,7 @@ the higher id, as trec_eval and MTEB break them; without such a rule two runs of
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,43 @@ def maxsim(queries: Tensor, documents: Tensor, query_mask: Tensor, document_mask
         ``(queries, documents)`` in float32.
     """
     return _stock_maxsim(queries.float(), documents.float(), a_mask=query_mask, b_mask=document_mask)
+
+
+def kl(queries: Any, documents: Any) -> Tensor:
+    """KL(Q||D) of every query from every document, in nats, exactly: the oracle of the room ``gaussian``.
+
+    It is computed in float64 through two matrix products, so memory grows with queries plus documents.
+
+    Args:
+        queries: Has ``mean (..., queries, k)`` and ``variance (..., queries, groups)`` of normal distributions with
+            diagonal covariance; the dimensions of a group are side by side, and without groups each is its own.
+        documents: Likewise ``(..., documents, k)``, with as many groups or not. Leading dimensions broadcast.
+
+    Returns:
+        ``(..., queries, documents)`` in the type of the means.
+
+    Raises:
+        InputError: Dimensions differ, groups do not divide them, or a variance is not positive.
+    """
+    sides = []
+    for name, side in (("queries", queries), ("documents", documents)):
+        size, groups = side.mean.shape[-1], side.variance.shape[-1]
+        if size % groups or size != queries.mean.shape[-1]:
+            raise InputError(
+                f"kl: {name} have means of {size} dimensions and variances of {groups}, queries means of "
+                f"{queries.mean.shape[-1]}. Use distributions of one model."
+            )
+        if not (side.variance > 0).all():
+            raise InputError(
+                f"kl: a variance of the {name} is {float(side.variance.min())}, so the divergence is not defined. "
+                "Pass variances, not their logarithms, and more than 0."
+            )
+        sides += [side.mean.double(), side.variance.double().repeat_interleave(size // groups, -1)]
+    mean, variance, other, wide = sides
+    logs = wide.log().sum(-1)[..., None, :] - variance.log().sum(-1)[..., :, None]  # (..., queries, documents)
+    trace = (mean.square() + variance) @ (1 / wide).mT - 2 * mean @ (other / wide).mT
+    found = (logs + trace + (other.square() / wide).sum(-1)[..., None, :] - mean.shape[-1]) / 2
+    return found.to(queries.mean.dtype)
 
 
 def packed_maxsim(queries: Tensor, documents: Tensor, query_mask: Tensor, document_mask: Tensor) -> Tensor:

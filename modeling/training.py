@@ -17,17 +17,16 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules.transformer import Transformer
-from sentence_transformers.util import mine_hard_negatives
 from sentence_transformers.util.misc import import_from_string
 from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback, set_seed
 
@@ -37,8 +36,10 @@ from .errors import InputError
 from .files import staged_folder, write_json
 from .heads import HeadData, HeadTrainer
 from .hub import MINILM_ID, Encoder, family_of, fastest_dtype, fetch, fingerprint, load, localize, read_json, save
+from .mining import Miner, RemineCallback
 from .recipes import TRAINERS, HeadArguments, Plan, RecipeArguments, resolve
 from .report import provenance
+from .teachers import open_teacher
 
 
 def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
@@ -62,7 +63,13 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
         )
     resume = _checkpoint_to_resume(output, args.resume_from_checkpoint)
     started_from = {"backbone": recipe.backbone, "objective": recipe.objective, **plan.config}
-    later = ("hard_negatives", "negative_margin", "lora_rank")  # what older runs did not write down
+    later = (
+        "hard_negatives",
+        "negative_margin",
+        "lora_rank",
+        "teacher",
+        "remine",
+    )  # what older runs did not write down
     started_from |= {name: getattr(recipe, name) for name in later} | plan.objective_arguments
     if plan.head:  # what the corpus and the objective make of the head before the first step
         started_from |= {"datasets": recipe.datasets, "split": recipe.split}
@@ -254,15 +261,28 @@ _WHEN_NOT_FINITE = (
 
 def _trainer(plan: Plan, model: Encoder) -> tuple[Any, dict[str, int]]:
     """The family's trainer over one data set per source, and the number of pairs in each."""
-    sources = {}
-    mine = _miner(plan.recipe) if plan.recipe.hard_negatives and not plan.recipe.dry_run else None
+    sources, loaded_from, callbacks = {}, {}, []
+    miner = Miner(plan.recipe) if plan.recipe.hard_negatives and not plan.recipe.dry_run else None
     for loaded in _datasets(plan.recipe):
         sources[loaded.name] = loaded.pairs()
-        if mine is not None:
+        if miner is not None and loaded.given:
+            raise InputError(
+                f"--hard_negatives {plan.recipe.hard_negatives}: {loaded.name} brings negatives of its own. Use 0."
+            )
+        if miner is not None:
             with plan.args.main_process_first(desc="mine negatives"):
-                sources[loaded.name] = mine(loaded, sources[loaded.name])
+                sources[loaded.name] = miner.mine(loaded, sources[loaded.name])
+            loaded_from[loaded.name] = (loaded, sources[loaded.name])
     _freeze(plan.recipe.freeze, model)
     objective: Any = plan.objective(model, **plan.objective_arguments)
+    if hasattr(objective, "prepare") and not plan.recipe.dry_run:
+        objective.prepare(sources)
+    if plan.args.learning_rate_mapping == {} and hasattr(objective, "learning_rates"):
+        rates = {pattern: factor * plan.args.learning_rate for pattern, factor in objective.learning_rates.items()}
+        plan.args.learning_rate_mapping = rates
+    if miner is not None and plan.recipe.remine:
+        callbacks = [RemineCallback(miner, loaded_from)]
+        sources = callbacks[0].shown()
     # Asked for here, since not every sentence-transformers passes on what its trainer says.
     if plan.args.gradient_checkpointing:
         kwargs = plan.args.gradient_checkpointing_kwargs or {"use_reentrant": False}
@@ -277,7 +297,7 @@ def _trainer(plan: Plan, model: Encoder) -> tuple[Any, dict[str, int]]:
         args=plan.args,
         train_dataset=DatasetDict(sources) if len(sources) > 1 else next(iter(sources.values())),
         loss=objective,
-        callbacks=[CheckpointCallback(objective)],
+        callbacks=[CheckpointCallback(objective), *callbacks],
     )
     return trainer, {name: len(pairs) for name, pairs in sources.items()}
 
@@ -300,46 +320,6 @@ def _datasets(recipe: RecipeArguments, head: HeadArguments | None = None) -> Ite
             yield dataset
         if head and queries != "judged":
             yield inverse_cloze(dataset, head.cloze_sentences)
-
-
-def _miner(recipe: RecipeArguments) -> Callable[[RetrievalDataset, Dataset], Dataset]:
-    """Adds ``negative_1`` and so on to pairs: documents that the backbone ranks high and nobody judged relevant."""
-    folder = fetch(recipe.backbone, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-    miner: Any = load(folder, trust_remote_code=recipe.trust_remote_code, dtype=fastest_dtype("auto"))
-    if not isinstance(miner, SentenceTransformer):
-        raise InputError(
-            f"--hard_negatives: {recipe.backbone} is a {type(miner).__name__}, and mining takes one vector a text."
-        )
-    cache = str(Path(recipe.mined_cache) / fingerprint(folder)[:16])
-
-    def mine(dataset: RetrievalDataset, pairs: Dataset) -> Dataset:
-        mined = mine_hard_negatives(
-            pairs,
-            miner,
-            anchor_column_name="query",
-            positive_column_name="positive",
-            corpus=list(dict.fromkeys(dataset.corpus.values())),
-            query_prompt=miner.prompts.get("query") or None,
-            corpus_prompt=miner.prompts.get("document") or None,
-            num_negatives=recipe.hard_negatives,
-            relative_margin=recipe.negative_margin,
-            output_format="n-tuple",
-            verbose=False,
-            cache_folder=cache,
-        )
-        if not len(mined):
-            raise InputError(
-                f"{dataset.name}: no pair has {recipe.hard_negatives} negatives that score "
-                f"{recipe.negative_margin:.0%} below its document. Lower --hard_negatives or --negative_margin."
-            )
-        if left := len(pairs) - len(mined):
-            print(
-                f"{dataset.name}: {left:,} of {len(pairs):,} pairs have too few negatives and are left out.",
-                flush=True,
-            )
-        return mined.rename_column("negative", "negative_1") if "negative" in mined.column_names else mined
-
-    return mine
 
 
 def _freeze(patterns: list[str], model: torch.nn.Module) -> None:
@@ -411,7 +391,15 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], Encoder]:
         raise InputError(str(error)) from error
     _freeze(recipe.freeze, head)
     objective: Any = plan.objective(head, **plan.objective_arguments)
-    data = HeadData(kind=kind, negatives=settings.negatives, labels=objective.needs_labels, depth=settings.depth)
+    teacher = open_teacher(recipe.teacher, **remote) if recipe.teacher and not recipe.dry_run else None
+    data = HeadData(
+        kind=kind,
+        negatives=settings.negatives,
+        labels=objective.needs_labels,
+        depth=settings.depth,
+        narrowed=getattr(objective, "narrowed", False),
+        teacher=teacher,
+    )
     counts = {}
     for dataset in _datasets(recipe, settings):
         judged = sum(score > 0 for documents in dataset.qrels.values() for score in documents.values())
@@ -439,6 +427,7 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], Encoder]:
         train_dataset=data,
         data_collator=data.collate,
         callbacks=[CheckpointCallback()],
+        remine=recipe.remine,
     )
     trainer.prepare_seconds = prepared
     return trainer, counts, backbone

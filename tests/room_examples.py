@@ -26,6 +26,7 @@ from polyrep.dense2sparse import (
     Dense2SparseModel,
     Dense2SparsePooling,
 )
+from polyrep.gaussian import GaussianConfig, GaussianHeadConfig, GaussianModel, GaussianPooling, GaussianTransformer
 from polyrep.hub import Encoder
 from polyrep.multilayer import MultiLayerConfig, MultiLayerHeadConfig, MultiLayerModel, MultiLayerPooling
 from polyrep.reinpool import ReinPoolConfig, ReinPoolModel, ReinPoolPooling
@@ -46,15 +47,21 @@ class Example:
     bad_config: list[tuple[type, dict[str, Any], str]] = field(default_factory=list)
 
 
-def one_folder(model: Any, backbone: Path, folder: Path, family: type[Encoder] = SentenceTransformer) -> Any:
+def one_folder(
+    model: Any,
+    backbone: Path,
+    folder: Path,
+    family: type[Encoder] = SentenceTransformer,
+    transformer: type[Transformer] = Transformer,
+) -> Any:
     """A room's model as a folder, opened by the stock Transformer: scored by the inner product, told its task."""
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(backbone).save_pretrained(folder)
     output = {"text": {"method": "forward", "method_output_name": "sentence_embedding"}}
-    transformer = Transformer(
+    opened = transformer(
         str(folder), modality_config=output, module_output_name="sentence_embedding", unpad_inputs=False
     )
-    whole = family(modules=[transformer], similarity_fn_name="dot", device="cpu")
+    whole = family(modules=[opened], similarity_fn_name="dot", device="cpu")
     whole.module_kwargs = {"0": ["task"]}
     return whole
 
@@ -196,9 +203,53 @@ def multilayer_example(backbone: Path, scratch: Path) -> Example:
     )
 
 
+def gaussian_example(backbone: Path, scratch: Path) -> Example:
+    torch.manual_seed(7)
+
+    def stirred(model: torch.nn.Module, *names: str) -> Any:
+        with torch.no_grad():
+            for name in names:
+                model.get_parameter(name).add_(torch.randn_like(model.get_parameter(name)) * 0.3)
+        return model
+
+    retriever = GaussianModel.from_encoder(str(backbone), mean_dim=12, variance_groups=3)
+    retriever = stirred(retriever, "head.variance_map", "var_embedding")
+    pooling = stirred(GaussianPooling(input_dim=32, mean_dim=15), "model.mean_map", "model.variance_map")
+    modules = [Transformer(str(backbone)), Pooling(32, "mean"), pooling]
+    folder = scratch / "gaussian-retriever"
+    return Example(
+        {
+            "retriever": one_folder(retriever, backbone, folder, transformer=GaussianTransformer),
+            "pipeline": SentenceTransformer(modules=modules, device="cpu"),
+        },
+        weight="encoder.encoder.layer.0.output.dense.weight",
+        bad_config=[
+            (GaussianHeadConfig, {"mean_dim": 0}, "mean_dim=0"),
+            (GaussianHeadConfig, {"variance_groups": 1.5}, "variance_groups=1.5"),
+            (GaussianHeadConfig, {"variance_floor": 0.0}, "variance_floor=0.0.*more than 0"),
+            (GaussianHeadConfig, {"beta": -1.0}, "beta=-1.0"),
+            (GaussianHeadConfig, {"divergence": "js"}, "kl, reverse_kl, likelihood, w2, csd, dot"),
+            (GaussianHeadConfig, {"divergence": "dot", "variance_groups": 4}, "has no variance"),
+            (GaussianHeadConfig, {"projection_dim": 384}, r"2 k \+ 1. Use 383 .mean_dim=191. or 385 .mean_dim=192."),
+            (
+                GaussianHeadConfig,
+                {"projection_dim": 384, "variance_groups": 16},
+                r"k \+ 16 \+ 1. Use 369 .mean_dim=352",
+            ),
+            (GaussianHeadConfig, {"projection_dim": 2}, "Use 3 .mean_dim=1."),
+            (GaussianHeadConfig, {"mean_dim": 9, "projection_dim": 20}, "= 19 dimensions, not projection_dim=20"),
+            (GaussianHeadConfig, {"mean_dim": 385}, "mean_dim=385 of input_dim=384"),
+            (GaussianHeadConfig, {"mean_dim": 100, "variance_groups": 16}, "does not divide.*mean_dim=96"),
+            (GaussianConfig, {"mean_from": "max"}, "mean_from='max'.*mean, cls"),
+            (GaussianConfig, {"variance_from": "max"}, "var_token, mean, cls"),
+        ],
+    )
+
+
 EXAMPLES: dict[str, Callable[[Path, Path], Example]] = {
     toy.ToyModel.config_class.model_type: toy_example,
     Dense2SparseForRetrievalConfig.model_type: dense2sparse_example,
+    GaussianConfig.model_type: gaussian_example,
     MultiLayerConfig.model_type: multilayer_example,
     ReinPoolConfig.model_type: reinpool_example,
 }

@@ -1,0 +1,42 @@
+"""Gaussian: read ``modeling_gaussian.py`` for what it is, then ``objective.py`` for how it is learned."""
+
+from __future__ import annotations
+
+from .. import Room, register
+from ..scoring import kl as kl_divergence
+from .modeling_gaussian import (
+    GaussianConfig,
+    GaussianHead,
+    GaussianHeadConfig,
+    GaussianModel,
+    GaussianOutput,
+    GaussianPooling,
+    GaussianTransformer,
+)
+from .objective import GaussianHeadObjective, GaussianObjective
+
+__all__ = [
+    "GaussianConfig",
+    "GaussianHead",
+    "GaussianHeadConfig",
+    "GaussianHeadObjective",
+    "GaussianModel",
+    "GaussianObjective",
+    "GaussianOutput",
+    "GaussianPooling",
+    "GaussianTransformer",
+    "kl_divergence",
+]
+
+register(
+    Room(
+        model=GaussianModel,
+        head=GaussianHead,
+        module=GaussianPooling,
+        objectives={
+            "GaussianObjective": GaussianObjective,
+            "GaussianHeadObjective": GaussianHeadObjective,
+        },
+        card="gaussian",
+    )
+)

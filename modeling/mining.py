@@ -1,0 +1,149 @@
+"""Hard negatives for training whole models: mined with the backbone first, and with the model so far if wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import mine_hard_negatives
+from transformers import TrainerCallback
+
+from .data import RetrievalDataset
+from .errors import InputError
+from .hub import fastest_dtype, fetch, fingerprint, load
+from .recipes import RecipeArguments, negative_columns
+from .teachers import open_teacher, score_pairs
+
+
+class Miner:
+    """Adds ``negative_1`` and so on to pairs: documents that a model ranks high and nobody judged relevant.
+
+    With a teacher, ``label`` holds its scores of each pair's document and negatives.
+
+    Args:
+        recipe: ``hard_negatives``, ``negative_margin``, ``teacher`` and the backbone.
+    """
+
+    def __init__(self, recipe: RecipeArguments):
+        self.recipe = recipe
+        remote: dict[str, Any] = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
+        folder = fetch(recipe.backbone, **remote)
+        self.backbone: Any = load(folder, trust_remote_code=recipe.trust_remote_code, dtype=fastest_dtype("auto"))
+        if not isinstance(self.backbone, SentenceTransformer):
+            raise InputError(
+                f"--hard_negatives: {recipe.backbone} is a {type(self.backbone).__name__}, and mining takes one "
+                "vector a text."
+            )
+        self.cache = Path(recipe.mined_cache) / fingerprint(folder)[:16]
+        self.teacher = open_teacher(recipe.teacher, **remote) if recipe.teacher else None
+        self.columns = negative_columns(recipe.hard_negatives)
+
+    def mine(self, dataset: RetrievalDataset, pairs: Dataset) -> Dataset:
+        """Pairs with negatives by the backbone; those with too few are left out, which is said."""
+        recipe = self.recipe
+        margin = {"relative_margin": recipe.negative_margin}
+        mined = self._mined(self.backbone, dataset, pairs, cache_folder=str(self.cache), **margin)
+        if not len(mined):
+            raise InputError(
+                f"{dataset.name}: no pair has {recipe.hard_negatives} negatives that score "
+                f"{recipe.negative_margin:.0%} below its document. Lower --hard_negatives or --negative_margin."
+            )
+        if left := len(pairs) - len(mined):
+            print(
+                f"{dataset.name}: {left:,} of {len(pairs):,} pairs have too few negatives and are left out.",
+                flush=True,
+            )
+        return self._taught(dataset, mined)
+
+    def mine_again(self, model: Any, dataset: RetrievalDataset, pairs: Dataset) -> Dataset:
+        """The same pairs in the same order with negatives by a model in training; the old ones where it has too few.
+
+        They score no higher than the own document. A share of its score says nothing of a score without a zero.
+        """
+        mined = self._mined(model, dataset, pairs.select_columns(["query", "positive"]), absolute_margin=0.0)
+        found = {(row["query"], row["positive"]): row for row in mined}
+        rows = [found.get((row["query"], row["positive"]), row) for row in pairs]
+        fresh = {name: [row[name] for row in rows] for name in ("query", "positive", *self.columns)}
+        return self._taught(dataset, Dataset.from_dict(fresh))
+
+    def _mined(self, model: Any, dataset: RetrievalDataset, pairs: Dataset, **options: Any) -> Dataset:
+        mined = mine_hard_negatives(
+            pairs,
+            model,
+            anchor_column_name="query",
+            positive_column_name="positive",
+            corpus=list(dict.fromkeys(dataset.corpus.values())),
+            query_prompt=model.prompts.get("query") or None,
+            corpus_prompt=model.prompts.get("document") or None,
+            num_negatives=self.recipe.hard_negatives,
+            output_format="n-tuple",
+            verbose=False,
+            **options,
+        )
+        return mined.rename_column("negative", "negative_1") if "negative" in mined.column_names else mined
+
+    def _taught(self, dataset: RetrievalDataset, mined: Dataset) -> Dataset:
+        """The same with the teacher's scores."""
+        if self.teacher is None:
+            return mined
+        queries = {text: row for row, text in enumerate(dict.fromkeys(mined["query"]))}
+        documents = {text: row for row, text in enumerate(dict.fromkeys(dataset.corpus.values()))}
+        columns = [mined[name] for name in ("positive", *self.columns)]
+        wanted = [[(queries[q], documents[d]) for d in row] for q, *row in zip(mined["query"], *columns, strict=True)]
+        scores = score_pairs(
+            self.teacher,
+            {str(row): text for text, row in queries.items()},
+            {str(row): text for text, row in documents.items()},
+            np.array(wanted).reshape(-1, 2),
+            names=(f"{dataset.name}-{dataset.split}-taught", f"{dataset.name}-taught"),
+            cache_dir=self.cache,
+        )
+        return mined.add_column("label", scores.reshape(len(mined), -1).tolist())
+
+
+class RemineCallback(TrainerCallback):
+    """Gives the pairs negatives by the model so far, before each epoch after the first.
+
+    The trainer keeps its data sets, so they are shown through a transform that looks into what was mined last. A
+    resumed epoch is mined with the model that it resumes from.
+
+    Args:
+        miner: What mines.
+        sources: Name -> the retrieval data set, and its pairs with the first negatives.
+    """
+
+    def __init__(self, miner: Miner, sources: dict[str, tuple[RetrievalDataset, Dataset]]):
+        self.miner, self.sources = miner, sources
+        self.mined = {name: pairs for name, (_, pairs) in sources.items()}
+
+    def shown(self) -> dict[str, Dataset]:
+        """Data sets for the trainer."""
+        found = {}
+        for name, (_, pairs) in self.sources.items():
+            numbered = pairs.add_column("row", list(range(len(pairs))))
+            numbered.set_transform(self._look(name))
+            found[name] = numbered
+        return found
+
+    def _look(self, name: str) -> Callable[[dict[str, list[Any]]], dict[str, list[Any]]]:
+        def current(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            return self.mined[name][batch["row"]]
+
+        return current
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Mine."""
+        if not int(state.epoch or 0):
+            return
+        while not isinstance(model, SentenceTransformer):
+            model = model.module if hasattr(model, "module") else model._orig_mod
+        training = model.training
+        self.mined = {
+            name: self.miner.mine_again(model, dataset, self.mined[name])
+            for name, (dataset, _) in self.sources.items()
+        }
+        model.train(training)

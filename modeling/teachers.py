@@ -1,0 +1,124 @@
+"""Scores of a stronger model, a teacher, for pairs of query and document.
+
+A teacher is any model of sentence-transformers: one that encodes both sides, through the cache, or a cross-encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import CrossEncoder
+from tqdm import tqdm
+
+from .cache import Embeddings, embed
+from .errors import InputError
+from .hub import Encoder, fastest_dtype, fetch, load, read_json
+from .scoring import CHUNK_ELEMENTS, _csr, _filled
+
+Teacher = Encoder | CrossEncoder
+
+
+def open_teacher(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Teacher:
+    """Open a teacher by folder or Hub id; a classifier of pairs is a cross-encoder."""
+    folder = fetch(name, revision=revision, trust_remote_code=trust_remote_code)
+    kinds = read_json(folder / "config.json").get("architectures") or [""]
+    if kinds[0].endswith("ForSequenceClassification") and not (folder / "modules.json").is_file():
+        return CrossEncoder(str(folder), trust_remote_code=trust_remote_code)
+    teacher: Any = load(folder, trust_remote_code=trust_remote_code, dtype=fastest_dtype("auto"))
+    if not isinstance(teacher, Encoder):
+        raise InputError(f"--teacher {name}: is a {type(teacher).__name__}, which scores no pair of texts.")
+    return teacher
+
+
+def score_pairs(
+    teacher: Teacher,
+    queries: Mapping[str, str],
+    documents: Mapping[str, Any],
+    pairs: np.ndarray,
+    *,
+    names: tuple[str, str],
+    cache_dir: str | Path | None = None,
+    batch_size: int = 32,
+) -> np.ndarray:
+    """Score pairs.
+
+    Args:
+        teacher: See :func:`open_teacher`.
+        queries: Id -> text.
+        documents: Id -> text or page image.
+        pairs: ``(pairs, 2)`` place of a query and of a document.
+        names: Readable part of the caches' names, of queries and of documents.
+        cache_dir: See :func:`polyrep.cache.embed`.
+        batch_size: Texts, or pairs, of a forward pass.
+
+    Returns:
+        ``(pairs,)`` float32.
+
+    Raises:
+        InputError: A score is not finite, or the teacher scores by a distance.
+    """
+    if isinstance(teacher, CrossEncoder):
+        asked, told = list(queries.values()), list(documents.values())
+        scores = teacher.predict([(asked[q], told[d]) for q, d in pairs], batch_size=batch_size)
+    else:
+        options: dict[str, Any] = {"cache_dir": cache_dir, "batch_size": batch_size}
+        encoder: Any = teacher
+        q = embed(encoder, queries, task="query", name=names[0], **options)
+        d = embed(encoder, documents, task="document", name=names[1], **options)
+        scores = _of_embeddings(q, d, np.asarray(pairs), str(teacher.similarity_fn_name), teacher.device)
+    scores = np.asarray(scores, np.float32)
+    if scores.shape != (len(pairs),) or not np.isfinite(scores).all():
+        raise InputError(
+            f"{names[1]}: the teacher gave {scores.shape} scores for {len(pairs)} pairs, or one that is not finite. It "
+            "must give one number a pair; try float32 weights."
+        )
+    return scores
+
+
+def _of_embeddings(
+    queries: Embeddings, documents: Embeddings, pairs: np.ndarray, similarity: str, device: Any
+) -> np.ndarray:
+    """Scores of pairs of encoded texts, batches of documents of like length."""
+    if similarity not in ("dot", "cosine", "maxsim", "meanmaxsim"):
+        raise InputError(f"--teacher: scores by {similarity}. Use one with dot, cosine or maxsim.")
+    scores = np.empty(len(pairs), np.float32)
+    order = np.argsort(documents.lengths[pairs[:, 1]], kind="stable")
+    widest = int(queries.lengths.max()) if queries.kind == "tokens" else 1
+    start = 0
+    with tqdm(total=len(pairs), desc="teacher", unit="pair") as progress:
+        while start < len(pairs):
+            long = int(documents.lengths[pairs[order[min(start + 4095, len(pairs) - 1)], 1]])
+            size = max(1, CHUNK_ELEMENTS // (max(widest * long, (widest + long) * queries.dim)))
+            part = order[start : start + min(size, 4096)]
+            scores[part] = _part(queries, documents, pairs[part], similarity, device)
+            start += len(part)
+            progress.update(len(part))
+    return scores
+
+
+def _part(queries: Embeddings, documents: Embeddings, pairs: np.ndarray, similarity: str, device: Any) -> np.ndarray:
+    if queries.kind == "sparse":
+        sides = [side[row] for side, row in zip(_both(queries, documents, similarity), pairs.T, strict=True)]
+        return np.asarray(sides[0].multiply(sides[1]).sum(1)).ravel()
+    if queries.kind == "sentence":
+        q, d = (
+            torch.from_numpy(s.values[p].astype(np.float32)).to(device)
+            for s, p in zip((queries, documents), pairs.T, strict=True)
+        )
+        if similarity == "cosine":
+            q, d = (torch.nn.functional.normalize(side, dim=-1) for side in (q, d))
+        return (q * d).sum(-1).cpu().numpy()
+    q, d = (torch.from_numpy(_filled(s, p)).to(device) for s, p in zip((queries, documents), pairs.T, strict=True))
+    lengths = torch.from_numpy(queries.lengths[pairs[:, 0]]).to(device)
+    best = (q @ d.mT).amax(-1)  # (pairs, query tokens)
+    best = best * (torch.arange(best.shape[1], device=device) < lengths[:, None])
+    total = best.sum(-1)
+    return (total / lengths if similarity == "meanmaxsim" else total).cpu().numpy()
+
+
+def _both(queries: Embeddings, documents: Embeddings, similarity: str) -> list[Any]:
+    return [_csr(side, 0, len(side), similarity) for side in (queries, documents)]
