@@ -277,6 +277,8 @@ def _table_cells(system: str, metrics: dict[str, dict[str, Any]]) -> dict[str, s
         "layer margin": _or(main.get("layer_margin"), ".2f"),
         "layer saturation": _or(main.get("layer_saturation"), ".3f"),
         "layer wins": _or(main.get("layer_wins"), ".3f"),
+        "std of log variance": _or(main.get("log_variance_std"), ".3f"),
+        "top 10 moved": _or(main.get("test_rank_change"), ".0%"),
         "encode docs/s": _or(main.get("encode_docs_per_s"), ",.0f"),
         "search ms (p50 / p99)": " / ".join(latency) if all(latency) else "",
     }

@@ -73,8 +73,8 @@ def score_pairs(
     scores = np.asarray(scores, np.float32)
     if scores.shape != (len(pairs),) or not np.isfinite(scores).all():
         raise InputError(
-            f"{names[1]}: the teacher gave {scores.shape} scores for {len(pairs)} pairs, or one that is not finite. It "
-            "must give one number a pair; try float32 weights."
+            f"{names[1]}: the teacher gave {scores.shape} scores for {len(pairs)} pairs, or one that is not finite. "
+            "It must give one number a pair; try float32 weights."
         )
     return scores
 
