@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import faiss
 import numpy as np
 import pytest
 import room_examples
@@ -189,7 +190,6 @@ def test_the_mean_starts_at_the_principal_axes():
 
 
 def test_faiss_finds_what_brute_force_finds():
-    faiss = pytest.importorskip("faiss")
     torch.manual_seed(1)
     made = head(stir=0.3)
     x, y = torch.randn(30, 24), torch.randn(2000, 24)
