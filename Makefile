@@ -26,9 +26,10 @@ test-min:
 	$(VENV)-min/bin/python -m pip install -q -c $(VENV)-min/constraints.txt -e ".[dev]" \
 		transformers==5.17.0 sentence-transformers==6.0.1 huggingface-hub==1.33.0
 	$(VENV)-min/bin/python -m pytest tests/test_rooms.py tests/test_hub.py tests/test_training.py tests/test_dense2sparse.py \
-		tests/test_reinpool.py tests/test_reinpool_pages.py tests/test_multilayer.py
+		tests/test_reinpool.py tests/test_reinpool_pages.py tests/test_multilayer.py \
+		tests/test_gaussian.py
 
-# Everything in results/ that a CPU can make again, about seven hours on 2 cores.
+# Everything in results/ that a CPU can make again, about eight hours on 2 cores.
 results: $(VENV)/.dev
 	$(BIN)/accelerate launch train.py hub_configs/late-interaction-minilm --overwrite
 	$(BIN)/python evaluate.py models/late-interaction-minilm/final \
@@ -45,12 +46,18 @@ results: $(VENV)/.dev
 	$(BIN)/python benchmarks/reinpool_kept.py --output results
 	$(BIN)/python benchmarks/multilayer_frozen.py --output results
 	$(BIN)/python benchmarks/multilayer_depth.py --output results
+	$(BIN)/python benchmarks/gaussian.py --output results
+	$(BIN)/python benchmarks/gaussian_frozen.py --output results
+	$(BIN)/python benchmarks/gaussian_pictures.py --output results
 
-# The fine-tuned tier of MultiLayer, for a GPU: each stage again until it says that all models are done.
+# The fine-tuned tiers, for a GPU: each stage again until it says that all models are done.
 results-gpu: $(VENV)/.dev
 	$(BIN)/python benchmarks/multilayer_finetuned.py --stage dev
 	$(BIN)/python benchmarks/multilayer_finetuned.py --stage test
 	$(BIN)/python benchmarks/multilayer_finetuned.py --stage table --output results
+	$(BIN)/python benchmarks/gaussian_finetuned.py --stage dev
+	$(BIN)/python benchmarks/gaussian_finetuned.py --stage test
+	$(BIN)/python benchmarks/gaussian_finetuned.py --stage table --output results
 
 $(VENV)/.%: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)

@@ -65,6 +65,7 @@ class Tier:
         run_of: Form -> the run that its flags are of.
         monitors: Beginnings of what is logged and kept.
         code: Files that a row depends on.
+        matched: Form -> controls that learned from what it did, of which the best on dev is its own; default: control.
     """
 
     name: str
@@ -74,6 +75,12 @@ class Tier:
     run_of: Callable[[str], str]
     monitors: tuple[str, ...]
     code: Sequence[Path]
+    matched: Callable[[str], Sequence[str]] | None = None
+
+    def control_of(self, form: str, on_dev: Mapping[str, float]) -> str:
+        """The control that a form is held to."""
+        found = [name for name in (self.matched(form) if self.matched else ()) if name in on_dev]
+        return max(found, key=lambda name: on_dev[name], default=self.control)
 
     def competing(self) -> list[str]:
         """Forms that are chosen among."""
@@ -166,7 +173,9 @@ def best_on_dev(rows: Rows, tier: Tier, seed: int, count: int) -> list[str]:
     found = rows.all("dev")
     ordered = sorted((f for f in tier.competing() if (f, seed) in found), key=lambda form: -macro(found[form, seed]))
     firsts = [next((form for form in ordered if form in forms), None) for forms, _ in tier.claims.values()]
-    return list(dict.fromkeys([*ordered[:count], *filter(None, firsts)]))
+    chosen = list(dict.fromkeys([*ordered[:count], *filter(None, firsts)]))
+    values = {form: macro(row) for (form, other), row in found.items() if other == seed}
+    return list(dict.fromkeys([*(tier.control_of(form, values) for form in chosen), *chosen]))
 
 
 def run(tier: Tier) -> None:
@@ -180,7 +189,7 @@ def run(tier: Tier) -> None:
     if args.stage == "dev":
         wanted = [(form, args.seeds[0]) for form in args.forms or tier.forms]
     else:
-        forms = args.forms or [tier.control, *best_on_dev(rows, tier, args.seeds[0], 3)]
+        forms = args.forms or list(dict.fromkeys([tier.control, *best_on_dev(rows, tier, args.seeds[0], 3)]))
         if len(forms) < 2:
             sys.exit("--stage test: no form has a row on dev yet. Run --stage dev first, or name --forms.")
         wanted = [(form, seed) for form in forms for seed in args.seeds]
@@ -222,16 +231,17 @@ def table(args: Arguments, tier: Tier, rows: Rows) -> str:
             costs[form] = parts[0]["costs"] | {k: float(np.mean([row[k] for row in seeds])) for k in monitors}
         lines += metric_rows(name, "test", values[name], costs, tier.control)
     means = {name: {form: v["nDCG@10"].mean(0) for form, v in values[name].items()} for name in names}
-    first = {form: row for (form, seed), row in on_dev.items() if seed == args.seeds[0]}
+    first = {form: macro(row) for (form, seed), row in on_dev.items() if seed == args.seeds[0]}
+    control = {form: tier.control_of(form, {name: v for name, v in first.items() if name in forms}) for form in forms}
     claims: list[dict[str, Any]] = []
     for claim, (group, target) in tier.claims.items():
         if known := [form for form in forms if form in group]:
-            best = max(known, key=lambda form: macro(first[form]) if form in first else 0.0)
-            entry = gain_claim(claim, means, best, tier.control, target)
+            best = max(known, key=lambda form: first.get(form, 0.0))
+            entry = gain_claim(claim, means, best, control[best], target) | {"control": control[best]}
             claims.append(entry | {"met": entry["value"] >= target, "held_to": "value"} if target else entry)
     if claims:
         tested, best = list(dict.fromkeys(entry["system"] for entry in claims)), claims[-1]["system"]
-        better = significant(means, tested, tier.control)[best]
+        better = significant(means, tested, control[best])[best]
         claim = f"{tier.name.partition('-')[0]}.significant_datasets"
         entry = {"claim": claim, "value": len(better), "target": 2, "met": len(better) >= 2}
         claims.append(entry | {"system": best, "datasets": better, "split": "test"})

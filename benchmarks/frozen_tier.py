@@ -140,6 +140,7 @@ def fitted(bench: Bench, flags: list[str], seed: int, head_of: Callable[[Plan], 
             remine=plan.recipe.remine,
         )
         trainer.train()
+    objective.to("cpu")  # what follows reads vectors there
     return trainer
 
 
@@ -158,7 +159,6 @@ def chosen_on_dev(
         settings[system] = max(tried, key=lambda setting: tried[setting])
         values[system] = float(np.mean([on_dev(system, settings[system], seed) for seed in seeds]))
         tqdm.write(f"{system:<44} dev {100 * values[system]:.2f}  {tried}")
-    return settings, values
     return settings, values
 
 

@@ -85,7 +85,7 @@ def errors() -> dict[str, float]:
     )
     found = {"oracle": float(((-kl(query, document) - exact) / exact).abs().max())}
     head = GaussianHead(GaussianHeadConfig(input_dim=WIDTH, mean_dim=MEANS))
-    constant = (1 + (query.variance / head.config.initial_variance).log()).sum(-1, keepdim=True) / 2
+    constant = head.query_constant(query)[:, None]
     for name, dtype in (("float64", torch.float64), ("float32", torch.float32)):
         q, d = (head._index(s.mean.to(dtype), s.variance.to(dtype), s is query) for s in sides)
         found[name] = float((((q @ d.T).double() + constant - exact) / exact).abs().max())

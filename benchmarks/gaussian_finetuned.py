@@ -14,47 +14,38 @@ from __future__ import annotations
 import finetuned_tier
 import gaussian_frozen as frozen
 
-CONTROL, DIMS = frozen.CONTROL, frozen.DIMS
+CONTROL = frozen.CONTROL
 TAUGHT = ["--teacher", "models/late-interaction-minilm/final", "--hard_negatives", "4", "--distill_weight", "0.3"]
 
 
-def _setting(*flags: str, divergence: str = "kl", groups: int | None = 1) -> list[str]:
-    found = ["--divergence", divergence, "--projection_dim", str(DIMS), "--beta", "20", "--prior_weight", "0.03"]
-    return [*found, *(["--variance_groups", str(groups)] if groups else []), *flags]
+def _setting(*flags: str, divergence: str = "kl", groups: int = 1) -> list[str]:
+    found = [*frozen.PLAIN, "--divergence", divergence, "--beta", "20", "--prior_weight", "0.03"]
+    return [*found, "--variance_groups", str(groups), *flags]
 
 
 BOTH = ["--separate_variance", "true", "--inclusion_weight", "1", "--difficulty_weight", "1"]
 
-VECTOR = ["--divergence", "dot", "--projection_dim", str(DIMS), "--variance_from", "mean"]  # no [VAR]
+VECTOR = [*frozen.VECTOR, "--variance_from", "mean"]  # no [VAR]
 CONTROLS: dict[str, list[str]] = {
     **{
         f"{CONTROL}{name}": [*VECTOR, "--tau", tau]
         for name, tau in (("", "0.035"), (", tau 0.05", "0.05"), (", tau 0.025", "0.025"))
     },
     "vector, taught": [*VECTOR, "--tau", "0.035", *TAUGHT],
-    "vector, mined again": [
-        "--divergence",
-        "dot",
-        "--projection_dim",
-        str(DIMS),
-        "--tau",
-        "0.035",
-        "--remine",
-        "true",
-    ],
+    "vector, mined again": [*VECTOR, "--tau", "0.035", "--remine", "true"],
 }
 GAUSSIANS: dict[str, list[str]] = {
-    "kl, no groups": _setting(groups=None),
+    "kl, no groups": _setting(groups=0),
     "kl, 1 group": _setting(),
     "kl, 16 groups": _setting(groups=16),
     "kl, 1 group, variance from the mean's state": _setting("--variance_from", "mean"),
     **{f"kl, variance rate {rate}": _setting("--variance_rate", rate) for rate in ("1", "50")},
     **{f"kl, beta {beta}": _setting("--beta", beta) for beta in ("14", "28")},
     "kl, not normalised": _setting("--normalize_mean", "false"),
-    "reverse kl": _setting(divergence="reverse_kl", groups=None),
-    "likelihood": _setting(divergence="likelihood", groups=None),
-    "w2": _setting(divergence="w2", groups=None),
-    "csd": _setting(divergence="csd", groups=None),
+    "reverse kl": _setting(divergence="reverse_kl", groups=0),
+    "likelihood": _setting(divergence="likelihood", groups=0),
+    "w2": _setting(divergence="w2", groups=0),
+    "csd": _setting(divergence="csd", groups=0),
     "kl, inclusion": _setting("--inclusion_weight", "1"),
     "kl, separate, both": _setting(*BOTH),
     "kl, taught": _setting(*TAUGHT),
@@ -69,6 +60,10 @@ TIER = finetuned_tier.Tier(
     run_of=lambda form: "gaussian-minilm",
     monitors=("query_log_variance",),
     code=frozen.CODE,
+    matched=lambda form: next(
+        ([f"{CONTROL}, {how}"] for how in ("taught", "mined again") if form.endswith(how)),
+        [CONTROL, "vector, tau 0.05", "vector, tau 0.025"],
+    ),
 )
 
 if __name__ == "__main__":

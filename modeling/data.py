@@ -53,7 +53,7 @@ class RetrievalDataset:
         corpus: Document id -> text (title, one space, text; stripped), in file order; or -> page image.
         queries: Query id -> text, only the queries that the split judges.
         qrels: Query id -> {document id: integer relevance}.
-        given: Query id -> what a table holds for training beside its document: ``negative_1`` ..., ``label``.
+        given: Query id -> what a table holds for training beside its document: ``negative_1`` ..., ``scores``.
     """
 
     name: str
@@ -68,8 +68,25 @@ class RetrievalDataset:
         relevant = [(q, d) for q, judged in self.qrels.items() for d, score in judged.items() if score > 0]
         columns = {"query": [self.queries[q] for q, _ in relevant], "positive": [self.corpus[d] for _, d in relevant]}
         for name in next(iter(self.given.values()), {}):
-            columns[name] = [self.given[q][name] for q, _ in relevant]
+            columns[name if name.startswith("negative_") else "label"] = [self._given(q, name) for q, _ in relevant]
         return Dataset.from_dict(columns)
+
+    def _given(self, query: str, name: str) -> Any:
+        """A negative of a query, or a teacher's scores of its document and of its negatives."""
+        value, length = self.given[query][name], len(self.given[query])
+        if name.startswith("negative_"):
+            if not isinstance(value, str) or not value.strip():
+                raise InputError(
+                    f"{self.name} {query}: {name} is {value!r}, which encodes to an arbitrary vector. Remove the row."
+                )
+            return value.strip()
+        fits = isinstance(value, list) and len(value) == length
+        if not fits or not all(isinstance(score, int | float) and math.isfinite(score) for score in value):
+            raise InputError(
+                f"{self.name} {query}: {name} is {value!r}; expected {length} numbers, of the document and of each of "
+                "its negatives."
+            )
+        return [float(score) for score in value]
 
 
 def load_retrieval_dataset(
@@ -258,7 +275,8 @@ def _from_pairs(source: str, table: DatasetDict, split: str | None) -> Retrieval
     id_of: dict[str, str] = {}
     given: dict[str, dict[str, Any]] = {}
     extra = [name for name in first.column_names if re.fullmatch(r"negative_\d+", name)]
-    taught = next((name for name in ("scores", "score", "label") if name in first.column_names and extra), None)
+    lists = [name for name in ("scores", "label") if extra and isinstance(first[:1].get(name, [None])[0], list)]
+    given_columns = [*extra, *lists[:1]]
     for name, part in table.items():
         part = part.cast_column(column, Image(decode=False)) if pages is not None else part
         for number, row in enumerate(part):
@@ -280,7 +298,7 @@ def _from_pairs(source: str, table: DatasetDict, split: str | None) -> Retrieval
             if name == wanted:
                 queries[f"{name}-{number}"] = query.strip()
                 qrels[f"{name}-{number}"] = {identifier: 1}
-                given[f"{name}-{number}"] = _given(row, extra, taught, f"{source} {name} row {number}")
+                given[f"{name}-{number}"] = {column: row[column] for column in given_columns}
     if wanted != split or (split == "train" and "dev" not in table):
         qrels = {q: judged for q, judged in qrels.items() if _in_dev_tenth(q) == (split == "dev")}
     if wanted and not qrels:
@@ -288,26 +306,6 @@ def _from_pairs(source: str, table: DatasetDict, split: str | None) -> Retrieval
     corpus: Mapping[str, Any] = texts if pages is None else pages
     kept = {q: given[q] for q in qrels} if extra else {}
     return RetrievalDataset(Path(source).name, split or "corpus", corpus, {q: queries[q] for q in qrels}, qrels, kept)
-
-
-def _given(row: dict[str, Any], negatives: list[str], taught: str | None, place: str) -> dict[str, Any]:
-    """A row's own negatives and a teacher's scores of its document and of them."""
-    for name in negatives:
-        if not isinstance(row[name], str) or not row[name].strip():
-            raise InputError(
-                f"{place}: {name} is {row[name]!r}, which encodes to an arbitrary vector. Remove the row."
-            )
-    found: dict[str, Any] = {name: row[name].strip() for name in negatives}
-    if taught:
-        scores = row[taught]
-        fits = isinstance(scores, list) and len(scores) == len(negatives) + 1
-        if not fits or not all(isinstance(score, int | float) and math.isfinite(score) for score in scores):
-            raise InputError(
-                f"{place}: {taught} is {scores!r}; expected {len(negatives) + 1} numbers, of the document and of "
-                f"{', '.join(negatives)}."
-            )
-        found["label"] = [float(score) for score in scores]
-    return found
 
 
 def _in_dev_tenth(query_id: str) -> bool:

@@ -9,7 +9,7 @@ and rivals get the same data in the same order.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -254,7 +254,8 @@ class HeadData(Dataset):
         labels: Take pairs from the judgments. Without, the nearest document takes the place of the judged one, so
             that no judgment has any influence.
         depth: See ``negatives``.
-        narrowed: Also encode every text cut short or misspelt (:func:`polyrep.noise.narrowed`), for kind sentence.
+        narrow_sides: ``query`` or ``document`` or both, whose texts are also encoded cut short or misspelt
+            (:func:`polyrep.noise.narrowed`), for kind sentence.
         teacher: Scores each query's documents and nearest, for kind sentence and with labels.
     """
 
@@ -265,16 +266,19 @@ class HeadData(Dataset):
         negatives: int = 2,
         labels: bool = False,
         depth: int = 100,
-        narrowed: bool = False,
+        narrow_sides: Sequence[str] = (),
         teacher: Teacher | None = None,
     ):
         if negatives < 0 or depth < 1:
             raise InputError(f"--negatives {negatives}, --depth {depth}: none can be drawn. Use 0 and 1, or more.")
         self.kind, self.negatives, self.labels, self.depth, self.seed = kind, negatives, labels, depth, 0
-        self.narrowed, self.teacher = narrowed, teacher
-        if teacher is not None and not (labels and kind == "sentence"):
-            raise InputError("--teacher: is for an objective that learns from judgments, of one vector a text.")
-        self.less: list[tuple[Any, Any]] = []  # queries and documents, narrowed
+        self.narrow_sides, self.teacher = tuple(narrow_sides), teacher
+        if (teacher is not None or narrow_sides) and not (labels and kind == "sentence"):
+            raise InputError(
+                "--teacher, or texts with less in them: are for an objective that learns from judgments, and from one "
+                "vector a text."
+            )
+        self.less: list[dict[str, Any]] = []  # queries, documents or both, narrowed
         self.taught: list[np.ndarray] = []  # (queries, depth + most judged) the teacher's scores: nearest, then judged
         self.teach: list[Callable[[np.ndarray], np.ndarray]] = []  # and what makes them
         # queries, documents, nearest (queries, depth)
@@ -317,13 +321,12 @@ class HeadData(Dataset):
         numbered = np.concatenate([np.full((len(pairs), 1), len(self.parts)), pairs], axis=1)
         self.parts.append((queries, documents, nearest))
         self.pairs = np.concatenate([self.pairs, numbered])
-        if self.narrowed:
-            less = (
-                (narrowed(dataset.queries), "query", f"{dataset.name}-{dataset.split}-narrowed"),
-                (narrowed(dataset.corpus), "document", f"{dataset.name}-narrowed"),
-            )
-            first, second = (encode(model, *texts, **options) for texts in less)
-            self.less.append((first, second))
+        texts_of: dict[str, tuple[Any, str]] = {
+            "query": (dataset.queries, f"{dataset.name}-{dataset.split}-narrowed"),
+            "document": (dataset.corpus, f"{dataset.name}-narrowed"),
+        }
+        less = {task: (narrowed(texts_of[task][0]), task, texts_of[task][1]) for task in self.narrow_sides}
+        self.less.append({task: encode(model, *texts, **options) for task, texts in less.items()})
         if self.teacher is not None:
             settings = {"cache_dir": options.get("cache_dir"), "batch_size": options.get("batch_size", 32)}
             names = (f"{dataset.name}-{dataset.split}", dataset.name)
@@ -394,10 +397,10 @@ class HeadData(Dataset):
             found = [side.features(rows) for side, rows in zip((queries, documents, documents), texts, strict=True)]
             if self.labels:  # so that no relevant document need count as a negative
                 found[0]["judged"] = torch.from_numpy(self.judged[number][asked])
-            if self.less:
-                less = (self.less[number][0], *[self.less[number][1]] * 2)
-                for features, side, rows in zip(found, less, texts, strict=True):
-                    features["narrow_embedding"] = side.features(rows)["sentence_embedding"]
+            for features, rows, task in zip(found, texts, ("query", "document", "document"), strict=True):
+                if task in self.narrow_sides:
+                    less = self.less[number][task].embeddings.values[rows]
+                    features["narrow_embedding"] = torch.from_numpy(less.astype(np.float32))
             if self.taught:
                 column = (self.judged[number][asked] == documents.first + own[:, None] + 1).argmax(1)
                 columns = np.concatenate([nearest.shape[1] + column[:, None], drawn], axis=1)  # own, then negatives

@@ -12,10 +12,13 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import mine_hard_negatives
 from transformers import TrainerCallback
 
+from .cache import embed
 from .data import RetrievalDataset
 from .errors import InputError
 from .hub import fastest_dtype, fetch, fingerprint, load
+from .objectives import unwrapped
 from .recipes import RecipeArguments, negative_columns
+from .scoring import exact_search
 from .teachers import open_teacher, score_pairs
 
 
@@ -39,14 +42,26 @@ class Miner:
                 "vector a text."
             )
         self.cache = Path(recipe.mined_cache) / fingerprint(folder)[:16]
-        self.teacher = open_teacher(recipe.teacher, **remote) if recipe.teacher else None
+        self.teacher = open_teacher(recipe.teacher, recipe.teacher_revision) if recipe.teacher else None
         self.columns = negative_columns(recipe.hard_negatives)
 
     def mine(self, dataset: RetrievalDataset, pairs: Dataset) -> Dataset:
         """Pairs with negatives by the backbone; those with too few are left out, which is said."""
         recipe = self.recipe
-        margin = {"relative_margin": recipe.negative_margin}
-        mined = self._mined(self.backbone, dataset, pairs, cache_folder=str(self.cache), **margin)
+        mined = mine_hard_negatives(
+            pairs,
+            self.backbone,
+            anchor_column_name="query",
+            positive_column_name="positive",
+            corpus=list(dict.fromkeys(dataset.corpus.values())),
+            query_prompt=self.backbone.prompts.get("query") or None,
+            corpus_prompt=self.backbone.prompts.get("document") or None,
+            num_negatives=recipe.hard_negatives,
+            relative_margin=recipe.negative_margin,
+            output_format="n-tuple",
+            verbose=False,
+            cache_folder=str(self.cache),
+        )
         if not len(mined):
             raise InputError(
                 f"{dataset.name}: no pair has {recipe.hard_negatives} negatives that score "
@@ -57,34 +72,50 @@ class Miner:
                 f"{dataset.name}: {left:,} of {len(pairs):,} pairs have too few negatives and are left out.",
                 flush=True,
             )
-        return self._taught(dataset, mined)
+        named = mined.rename_column("negative", "negative_1") if "negative" in mined.column_names else mined
+        return self._taught(dataset, named)
 
     def mine_again(self, model: Any, dataset: RetrievalDataset, pairs: Dataset) -> Dataset:
         """The same pairs in the same order with negatives by a model in training; the old ones where it has too few.
 
-        They score no higher than the own document. A share of its score says nothing of a score without a zero.
+        They score no higher than the own document, and by the model's own score: an index vector of unit length, as
+        the library's miner would take it, is no longer what the model ranks by.
         """
-        mined = self._mined(model, dataset, pairs.select_columns(["query", "positive"]), absolute_margin=0.0)
-        found = {(row["query"], row["positive"]): row for row in mined}
-        rows = [found.get((row["query"], row["positive"]), row) for row in pairs]
-        fresh = {name: [row[name] for row in rows] for name in ("query", "positive", *self.columns)}
+        texts = list(dict.fromkeys(dataset.corpus.values()))
+        places = {text: place for place, text in enumerate(texts)}
+        asked = {text: row for row, text in enumerate(dict.fromkeys(pairs["query"]))}
+        options: dict[str, Any] = {"dtype": "float32", "batch_size": 64}
+        queries = embed(model, {str(row): text for text, row in asked.items()}, task="query", **options)
+        documents = embed(model, {str(row): text for row, text in enumerate(texts)}, task="document", **options)
+        depth = min(len(texts), 20 + 10 * len(self.columns))
+        similarity = str(model.similarity_fn_name)
+        ranks = np.arange(len(texts))
+        options = {"similarity": similarity, "device": model.device}
+        found, scores = exact_search(queries, documents, ranks, k=depth, **options)
+        rows = np.array([asked[text] for text in pairs["query"]])
+        own = np.array([places[text] for text in pairs["positive"]])
+        own_scores = np.full(len(rows), -np.inf, np.float32)  # below all that are kept, unless it is among them
+        hit = found[rows] == own[:, None]  # (pairs, depth)
+        own_scores[hit.any(1)] = scores[rows][hit]
+        relevant: dict[int, set[int]] = {}
+        for query, judged in dataset.qrels.items():
+            places_of = {places[dataset.corpus[d]] for d, score in judged.items() if score > 0}
+            relevant.setdefault(asked.get(dataset.queries[query], -1), set()).update(places_of)
+        width = max(map(len, relevant.values()))
+        judged_places = np.full((len(asked), width), -1)
+        for row, several in relevant.items():
+            if row >= 0:
+                judged_places[row, : len(several)] = sorted(several)
+        known = (found[:, :, None] == judged_places[:, None]).any(-1)  # (queries, depth)
+        fits = ~known[rows] & (scores[rows] <= own_scores[:, None])
+        order = np.argsort(~fits, axis=1, kind="stable")[:, : len(self.columns)]  # the first that fit
+        enough = fits.sum(1) >= len(self.columns)
+        chosen = np.take_along_axis(found[rows], order, 1)
+        fresh = {"query": pairs["query"][:], "positive": pairs["positive"][:]}
+        for column, name in enumerate(self.columns):
+            old = pairs[name][:]
+            fresh[name] = [texts[chosen[row, column]] if enough[row] else old[row] for row in range(len(rows))]
         return self._taught(dataset, Dataset.from_dict(fresh))
-
-    def _mined(self, model: Any, dataset: RetrievalDataset, pairs: Dataset, **options: Any) -> Dataset:
-        mined = mine_hard_negatives(
-            pairs,
-            model,
-            anchor_column_name="query",
-            positive_column_name="positive",
-            corpus=list(dict.fromkeys(dataset.corpus.values())),
-            query_prompt=model.prompts.get("query") or None,
-            corpus_prompt=model.prompts.get("document") or None,
-            num_negatives=self.recipe.hard_negatives,
-            output_format="n-tuple",
-            verbose=False,
-            **options,
-        )
-        return mined.rename_column("negative", "negative_1") if "negative" in mined.column_names else mined
 
     def _taught(self, dataset: RetrievalDataset, mined: Dataset) -> Dataset:
         """The same with the teacher's scores."""
@@ -139,11 +170,10 @@ class RemineCallback(TrainerCallback):
         """Mine."""
         if not int(state.epoch or 0):
             return
-        while not isinstance(model, SentenceTransformer):
-            model = model.module if hasattr(model, "module") else model._orig_mod
-        training = model.training
+        inner: Any = unwrapped(model)
+        training = inner.training
         self.mined = {
-            name: self.miner.mine_again(model, dataset, self.mined[name])
+            name: self.miner.mine_again(inner.eval(), dataset, self.mined[name])
             for name, (dataset, _) in self.sources.items()
         }
-        model.train(training)
+        inner.train(training)

@@ -38,14 +38,20 @@ def misspelt(text: str, draw: random.Random) -> str:
     words = text.split()
     long_enough = [i for i, word in enumerate(words) if len(word) > 3] or list(range(len(words)))
     for i in draw.sample(long_enough, min(len(long_enough), max(1, len(long_enough) // 3))):
-        word = words[i]
-        place = draw.randrange(max(1, len(word) - 1))
-        words[i] = draw.choice(
-            (
-                word[:place] + word[place + 1 : place + 2] + word[place : place + 1] + word[place + 2 :],
-                word[:place] + word[place + 1 :] or word,
-                word[: place + 1] + word[place:],
-                word[:place] + draw.choice(LETTERS) + word[place + 1 :],
-            )
-        )
+        words[i] = _slip(words[i], draw)
     return " ".join(words)
+
+
+def _slip(word: str, draw: random.Random) -> str:
+    """Another word, one slip of the fingers away."""
+    while True:
+        place = draw.randrange(len(word))
+        before, letter, after = word[:place], word[place], word[place + 1 :]
+        slip = draw.choice(
+            (before + after[:1] + letter + after[1:], before + after, before + letter * 2 + after)
+            if len(word) > 1
+            else (letter * 2,)
+        )
+        slip = draw.choice((slip, before + draw.choice(LETTERS) + after))
+        if slip != word:
+            return slip

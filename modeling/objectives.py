@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from sentence_transformers.base.model import BaseModel
 from sentence_transformers.util import all_gather_with_grad, get_rank, get_world_size
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def gather(documents: Tensor) -> Tensor:
@@ -30,3 +33,17 @@ def row_uniform(batch: int, *shape: int, seed: int, step: int, device: torch.dev
     generator = torch.Generator().manual_seed(hash((seed, step)) % 2**63)
     everyone = torch.rand(get_world_size() * batch, *shape, generator=generator)
     return everyone[get_rank() * batch : (get_rank() + 1) * batch].to(device)
+
+
+def learned_scale(scale: nn.Parameter) -> nn.Parameter:
+    """The same parameter, with the mean gradient of all processes: the trainer of a model shares only the model's."""
+    if scale.requires_grad and get_world_size() > 1:
+        scale.register_hook(lambda g: gather(g[None]).detach().mean())
+    return scale
+
+
+def unwrapped(model: Any) -> BaseModel:
+    """The sentence-transformers model inside what several processes or a compiler put around it."""
+    while not isinstance(model, BaseModel):
+        model = model.module if hasattr(model, "module") else model._orig_mod
+    return model

@@ -110,6 +110,7 @@ class RecipeArguments:
         default="",
         metadata={"help": "Model, a cross-encoder too, whose scores an objective with distill_weight learns from."},
     )
+    teacher_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of a Hub teacher."})
     lora_rank: int = field(default=0, metadata={"help": "Train adapters of this rank (PEFT), merged at the end."})
     freeze: list[str] = field(default_factory=list, metadata={"help": "Regular expressions of parameters to freeze."})
     card: str = field(default="", metadata={"help": "Template in model_cards/; default: the room's."})
@@ -243,6 +244,8 @@ def resolve(argv: list[str], *, prog: str = "polyrep train") -> Plan:
             f"--hard_negatives {recipe.hard_negatives}, --lora_rank {recipe.lora_rank}: are for training the whole "
             f"model, and {name} fits a head. Use --negatives, and leave the other out."
         )
+    if on_cache and objective_flags.get("distill_weight") and not recipe.teacher:
+        raise InputError(f"--distill_weight {objective_flags['distill_weight']}: nobody has scored. Name a --teacher.")
     if recipe.remine and not on_cache and not recipe.hard_negatives:
         raise InputError("--remine true: nothing is mined. Add --hard_negatives, e.g. 1.")
     if recipe.teacher and (not on_cache and not recipe.hard_negatives or not objective_flags.get("distill_weight")):

@@ -65,6 +65,8 @@ def kl(queries: Any, documents: Any) -> Tensor:
     """
     sides = []
     for name, side in (("queries", queries), ("documents", documents)):
+        if side.variance is None:
+            raise InputError(f"kl: the {name} have no variance, as with divergence 'dot'. Use a model that has one.")
         size, groups = side.mean.shape[-1], side.variance.shape[-1]
         if size % groups or size != queries.mean.shape[-1]:
             raise InputError(
@@ -76,12 +78,13 @@ def kl(queries: Any, documents: Any) -> Tensor:
                 f"kl: a variance of the {name} is {float(side.variance.min())}, so the divergence is not defined. "
                 "Pass variances, not their logarithms, and more than 0."
             )
-        sides += [side.mean.double(), side.variance.double().repeat_interleave(size // groups, -1)]
+        mean, variance = (part.cpu() if part.device.type == "mps" else part for part in (side.mean, side.variance))
+        sides += [mean.double(), variance.double().repeat_interleave(size // groups, -1)]
     mean, variance, other, wide = sides
     logs = wide.log().sum(-1)[..., None, :] - variance.log().sum(-1)[..., :, None]  # (..., queries, documents)
     trace = (mean.square() + variance) @ (1 / wide).mT - 2 * mean @ (other / wide).mT
     found = (logs + trace + (other.square() / wide).sum(-1)[..., None, :] - mean.shape[-1]) / 2
-    return found.to(queries.mean.dtype)
+    return found.to(queries.mean)
 
 
 def packed_maxsim(queries: Tensor, documents: Tensor, query_mask: Tensor, document_mask: Tensor) -> Tensor:

@@ -22,13 +22,15 @@ from .scoring import CHUNK_ELEMENTS, _csr, _filled
 Teacher = Encoder | CrossEncoder
 
 
-def open_teacher(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Teacher:
-    """Open a teacher by folder or Hub id; a classifier of pairs is a cross-encoder."""
-    folder = fetch(name, revision=revision, trust_remote_code=trust_remote_code)
+def open_teacher(name: str, revision: str | None = None) -> Teacher:
+    """Open a teacher by folder or Hub id; a classifier of pairs is a cross-encoder. Its own code is never run."""
+    folder = fetch(name, revision=revision)
+    family = read_json(folder / "config_sentence_transformers.json").get("model_type")
     kinds = read_json(folder / "config.json").get("architectures") or [""]
-    if kinds[0].endswith("ForSequenceClassification") and not (folder / "modules.json").is_file():
-        return CrossEncoder(str(folder), trust_remote_code=trust_remote_code)
-    teacher: Any = load(folder, trust_remote_code=trust_remote_code, dtype=fastest_dtype("auto"))
+    plain = kinds[0].endswith("ForSequenceClassification") and not (folder / "modules.json").is_file()
+    if family == "CrossEncoder" or plain:
+        return CrossEncoder(str(folder))
+    teacher: Any = load(folder, dtype=fastest_dtype("auto"))
     if not isinstance(teacher, Encoder):
         raise InputError(f"--teacher {name}: is a {type(teacher).__name__}, which scores no pair of texts.")
     return teacher
@@ -86,6 +88,12 @@ def _of_embeddings(
     if similarity not in ("dot", "cosine", "maxsim", "meanmaxsim"):
         raise InputError(f"--teacher: scores by {similarity}. Use one with dot, cosine or maxsim.")
     scores = np.empty(len(pairs), np.float32)
+    if queries.kind == "sparse":
+        asked, told = (_csr(side, 0, len(side), similarity) for side in (queries, documents))
+        for start in range(0, len(pairs), 4096):
+            q, d = pairs[start : start + 4096].T
+            scores[start : start + 4096] = np.asarray(asked[q].multiply(told[d]).sum(1)).ravel()
+        return scores
     order = np.argsort(documents.lengths[pairs[:, 1]], kind="stable")
     widest = int(queries.lengths.max()) if queries.kind == "tokens" else 1
     start = 0
@@ -101,9 +109,6 @@ def _of_embeddings(
 
 
 def _part(queries: Embeddings, documents: Embeddings, pairs: np.ndarray, similarity: str, device: Any) -> np.ndarray:
-    if queries.kind == "sparse":
-        sides = [side[row] for side, row in zip(_both(queries, documents, similarity), pairs.T, strict=True)]
-        return np.asarray(sides[0].multiply(sides[1]).sum(1)).ravel()
     if queries.kind == "sentence":
         q, d = (
             torch.from_numpy(s.values[p].astype(np.float32)).to(device)
@@ -118,7 +123,3 @@ def _part(queries: Embeddings, documents: Embeddings, pairs: np.ndarray, similar
     best = best * (torch.arange(best.shape[1], device=device) < lengths[:, None])
     total = best.sum(-1)
     return (total / lengths if similarity == "meanmaxsim" else total).cpu().numpy()
-
-
-def _both(queries: Embeddings, documents: Embeddings, similarity: str) -> list[Any]:
-    return [_csr(side, 0, len(side), similarity) for side in (queries, documents)]

@@ -278,8 +278,12 @@ def _trainer(plan: Plan, model: Encoder) -> tuple[Any, dict[str, int]]:
     if hasattr(objective, "prepare") and not plan.recipe.dry_run:
         objective.prepare(sources)
     if plan.args.learning_rate_mapping == {} and hasattr(objective, "learning_rates"):
-        rates = {pattern: factor * plan.args.learning_rate for pattern, factor in objective.learning_rates.items()}
-        plan.args.learning_rate_mapping = rates
+        names = [name for name, _ in objective.named_parameters()]
+        plan.args.learning_rate_mapping = {
+            pattern: factor * plan.args.learning_rate
+            for pattern, factor in objective.learning_rates.items()
+            if any(re.search(pattern, name) for name in names)
+        }
     if miner is not None and plan.recipe.remine:
         callbacks = [RemineCallback(miner, loaded_from)]
         sources = callbacks[0].shown()
@@ -391,13 +395,13 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], Encoder]:
         raise InputError(str(error)) from error
     _freeze(recipe.freeze, head)
     objective: Any = plan.objective(head, **plan.objective_arguments)
-    teacher = open_teacher(recipe.teacher, **remote) if recipe.teacher and not recipe.dry_run else None
+    teacher = open_teacher(recipe.teacher, recipe.teacher_revision) if recipe.teacher and not recipe.dry_run else None
     data = HeadData(
         kind=kind,
         negatives=settings.negatives,
         labels=objective.needs_labels,
         depth=settings.depth,
-        narrowed=getattr(objective, "narrowed", False),
+        narrow_sides=getattr(objective, "narrowed", ()),
         teacher=teacher,
     )
     counts = {}

@@ -229,7 +229,6 @@ def gaussian_example(backbone: Path, scratch: Path) -> Example:
             (GaussianHeadConfig, {"variance_floor": 0.0}, "variance_floor=0.0.*more than 0"),
             (GaussianHeadConfig, {"beta": -1.0}, "beta=-1.0"),
             (GaussianHeadConfig, {"divergence": "js"}, "kl, reverse_kl, likelihood, w2, csd, dot"),
-            (GaussianHeadConfig, {"divergence": "dot", "variance_groups": 4}, "has no variance"),
             (GaussianHeadConfig, {"projection_dim": 384}, r"2 k \+ 1. Use 383 .mean_dim=191. or 385 .mean_dim=192."),
             (
                 GaussianHeadConfig,

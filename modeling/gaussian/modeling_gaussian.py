@@ -6,16 +6,19 @@ An encoder reads ``[CLS] [VAR] text [SEP]``: the mean is a linear map of the tex
 a linear map of the state of [VAR], a learned embedding that this model inserts by itself.
 
 The paper's index vectors replace a trace by a ratio of determinants, which is another score and leaves the range of
-floats. Ours are exact. With n dimensions in each of G groups that share a variance (n = 1 and G = k without groups):
+floats. Ours are exact. In units of the variance at the start, m = mean / sqrt(v0) and r = variance / v0, and with n
+dimensions in each of G groups that share a variance (n = 1 and G = k without groups):
 
-    query      [ 1     | sum over a group of mean^2 + n variance  (G) | mean               (k) ]
-    document   [ gamma | -1 / variance                            (G) | 2 mean / variance  (k) ] / 2
-               gamma = - sum of n log(variance / v0) + sum over a group of mean^2 / variance
+    query      [ 1     | sum over a group of m^2 + n r  (G) | m      (k) ]
+    document   [ gamma | 1 - 1 / r                      (G) | 2 m/r  (k) ] / 2
+               gamma = -sum of log r - sum of m^2 (1 / r - 1)          for means of unit length, else m^2 / r
 
-    -KL(Q||D) = query . document + 1/2 sum of (1 + log(variance_Q / v0))
+    -KL(Q||D) = query . document + what depends on Q alone: 1/2 sum of (1 + log r - m^2 - r), less 1/2 |m|^2 of D if
+                that is the same for all
 
-The last sum is the same for all documents. So is v0, the variance at the start, which is taken out of gamma because
-a half-precision index would round what is left of it away. Other divergences factor in the same way.
+What all documents share is left out because it is large, so that a half-precision index would round the rest away, and
+because a graph index (HNSW) would take documents with it for neighbours. Before training a document is [0 | 0 | m],
+the backbone's own vector. Other divergences factor in the same way.
 """
 
 from __future__ import annotations
@@ -62,14 +65,16 @@ class GaussianHeadConfig(PretrainedConfig):
         input_dim (int): Width of the vectors that are read.
         mean_dim (int): Dimensions k of the distribution. Default: as many as an index no wider than the input allows.
         projection_dim (int): Width of the index vectors, which follows from ``mean_dim`` and may be given instead.
-        variance_groups (int): G equal groups of dimensions that share a variance each; default: none share.
+        variance_groups (int): G equal groups of dimensions that share a variance each; 0 or null: none share.
         beta (float): Sharpness of the softplus. Also sets the variance at the start, log(2) / beta, which acts as the
             temperature of the score: about .05 for means of unit length.
         variance_floor (float): Added to every variance.
         divergence (str): kl, reverse_kl, likelihood (of the query's mean), w2 (Wasserstein, squared), csd (the closed
-            form of sampled distances of PCME++), or dot: the mean alone, which is the control.
+            form of sampled distances of PCME++), or dot: the mean alone, which is the control, whatever is said of
+            the variance.
         separate_variance (bool): A map to the variance for queries, and one for documents. A query's variance hardly
             moves a ranking and can say how sure the query is; a document's weighs heavily.
+        normalize_input (bool): Bring what is read to unit length first. Default: as the backbone does, else not.
         normalize_mean (bool): Bring means to unit length. Default: as the backbone does (``from_encoder``,
             ``from_backbone``, ``train``), else yes.
         base_model_id (str): The backbone whose vectors the head was trained on, with revision and fingerprint.
@@ -92,6 +97,7 @@ class GaussianHeadConfig(PretrainedConfig):
         variance_floor: float = 1e-3,
         divergence: str = "kl",
         separate_variance: bool = False,
+        normalize_input: bool | None = None,
         normalize_mean: bool | None = None,
         base_model_id: str | None = None,
         base_revision: str | None = None,
@@ -99,13 +105,11 @@ class GaussianHeadConfig(PretrainedConfig):
         **kwargs,
     ):
         name = type(self).__name__
-        for field, value, optional in (
-            ("input_dim", input_dim, False),
-            ("mean_dim", mean_dim, True),
-            ("projection_dim", projection_dim, True),
-            ("variance_groups", variance_groups, True),
-        ):
-            if not (optional and value is None) and (type(value) is not int or value < 1):
+        variance_groups = None if type(variance_groups) is int and variance_groups == 0 else variance_groups
+        sizes = {"mean_dim": mean_dim, "projection_dim": projection_dim, "variance_groups": variance_groups}
+        given = {field: value for field, value in sizes.items() if value is not None}
+        for field, value in ({"input_dim": input_dim} | given).items():
+            if type(value) is not int or value < 1:
                 raise ValueError(f"{name}: {field}={value!r} is no number of dimensions. Use 1 or more.")
         for field, value in (("beta", beta), ("variance_floor", variance_floor)):
             if not 0 < value < math.inf:
@@ -114,12 +118,11 @@ class GaussianHeadConfig(PretrainedConfig):
                     f"e.g. {14 if field == 'beta' else 1e-3}."
                 )
         _check_choice(name, "divergence", divergence)
-        for field, value in (("variance_groups", variance_groups), ("separate_variance", separate_variance)):
-            if value and divergence == "dot":
-                raise ValueError(f"{name}: {field}={value} with divergence='dot', which has no variance.")
+        if divergence == "dot":
+            variance_groups, separate_variance = None, False
         self.input_dim, self.variance_groups, self.divergence = input_dim, variance_groups, divergence
         self.beta, self.variance_floor, self.separate_variance = beta, variance_floor, separate_variance
-        self.normalize_mean = normalize_mean is not False
+        self.normalize_input, self.normalize_mean = bool(normalize_input), normalize_mean is not False
         self.base_model_id, self.base_revision, self.base_fingerprint = base_model_id, base_revision, base_fingerprint
         self.mean_dim = self._mean_dim(mean_dim, projection_dim)
         self.projection_dim = self._index_dim(self.mean_dim)
@@ -204,7 +207,8 @@ class GaussianHead(PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.mean_map = nn.Parameter(torch.empty(config.mean_dim, config.input_dim))
-        self.variance_map = nn.Parameter(torch.empty(config.groups, config.input_dim))
+        if config.divergence != "dot":
+            self.variance_map = nn.Parameter(torch.empty(config.groups, config.input_dim))
         if config.separate_variance:
             self.query_variance_map = nn.Parameter(torch.empty(config.groups, config.input_dim))
         self.post_init()
@@ -213,16 +217,14 @@ class GaussianHead(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, GaussianHead):  # ranks as the backbone does: its first dimensions, and one variance
             initialization.eye_(module.mean_map)
-            initialization.zeros_(module.variance_map)
-            if module.config.separate_variance:
-                initialization.zeros_(module.query_variance_map)
+            for name in ("variance_map", "query_variance_map"):
+                if hasattr(module, name):
+                    initialization.zeros_(getattr(module, name))
 
     @classmethod
     def from_backbone(cls, model: SentenceTransformer, **config) -> GaussianHead:
         """An untrained head for any SentenceTransformer."""
-        normalizes = any(type(module).__name__ == "Normalize" for module in model)
-        config["normalize_mean"] = normalizes if config.get("normalize_mean") is None else config["normalize_mean"]
-        return cls(GaussianHeadConfig(**config | {"input_dim": model.get_embedding_dimension()}))
+        return cls(GaussianHeadConfig(**_as_backbone(model, config) | {"input_dim": model.get_embedding_dimension()}))
 
     @torch.no_grad()
     def align(self, embeddings: Tensor) -> None:
@@ -235,7 +237,7 @@ class GaussianHead(PreTrainedModel):
         """
         if self.config.mean_dim == self.config.input_dim:
             return
-        moments = embeddings.double()
+        moments = embeddings.cpu().double()
         moments = (
             moments if len(moments) == len(moments.T) and torch.equal(moments, moments.T) else moments.T @ moments
         )
@@ -266,8 +268,10 @@ class GaussianHead(PreTrainedModel):
         with torch.autocast(sentence_embedding.device.type, enabled=False):
             embedding = sentence_embedding.to(exact)
             wide = embedding if variance_embedding is None else variance_embedding.to(exact)
-            if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-                _refuse_not_finite(embedding, wide)
+            if not (self.training or torch.compiler.is_compiling() or torch.jit.is_tracing()):
+                _refuse_not_finite(*([embedding] if wide is embedding else [embedding, wide]))
+            if config.normalize_input:
+                embedding, wide = F.normalize(embedding, dim=-1), F.normalize(wide, dim=-1)
             mean = F.linear(embedding, self.mean_map.to(exact))
             if config.normalize_mean:
                 mean = F.normalize(mean, dim=-1)
@@ -276,8 +280,11 @@ class GaussianHead(PreTrainedModel):
             own = task == "query" and config.separate_variance
             linear = F.linear(wide, (self.query_variance_map if own else self.variance_map).to(exact))
             variance = F.softplus(linear, config.beta) + config.variance_floor
+            index = self._index(mean, variance, task == "query")
+            if self.training:  # every map takes part in every pass, as sharing gradients between processes asks for
+                index = index + 0 * sum(parameter.sum() for parameter in self.parameters())
             return GaussianOutput(
-                sentence_embedding=self._index(mean, variance, task == "query"),
+                sentence_embedding=index,
                 mean=mean,
                 variance=variance,
                 uncertainty=variance.log().sum(-1) * (config.mean_dim // config.groups / 2),
@@ -285,38 +292,46 @@ class GaussianHead(PreTrainedModel):
 
     def _index(self, mean: Tensor, variance: Tensor, query: bool) -> Tensor:
         """Vectors ``(batch, projection_dim)`` whose inner product is the score, less what depends on a query alone."""
-        config = self.config
+        config, start = self.config, self.config.initial_variance
         size = config.mean_dim // config.groups
-        wide = variance.repeat_interleave(size, -1)  # (batch, k)
 
         def grouped(value):  # (batch, k) to (batch, groups)
             return value.unflatten(-1, (config.groups, size)).sum(-1)
 
-        squares = mean.square()
-        logs = size * (variance / config.initial_variance).log().sum(-1, keepdim=True)  # (batch, 1)
-        spread = squares.sum(-1, keepdim=True) + size * variance.sum(-1, keepdim=True)
+        if config.divergence in ("w2", "csd"):
+            length = mean.square().sum(-1, keepdim=True) - float(config.normalize_mean)
+            spread = -length - size * (variance - start).sum(-1, keepdim=True)  # (batch, 1)
+            shared = 0.0 if query else math.sqrt(start)
+            deviation = (variance.sqrt() - shared) * (1 if query else 2 * size)
+            first, last = (torch.ones_like(spread), mean) if query else (spread, 2 * mean)
+            return torch.cat([first, last] if config.divergence == "csd" else [first, deviation, last], -1)
+        mean, ratio = mean / math.sqrt(start), variance / start
+        wide = ratio.repeat_interleave(size, -1)  # (batch, k)
+        squares, moment = mean.square(), grouped(mean.square()) + size * ratio
+        logs = size * ratio.log().sum(-1, keepdim=True)  # (batch, 1)
         one = torch.ones_like(logs)
         match config.divergence, query:
-            case "kl", True:
-                parts = one, grouped(squares) + size * variance, mean
-            case "likelihood", True:
-                parts = one, grouped(squares), mean
-            case "kl" | "likelihood", False:
-                gamma = -logs - (squares / wide).sum(-1, keepdim=True)
-                parts = gamma / 2, -0.5 / variance, mean / wide
             case "reverse_kl", True:
-                parts = one / 2, -0.5 / variance, mean / wide
+                parts = one, -1 / ratio, 2 * mean / wide
             case "reverse_kl", False:
-                parts = logs, grouped(squares) + size * variance, mean
-            case "w2", True:
-                parts = one, variance.sqrt(), mean
-            case "w2", False:
-                parts = -spread, 2 * size * variance.sqrt(), 2 * mean
-            case "csd", True:
-                parts = one, mean
+                parts = logs / 2, (moment - size) / 2, mean / 2
+            case _, True:
+                parts = one, moment if config.divergence == "kl" else grouped(squares), mean
             case _:
-                parts = -spread, 2 * mean
+                # Unit means have one length, which is taken out of gamma like everything that all documents share.
+                gamma = -logs - (squares * (1 / wide - float(config.normalize_mean))).sum(-1, keepdim=True)
+                parts = gamma / 2, (1 - 1 / ratio) / 2, mean / wide
         return torch.cat(parts, -1)
+
+    def query_constant(self, query: GaussianOutput) -> Tensor:
+        """What -KL(Q||D) has beyond the inner product of index vectors: ``(batch,)``, in nats, for kl alone.
+
+        No ranking needs it. With it as one more coordinate, against a 1 of every document, an index gives -KL itself.
+        """
+        config, start = self.config, self.config.initial_variance
+        size, ratio = config.mean_dim // config.groups, query.variance / start
+        own = size * (1 + ratio.log() - ratio).sum(-1) - query.mean.square().sum(-1) / start
+        return (own - float(config.normalize_mean) / start) / 2
 
 
 class GaussianConfig(GaussianHeadConfig):
@@ -326,8 +341,7 @@ class GaussianConfig(GaussianHeadConfig):
         encoder_config (dict): Config of the encoder.
         mean_from (str): What the mean reads: mean over the tokens, or cls, the first. Default: the backbone's own.
         variance_from (str): What the variance reads: var_token, a learned token in second place, or the same as the
-            mean could: mean or cls.
-        normalize_input (bool): Bring both to unit length before the maps. Default: as the backbone does.
+            mean could: mean or cls. With divergence dot nothing is inserted.
         max_position_embeddings (int): Most tokens of a text: one less than the encoder takes if there is a var_token;
             -1 for no limit.
     """
@@ -341,7 +355,6 @@ class GaussianConfig(GaussianHeadConfig):
         encoder_config=None,
         mean_from: str | None = None,
         variance_from: str = "var_token",
-        normalize_input: bool | None = None,
         max_position_embeddings: int = -1,
         **kwargs,
     ):
@@ -349,11 +362,13 @@ class GaussianConfig(GaussianHeadConfig):
             encoder_config = AutoConfig.for_model(**encoder_config)
         self.encoder_config = encoder_config or AutoConfig.for_model("bert")
         self.mean_from, self.variance_from = mean_from or "mean", variance_from
-        self.normalize_input, self.max_position_embeddings = bool(normalize_input), max_position_embeddings
+        self.max_position_embeddings = max_position_embeddings
         for field in ("mean_from", "variance_from"):
             _check_choice(type(self).__name__, field, getattr(self, field))
         kwargs["input_dim"] = self.encoder_config.hidden_size
         super().__init__(**kwargs)
+        if self.divergence == "dot":
+            self.variance_from = self.mean_from
 
 
 class GaussianModel(PreTrainedModel):
@@ -398,16 +413,15 @@ class GaussianModel(PreTrainedModel):
             ValueError: The backbone has modules that one folder of this kind cannot hold, or takes no embeddings.
         """
         model = SentenceTransformer(str(backbone), device="cpu")
-        pooling, normalizes = cls.check_backbone(model)
-        own = {"mean_from": pooling, "normalize_input": normalizes, "normalize_mean": normalizes}
+        pooling = cls.check_backbone(model)
         if head is not None:
             known = GaussianHeadConfig().to_dict().keys() - PretrainedConfig().to_dict().keys()
             config = {name: getattr(head.config, name) for name in known} | {"variance_from": pooling} | config
-        config |= {name: value for name, value in own.items() if config.get(name) is None}
+        config = _as_backbone(model, config) | {"mean_from": config.get("mean_from") or pooling}
         encoder = model[0].model
-        config["max_position_embeddings"] = _text_limit(encoder, config.get("variance_from", "var_token"))
         whole = cls(GaussianConfig(encoder_config=encoder.config, **config))
         whole.encoder = encoder
+        whole.config.max_position_embeddings = _text_limit(encoder, hasattr(whole, "var_embedding"))
         if hasattr(whole, "var_embedding"):
             whole._check_embeddings()
             with torch.no_grad():  # as unlike any word, and as little in the way, as can be
@@ -417,8 +431,8 @@ class GaussianModel(PreTrainedModel):
         return whole.to(encoder.dtype)
 
     @staticmethod
-    def check_backbone(model: SentenceTransformer) -> tuple[str, bool]:
-        """Pooling of a SentenceTransformer and whether it normalises; ValueError if it does more than that."""
+    def check_backbone(model: SentenceTransformer) -> str:
+        """Pooling of a SentenceTransformer; ValueError if it has more than that and a normalisation."""
         names = [type(module).__name__ for module in model]
         pooled = names[:2] == ["Transformer", "Pooling"]
         pooling = model[1].pooling_mode if pooled else None
@@ -429,7 +443,7 @@ class GaussianModel(PreTrainedModel):
                 "kind holds a transformer and one pooling, mean or cls. Put the head behind it instead: "
                 "SentenceTransformer(modules=[*backbone.children(), GaussianPooling(...)]), or --pipeline."
             )
-        return pooling, names[2:] == ["Normalize"]
+        return pooling
 
     def forward(
         self,
@@ -462,11 +476,10 @@ class GaussianModel(PreTrainedModel):
             )
         inputs = {"attention_mask": mask} | ({} if token_type_ids is None else {"token_type_ids": token_type_ids})
         if hasattr(self, "var_embedding"):
-            if not mask[:, :1].all():  # padded on the left: the first place must be the text's own
-                order = mask.argsort(dim=1, descending=True, stable=True)
-                input_ids = input_ids.gather(1, order)
-                inputs = {name: value.gather(1, order) for name, value in inputs.items()}
-                mask = inputs["attention_mask"]
+            order = mask.argsort(dim=1, descending=True, stable=True)  # of texts padded on the left, too, the first
+            input_ids = input_ids.gather(1, order)  # place is the text's own then
+            inputs = {name: value.gather(1, order) for name, value in inputs.items()}
+            mask = inputs["attention_mask"]
             embedded = self.encoder.get_input_embeddings()(input_ids)
             inserted = self.var_embedding.to(embedded.dtype).expand(len(embedded), 1, -1)
             embedded = torch.cat([embedded[:, :1], inserted, embedded[:, 1:]], 1)  # (batch, tokens + 1, width)
@@ -477,10 +490,7 @@ class GaussianModel(PreTrainedModel):
         else:
             states = self.encoder(input_ids=input_ids, **inputs).last_hidden_state
             wide = _pool_tokens(states, mask, config.variance_from)
-        pooled = _pool_tokens(states, mask, config.mean_from)
-        if config.normalize_input:
-            pooled, wide = F.normalize(pooled, dim=-1), F.normalize(wide, dim=-1)
-        return self.head(pooled, wide, task=task)
+        return self.head(_pool_tokens(states, mask, config.mean_from), wide, task=task)
 
     @torch.no_grad()
     def _check_embeddings(self) -> None:
@@ -501,8 +511,11 @@ class GaussianTransformer(Transformer):
     """The stock Transformer around a GaussianModel, in a model that must not score or cut its vectors otherwise."""
 
     def on_model_ready(self, model):
-        """Refuse a score other than the inner product."""
+        """Refuse a score other than the inner product, and leave room for [VAR]."""
         _check_score(model, self.model.config)
+        limit = self.model.config.max_position_embeddings
+        if limit > -1:  # the backbone's own length may be all that its encoder takes
+            self.max_seq_length = min(self.max_seq_length or limit, limit)
 
 
 class GaussianPooling(Module):
@@ -535,6 +548,11 @@ class GaussianPooling(Module):
                 f"GaussianPooling: input_dim={config.input_dim}, but what stands before it gives vectors of {width}. "
                 f"Use the backbone it was trained on ({config.base_model_id or 'not recorded'}), or "
                 f"GaussianPooling(input_dim={width}, ...)."
+            )
+        if list(model)[-1] is not self:
+            raise ValueError(
+                f"GaussianPooling: {type(list(model)[-1]).__name__} stands behind it and would change the index "
+                "vectors, so that their product is no divergence. Put this module last."
             )
         _check_score(model, config)
 
@@ -597,7 +615,14 @@ def _no_embeddings(encoder, why: str) -> str:
     )
 
 
-def _text_limit(encoder, variance_from: str) -> int:
+def _as_backbone(model, config: dict) -> dict:
+    """Fields of a config that normalises where the backbone does, by a module or by its score."""
+    unit = any(type(module).__name__ == "Normalize" for module in model) or model.similarity_fn_name == "cosine"
+    own = {name: unit for name in ("normalize_input", "normalize_mean") if config.get(name) is None}
+    return config | own
+
+
+def _text_limit(encoder, inserted: bool) -> int:
     """Most tokens of a text: the encoder's positions less those of padding (RoBERTa) and [VAR]; -1 for no limit."""
     positions = getattr(encoder.config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 0:
@@ -606,7 +631,7 @@ def _text_limit(encoder, variance_from: str) -> int:
         if isinstance(getattr(module, "position_embeddings", None), nn.Embedding):
             padding = getattr(module, "padding_idx", None)
             positions -= padding + 1 if isinstance(padding, int) else 0
-    return positions - (variance_from == "var_token")
+    return positions - inserted
 
 
 def _pool_tokens(states: Tensor, mask: Tensor, token: str) -> Tensor:

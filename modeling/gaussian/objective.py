@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from sentence_transformers.base.model import BaseModel
 from sentence_transformers.util import get_rank
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
-from ..objectives import gather
+from ..objectives import gather, learned_scale, unwrapped
 from .modeling_gaussian import GaussianHead, GaussianOutput
 
 Features = dict[str, Tensor]
@@ -89,12 +88,11 @@ class _GaussianContrast(nn.Module):
                 raise InputError(f"--{name} {value}: below 0 it would teach the opposite. Use 0 or more.")
         if not contrast_weight and not distill_weight:
             raise InputError("--contrast_weight 0 --distill_weight 0: nothing would be learned. Use one of them.")
-        for name in ("prior", "inclusion", "difficulty"):
-            if config.divergence == "dot" and weights[name]:
-                raise InputError(f"--{name}_weight {weights[name]} with --divergence dot, which has no variance.")
+        if config.divergence == "dot":  # the control, which has no variance
+            weights |= dict.fromkeys(("prior", "inclusion", "difficulty"), 0.0)
         self.tau, self.variance_rate, self.weights = tau, variance_rate, weights
         self.inclusion_documents = inclusion_documents
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(tau)), requires_grad=learn_tau)
+        self.log_scale = learned_scale(nn.Parameter(torch.tensor(-math.log(tau)), requires_grad=learn_tau))
         self.metrics: dict[str, Tensor] = {}
 
     @property
@@ -147,8 +145,8 @@ class _GaussianContrast(nn.Module):
         if weights["distill"]:
             if teacher is None or lists is None:
                 raise InputError(
-                    f"--distill_weight {weights['distill']}: the data has no teacher's scores. Name a --teacher, with "
-                    "--hard_negatives for a whole model, or use a table with a column `scores`."
+                    f"--distill_weight {weights['distill']}: the data has no teacher's scores. Name a --teacher with "
+                    "--hard_negatives, or use a table with negatives and a column `scores`."
                 )
             parts["distill"] = weights["distill"] * listwise(scores.gather(1, lists), teacher)
         if queries.variance is None:
@@ -165,11 +163,11 @@ class _GaussianContrast(nn.Module):
             harder = each.detach()[:, None] > each.detach()  # (queries, queries)
             wrong = F.softplus((wide - wide[:, None]) / SCALE)
             parts["difficulty"] = weights["difficulty"] * (wrong * harder).sum() / harder.sum().clamp(min=1)
-        self.metrics = {"query_log_variance": wide.detach().mean(), "query_log_variance_std": wide.detach().std()}
+        self.metrics = {"query_log_variance": wide.detach().mean(), "query_log_variance_std": wide.detach().std(correction=0)}
         return parts
 
-    def both(self, *sides: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
-        """The sides of a batch whose texts are narrowed."""
+    def narrowed_sides(self, *sides: Any) -> tuple[Any, ...]:
+        """Of what stands for queries and for documents, what is narrowed."""
         return sides[: 1 + self.inclusion_documents]
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -244,7 +242,7 @@ class GaussianObjective(_GaussianContrast):
     @property
     def head(self) -> GaussianHead:
         """The part of the model that makes distributions."""
-        for module in _unwrapped(self.model):
+        for module in unwrapped(self.model):
             inner: Any = getattr(module, "model", None)
             kind = getattr(getattr(inner, "config", None), "model_type", "")  # the class may be the folder's own
             if kind.startswith("polyrep_gaussian"):
@@ -263,7 +261,7 @@ class GaussianObjective(_GaussianContrast):
         seen: list[Tensor] = []
         hook = self.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
         try:
-            model: Any = _unwrapped(self.model)
+            model: Any = unwrapped(self.model)
             model.encode_document(texts, show_progress_bar=False)
         finally:
             hook.remove()
@@ -287,7 +285,9 @@ class GaussianObjective(_GaussianContrast):
         if self.weights["inclusion"]:
             narrowed = [
                 (full, self.encoded(shortened(features), task))
-                for full, features, task in self.both((queries, query, "query"), (outputs[0], columns[0], "document"))
+                for full, features, task in self.narrowed_sides(
+                    (queries, query, "query"), (outputs[0], columns[0], "document")
+                )
             ]
         return self.losses(queries, documents, own, lists=lists, teacher=teacher, narrowed=narrowed)
 
@@ -324,9 +324,9 @@ class GaussianHeadObjective(_GaussianContrast):
         return self.model
 
     @property
-    def narrowed(self) -> bool:
-        """Whether the data must have each text with less of it, too."""
-        return self.weights["inclusion"] > 0
+    def narrowed(self) -> tuple[str, ...]:
+        """The sides whose texts the data must also have with less of them."""
+        return self.narrowed_sides(*_TASKS) if self.weights["inclusion"] else ()
 
     def prepare(self, data: Any) -> None:
         """Start the mean at the principal axes of the backbone's vectors."""
@@ -340,7 +340,7 @@ class GaussianHeadObjective(_GaussianContrast):
 
     def vectors(self, features: Features, task: str) -> Tensor:
         """Index vectors of texts, for mining."""
-        return self.model(features["sentence_embedding"], task=task).sentence_embedding
+        return self.model(features["sentence_embedding"].to(self.log_scale.device), task=task).sentence_embedding
 
     def forward(self, features: list[Features], labels: Tensor) -> dict[str, Tensor]:
         """Parts of the loss of a batch of :class:`polyrep.heads.HeadData`: queries, and their documents and others."""
@@ -355,7 +355,7 @@ class GaussianHeadObjective(_GaussianContrast):
         lists = features[0].get("list")
         narrowed = []
         if self.narrowed:
-            for output, side, task in self.both(*zip(sides, features, _TASKS, strict=True)):
+            for output, side, task in self.narrowed_sides(*zip(sides, features, _TASKS, strict=True)):
                 narrowed.append((output, self.model(side["narrow_embedding"], task=task)))
         return self.losses(
             queries,
@@ -391,10 +391,3 @@ def shortened(features: Features) -> Features:
 def _stacked(outputs: list[Output]) -> Output:
     """Outputs under one another."""
     return GaussianOutput(**{name: torch.cat([output[name] for output in outputs]) for name in outputs[0].keys()})
-
-
-def _unwrapped(model: Any) -> BaseModel:
-    """The sentence-transformers model inside what several processes or a compiler put around it."""
-    while not isinstance(model, BaseModel):
-        model = model.module if hasattr(model, "module") else model._orig_mod
-    return model

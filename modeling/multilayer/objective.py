@@ -15,13 +15,12 @@ from typing import Any, ClassVar
 
 import torch
 from sentence_transformers.base.losses import CachedLossMixin, RandContext
-from sentence_transformers.base.model import BaseModel
 from sentence_transformers.util import get_rank, get_world_size
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
-from ..objectives import gather
+from ..objectives import gather, learned_scale, unwrapped
 from .modeling_multilayer import MultiLayerHead, MultiLayerHeadConfig
 
 Features = dict[str, Tensor]
@@ -103,9 +102,7 @@ class _LayerContrast(nn.Module):
         self.lambda_, self.tau, self.tau_r, self.mode, self.margin = lambda_, tau, tau_r, mode, margin
         self.query_side, self.random_layer, self.early_weight = query_side, random_layer, early_weight
         self.contrasts = contrasts
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(tau)), requires_grad=learn_tau)
-        if learn_tau and get_world_size() > 1:  # the trainer of a whole model synchronises only the model
-            self.log_scale.register_hook(lambda g: gather(g[None]).detach().mean())
+        self.log_scale = learned_scale(nn.Parameter(torch.tensor(-math.log(tau)), requires_grad=learn_tau))
         if not getattr(config, "tied", True) and get_world_size() > 1 and not isinstance(self, CachedLossMixin):
             raise InputError(
                 "--tied false with several processes: a step runs the towers one after the other, which "
@@ -221,7 +218,7 @@ class MultiLayerObjective(_LayerContrast):
     @property
     def head_config(self) -> MultiLayerHeadConfig:
         """Config with layers and pooling of the model."""
-        for module in _unwrapped(self.model):
+        for module in unwrapped(self.model):
             config: Any = getattr(getattr(module, "model", None), "config", None)
             if getattr(config, "model_type", "").startswith("polyrep_multilayer"):  # the class may be the folder's own
                 return config
@@ -250,7 +247,7 @@ class MultiLayerObjective(_LayerContrast):
     @contextmanager
     def shown(self) -> Iterator[None]:
         """The model with every layer in its output, if the loss compares them."""
-        first: Any = _unwrapped(self.model)[0]
+        first: Any = unwrapped(self.model)[0]
         config = first.model.config
         before = config.output_hidden_states
         config.output_hidden_states = self.contrasts or before
@@ -390,10 +387,3 @@ class MultiLayerHeadObjective(_LayerContrast):
         labels = labels + get_rank() * len(served)
         relevant = (features[0]["judged"][..., None] == index + 1).any(1)  # (queries, documents)
         return self.losses(queries, documents, labels, known=relevant, drawn=self.draw())
-
-
-def _unwrapped(model: Any) -> BaseModel:
-    """The sentence-transformers model inside what several processes or a compiler put around it."""
-    while not isinstance(model, BaseModel):
-        model = model.module if hasattr(model, "module") else model._orig_mod
-    return model
