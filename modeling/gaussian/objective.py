@@ -163,7 +163,10 @@ class _GaussianContrast(nn.Module):
             harder = each.detach()[:, None] > each.detach()  # (queries, queries)
             wrong = F.softplus((wide - wide[:, None]) / SCALE)
             parts["difficulty"] = weights["difficulty"] * (wrong * harder).sum() / harder.sum().clamp(min=1)
-        self.metrics = {"query_log_variance": wide.detach().mean(), "query_log_variance_std": wide.detach().std(correction=0)}
+        self.metrics = {
+            "query_log_variance": wide.detach().mean(),
+            "query_log_variance_std": wide.detach().std(correction=0),
+        }
         return parts
 
     def narrowed_sides(self, *sides: Any) -> tuple[Any, ...]:
