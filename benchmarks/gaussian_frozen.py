@@ -94,6 +94,12 @@ GAUSSIANS: dict[str, list[str]] = {
     "kl, separate, inclusion": _setting(*SURE, "--inclusion_weight", "1"),
     "kl, separate, difficulty": _setting(*SURE, "--difficulty_weight", "1"),
     "kl, separate, both": _setting(*SURE, "--inclusion_weight", "1", "--difficulty_weight", "1"),
+    "kl, separate, both, variance rate 0.3": _setting(
+        *SURE, "--inclusion_weight", "1", "--difficulty_weight", "1", "--variance_rate", "0.3"
+    ),
+    "kl, separate, both, weights 0.1": _setting(
+        *SURE, "--inclusion_weight", "0.1", "--difficulty_weight", "0.1", "--variance_rate", "0.3"
+    ),
     "kl, separate, both, no groups": _setting(
         *SURE, "--inclusion_weight", "1", "--difficulty_weight", "1", groups=None
     ),
@@ -396,7 +402,7 @@ def main() -> None:
     settings, values = chosen_on_dev(benches, {system: tries(system) for system in SETTINGS}, args.seeds)
     best = max(GAUSSIANS, key=lambda name: values[name])
     control = max(CONTROLS, key=lambda name: values[name])
-    surest = "kl, separate, both"
+    surest = max((name for name in GAUSSIANS if "both" in name), key=lambda name: values[name])
     rows, tests = test_tables(benches, settings, values, args.seeds, Bench.beside, CONTROL)
     matched = MATCHED.get(best, CONTROL)
     better = significant(tests, [best], matched)[best]
