@@ -55,7 +55,8 @@ def draw_ellipses(path: Path, documents: GaussianOutput, queries: GaussianOutput
         axis.add_patch(Ellipse((x, y), width, height, fill=False, color=color, lw=thick))
         axis.plot(x, y, ".", color=color)
         if number < len(names):
-            axis.annotate(label, (x, y), (3, 3), textcoords="offset points", fontsize=7, color="0.3")
+            beside = (3, 3) if number % 2 else (3, -9)  # of two near each other, one above and one below
+            axis.annotate(label, (x, y), beside, textcoords="offset points", fontsize=7, color="0.3")
         else:
             axis.plot([], [], color=color, lw=thick, label=label)
     axis.set_xlabel(f"mean, dimension {dims[0]}")
