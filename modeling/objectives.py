@@ -16,7 +16,10 @@ def gather(documents: Tensor) -> Tensor:
     Every process must pass the same shape. With one process this is the identity. Gradients of the processes are
     averaged afterwards, so the result equals one process with the whole batch.
     """
-    return all_gather_with_grad(documents)
+    gathered = all_gather_with_grad(documents)
+    if gathered.requires_grad and get_world_size() > 1:  # gloo reads the memory of a transposed gradient as it lies
+        gathered.register_hook(lambda gradient: gradient.contiguous())
+    return gathered
 
 
 def in_batch_labels(batch: int, device: torch.device | str) -> Tensor:

@@ -415,8 +415,8 @@ def test_the_five_lines(backbone, sentence_model, tmp_path):
     constant = (exact - model.similarity(q, d)).detach()
     torch.testing.assert_close(constant, constant[:, :1].expand_as(constant), atol=1e-3, rtol=1e-4)
     piped = SentenceTransformer(modules=[*sentence_model.children(), GaussianPooling(input_dim=32, mean_dim=15)])
-    features = piped.encode(TEXTS, output_value=None)
-    assert piped.encode_query(TEXTS).shape == (5, 31) and features[0]["uncertainty"].ndim == 0
+    features = piped(piped.preprocess(TEXTS), task="query")
+    assert piped.encode_query(TEXTS).shape == (5, 31) and features["uncertainty"].shape == (5,)
 
 
 def test_from_encoder_keeps_what_the_backbone_does(backbone, tmp_path):
@@ -786,9 +786,10 @@ def test_two_processes_train_what_one_does(plain, tmp_path, kind):
     """With a variance map for each side, of which a pass uses one, and hard negatives in both processes."""
     data = write_beir(tmp_path / "tiny", split="train")
     run, common = ("gaussian-minilm", flags) if kind == "whole" else ("gaussian-minilm-frozen", head_flags)
-    # Texts cut short are drawn by each process for itself, and widths ordered within each.
-    more = ["--max_grad_norm", "1e9", "--max_steps", "2", "--save_strategy", "no", "--learning_rate", "1e-3"]
-    more += ["--inclusion_weight", "0", "--difficulty_weight", "0", "--warmup_steps", "0", "--learn_tau", "true"]
+    # Texts cut short are drawn by each process for itself, and widths ordered within each. Not Adam, whose first step
+    # is as long for a gradient of mere rounding as for any other.
+    more = ["--max_grad_norm", "1e9", "--max_steps", "3", "--save_strategy", "no", "--learning_rate", "0.01"]
+    more += ["--inclusion_weight", "0", "--difficulty_weight", "0", "--learn_tau", "true", "--optim", "sgd"]
     if kind == "whole":
         more += ["--hard_negatives", "1", "--negative_margin", "0", "--mined_cache", str(tmp_path / "mined")]
     train([run, *common(plain, data, tmp_path / "one", *more)])
@@ -800,7 +801,10 @@ def test_two_processes_train_what_one_does(plain, tmp_path, kind):
     assert result.returncode == 0, result.stderr[-3000:]
     weights = [load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two")]
     for name, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=2e-3)  # Adam turns rounding into steps
+        torch.testing.assert_close(weights[1][name], tensor, atol=2e-4, rtol=1e-3, msg=name)
+    logs = [json.loads((tmp_path / name / "training.json").read_text())["log"] for name in ("one", "two")]
+    losses = [[entry["loss"] for entry in log if "loss" in entry] for log in logs]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
     if kind == "whole":  # both maps in one pass each, and texts cut short
         mixed = [*several, "--inclusion_weight", "1", "--difficulty_weight", "1", "--overwrite", "true"]
         result = run_python(*launch, "train", run, *mixed)
