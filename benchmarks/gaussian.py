@@ -12,13 +12,13 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 import torch
+from reinpool import best_of
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
@@ -92,17 +92,6 @@ def errors() -> dict[str, float]:
     return found
 
 
-def best_of(repeats: int, call: Callable[[], object]) -> float:
-    """Least milliseconds of several calls, the first of which allocates."""
-    call()
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
-    return 1000 * min(seconds)
-
-
 def main() -> None:
     """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -147,7 +136,7 @@ def main() -> None:
                 for vectors, task in ((queries, "query"), (documents, "document"))
             ]
             batch = torch.from_numpy(documents)
-            made = best_of(args.repeats, lambda head=head, batch=batch: head(batch, task="document"))
+            made = 1000 * best_of(args.repeats, lambda head=head, batch=batch: head(batch, task="document"))
         row(f"Gaussian, {name}", "ms to make 1,000 vectors", 1000 * made / len(documents))
         systems[f"Gaussian, {name}"] = (both[0], both[1])
     times = {}
@@ -160,7 +149,7 @@ def main() -> None:
                 index = faiss.IndexHNSWFlat(kept.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
             index.add(kept)
             single = best_of(args.repeats, lambda index=index, asked=asked: [index.search(q[None], 10) for q in asked])
-            times[name, kind] = row(name, f"ms per query, FAISS {kind}", single / len(asked))
+            times[name, kind] = row(name, f"ms per query, FAISS {kind}", 1000 * single / len(asked))
     ratio = memory["products"] / memory["pairs"]
     speed = times["Gaussian, 191 dimensions", "flat"] / times["backbone", "flat"]
     dims = GaussianHeadConfig(input_dim=WIDTH, mean_dim=MEANS).projection_dim

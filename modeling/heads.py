@@ -321,12 +321,14 @@ class HeadData(Dataset):
         numbered = np.concatenate([np.full((len(pairs), 1), len(self.parts)), pairs], axis=1)
         self.parts.append((queries, documents, nearest))
         self.pairs = np.concatenate([self.pairs, numbered])
-        texts_of: dict[str, tuple[Any, str]] = {
-            "query": (dataset.queries, f"{dataset.name}-{dataset.split}-narrowed"),
-            "document": (dataset.corpus, f"{dataset.name}-narrowed"),
-        }
-        less = {task: (narrowed(texts_of[task][0]), task, texts_of[task][1]) for task in self.narrow_sides}
-        self.less.append({task: encode(model, *texts, **options) for task, texts in less.items()})
+        less = {}
+        for task, texts, name in (
+            ("query", dataset.queries, f"{dataset.name}-{dataset.split}-narrowed"),
+            ("document", dataset.corpus, f"{dataset.name}-narrowed"),
+        ):
+            if task in self.narrow_sides:
+                less[task] = encode(model, narrowed(texts), task, name, **options)
+        self.less.append(less)
         if self.teacher is not None:
             settings = {"cache_dir": options.get("cache_dir"), "batch_size": options.get("batch_size", 32)}
             names = (f"{dataset.name}-{dataset.split}", dataset.name)

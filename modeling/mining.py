@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,32 +81,26 @@ class Miner:
         They score no higher than the own document, and by the model's own score: an index vector of unit length, as
         the library's miner would take it, is no longer what the model ranks by.
         """
-        texts = list(dict.fromkeys(dataset.corpus.values()))
-        places = {text: place for place, text in enumerate(texts)}
-        asked = {text: row for row, text in enumerate(dict.fromkeys(pairs["query"]))}
+        asked, places = _numbered(pairs["query"]), _numbered(dataset.corpus.values())
+        texts = list(places)
         options: dict[str, Any] = {"dtype": "float32", "batch_size": 64}
-        queries = embed(model, {str(row): text for text, row in asked.items()}, task="query", **options)
-        documents = embed(model, {str(row): text for row, text in enumerate(texts)}, task="document", **options)
-        depth = min(len(texts), 20 + 10 * len(self.columns))
-        similarity = str(model.similarity_fn_name)
-        ranks = np.arange(len(texts))
+        queries = embed(model, _by_number(asked), task="query", **options)
+        documents = embed(model, _by_number(places), task="document", **options)
+        depth, similarity = 20 + 10 * len(self.columns), str(model.similarity_fn_name)
         options = {"similarity": similarity, "device": model.device}
-        found, scores = exact_search(queries, documents, ranks, k=depth, **options)
+        found, scores = exact_search(queries, documents, np.arange(len(texts)), k=depth, **options)
         rows = np.array([asked[text] for text in pairs["query"]])
         own = np.array([places[text] for text in pairs["positive"]])
         own_scores = np.full(len(rows), -np.inf, np.float32)  # below all that are kept, unless it is among them
         hit = found[rows] == own[:, None]  # (pairs, depth)
         own_scores[hit.any(1)] = scores[rows][hit]
-        relevant: dict[int, set[int]] = {}
-        for query, judged in dataset.qrels.items():
-            places_of = {places[dataset.corpus[d]] for d, score in judged.items() if score > 0}
-            relevant.setdefault(asked.get(dataset.queries[query], -1), set()).update(places_of)
-        width = max(map(len, relevant.values()))
-        judged_places = np.full((len(asked), width), -1)
-        for row, several in relevant.items():
-            if row >= 0:
-                judged_places[row, : len(several)] = sorted(several)
-        known = (found[:, :, None] == judged_places[:, None]).any(-1)  # (queries, depth)
+        judged = [
+            asked[dataset.queries[query]] * len(texts) + places[dataset.corpus[document]]
+            for query, documents_of in dataset.qrels.items()
+            for document, score in documents_of.items()
+            if score > 0 and dataset.queries[query] in asked
+        ]  # a number for each relevant (query, document)
+        known = np.isin(np.arange(len(asked))[:, None] * len(texts) + found, judged)  # (queries, depth)
         fits = ~known[rows] & (scores[rows] <= own_scores[:, None])
         order = np.argsort(~fits, axis=1, kind="stable")[:, : len(self.columns)]  # the first that fit
         enough = fits.sum(1) >= len(self.columns)
@@ -121,19 +115,28 @@ class Miner:
         """The same with the teacher's scores."""
         if self.teacher is None:
             return mined
-        queries = {text: row for row, text in enumerate(dict.fromkeys(mined["query"]))}
-        documents = {text: row for row, text in enumerate(dict.fromkeys(dataset.corpus.values()))}
+        queries, documents = _numbered(mined["query"]), _numbered(dataset.corpus.values())
         columns = [mined[name] for name in ("positive", *self.columns)]
         wanted = [[(queries[q], documents[d]) for d in row] for q, *row in zip(mined["query"], *columns, strict=True)]
         scores = score_pairs(
             self.teacher,
-            {str(row): text for text, row in queries.items()},
-            {str(row): text for text, row in documents.items()},
+            _by_number(queries),
+            _by_number(documents),
             np.array(wanted).reshape(-1, 2),
             names=(f"{dataset.name}-{dataset.split}-taught", f"{dataset.name}-taught"),
             cache_dir=self.cache,
         )
         return mined.add_column("label", scores.reshape(len(mined), -1).tolist())
+
+
+def _numbered(texts: Iterable[str]) -> dict[str, int]:
+    """Text -> its number among the different ones."""
+    return {text: number for number, text in enumerate(dict.fromkeys(texts))}
+
+
+def _by_number(numbers: Mapping[str, int]) -> dict[str, str]:
+    """Number -> text, as texts are encoded."""
+    return {str(number): text for text, number in numbers.items()}
 
 
 class RemineCallback(TrainerCallback):

@@ -9,6 +9,8 @@ from sentence_transformers.base.model import BaseModel
 from sentence_transformers.util import all_gather_with_grad, get_rank, get_world_size
 from torch import Tensor, nn
 
+from .errors import InputError
+
 
 def gather(documents: Tensor) -> Tensor:
     """Documents of all processes, in rank order, with gradients to each: ``(batch, ...)`` to ``(world * batch, ...)``.
@@ -22,9 +24,27 @@ def gather(documents: Tensor) -> Tensor:
     return gathered
 
 
-def in_batch_labels(batch: int, device: torch.device | str) -> Tensor:
-    """Column of each local query's own document among the gathered ones: ``(batch,)``."""
-    return torch.arange(batch, device=device) + get_rank() * batch
+def in_batch_labels(batch: int, device: torch.device | str, columns: int = 1) -> Tensor:
+    """Place of each local query's own document among the gathered ones: ``(batch,)``.
+
+    A process gathers its own documents first, then those of further columns, each as long: ``columns`` in all.
+    """
+    return torch.arange(batch, device=device) + get_rank() * batch * columns
+
+
+def judged_relevant(features: list[dict[str, Tensor]]) -> Tensor:
+    """``(queries, documents of all processes)`` True for what is relevant, in a batch of HeadData with labels."""
+    index = gather(features[1]["index"])
+    return (features[0]["judged"][..., None] == index + 1).any(1)
+
+
+def refuse_single(documents: Tensor) -> None:
+    """InputError if there is no second document to tell a query's own from."""
+    if len(documents) < 2:
+        raise InputError(
+            "a batch of one pair without hard negatives has nothing to tell the document from, so nothing would be "
+            "learned. Use --per_device_train_batch_size 2 or more, or --hard_negatives."
+        )
 
 
 def row_uniform(batch: int, *shape: int, seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:

@@ -253,7 +253,7 @@ def resolve(argv: list[str], *, prog: str = "polyrep train") -> Plan:
             f"--teacher {recipe.teacher}: {name} would not learn from its scores. Use an objective with "
             "--distill_weight above 0" + ("." if on_cache else ", and --hard_negatives for it to score.")
         )
-    # Ten more than are mined: a table may bring its own.
+    # At least ten: a table may bring its own.
     documents = dict.fromkeys(["positive", *negative_columns(max(recipe.hard_negatives, 10))], "document")
     tasks = {"query": "query"} | documents
     if not on_cache and not args.router_mapping:

@@ -235,7 +235,7 @@ def _score_tokens(
         # Documents come shortest first: take as many as fit the budget at the width of the longest among them.
         sizes = np.arange(1, len(order) - first + 1) * lengths[first:] * max(len(batch), documents.dim)
         last = first + max(1, int(np.searchsorted(sizes, CHUNK_ELEMENTS, side="right")))
-        chunk = torch.from_numpy(_filled(documents, order[first:last])).to(device)  # (documents, vectors, dim)
+        chunk = torch.from_numpy(filled(documents, order[first:last])).to(device)  # (documents, vectors, dim)
         similarities = (batch @ chunk.flatten(0, 1).T).view(len(batch), *chunk.shape[:2])
         scores = torch.zeros(stop - start, len(chunk), device=device).index_add_(0, owner, similarities.amax(-1))
         yield order[first:last], scores / counts.clamp(min=1)[:, None] if similarity == "meanmaxsim" else scores
@@ -253,18 +253,18 @@ def _score_sparse(
 ) -> _Scored:
     if similarity not in ("dot", "cosine"):
         raise InputError(f"similarity {similarity!r} is not defined for an inverted index; use dot or cosine.")
-    batch = _csr(queries, start, stop, similarity)
+    batch = csr_rows(queries, start, stop, similarity)
     step = max(1, CHUNK_ELEMENTS // max(stop - start, 1))
     for first in range(0, len(documents), step):
         last = min(first + step, len(documents))
-        scores = (batch @ _csr(documents, first, last, similarity).T).toarray()
+        scores = (batch @ csr_rows(documents, first, last, similarity).T).toarray()
         yield np.arange(first, last), torch.from_numpy(scores)
 
 
 _SCORE = {"sentence": _score_sentence, "tokens": _score_tokens, "sparse": _score_sparse}
 
 
-def _filled(embeddings: Embeddings, members: np.ndarray) -> np.ndarray:
+def filled(embeddings: Embeddings, members: np.ndarray) -> np.ndarray:
     """Vectors ``(members, most vectors, dim)`` in float32, gathered without a loop over texts.
 
     Shorter texts repeat their last vector, which changes no maximum and so needs no mask.
@@ -275,7 +275,7 @@ def _filled(embeddings: Embeddings, members: np.ndarray) -> np.ndarray:
     return embeddings.values[embeddings.offsets[members][:, None] + columns].astype(np.float32)
 
 
-def _csr(embeddings: Embeddings, start: int, stop: int, similarity: str) -> csr_matrix:
+def csr_rows(embeddings: Embeddings, start: int, stop: int, similarity: str) -> csr_matrix:
     """Rows ``start:stop`` of a sparse cache as ``(stop - start, vocabulary)``; of unit length for cosine."""
     assert embeddings.offsets is not None and embeddings.indices is not None
     bounds = embeddings.offsets[start : stop + 1]

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .cache import Embeddings, embed
 from .errors import InputError
 from .hub import Encoder, fastest_dtype, fetch, load, read_json
-from .scoring import CHUNK_ELEMENTS, _csr, _filled
+from .scoring import CHUNK_ELEMENTS, csr_rows, filled
 
 Teacher = Encoder | CrossEncoder
 
@@ -89,7 +89,7 @@ def _of_embeddings(
         raise InputError(f"--teacher: scores by {similarity}. Use one with dot, cosine or maxsim.")
     scores = np.empty(len(pairs), np.float32)
     if queries.kind == "sparse":
-        asked, told = (_csr(side, 0, len(side), similarity) for side in (queries, documents))
+        asked, told = (csr_rows(side, 0, len(side), similarity) for side in (queries, documents))
         for start in range(0, len(pairs), 4096):
             q, d = pairs[start : start + 4096].T
             scores[start : start + 4096] = np.asarray(asked[q].multiply(told[d]).sum(1)).ravel()
@@ -117,7 +117,7 @@ def _part(queries: Embeddings, documents: Embeddings, pairs: np.ndarray, similar
         if similarity == "cosine":
             q, d = (torch.nn.functional.normalize(side, dim=-1) for side in (q, d))
         return (q * d).sum(-1).cpu().numpy()
-    q, d = (torch.from_numpy(_filled(s, p)).to(device) for s, p in zip((queries, documents), pairs.T, strict=True))
+    q, d = (torch.from_numpy(filled(s, p)).to(device) for s, p in zip((queries, documents), pairs.T, strict=True))
     lengths = torch.from_numpy(queries.lengths[pairs[:, 0]]).to(device)
     best = (q @ d.mT).amax(-1)  # (pairs, query tokens)
     best = best * (torch.arange(best.shape[1], device=device) < lengths[:, None])

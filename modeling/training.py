@@ -63,13 +63,8 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
         )
     resume = _checkpoint_to_resume(output, args.resume_from_checkpoint)
     started_from = {"backbone": recipe.backbone, "objective": recipe.objective, **plan.config}
-    later = (
-        "hard_negatives",
-        "negative_margin",
-        "lora_rank",
-        "teacher",
-        "remine",
-    )  # what older runs did not write down
+    # What older runs did not write down.
+    later = ("hard_negatives", "negative_margin", "lora_rank", "teacher", "remine")
     started_from |= {name: getattr(recipe, name) for name in later} | plan.objective_arguments
     if plan.head:  # what the corpus and the objective make of the head before the first step
         started_from |= {"datasets": recipe.datasets, "split": recipe.split}
@@ -275,7 +270,7 @@ def _trainer(plan: Plan, model: Encoder) -> tuple[Any, dict[str, int]]:
             loaded_from[loaded.name] = (loaded, sources[loaded.name])
     _freeze(plan.recipe.freeze, model)
     objective: Any = plan.objective(model, **plan.objective_arguments)
-    if hasattr(objective, "prepare") and not plan.recipe.dry_run:
+    if hasattr(objective, "prepare") and not plan.recipe.dry_run and not plan.args.resume_from_checkpoint:
         objective.prepare(sources)
     if plan.args.learning_rate_mapping == {} and hasattr(objective, "learning_rates"):
         names = [name for name, _ in objective.named_parameters()]

@@ -171,7 +171,7 @@ def test_an_untrained_head_ranks_as_the_backbone(sentence_model):
     cosine = vectors[:10] @ vectors.T
     for config in ({"mean_dim": 24}, {"mean_dim": 24, "variance_groups": 1}, {"mean_dim": 24, "divergence": "w2"}):
         made = GaussianHead(GaussianHeadConfig(input_dim=24, **config))
-        made.align(vectors)
+        made.align(vectors.T @ vectors)
         q, d = (made(x, task=t).sentence_embedding for x, t in ((vectors[:10], "query"), (vectors, "document")))
         scale = {"w2": 2.0}.get(made.config.divergence, 1 / made.config.initial_variance)
         rest = q @ d.T - scale * cosine
@@ -182,11 +182,11 @@ def test_the_mean_starts_at_the_principal_axes():
     torch.manual_seed(0)
     low = torch.randn(200, 5) @ torch.linalg.qr(torch.randn(24, 5))[0].T  # a subspace of five dimensions
     made = GaussianHead(GaussianHeadConfig(input_dim=24, mean_dim=5, normalize_mean=False))
-    made.align(low)
+    made.align(low.T @ low)
     kept = made(low).mean
     torch.testing.assert_close(kept @ kept.T, low @ low.T, atol=1e-4, rtol=1e-4)
     again = GaussianHead(GaussianHeadConfig(input_dim=24, mean_dim=5, normalize_mean=False))
-    again.align(low.double().T @ low.double())  # from the moments
+    again.align(low.double().T @ low.double())
     torch.testing.assert_close(again.mean_map, made.mean_map, atol=1e-4, rtol=1e-4)
 
 

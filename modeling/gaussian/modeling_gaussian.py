@@ -227,21 +227,17 @@ class GaussianHead(PreTrainedModel):
         return cls(GaussianHeadConfig(**_as_backbone(model, config) | {"input_dim": model.get_embedding_dimension()}))
 
     @torch.no_grad()
-    def align(self, embeddings: Tensor) -> None:
+    def align(self, moments: Tensor) -> None:
         """Start the mean at the leading principal axes of the backbone's vectors, which keeps most of their ranking.
 
         With as many dimensions as the input has there is nothing to choose, and the map stays the identity.
 
         Args:
-            embeddings: ``(texts, input_dim)``, or their second moments ``(input_dim, input_dim)``.
+            moments: ``(input_dim, input_dim)`` sum over texts of the products of a vector's values.
         """
         if self.config.mean_dim == self.config.input_dim:
             return
-        moments = embeddings.cpu().double()
-        moments = (
-            moments if len(moments) == len(moments.T) and torch.equal(moments, moments.T) else moments.T @ moments
-        )
-        axes = torch.linalg.eigh(moments)[1].flip(1)[:, : self.config.mean_dim]  # (input_dim, mean_dim)
+        axes = torch.linalg.eigh(moments.cpu().double())[1].flip(1)[:, : self.config.mean_dim]  # (input_dim, mean_dim)
         signs = axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()  # the same on every machine
         self.mean_map.copy_((axes * signs).T)
 
@@ -524,7 +520,7 @@ class GaussianPooling(Module):
     Args:
         model: A head; default: a new one of these fields of GaussianHeadConfig.
         config: ``input_dim, mean_dim, projection_dim, variance_groups, beta, variance_floor, divergence,
-            separate_variance, normalize_mean``.
+            separate_variance, normalize_input, normalize_mean``.
     """
 
     forward_kwargs = {"task"}

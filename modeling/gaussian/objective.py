@@ -7,8 +7,7 @@ One loss, two ways to feed it. ``GaussianObjective`` trains a whole model with t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
-from ..objectives import gather, learned_scale, unwrapped
+from ..objectives import gather, in_batch_labels, judged_relevant, learned_scale, refuse_single, unwrapped
 from .modeling_gaussian import GaussianHead, GaussianOutput
 
 Features = dict[str, Tensor]
@@ -129,11 +128,7 @@ class _GaussianContrast(nn.Module):
         Raises:
             InputError: There is no other document, or a teacher's score, to learn from.
         """
-        if len(documents.sentence_embedding) < 2:
-            raise InputError(
-                "a batch of one pair without hard negatives has nothing to tell the document from, so nothing would "
-                "be learned. Use --per_device_train_batch_size 2 or more, or --hard_negatives."
-            )
+        refuse_single(documents.sentence_embedding)
         weights, parts = self.weights, {}
         with torch.autocast(labels.device.type, enabled=False):  # terms of some hundred nats differ by less than one
             scores = queries.sentence_embedding @ documents.sentence_embedding.T * self.log_scale.exp()
@@ -257,10 +252,12 @@ class GaussianObjective(_GaussianContrast):
 
     def prepare(self, sources: dict[str, Any]) -> None:
         """Start the mean at the principal axes of the backbone's vectors of some training texts."""
+        if self.head.config.mean_dim == self.head.config.input_dim:
+            return
         texts: list[str] = []
         for pairs in sources.values():
             take = range(0, len(pairs), max(1, len(pairs) * len(sources) * 2 // ALIGNED))
-            texts += [text for row in take for text in (pairs[row]["query"], pairs[row]["positive"])]
+            texts += [row[side] for row in pairs.select(take) for side in ("query", "positive")]
         seen: list[Tensor] = []
         hook = self.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
         try:
@@ -268,7 +265,8 @@ class GaussianObjective(_GaussianContrast):
             model.encode_document(texts, show_progress_bar=False)
         finally:
             hook.remove()
-        self.head.align(torch.cat(seen).clone())
+        vectors = torch.cat(seen).cpu().double()
+        self.head.align(vectors.T @ vectors)
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> dict[str, Tensor]:
         """Parts of the loss of a batch: columns of queries, their documents, and hard negatives."""
@@ -279,8 +277,7 @@ class GaussianObjective(_GaussianContrast):
         documents: Output = GaussianOutput(
             sentence_embedding=gather(local.sentence_embedding), mean=local.mean, variance=local.variance
         )
-        first = get_rank() * batch * len(columns)
-        own = torch.arange(batch, device=queries.sentence_embedding.device) + first
+        own = in_batch_labels(batch, queries.sentence_embedding.device, len(columns))
         lists = teacher = None
         if labels is not None and labels.ndim == 2 and labels.shape[1] == len(columns):
             teacher, lists = labels, own[:, None] + batch * torch.arange(len(columns), device=own.device)
@@ -296,19 +293,13 @@ class GaussianObjective(_GaussianContrast):
 
     def encoded(self, features: Features, task: str) -> Output:
         """Distributions of texts, which the model itself only gives as index vectors."""
-        with self.watched() as seen:
-            self.model(dict(features), task=task)
-        return seen[0]
-
-    @contextmanager
-    def watched(self) -> Iterator[list[Output]]:
-        """What the head gives while the model runs."""
         seen: list[Output] = []
         hook = self.head.register_forward_hook(lambda module, inputs, output: seen.append(output))
         try:
-            yield seen
+            self.model(dict(features), task=task)
         finally:
             hook.remove()
+        return seen[0]
 
 
 class GaussianHeadObjective(_GaussianContrast):
@@ -339,7 +330,7 @@ class GaussianHeadObjective(_GaussianContrast):
             for features in data.batches(side):
                 vectors = features["sentence_embedding"].double()
                 moments += vectors.T @ vectors
-        self.head.align((moments + moments.T) / 2)
+        self.head.align(moments)
 
     def vectors(self, features: Features, task: str) -> Tensor:
         """Index vectors of texts, for mining."""
@@ -353,8 +344,6 @@ class GaussianHeadObjective(_GaussianContrast):
             sentence_embedding=gather(local.sentence_embedding), mean=local.mean, variance=local.variance
         )
         first = get_rank() * len(local.sentence_embedding)
-        index = gather(features[1]["index"])
-        relevant = (features[0]["judged"][..., None] == index + 1).any(1)  # (queries, documents)
         lists = features[0].get("list")
         narrowed = []
         if self.narrowed:
@@ -364,7 +353,7 @@ class GaussianHeadObjective(_GaussianContrast):
             queries,
             documents,
             labels + first,
-            known=relevant,
+            known=judged_relevant(features),
             lists=None if lists is None else lists + first,
             teacher=features[0].get("teacher"),
             narrowed=narrowed,

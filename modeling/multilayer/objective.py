@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
-from ..objectives import gather, learned_scale, unwrapped
+from ..objectives import gather, in_batch_labels, judged_relevant, learned_scale, refuse_single, unwrapped
 from .modeling_multilayer import MultiLayerHead, MultiLayerHeadConfig
 
 Features = dict[str, Tensor]
@@ -135,11 +135,7 @@ class _LayerContrast(nn.Module):
         Raises:
             InputError: There is no other document to tell the own one from.
         """
-        if len(documents[0]) < 2:
-            raise InputError(
-                "a batch of one pair without hard negatives has nothing to tell the document from, so nothing would "
-                "be learned. Use --per_device_train_batch_size 2 or more, or --hard_negatives."
-            )
+        refuse_single(documents[0])
         config, scale = self.head_config, self.log_scale.exp()
         hot = F.one_hot(labels, len(documents[0])).bool()
         rows = torch.arange(len(labels), device=labels.device)
@@ -261,8 +257,7 @@ class MultiLayerObjective(_LayerContrast):
         batch = len(columns[0][0])
         documents = gather(torch.cat([served for served, _ in columns]))
         layers = gather(torch.cat([every for _, every in columns])) if self.contrasts else None  # type: ignore[misc]
-        labels = torch.arange(batch, device=documents.device) + get_rank() * batch * len(columns)
-        return (documents, layers), labels
+        return (documents, layers), in_batch_labels(batch, documents.device, len(columns))
 
 
 class CachedMultiLayerObjective(CachedLossMixin, MultiLayerObjective):
@@ -383,7 +378,5 @@ class MultiLayerHeadObjective(_LayerContrast):
             sides.append((served[:, 0] if task == "query" and served.ndim == 3 else served, output.hidden_states))
         queries, (served, layers) = sides
         documents = gather(served), None if layers is None else gather(layers)
-        index = gather(features[1]["index"])
         labels = labels + get_rank() * len(served)
-        relevant = (features[0]["judged"][..., None] == index + 1).any(1)  # (queries, documents)
-        return self.losses(queries, documents, labels, known=relevant, drawn=self.draw())
+        return self.losses(queries, documents, labels, known=judged_relevant(features), drawn=self.draw())
