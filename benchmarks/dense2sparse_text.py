@@ -136,6 +136,9 @@ class MaskedContrastiveLoss(torch.nn.Module):
 class Bench:
     """One data set with its cached vectors, and everything that can be fitted to them."""
 
+    run = RUN
+    rival_steps, rival_batch = 300, 128
+
     def __init__(self, args: Arguments, source: str, model: SentenceTransformer):
         self.args, self.source, self.model = args, source, model
         self.flags = shlex.split(args.flags)
@@ -171,7 +174,7 @@ class Bench:
         depends = depends | {
             "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in CODE],
             "pairs": [hashlib.sha256(json.dumps(x).encode()).hexdigest() for x in (train.queries, train.qrels)],
-            "documents": str(self.documents.embeddings.path.name),
+            "documents": str(self.documents.embeddings.path.name) or self.args.backbone,
             "threads": THREADS,
             "flags": self.flags,
         }
@@ -185,13 +188,13 @@ class Bench:
         """Fit a head with the shipped run and flags over it; ``whole`` writes the retriever too."""
         # Projections in half precision where the processor computes in it; scores never are.
         flags = ["--bf16", str(fastest_dtype("auto") == torch.bfloat16), *self.flags, *flags]
-        recipe = {file.name: file.read_text() for file in sorted(RUN.iterdir())}
+        recipe = {file.name: file.read_text() for file in sorted(self.run.iterdir())}
 
         def fit(folder: Path) -> None:
             where = ["--output_dir", str(folder), "--overwrite", "--cache_dir", self.options["cache_dir"]]
             what = ["--backbone", self.args.backbone, "--datasets", str(self.source), "--seed", str(seed)]
             plain = ["--save_strategy", "no", "--head_only", str(not whole)]
-            train_run([RUN.name, *what, *where, *plain, *flags], prog="train.py")
+            train_run([self.run.name, *what, *where, *plain, *flags], prog="train.py")
 
         return self.fitted("d2s", {"recipe": recipe, "arguments": flags, "seed": seed, "whole": whole}, fit)
 
@@ -209,7 +212,11 @@ class Bench:
             module = SparseAutoEncoder(dim, hidden_dim=4 * dim, k=size, k_aux=dim, normalize=True)
             model = SparseEncoder(modules=[module], device="cpu")
             objective = CSRLoss(model, gamma=0.0)
-        steps = 300 if "--max_steps" not in self.flags else int(self.flags[self.flags.index("--max_steps") + 1])
+        steps = (
+            self.rival_steps
+            if "--max_steps" not in self.flags
+            else int(self.flags[self.flags.index("--max_steps") + 1])
+        )
         rate = 3e-4 if kind == "adapter" else 1e-2  # the best on dev of 1e-4 to 1e-3, and of 1e-3 to 3e-2
 
         def fit(folder: Path) -> None:
@@ -220,7 +227,7 @@ class Bench:
                 arguments = HeadTrainingArguments(
                     output_dir=str(staged / "trainer"),
                     max_steps=steps,
-                    per_device_train_batch_size=min(128, len(data)),
+                    per_device_train_batch_size=min(self.rival_batch, len(data)),
                     learning_rate=rate,
                     warmup_steps=20,
                     max_grad_norm=5.0,
@@ -251,15 +258,14 @@ class Bench:
         return replace(ranking, costs=ranking.costs | extra)
 
 
-def with_head(head: Any, side: Side, task: str) -> Embeddings:
+def with_head(head: Any, side: Side, task: str, expand: bool = True) -> Embeddings:
     """Encode with a Dense2Sparse head, keeping every word that a document can hold, a third of the vocabulary."""
     config = head.config
     config.document_top_k = config.query_top_k = config.mass = config.min_weight = None
+    ids = ("input_ids", "attention_mask")
+    what: dict[str, Any] = {"modality": "text" if side.tokens is not None else "image", "compact": True}
     compact = encode_sparse(
-        lambda f: (
-            head(f["sentence_embedding"], f["input_ids"], f["attention_mask"], task, compact=True).sentence_embedding
-        ),
-        side,
+        lambda f: head(f["sentence_embedding"], *map(f.get, ids), task, expand=expand, **what).sentence_embedding, side
     )
     terms = head.expansion_terms.numpy().astype(np.int32)
     return replace(compact, indices=terms[compact.indices], dim=config.vocab_size)

@@ -116,6 +116,11 @@ def embed(
         raise InputError(f"{name}: no text to encode.")
     if dtype not in ("float16", "float32"):
         raise InputError(f"dtype {dtype!r}: caches hold float16 or float32.")
+    if texts[next(iter(texts))] is None:
+        raise InputError(
+            f"{name}: holds vectors instead of images, which only the encoder that made them could compare with "
+            "others. Put the files into images/, or train a head on the vectors."
+        )
     kind = kind or kind_of(model)
     key = cache_key(model, texts, task=task, kind=kind, dtype=dtype)
     temporary = None
@@ -223,8 +228,10 @@ def _describe(module: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def _tokenizer_hash(model: Encoder) -> str:
+def _tokenizer_hash(model: Any) -> str:
     tokenizer = model.tokenizer
+    if tokenizer is None:  # of images alone
+        return ""
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     content = json.loads(backend.to_str()) if hasattr(backend, "to_str") else tokenizer.get_vocab()
     if backend is not tokenizer:  # transformers sets these at each call, so they tell what was encoded before

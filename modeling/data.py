@@ -14,7 +14,7 @@ or ``corpus`` and ``queries`` with the judgments in ``<repository>-qrels``. So i
 column ``query`` and one of ``document``, ``positive``, ``answer``, ``text`` or ``image``: equal documents are one, and
 each row is a judgment. Page images stay as they are stored until they are encoded. Such a table may bring its own
 hard negatives for training, in columns ``negative_1`` and so on, and in ``scores`` what a teacher gave to the document
-and to each of them.
+and to each of them. Images with captions, or vectors of both, are another kind of folder: see ``captions.py``.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, DatasetDict, Image, load_dataset
 from datasets.exceptions import DatasetsError
 
@@ -54,6 +55,8 @@ class RetrievalDataset:
         queries: Query id -> text, only the queries that the split judges.
         qrels: Query id -> {document id: integer relevance}.
         given: Query id -> what a table holds for training beside its document: ``negative_1`` ..., ``scores``.
+        vectors: ``document``, and perhaps ``query`` -> ``(texts or images, width)`` in their order, of a data set that
+            brings what some encoder gave; images that are there as vectors alone are None in the corpus.
     """
 
     name: str
@@ -62,6 +65,7 @@ class RetrievalDataset:
     queries: dict[str, str]
     qrels: Judgments
     given: dict[str, dict[str, Any]] = field(default_factory=dict)
+    vectors: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def pairs(self) -> Dataset:
         """One row ``{"query", "positive"}`` for each positive judgment in the order of the qrels."""
@@ -90,7 +94,12 @@ class RetrievalDataset:
 
 
 def load_retrieval_dataset(
-    path_or_id: str | Path, split: str = "test", *, revision: str | None = None, keep_empty: bool = False
+    path_or_id: str | Path,
+    split: str = "test",
+    *,
+    revision: str | None = None,
+    keep_empty: bool = False,
+    restval: str = "train",
 ) -> RetrievalDataset:
     """Read one split of a retrieval data set.
 
@@ -102,12 +111,17 @@ def load_retrieval_dataset(
         split: Split of the qrels, e.g. ``"train"``, ``"dev"``, ``"test"``.
         revision: Commit, tag or branch of a Hub data set.
         keep_empty: Accept documents and queries without text instead of refusing the data set.
+        restval: For images with captions, see :func:`polyrep.captions.load_captions`.
 
     Raises:
         InputError: A file, line or field is missing or malformed; an id is duplicated or unknown; a text is empty.
     """
     source = str(path_or_id)
     folder = Path(path_or_id)
+    from . import captions  # which needs RetrievalDataset
+
+    if captions.is_captions(folder):
+        return captions.load_captions(folder, split, restval=restval)
     if (table := _open_pairs(source, revision)) is not None:
         return _from_pairs(source, table, split)
     if any((folder / f"corpus.jsonl{suffix}").is_file() for suffix in ("", ".gz")):

@@ -40,19 +40,24 @@ class Side:
     """The queries or the documents of one data set, encoded.
 
     Attributes:
-        embeddings: One vector a text.
-        tokens: ``(tokens of all texts,)`` token ids, special tokens included.
-        offsets: ``(texts + 1,)`` bounds of each text's tokens.
+        embeddings: One vector a text or image.
+        tokens: ``(tokens of all texts,)`` token ids, special tokens included; None of images.
+        offsets: ``(texts + 1,)`` bounds of each text's tokens; None of images.
         first: Place of the first text among the texts of all data sets.
     """
 
     embeddings: Embeddings
-    tokens: np.ndarray
-    offsets: np.ndarray
+    tokens: np.ndarray | None
+    offsets: np.ndarray | None
     first: int = 0
 
     def features(self, rows: np.ndarray) -> Features:
-        """Features of some texts: ``sentence_embedding``, padded ``input_ids, attention_mask``, and ``index``."""
+        """Features of some items: ``sentence_embedding``, ``index``; of texts padded ``input_ids, attention_mask``."""
+        if self.tokens is None or self.offsets is None:
+            return {
+                "sentence_embedding": torch.from_numpy(self.embeddings.values[rows].astype(np.float32)),
+                "index": torch.from_numpy(self.first + rows),
+            }
         lengths = np.diff(self.offsets)[rows]
         columns = np.arange(max(1, lengths.max(initial=1)))
         mask = columns < lengths[:, None]  # (texts, tokens)
@@ -77,23 +82,28 @@ def encode_side(
     *,
     first: int = 0,
     tokenizer: Any = None,
+    vectors: np.ndarray | None = None,
     **options: Any,
 ) -> Side:
-    """Encode and tokenise texts.
+    """Encode and tokenise texts, or encode images.
 
     Args:
         model: The frozen backbone.
-        texts: Id -> text.
+        texts: Id -> text or image.
         task: ``query`` or ``document``.
         name: Readable part of the cache's name.
         first: See :class:`Side`.
         tokenizer: Takes the place of the backbone's own where a head uses another vocabulary.
+        vectors: ``(texts, width)``; with these nothing is encoded.
         options: Those of :func:`polyrep.cache.embed`.
 
     Raises:
         InputError: The backbone's similarity is neither dot nor cosine.
     """
-    embeddings = embed(model, texts, task=task, name=name, kind="sentence", **options)
+    if vectors is not None:
+        embeddings = Embeddings("sentence", vectors, None, None, vectors.shape[1], 0.0, Path())
+    else:
+        embeddings = embed(model, texts, task=task, name=name, kind="sentence", **options)
     prompt = (model.prompts or {}).get(task) or None
     similarity = str(model.similarity_fn_name)
     if similarity not in ("dot", "cosine"):
@@ -105,6 +115,8 @@ def encode_side(
         vectors = np.asarray(embeddings.values, np.float32)
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         embeddings = replace(embeddings, values=vectors.astype(embeddings.values.dtype))
+    if not isinstance(texts[next(iter(texts))], str):
+        return Side(embeddings, None, None, first)
     rows, lengths, content = [], [], list(texts.values())
     for start in range(0, len(content), 1024):
         part = content[start : start + 1024]
@@ -243,6 +255,50 @@ def encode_layers(
     return LayerSide(embed(model, texts, task=task, name=name, kind=kind, **options), first)
 
 
+def encode_dataset(
+    model: Any,
+    dataset: RetrievalDataset,
+    *,
+    kind: Literal["sentence", "tokens", "layers"] = "sentence",
+    images: Any = None,
+    first: tuple[int, int] = (0, 0),
+    **options: Any,
+) -> tuple[Any, Any]:
+    """Encode both sides of a data set, or take the vectors that it brings.
+
+    Args:
+        model: The frozen backbone.
+        dataset: The data set.
+        kind: What the head reads, see :class:`HeadData`.
+        images: Encodes the documents where the backbone cannot.
+        first: Places of the first query and document, see :class:`Side`.
+        options: Those of the encoding.
+
+    Returns:
+        Queries and documents, each a Side, TokenSide or LayerSide.
+
+    Raises:
+        InputError: Vectors have another width than the encoder's, or a caption of an image holds no known word.
+    """
+    encode: Any = {"sentence": encode_side, "tokens": encode_tokens, "layers": encode_layers}[kind]
+    sides = []
+    for side, encoder, texts, name, place in (
+        ("query", model, dataset.queries, f"{dataset.name}-{dataset.split}", first[0]),
+        ("document", images or model, dataset.corpus, dataset.name, first[1]),
+    ):
+        given = _given_vectors(dataset, side, model, images)
+        more = options if given is None else {**options, "vectors": given}
+        sides.append(encode(encoder, texts, side, name, first=place, **more))
+    queries, documents = sides
+    if _of_images(documents):
+        _refuse_wordless(dataset, queries, options.get("tokenizer") or model.tokenizer)
+    return queries, documents
+
+
+def _of_images(side: Any) -> bool:
+    return isinstance(side, Side) and side.tokens is None
+
+
 class HeadData(Dataset):
     """Pairs of query and document, with negatives from the backbone's own ranking, over one or more data sets.
 
@@ -252,7 +308,7 @@ class HeadData(Dataset):
             would cost more than the fit; of layers those of the last.
         negatives: Documents drawn for each query from the ``depth`` nearest of the backbone.
         labels: Take pairs from the judgments. Without, the nearest document takes the place of the judged one, so
-            that no judgment has any influence.
+            that no judgment has any influence. Images are always paired with their captions, which is all their text.
         depth: See ``negatives``.
         narrow_sides: ``query`` or ``document`` or both, whose texts are also encoded cut short or misspelt
             (:func:`polyrep.noise.narrowed`), for kind sentence.
@@ -287,21 +343,41 @@ class HeadData(Dataset):
         self.judged: list[np.ndarray] = []  # (queries, most judged) places of relevant documents from 1 on, else 0
         self.epoch = 0  # set by the trainer
 
-    def add(self, model: Any, dataset: RetrievalDataset, **options: Any) -> None:
-        """Encode a data set, or map its cache, and add its pairs."""
+    def add(self, model: Any, dataset: RetrievalDataset, images: Any = None, **options: Any) -> None:
+        """Encode a data set, or map its cache, and add its pairs.
+
+        Args:
+            model: The frozen backbone.
+            dataset: Whose vectors, if it brings any, are taken instead.
+            images: Encodes the documents where the backbone cannot.
+            options: Those of the encoding.
+
+        Raises:
+            InputError: The two sides do not fit together, or a caption of an image holds no known word.
+        """
         firsts = [sum(len(part[side]) for part in self.parts) for side in (0, 1)]
-        encode: Any = {"sentence": encode_side, "tokens": encode_tokens, "layers": encode_layers}[self.kind]
-        queries = encode(
-            model, dataset.queries, "query", f"{dataset.name}-{dataset.split}", first=firsts[0], **options
+        queries, documents = encode_dataset(
+            model, dataset, kind=self.kind, images=images, first=(firsts[0], firsts[1]), **options
         )
-        documents = encode(model, dataset.corpus, "document", dataset.name, first=firsts[1], **options)
+        if _of_images(documents):
+            self.labels = True
+        if self.parts and self.has_images != _of_images(documents):
+            raise InputError(f"{dataset.name}: one data set holds images, another texts. Train on one kind at a time.")
         ranks = tie_ranks(list(dataset.corpus))
         sides, similarity = (queries.embeddings, documents.embeddings), "dot"
         if self.kind == "tokens":
             sides = sum_of_tokens(sides[0]), mean_of_tokens(sides[1])
         elif self.kind == "layers":
             sides, similarity = (queries.last(), documents.last()), str(model.similarity_fn_name)
-        nearest, _ = exact_search(*sides, ranks, similarity=similarity, k=self.depth)
+        if sides[0].dim == sides[1].dim:
+            nearest, _ = exact_search(*sides, ranks, similarity=similarity, k=self.depth)
+        elif self.negatives or self.teacher is not None or not self.labels:
+            raise InputError(
+                f"{dataset.name}: queries have vectors of {sides[0].dim} and documents of {sides[1].dim}, so none is "
+                "nearest and could be drawn. Use --negatives 0 and an objective that learns from judgments."
+            )
+        else:
+            nearest = np.zeros((len(queries), 1), np.int64)
         if self.labels:
             place = {identifier: i for i, identifier in enumerate(dataset.corpus)}
             judged = [
@@ -327,7 +403,7 @@ class HeadData(Dataset):
             ("document", dataset.corpus, f"{dataset.name}-narrowed"),
         ):
             if task in self.narrow_sides:
-                less[task] = encode(model, narrowed(texts), task, name, **options)
+                less[task] = encode_side(model, narrowed(texts), task, name, **options)
         self.less.append(less)
         if self.teacher is not None:
             settings = {"cache_dir": options.get("cache_dir"), "batch_size": options.get("batch_size", 32)}
@@ -427,6 +503,19 @@ class HeadData(Dataset):
             for start in range(0, len(texts), size):
                 yield texts.features(np.arange(start, min(start + size, len(texts))))
 
+    @property
+    def has_images(self) -> bool:
+        """Whether the documents are images, which have no text of their own."""
+        return any(_of_images(documents) for _, documents, _ in self.parts)
+
+    def pair_batches(self, size: int = 1024) -> Iterator[tuple[Features, Features]]:
+        """Features of every pair's query and document, in order, a batch at a time."""
+        for number, (queries, documents, _) in enumerate(self.parts):
+            pairs = self.pairs[self.pairs[:, 0] == number]
+            for start in range(0, len(pairs), size):
+                part = pairs[start : start + size]
+                yield queries.features(part[:, 1]), documents.features(part[:, 2])
+
     def query_sums(self) -> Tensor:
         """``(queries, dim)`` sum of each query's token vectors, over all data sets."""
         sums = [sum_of_tokens(queries.embeddings).values for queries, _, _ in self.parts]
@@ -445,6 +534,48 @@ class HeadData(Dataset):
     def most_tokens(self) -> int:
         """Vectors of the longest document."""
         return max(int(documents.embeddings.lengths.max()) for _, documents, _ in self.parts)
+
+
+def _given_vectors(dataset: RetrievalDataset, side: str, model: Any, images: Any) -> np.ndarray | None:
+    """What a data set brings for a side, in the space of ``model`` (of ``images``, for documents); None for nothing.
+
+    Images that come without vectors of their captions are features of the vision tower, if they have its width.
+    """
+    vectors = dataset.vectors.get(side)
+    if vectors is None:
+        return None
+    encoder = images if images is not None and side == "document" else model
+    widths = [encoder.get_embedding_dimension()]
+    tower = getattr(getattr(model[0], "model", None), "head", None)
+    if images is None and side == "document" and "query" not in dataset.vectors and tower is not None:
+        if vectors.shape[1] == tower.config.image_dim:
+            with torch.inference_mode():
+                parts = [
+                    tower(torch.from_numpy(part.astype(np.float32)).to(tower.dtype), "image").sentence_embedding
+                    for part in np.array_split(vectors, -(-len(vectors) // 2048))
+                ]
+            return torch.cat(parts).float().numpy().astype(np.float16)
+        widths.append(tower.config.image_dim)
+    if vectors.shape[1] not in widths:
+        flag = "--vision" if images is not None and side == "document" else "--backbone"
+        raise InputError(
+            f"{dataset.name}: its {side} vectors have width {vectors.shape[1]}, but the encoder gives "
+            f"{' or '.join(map(str, widths))}, so they come from another. Name the one that made them with {flag}."
+        )
+    return vectors
+
+
+def _refuse_wordless(dataset: RetrievalDataset, captions: Side, tokenizer: Any) -> None:
+    """Images are found by the words of their captions alone, so each needs one."""
+    assert captions.tokens is not None and captions.offsets is not None
+    known = ~np.isin(captions.tokens, tokenizer.all_special_ids)
+    words = np.diff(np.concatenate([[0], np.cumsum(known)])[captions.offsets])
+    if not words.all():
+        caption = list(dataset.queries)[int(words.argmin())]
+        raise InputError(
+            f"{dataset.name}: caption {caption!r} ({dataset.queries[caption]!r}) holds no word of the vocabulary, so "
+            "nothing could find its image by it. Remove it or write it in the tokenizer's language."
+        )
 
 
 def _concatenated(parts: list[Features]) -> Features:

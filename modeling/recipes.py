@@ -95,6 +95,9 @@ class RecipeArguments:
     datasets: list[str] = field(default_factory=list, metadata={"help": "BEIR folders or Hub data set ids."})
     split: str = field(default="train", metadata={"help": "Split whose positive judgments are the training pairs."})
     keep_empty: bool = field(default=False, metadata={"help": "Accept empty texts instead of refusing the data set."})
+    restval: str = field(
+        default="train", metadata={"help": "Images of Karpathy's split restval: train with them, or ignore."}
+    )
     objective: str = field(default="", metadata={"help": "Class name of the loss: the room's own, else the family's."})
     hard_negatives: int = field(
         default=0, metadata={"help": "Negatives of each pair, mined among the documents that the backbone ranks high."}
@@ -140,6 +143,10 @@ class HeadArguments:
     cloze_sentences: int = field(default=3, metadata={"help": "Sentences taken of a document, at most a third."})
     negatives: int = field(default=2, metadata={"help": "Documents drawn per query from the backbone's nearest."})
     depth: int = field(default=100, metadata={"help": "How many of the nearest they are drawn from."})
+    vision: str = field(default="", metadata={"help": "Folder or Hub id of the vision encoder of a dual encoder."})
+    vision_revision: str | None = field(
+        default=None, metadata={"help": "Commit, tag or branch of a Hub vision encoder."}
+    )
     vocabulary: str = field(
         default="", metadata={"help": "Model whose words are used where the backbone's tokens are none."}
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import json
 import math
 import os
@@ -40,6 +41,7 @@ from .mining import Miner, RemineCallback
 from .recipes import TRAINERS, HeadArguments, Plan, RecipeArguments, resolve
 from .report import provenance
 from .teachers import open_teacher
+from .vision import VisionEncoder, fetch_vision
 
 
 def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
@@ -168,13 +170,19 @@ def build(plan: Plan, folder: Path, head: PreTrainedModel | None = None) -> None
         shutil.copytree(plan.run, staged, dirs_exist_ok=True, ignore=shutil.ignore_patterns("recipe.yaml"))
         parts = read_json(plan.run / "modules.json") or [{}]
         if plan.room and len(parts) == 1:
+            vision = (
+                {"vision": str(fetch_vision(plan.head.vision, plan.head.vision_revision))}
+                if plan.head and plan.head.vision
+                else {}
+            )
             try:
                 options = {"head": head} if head is not None else plan.config
-                model = plan.room.model.from_encoder(str(backbone), **options)  # type: ignore[attr-defined]
+                model = plan.room.model.from_encoder(str(backbone), **options, **vision)  # type: ignore[attr-defined]
             except ValueError as error:  # how the config of a room refuses a value
                 raise InputError(str(error)) from error
             model.save_pretrained(staged)
-            AutoTokenizer.from_pretrained(backbone).save_pretrained(staged)
+            load_processor: Any = getattr(model, "load_processor", AutoTokenizer.from_pretrained)
+            load_processor(str(backbone), **vision).save_pretrained(staged)
             _inherit(staged, backbone, getattr(model.config, "similarity_fn_name", None))
             localize(staged)
             return
@@ -311,7 +319,9 @@ def _datasets(recipe: RecipeArguments, head: HeadArguments | None = None) -> Ite
         if queries == "inverse_cloze":
             dataset = load_corpus(source, keep_empty=recipe.keep_empty)
         else:
-            dataset = load_retrieval_dataset(source, recipe.split, keep_empty=recipe.keep_empty)
+            dataset = load_retrieval_dataset(
+                source, recipe.split, keep_empty=recipe.keep_empty, restval=recipe.restval
+            )
         if dataset.name in seen:
             raise InputError(f"--datasets: two are called {dataset.name!r}; rename one folder.")
         seen.add(dataset.name)
@@ -343,7 +353,11 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], Encoder]:
     head_class: Any = plan.room.head or plan.room.model
     remote: dict[str, Any] = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
     folder = fetch(recipe.backbone, **remote)
-    backbone = load(folder, trust_remote_code=recipe.trust_remote_code, dtype=fastest_dtype(settings.model_dtype))
+    weights = fastest_dtype(settings.model_dtype)
+    open_backbone: Any = getattr(plan.room.model, "open_backbone", lambda *_: None)
+    backbone = open_backbone(str(folder), weights)
+    if backbone is None:
+        backbone = load(folder, trust_remote_code=recipe.trust_remote_code, dtype=weights)
     kind = plan.objective.trains_on  # type: ignore[attr-defined]
     needed, reads = {
         "sentence": (SentenceTransformer, "one dense vector a text"),
@@ -367,6 +381,17 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], Encoder]:
         "base_revision": recipe.revision,
         "base_fingerprint": fingerprint(folder),
     }
+    images = None
+    if "image_dim" in inspect.signature(head_class.config_class).parameters:
+        if not settings.vision:
+            raise InputError(
+                "this head joins a text encoder and a vision encoder, and none is named for the images. Add --vision, "
+                "e.g. google/mobilenet_v2_1.0_224."
+            )
+        images = VisionEncoder.open(fetch_vision(settings.vision, settings.vision_revision), weights)
+        base |= {"image_dim": images.get_embedding_dimension(), "vision_model_id": _base_id(settings.vision)}
+    elif settings.vision:
+        raise InputError(f"--vision {settings.vision}: {head_class.__name__} joins no encoders. Leave it out.")
     set_seed(plan.args.seed)
     tokenizer = None
     try:
@@ -378,9 +403,8 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], Encoder]:
                 )
             words = fetch(settings.vocabulary, revision=None)
             tokenizer = AutoTokenizer.from_pretrained(words)
-            head = head_class.from_mlm(
-                str(words), backbone.get_embedding_dimension(), tokenizer, **plan.config, **base
-            )
+            dim = backbone.get_embedding_dimension()
+            head = head_class.from_mlm(str(words), dim, tokenizer, foreign_words=True, **plan.config, **base)
         else:
             head = head_class.from_backbone(backbone, **plan.config, **base)
         if settings.pipeline and not settings.head_only:  # what does not fit together should say so before training
@@ -413,7 +437,7 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], Encoder]:
                     options["tokenizer"] = tokenizer
                 if kind == "layers":
                     options["token"] = head.config.token
-                data.add(backbone, dataset, **options)
+                data.add(backbone, dataset, images, **options)
         if settings.queries == "both" and dataset.split == "cloze":
             data.even_out(len(counts) - 2)  # this data set's judged queries and its sentences
     started = time.perf_counter()
@@ -508,6 +532,7 @@ def _card_context(plan: Plan, counts: dict[str, int]) -> dict[str, Any]:
         # Where the model was written is a matter of the machine that made it.
         "command": re.sub(r" --(output_dir|cache_dir) ('[^']*'|\S+)| --overwrite", "", plan.command),
         "backbone": plan.recipe.backbone,
+        "vision_id": _base_id(plan.head.vision) if plan.head and plan.head.vision else "",
         "backbone_id": _base_id(plan.recipe.backbone),
         "pipeline": bool(plan.head and plan.head.pipeline),
         "labels": plan.objective_arguments.get("label_weight", 1) > 0,

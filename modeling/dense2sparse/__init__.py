@@ -1,8 +1,13 @@
-"""Dense2Sparse: read ``modeling_dense2sparse.py`` for what it is, then ``objective.py`` for how it is learned."""
+"""Dense2Sparse: read ``modeling_dense2sparse.py`` for what it is, then ``objective.py`` for how it is learned.
+
+Across images and text, ``contrastive.py`` comes before: it brings a text and a vision encoder into one space, for a
+head to turn into words.
+"""
 
 from __future__ import annotations
 
 from .. import Room, register
+from .contrastive import DualEncoderLoss
 from .modeling_dense2sparse import (
     Dense2SparseConfig,
     Dense2SparseForRetrieval,
@@ -10,6 +15,11 @@ from .modeling_dense2sparse import (
     Dense2SparseModel,
     Dense2SparseOutput,
     Dense2SparsePooling,
+    DualEncoderConfig,
+    DualEncoderHead,
+    DualEncoderHeadConfig,
+    DualEncoderModel,
+    ImageTextTransformer,
 )
 from .objective import Dense2SparseLoss
 
@@ -21,6 +31,12 @@ __all__ = [
     "Dense2SparseModel",
     "Dense2SparseOutput",
     "Dense2SparsePooling",
+    "DualEncoderConfig",
+    "DualEncoderHead",
+    "DualEncoderHeadConfig",
+    "DualEncoderLoss",
+    "DualEncoderModel",
+    "ImageTextTransformer",
 ]
 
 register(
@@ -30,5 +46,13 @@ register(
         module=Dense2SparsePooling,
         objectives={"Dense2SparseLoss": Dense2SparseLoss},
         card="dense2sparse",
+    )
+)
+register(
+    Room(
+        model=DualEncoderModel,
+        head=DualEncoderHead,
+        objectives={"DualEncoderLoss": DualEncoderLoss},
+        card="dual_encoder",
     )
 )

@@ -1,12 +1,16 @@
 """Dense2Sparse: a frozen dense vector becomes sparse weights over words, for an inverted index that a person can read.
 
+In the order of an encoding: two towers make a dense vector of a text or an image (``DualEncoderModel``; a text alone
+needs none of that), the head turns it into words (``Dense2SparseModel``), and one folder holds both
+(``Dense2SparseForRetrieval``).
+
 After Nguyen, Hendriksen, Yates and de Rijke, "Multimodal Learned Sparse Retrieval with Probabilistic Expansion
 Control" (ECIR 2024, arXiv 2402.17535): one small head, shared by queries and documents, projects the vector of any
 encoder onto a word-piece vocabulary. Where this code leaves the paper:
 
 - A text's own words are known when it is encoded, and one dense vector cannot give them back. So with
   ``own_tokens="learned"`` they enter with a learned weight per word, saturated and normalised by length as in BM25,
-  and the head only has to add the words that the text does not hold ("expansion").
+  and the head only has to add the words that the text does not hold ("expansion"). An image is expansion only.
 - Padding and special tokens are left out by mask, not by id: an id may stand for padding and for a word.
 - Only words that can be learned are expanded to (``expansion_size``); every known word counts as a text's own.
 """
@@ -19,6 +23,7 @@ import logging
 import math
 import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,20 +32,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForMaskedLM,
+    AutoProcessor,
     AutoTokenizer,
+    BlipForImageTextRetrieval,
+    CLIPModel,
     PretrainedConfig,
     PreTrainedModel,
+    SiglipModel,
+    VisionTextDualEncoderProcessor,
     initialization,
 )
+from transformers.image_utils import load_image
 from transformers.utils import ModelOutput, cached_file
 
 try:
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.base.modules import Module
+    from sentence_transformers.base.modules import Module, Transformer
 except ImportError:  # AutoModel works without sentence-transformers
-    SentenceTransformer, Module = None, nn.Module
+    SentenceTransformer, Module, Transformer = None, nn.Module, nn.Module
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +81,7 @@ class Dense2SparseConfig(PretrainedConfig):
         min_weight (float): Drop words below this weight.
         average_length (float): Mean number of own tokens of a document where the head was trained.
         special_token_ids (list): Vocabulary entries that stand for no word.
+        foreign_words (bool): The words are of another vocabulary than the encoder's, whose token ids mean others.
         vocabulary_bytes (int): Length of the stored vocabulary in bytes; set by ``from_mlm``.
         base_model_id (str): The backbone whose vectors the head was trained on, with revision and fingerprint.
         base_revision (str): Its commit on the Hub.
@@ -83,6 +96,7 @@ class Dense2SparseConfig(PretrainedConfig):
         "expansion_size",
         "average_length",
         "special_token_ids",
+        "foreign_words",
         "vocabulary_bytes",
         "base_model_id",
         "base_revision",
@@ -104,6 +118,7 @@ class Dense2SparseConfig(PretrainedConfig):
         min_weight: float | None = None,
         average_length: float = 1.0,
         special_token_ids: list | None = None,
+        foreign_words: bool = False,
         vocabulary_bytes: int = 0,
         base_model_id: str | None = None,
         base_revision: str | None = None,
@@ -121,9 +136,7 @@ class Dense2SparseConfig(PretrainedConfig):
         ):
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"{name}: {field}={value!r} is no size, so there is no head. Use {low} or more.")
-        for field, value in (("activation", activation), ("expansion", expansion), ("own_tokens", own_tokens)):
-            if value not in _CHOICES[field]:
-                raise ValueError(f"{name}: {field}={value!r} is unknown. Use one of {', '.join(_CHOICES[field])}.")
+        _refuse_unknown(name, activation=activation, expansion=expansion, own_tokens=own_tokens)
         for field, value in (
             ("document_top_k", document_top_k),
             ("query_top_k", query_top_k),
@@ -140,6 +153,11 @@ class Dense2SparseConfig(PretrainedConfig):
             raise ValueError(f"{name}: min_weight={min_weight!r} is no weight. Use e.g. 0.1, or None.")
         if own_tokens == expansion == "none":
             raise ValueError(f"{name}: expansion and own_tokens are both 'none', so every vector is empty. Allow one.")
+        if own_tokens == "learned" and foreign_words:
+            raise ValueError(
+                f"{name}: own_tokens='learned', but the words are of another vocabulary than the encoder's, so a "
+                "text's token ids would be taken for other words. Use own_tokens='none'."
+            )
         if own_tokens == "none" and expansion != "both":
             raise ValueError(
                 f"{name}: expansion={expansion!r} without own tokens leaves the other side empty. Use "
@@ -154,6 +172,7 @@ class Dense2SparseConfig(PretrainedConfig):
         self.mass, self.min_weight = mass, min_weight
         self.average_length = average_length
         self.special_token_ids = list(special_token_ids or [])
+        self.foreign_words = foreign_words
         self.vocabulary_bytes = vocabulary_bytes
         self.base_model_id, self.base_revision, self.base_fingerprint = base_model_id, base_revision, base_fingerprint
         kwargs.pop("projection_dim", None)
@@ -292,6 +311,8 @@ class Dense2SparseModel(PreTrainedModel):
         task: str | None = None,
         gate: Tensor | None = None,
         compact: bool = False,
+        expand: bool = True,
+        modality: str = "text",
         **kwargs,
     ) -> Dense2SparseOutput:
         """Word weights of a batch.
@@ -304,32 +325,49 @@ class Dense2SparseModel(PreTrainedModel):
             gate: ``(batch, 1)`` or ``(batch, expansion_size)`` zeros and ones: the expansion that is allowed, which
                 never touches own tokens. The expansion control of training draws it.
             compact: Return only the ``(batch, expansion_size)`` columns that can be expanded to, and prune nothing.
+            expand: False leaves a text its own words alone, as the first of two stages of a search asks with.
+            modality: "image" for vectors of images, which have no words of their own and are always expanded.
             kwargs: Ignored; what other heads read.
 
         Raises:
-            ValueError: The vectors have another width than the head, or own tokens are missing.
+            ValueError: The vectors have another width than the head, own tokens are missing, or an image may not be
+                expanded.
         """
-        config = self.config
+        config, image = self.config, modality == "image"
         if sentence_embedding.shape[-1] != config.input_dim:
             raise ValueError(
                 f"Dense2SparseModel: vectors of width {sentence_embedding.shape[-1]}, but the head was made for "
                 f"input_dim={config.input_dim}, so it does not belong to this encoder. Use the one it was trained on "
                 f"({config.base_model_id or 'not recorded'}), or train a head for this one."
             )
-        if input_ids is None and (config.own_tokens == "learned" or gate is not None):
+        if not expand and not image:
+            if config.foreign_words:
+                raise ValueError(
+                    "Dense2SparseModel: expand=False asks for a text's own words, but the encoder's tokens are not "
+                    "this head's words. Use expand=True, or a head with the encoder's own vocabulary."
+                )
+            gate = sentence_embedding.new_zeros(1, 1)
+        expanding = config.expansion in ("both", task or "document")
+        if image and not expanding:
             raise ValueError(
-                "Dense2SparseModel: no input_ids, but this head gives a text's own words a weight of their own "
-                "(own_tokens='learned'). Pass input_ids and attention_mask beside the vectors."
+                f"Dense2SparseModel: expansion={config.expansion!r} leaves images without a word. Use a head with "
+                "expansion='both', or encode them as documents."
+            )
+        if not image and input_ids is None and (config.own_tokens == "learned" or gate is not None):
+            raise ValueError(
+                "Dense2SparseModel: no input_ids, but a text's own words are asked for (own_tokens="
+                f"{config.own_tokens!r}, expand={expand}). Pass input_ids and attention_mask beside the vectors, or "
+                "modality='image' for those of images."
             )
         width = config.expansion_size if compact else config.vocab_size
         weights = sentence_embedding.new_zeros(len(sentence_embedding), width)
-        if config.expansion in ("both", task or "document"):
+        if expanding:
             logits = self.vocabulary(self.hidden(sentence_embedding))
             expanded = torch.log1p(F.relu(logits))
             expanded = torch.log1p(expanded) if config.activation == "double_log1p" else expanded
             expanded = expanded.to(weights.dtype)
             weights = expanded if compact else weights.index_copy(1, self.expansion_terms, expanded)
-        if config.own_tokens == "learned" or gate is not None:
+        if not image and (config.own_tokens == "learned" or gate is not None):
             counts, lengths = (x.to(weights.dtype) for x in self.count(input_ids, attention_mask, compact))
             if gate is not None:
                 gate = gate.to(weights.dtype)
@@ -341,7 +379,7 @@ class Dense2SparseModel(PreTrainedModel):
                 own = own[self.expansion_terms] if compact else own
                 weights = torch.maximum(weights, own * self.saturate(counts, lengths, task))
             weights = weights * (lengths > 0)  # nothing is known of a text without a known word
-        elif attention_mask is not None:  # begin and end alone are an empty text
+        elif not image and attention_mask is not None:  # begin and end alone are an empty text
             weights = weights * (attention_mask.sum(1, keepdim=True) > 2)
         return Dense2SparseOutput(sentence_embedding=weights if compact else self._prune(weights, task))
 
@@ -420,35 +458,352 @@ class Dense2SparseModel(PreTrainedModel):
         return rows[0] if embeddings.ndim == 1 else rows
 
 
-class Dense2SparseForRetrievalConfig(Dense2SparseConfig):
-    """A frozen text encoder and the head in one.
+class DualEncoderHeadConfig(PretrainedConfig):
+    """The two maps that bring a text encoder and a vision encoder into one space.
 
     Args:
-        encoder_config (dict): Config of the encoder.
-        pooling (str): How token states become the dense vector: mean, cls or lasttoken.
-        normalize (bool): Bring the dense vector to unit length.
+        text_dim (int): Width of the text encoder's vectors.
+        image_dim (int): Width of the vision encoder's features.
+        projection_dim (int): Width of the shared space.
+        hidden_dim (int): Width of a residual layer (GELU) beside each linear map; 0 for none.
+        dropout (float): Share of an image's features that a training step leaves out.
+        text_dropout (float): Share of a text's.
+        base_model_id (str): The text encoder, with revision and fingerprint.
+        base_revision (str): Its commit on the Hub.
+        base_fingerprint (str): SHA-256 over its weight files and module configs.
+        vision_model_id (str): The vision encoder.
+    """
+
+    model_type = "polyrep_dual_encoder_head"
+    derived = ("text_dim", "image_dim", "base_model_id", "base_revision", "base_fingerprint", "vision_model_id")
+
+    def __init__(
+        self,
+        text_dim: int = 384,
+        image_dim: int = 1280,
+        projection_dim: int = 512,
+        hidden_dim: int = 0,
+        dropout: float = 0.0,
+        text_dropout: float = 0.0,
+        base_model_id: str | None = None,
+        base_revision: str | None = None,
+        base_fingerprint: str | None = None,
+        vision_model_id: str | None = None,
+        **kwargs,
+    ):
+        name = type(self).__name__
+        for field, value, low in (
+            ("text_dim", text_dim, 1),
+            ("image_dim", image_dim, 1),
+            ("projection_dim", projection_dim, 1),
+            ("hidden_dim", hidden_dim, 0),
+        ):
+            if not isinstance(value, int) or value < low:
+                raise ValueError(f"{name}: {field}={value!r} is no width, so there is no map. Use {low} or more.")
+        for field, value in (("dropout", dropout), ("text_dropout", text_dropout)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}: {field}={value!r} is no share that leaves anything. Use 0 to below 1.")
+        self.text_dim, self.image_dim, self.projection_dim = text_dim, image_dim, projection_dim
+        self.hidden_dim, self.dropout, self.text_dropout = hidden_dim, dropout, text_dropout
+        self.base_model_id, self.base_revision, self.base_fingerprint = base_model_id, base_revision, base_fingerprint
+        self.vision_model_id = vision_model_id
+        super().__init__(**kwargs)
+
+
+@dataclass
+class DualEncoderOutput(ModelOutput):
+    """What the two maps and the towers return.
+
+    Attributes:
+        sentence_embedding: ``(batch, projection_dim)`` dense vectors of unit length.
+    """
+
+    sentence_embedding: Tensor | None = None
+
+
+class DualEncoderHead(PreTrainedModel):
+    """One map a side, from an encoder's vectors into the space that both share."""
+
+    config_class = DualEncoderHeadConfig
+    _supports_sdpa = _supports_flash_attn = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.text = _ProjectionLayer(config.text_dim, config, config.text_dropout)
+        self.image = _ProjectionLayer(config.image_dim, config, config.dropout)
+        self.log_scale = nn.Parameter(torch.tensor(3.0))  # of cosines, in the contrastive objective
+        self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, DualEncoderHead):
+            initialization.constant_(module.log_scale, 3.0)
+        elif isinstance(module, _ProjectionLayer):
+            initialization.zeros_(module.mean)
+            initialization.ones_(module.deviation)
+            if module.hidden is not None:  # the residual layer starts as none
+                initialization.zeros_(module.hidden[-1].weight)
+
+    @classmethod
+    def from_backbone(cls, model: SentenceTransformer, **config) -> DualEncoderHead:
+        """An untrained head for a text SentenceTransformer."""
+        return cls(DualEncoderHeadConfig(text_dim=model.get_embedding_dimension(), **config))
+
+    def forward(self, sentence_embedding: Tensor, modality: str = "text", **kwargs) -> DualEncoderOutput:
+        """Vectors of one side, ``(batch, text_dim)`` or ``(batch, image_dim)``, in the shared space.
+
+        Raises:
+            ValueError: The vectors have another width than this side's encoder gives.
+        """
+        side = self.image if modality == "image" else self.text
+        width = self.config.image_dim if modality == "image" else self.config.text_dim
+        if sentence_embedding.shape[-1] != width:
+            raise ValueError(
+                f"DualEncoderHead: {modality} vectors of width {sentence_embedding.shape[-1]}, but this head was made "
+                f"for {width}, so they come from another encoder. Use the one it was trained on, or train a head."
+            )
+        return DualEncoderOutput(sentence_embedding=F.normalize(side(sentence_embedding), dim=-1))
+
+
+class _ProjectionLayer(nn.Module):
+    """Standardise, then a linear map, and a residual layer beside it: ``(batch, width)`` to ``(batch, out)``."""
+
+    def __init__(self, width, config, dropout):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("deviation", torch.ones(width))
+        self.linear = nn.Linear(width, config.projection_dim)
+        self.hidden = None
+        if config.hidden_dim:
+            inner = nn.Linear(width, config.hidden_dim), nn.GELU(), nn.Dropout(dropout)
+            self.hidden = nn.Sequential(*inner, nn.Linear(config.hidden_dim, config.projection_dim, bias=False))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, vectors):
+        state = self.dropout((vectors - self.mean) / self.deviation)
+        return self.linear(state) if self.hidden is None else self.linear(state) + self.hidden(state)
+
+
+class DualEncoderConfig(DualEncoderHeadConfig):
+    """Two towers whose vectors can be compared: one model that has both, or two encoders and a head.
+
+    Args:
+        encoder_config (dict): Config of CLIP, SigLIP or BLIP, which bring both towers and their maps; or
+        text_config (dict): config of the text encoder, and
+        vision_config (dict): of the vision encoder.
+        pooling (str): How token states become the text encoder's vector: mean, cls or lasttoken.
+        normalize (bool): Bring that vector to unit length before it is mapped.
+    """
+
+    model_type = "polyrep_dual_encoder"
+    sub_configs = {"encoder_config": AutoConfig, "text_config": AutoConfig, "vision_config": AutoConfig}
+
+    def __init__(
+        self, encoder_config=None, text_config=None, vision_config=None, pooling="mean", normalize=True, **kwargs
+    ):
+        name = type(self).__name__
+        if encoder_config is None and text_config is None and vision_config is None:  # as a default
+            text_config, vision_config = {"model_type": "bert"}, {"model_type": "mobilenet_v2"}
+        if (encoder_config is None) != (text_config is not None and vision_config is not None):
+            raise ValueError(
+                f"{name}: needs encoder_config for both towers, or text_config and vision_config for one each."
+            )
+        _refuse_unknown(name, pooling=pooling)
+        self.encoder_config, self.text_config, self.vision_config = (
+            None if part is None else _config_of(part) for part in (encoder_config, text_config, vision_config)
+        )
+        self.pooling, self.normalize = pooling, normalize
+        kind = getattr(self.encoder_config, "model_type", None)
+        if kind is not None:
+            if kind not in _BOTH_TOWERS:
+                raise ValueError(
+                    f"{name}: encoder_config is of {kind!r}, whose image and text vectors this does not know. Use one "
+                    f"of {', '.join(_BOTH_TOWERS)}, or a text and a vision encoder of their own."
+                )
+            kwargs["projection_dim"] = _shared_width(self.encoder_config)
+        super().__init__(**kwargs)
+
+
+class DualEncoderModel(PreTrainedModel):
+    """Texts and images as dense vectors of one space: the frozen backbone of an image-text head, and a teacher."""
+
+    config_class = DualEncoderConfig
+    _supports_sdpa = _supports_flash_attn = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        if config.encoder_config is not None:
+            self.encoder = _BOTH_TOWERS[config.encoder_config.model_type](config.encoder_config)
+        else:
+            self.text_encoder = AutoModel.from_config(config.text_config)
+            self.vision_encoder = AutoModel.from_config(config.vision_config)
+            self.head = DualEncoderHead(config)
+        self.post_init()
+
+    @classmethod
+    def from_encoder(
+        cls, backbone: str, head: DualEncoderHead | None = None, vision: str | None = None, **config
+    ) -> DualEncoderModel:
+        """A dual encoder from pretrained parts.
+
+        Args:
+            backbone: Folder or Hub id of CLIP, SigLIP or ``BlipForImageTextRetrieval``; or of a SentenceTransformer
+                for texts, and then:
+            head: A trained head; default: an untrained one.
+            vision: Folder or Hub id of a vision encoder that AutoModel opens.
+            config: Fields of DualEncoderHeadConfig for the untrained head.
+
+        Raises:
+            ValueError: A tower's width differs from the head's, or the backbone's modules do not fit in one folder.
+        """
+        kind = AutoConfig.from_pretrained(backbone).model_type
+        if kind in _BOTH_TOWERS:
+            encoder = _BOTH_TOWERS[kind].from_pretrained(backbone)
+            model = cls(DualEncoderConfig(encoder_config=encoder.config))
+            model.encoder = encoder
+            return model.to(encoder.dtype)
+        if vision is None:
+            raise ValueError(
+                f"DualEncoderModel: {backbone} of {kind!r} has one tower. Name a vision encoder for the other, or "
+                f"one of {', '.join(_BOTH_TOWERS)}."
+            )
+        texts = SentenceTransformer(str(backbone), device="cpu")
+        pooling, normalize = Dense2SparseForRetrieval.check_backbone(texts)
+        images = AutoModel.from_pretrained(vision)
+        with torch.no_grad():
+            size = getattr(images.config, "image_size", 224)
+            height, width = (size, size) if isinstance(size, int) else size
+            pixels = torch.zeros(1, getattr(images.config, "num_channels", 3), height, width, dtype=images.dtype)
+            image_dim = image_features(images.eval(), pixels).shape[1]
+        if head is None:
+            head = DualEncoderHead.from_backbone(texts, image_dim=image_dim, **config)
+        for tower, found, expected in (
+            ("vision", image_dim, head.config.image_dim),
+            ("text", texts.get_embedding_dimension(), head.config.text_dim),
+        ):
+            if found != expected:
+                raise ValueError(
+                    f"DualEncoderModel: the {tower} tower gives vectors of width {found}, but the head was made for "
+                    f"{expected}, so its map cannot read them. Use the encoder whose features it was trained on."
+                )
+        fields = {k: v for k, v in head.config.to_dict().items() if k in _fields_of(DualEncoderHeadConfig)}
+        parts = {"text_config": texts[0].model.config, "vision_config": images.config}
+        model = cls(DualEncoderConfig(**fields, **parts, pooling=pooling, normalize=normalize))
+        model.text_encoder, model.vision_encoder = texts[0].model, images
+        model.head.load_state_dict(head.state_dict())
+        return model.to(texts[0].model.dtype)
+
+    def get_input_embeddings(self):
+        """The text tower's word embeddings, from which a head takes its words."""
+        if self.config.encoder_config is None:
+            return self.text_encoder.get_input_embeddings()
+        text = (
+            self.encoder.text_encoder if self.config.encoder_config.model_type == "blip" else self.encoder.text_model
+        )
+        return text.get_input_embeddings()
+
+    @staticmethod
+    def check_backbone(model: SentenceTransformer) -> tuple[str, bool]:
+        """As for the retriever: a text encoder whose pooling one folder can hold."""
+        return Dense2SparseForRetrieval.check_backbone(model)
+
+    @staticmethod
+    def load_processor(backbone: str, vision: str | None = None):
+        """What turns texts and images into this model's inputs: the backbone's own, or one of two parts."""
+        if vision is None:
+            return AutoProcessor.from_pretrained(backbone)
+        tokenizer = AutoTokenizer.from_pretrained(backbone)
+        return VisionTextDualEncoderProcessor(AutoImageProcessor.from_pretrained(vision), tokenizer)
+
+    def text_vectors(self, input_ids: Tensor, attention_mask: Tensor, **inputs) -> Tensor:
+        """Dense vectors of texts: ``(batch, tokens)`` to ``(batch, projection_dim)``, of unit length."""
+        if self.config.encoder_config is None:
+            states = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
+            vectors = _pooled(states, attention_mask, self.config.pooling)
+            vectors = F.normalize(vectors, dim=-1) if self.config.normalize else vectors
+            return self.head(vectors, "text").sentence_embedding
+        kind = self.config.encoder_config.model_type
+        if kind == "blip":
+            states = self.encoder.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            vectors = self.encoder.text_proj(states[:, 0])
+        elif kind == "clip":
+            vectors = self.encoder.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+        else:  # SigLIP reads its last position, and learned with padding up to there and no mask
+            text = self.config.encoder_config.text_config
+            missing = max(0, text.max_position_embeddings - input_ids.shape[1])
+            input_ids = torch.where(attention_mask.bool(), input_ids, text.pad_token_id)
+            input_ids = F.pad(input_ids, (0, missing), value=text.pad_token_id)
+            vectors = self.encoder.get_text_features(input_ids=input_ids).pooler_output
+        return F.normalize(vectors, dim=-1)
+
+    def image_vectors(self, pixel_values: Tensor) -> Tensor:
+        """Dense vectors of images: ``(batch, channels, height, width)`` to ``(batch, projection_dim)``."""
+        if self.config.encoder_config is None:
+            features = image_features(self.vision_encoder, pixel_values.to(self.dtype))
+            return self.head(features, "image").sentence_embedding
+        if self.config.encoder_config.model_type == "blip":
+            states = self.encoder.vision_model(pixel_values.to(self.dtype)).last_hidden_state
+            return F.normalize(self.encoder.vision_proj(states[:, 0]), dim=-1)
+        features = self.encoder.getimage_features(pixel_values=pixel_values.to(self.dtype))
+        return F.normalize(features.pooler_output, dim=-1)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        task: str | None = None,
+        **kwargs,
+    ) -> DualEncoderOutput:
+        """Dense vectors of texts; both tasks alike."""
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        return DualEncoderOutput(sentence_embedding=self.text_vectors(input_ids, attention_mask, **types))
+
+    def encode_image(self, pixel_values: Tensor, task: str | None = None) -> DualEncoderOutput:
+        """Dense vectors of images, ``(batch, channels, height, width)`` as the processor gives them."""
+        return DualEncoderOutput(sentence_embedding=self.image_vectors(pixel_values))
+
+
+class Dense2SparseForRetrievalConfig(Dense2SparseConfig):
+    """A frozen encoder and the head in one.
+
+    Args:
+        encoder_config (dict): Config of the text encoder, or a DualEncoderConfig for texts and images.
+        pooling (str): How a text encoder's token states become the dense vector: mean, cls or lasttoken.
+        normalize (bool): Bring a text encoder's vector to unit length.
     """
 
     model_type = "polyrep_dense2sparse_for_retrieval"
     sub_configs = {"encoder_config": AutoConfig}
 
     def __init__(self, encoder_config=None, pooling: str = "mean", normalize: bool = True, **kwargs):
-        if isinstance(encoder_config, dict):
-            encoder_config = AutoConfig.for_model(**encoder_config)
-        if pooling not in _CHOICES["pooling"]:
-            raise ValueError(
-                f"{type(self).__name__}: pooling={pooling!r} is unknown. Use one of {', '.join(_CHOICES['pooling'])}."
-            )
-        self.encoder_config = encoder_config or AutoConfig.for_model("bert")
+        _refuse_unknown(type(self).__name__, pooling=pooling)
+        self.encoder_config = _config_of(encoder_config or {"model_type": "bert"})
         self.pooling, self.normalize = pooling, normalize
         super().__init__(**kwargs)
+        if self.has_images:
+            if self.expansion not in ("both", "document"):
+                raise ValueError(
+                    f"{type(self).__name__}: expansion={self.expansion!r} leaves images without a word. Use both or "
+                    "document."
+                )
+            if self.encoder_config.projection_dim != self.input_dim:
+                raise ValueError(
+                    f"{type(self).__name__}: the towers give vectors of {self.encoder_config.projection_dim}, but "
+                    f"input_dim={self.input_dim}, so the head belongs to others. Use the towers it was trained on."
+                )
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the encoder has a tower for images."""
+        return isinstance(self.encoder_config, DualEncoderConfig)
 
 
 class Dense2SparseForRetrieval(PreTrainedModel):
-    """Encoder, pooling and head in one state dict, so that one folder is a whole sparse retriever.
+    """Encoder and head in one state dict, so that one folder is a whole sparse retriever.
 
-    ``forward`` encodes texts. An encoder with a second tower, for images, adds a method of its own beside
-    ``encode_text`` and shares the head.
+    ``forward`` encodes texts, and ``encode_image`` images where the encoder has a tower for them.
     """
 
     config_class = Dense2SparseForRetrievalConfig
@@ -457,7 +812,8 @@ class Dense2SparseForRetrieval(PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.encoder = AutoModel.from_config(config.encoder_config)
+        encoder = config.encoder_config
+        self.encoder = DualEncoderModel(encoder) if config.has_images else AutoModel.from_config(encoder)
         self.head = Dense2SparseModel(config)
         self.post_init()
 
@@ -466,29 +822,41 @@ class Dense2SparseForRetrieval(PreTrainedModel):
         """A retriever from any embedding model that is a transformer, one pooling and perhaps a normalisation.
 
         Args:
-            backbone: Folder or Hub id of a SentenceTransformer.
+            backbone: Folder or Hub id of such a SentenceTransformer, of a DualEncoderModel, or of CLIP, SigLIP or
+                ``BlipForImageTextRetrieval``.
             head: A trained head; default: an untrained one on the backbone's word embeddings.
             config: Fields of Dense2SparseConfig for the untrained one.
 
         Raises:
             ValueError: The backbone has modules that one folder of this kind cannot hold.
         """
-        model = SentenceTransformer(str(backbone), device="cpu")
-        pooling, normalize = cls.check_backbone(model)
-        encoder = model[0].model
+        encoder, whole = _towers_of(backbone), {}
+        if encoder is None:
+            model = SentenceTransformer(str(backbone), device="cpu")
+            encoder, (pooling, normalize) = model[0].model, cls.check_backbone(model)
+            whole, width = {"pooling": pooling, "normalize": normalize}, model.get_embedding_dimension()
+        else:
+            width = encoder.config.projection_dim
         if head is None:
-            head = Dense2SparseModel.from_backbone(model, **config)
-        fields = {k: v for k, v in head.config.to_dict().items() if k in _HEAD_FIELDS}
-        whole = {"encoder_config": encoder.config, "pooling": pooling, "normalize": normalize}
-        retriever = cls(Dense2SparseForRetrievalConfig(**fields, **whole))
+            head = Dense2SparseModel.from_mlm(encoder, width, AutoTokenizer.from_pretrained(backbone), **config)
+        fields = {k: v for k, v in head.config.to_dict().items() if k in _fields_of(Dense2SparseConfig)}
+        retriever = cls(Dense2SparseForRetrievalConfig(**fields, encoder_config=encoder.config, **whole))
         retriever.encoder = encoder
         retriever.head.load_state_dict(head.state_dict())
         return retriever.to(encoder.dtype)
 
     @staticmethod
+    def load_processor(backbone: str):
+        """What turns texts, or texts and images, into this model's inputs."""
+        towers = AutoConfig.from_pretrained(backbone).model_type in (*_BOTH_TOWERS, DualEncoderConfig.model_type)
+        return (AutoProcessor if towers else AutoTokenizer).from_pretrained(backbone)
+
+    @staticmethod
     def check_backbone(model: SentenceTransformer) -> tuple[str, bool]:
         """Pooling of a SentenceTransformer and whether it normalises; ValueError if it does more than that."""
         names = [type(module).__name__ for module in model]
+        if names == [ImageTextTransformer.__name__]:
+            return "mean", True  # a dual encoder's own config says what it does
         pooling = model[1].pooling_mode if names[1:2] == ["Pooling"] else None
         pooled = names[0] == "Transformer" and names[1:2] == ["Pooling"]
         plain = pooled and model[1].include_prompt and not getattr(model[0], "do_lower_case", False)
@@ -502,16 +870,31 @@ class Dense2SparseForRetrieval(PreTrainedModel):
             )
         return pooling, names[2:] == ["Normalize"]
 
-    def encode_text(self, input_ids: Tensor, attention_mask: Tensor, **inputs) -> Tensor:
-        """The frozen encoder's dense vectors: ``(batch, tokens)`` to ``(batch, input_dim)``."""
+    @classmethod
+    def open_backbone(cls, backbone: str, dtype: torch.dtype) -> SentenceTransformer | None:
+        """A plain CLIP, SigLIP or BLIP folder as a SentenceTransformer for texts and images; None for any other."""
+        if AutoConfig.from_pretrained(backbone).model_type not in _BOTH_TOWERS:
+            return None
+        output = {"method_output_name": "sentence_embedding"}
+        modalities = {"text": {"method": "forward", **output}, "image": {"method": "encode_image", **output}}
+        with tempfile.TemporaryDirectory() as folder:
+            DualEncoderModel.from_encoder(backbone).save_pretrained(folder)
+            DualEncoderModel.load_processor(backbone).save_pretrained(folder)
+            transformer = ImageTextTransformer(
+                folder,
+                model_kwargs={"dtype": dtype},
+                modality_config=modalities,
+                module_output_name="sentence_embedding",
+                unpad_inputs=False,
+            )
+        return SentenceTransformer(modules=[transformer], similarity_fn_name="dot")
+
+    def text_vectors(self, input_ids: Tensor, attention_mask: Tensor, **inputs) -> Tensor:
+        """The frozen encoder's dense vectors of texts: ``(batch, tokens)`` to ``(batch, input_dim)``."""
+        if self.config.has_images:
+            return self.encoder.text_vectors(input_ids, attention_mask, **inputs)
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
-        if self.config.pooling == "mean":
-            mask = attention_mask[..., None].to(states.dtype)  # (batch, tokens, 1)
-            vectors = (states * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
-        else:
-            last = (attention_mask * torch.arange(1, states.shape[1] + 1, device=states.device)).argmax(1)
-            rows = torch.arange(len(states), device=states.device)
-            vectors = states[:, 0] if self.config.pooling == "cls" else states[rows, last]
+        vectors = _pooled(states, attention_mask, self.config.pooling)
         return F.normalize(vectors, dim=-1) if self.config.normalize else vectors
 
     def forward(
@@ -520,6 +903,7 @@ class Dense2SparseForRetrieval(PreTrainedModel):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         task: str | None = None,
+        expand: bool = True,
         **kwargs,
     ) -> Dense2SparseOutput:
         """Sparse vectors of texts.
@@ -529,15 +913,126 @@ class Dense2SparseForRetrieval(PreTrainedModel):
             attention_mask: ``(batch, tokens)``; default: all tokens count.
             token_type_ids: ``(batch, tokens)``, for encoders that know them.
             task: "query" or "document".
+            expand: False gives a text's own words alone.
             kwargs: Ignored; what other retrievers read.
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        return self.head(self.encode_text(input_ids, attention_mask, **types), input_ids, attention_mask, task)
+        vectors = self.text_vectors(input_ids, attention_mask, **types)
+        return self.head(vectors, input_ids, attention_mask, task, expand=expand)
+
+    def encode_image(self, pixel_values: Tensor, task: str | None = None) -> Dense2SparseOutput:
+        """Sparse vectors of images.
+
+        Args:
+            pixel_values: ``(batch, channels, height, width)``, as the folder's processor gives them.
+            task: "query" or "document".
+
+        Raises:
+            ValueError: The encoder has no tower for images.
+        """
+        if not self.config.has_images:
+            raise ValueError(
+                "Dense2SparseForRetrieval: this model's encoder reads texts only. Train a head on a dual encoder "
+                "(DualEncoderModel, CLIP, SigLIP, BLIP) for images."
+            )
+        return self.head(self.encoder.image_vectors(pixel_values), task=task, modality="image")
 
     def decode(self, embeddings: Tensor, top_k: int | None = None) -> list:
         """See Dense2SparseModel.decode."""
         return self.head.decode(embeddings, top_k)
+
+
+class ImageTextTransformer(Transformer):
+    """The stock Transformer around a model with a tower for images, with the inputs checked first.
+
+    On its own it would take the path of an image that does not exist for a text, and encode the file's name.
+    """
+
+    def preprocess(self, inputs, *args, **kwargs):
+        """Open images, refuse what cannot be opened, and hand on RGB."""
+        if isinstance(inputs, (list, tuple)):
+            inputs = [_opened(item) for item in inputs]
+        return super().preprocess(inputs, *args, **kwargs)
+
+
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp")
+
+
+def _opened(item):
+    """An image or the path of one as an RGB image, upright; a dict's ``image`` likewise; anything else as it is."""
+    if isinstance(item, dict) and "image" in item:
+        return {**item, "image": _opened(item["image"])}
+    path = isinstance(item, Path) or isinstance(item, str) and item.lower().endswith(_IMAGE_SUFFIXES)
+    if not path and not (isinstance(item, str) and item.startswith("data:image/")) and not hasattr(item, "getbands"):
+        return item
+    if path and not str(item).startswith(("http://", "https://")) and not Path(item).is_file():
+        raise ValueError(
+            f"{str(item)!r}: looks like the path of an image, but there is no such file, and its name would be "
+            "encoded as a text. Mend the path; if it is a text, let it end in something else, a space say."
+        )
+    try:
+        return load_image(str(item) if path else item)  # upright, RGB, whatever the mode was
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{str(item)[:200]!r}: cannot be read as an image ({type(error).__name__}: {error}), so there is nothing "
+            "to encode. Replace the file or leave it out."
+        ) from error
+
+
+def _pooled(states: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
+    """One vector a text: ``(batch, tokens, dim)`` to ``(batch, dim)``."""
+    if pooling == "mean":
+        mask = attention_mask[..., None].to(states.dtype)  # (batch, tokens, 1)
+        return (states * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
+    last = (attention_mask * torch.arange(1, states.shape[1] + 1, device=states.device)).argmax(1)
+    rows = torch.arange(len(states), device=states.device)
+    return states[:, 0] if pooling == "cls" else states[rows, last]
+
+
+def image_features(encoder: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+    """One vector an image: the pooled output of a vision encoder, or its first position if it pools nothing."""
+    output = encoder(pixel_values=pixel_values)
+    pooled = getattr(output, "pooler_output", None)
+    return output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
+
+
+def _towers_of(backbone: str) -> DualEncoderModel | None:
+    """The two towers that a folder or Hub id holds; None if it holds a text encoder."""
+    kind = AutoConfig.from_pretrained(backbone).model_type
+    if kind == DualEncoderConfig.model_type:
+        return DualEncoderModel.from_pretrained(backbone)
+    return DualEncoderModel.from_encoder(backbone) if kind in _BOTH_TOWERS else None
+
+
+def _config_of(part) -> PretrainedConfig:
+    """A config from a dict of its fields; ours are known here, wherever this file was loaded from."""
+    if not isinstance(part, dict):
+        return part
+    if part.get("model_type") == DualEncoderConfig.model_type:
+        return DualEncoderConfig.from_dict(part)
+    return AutoConfig.for_model(**part)
+
+
+def _refuse_unknown(name: str, **choices: str) -> None:
+    for field, value in choices.items():
+        if value not in _CHOICES[field]:
+            raise ValueError(f"{name}: {field}={value!r} is unknown. Use one of {', '.join(_CHOICES[field])}.")
+
+
+def _shared_width(config: PretrainedConfig) -> int:
+    """Width of the space that both towers of CLIP, SigLIP or BLIP share."""
+    if config.model_type == "siglip":  # no map behind its towers
+        return config.vision_config.hidden_size
+    return config.image_text_hidden_size if config.model_type == "blip" else config.projection_dim
+
+
+def _fields_of(config: type[PretrainedConfig]) -> set[str]:
+    """Fields of a head's config that a retriever's takes over."""
+    return set(config().to_dict()) - set(PretrainedConfig().to_dict())
+
+
+_BOTH_TOWERS = {"clip": CLIPModel, "siglip": SiglipModel, "blip": BlipForImageTextRetrieval}
 
 
 class Dense2SparsePooling(Module):
@@ -546,13 +1041,13 @@ class Dense2SparsePooling(Module):
     It reads ``sentence_embedding``, and for own tokens ``input_ids`` and ``attention_mask``, of the modules before it.
     """
 
-    forward_kwargs = {"task"}
+    forward_kwargs = {"task", "expand"}
 
     def __init__(self, model: Dense2SparseModel):
         super().__init__()
         self.model = model
 
-    def forward(self, features, task=None):
+    def forward(self, features, task=None, expand=True):
         """Replace the batch's ``sentence_embedding`` by sparse vectors, ``(batch, vocab_size)``."""
         vectors, ids = features["sentence_embedding"], features.get("input_ids")
         if ids is not None and len(ids) != len(vectors):
@@ -566,7 +1061,7 @@ class Dense2SparsePooling(Module):
         if mask is not None and prompt:  # a prompt's words are not the text's own
             mask = mask.clone()
             mask[:, :prompt] = 0
-        output = self.model(vectors, ids, mask, task)
+        output = self.model(vectors, ids, mask, task, expand=expand, modality=features.get("modality", "text"))
         return {**features, "sentence_embedding": output.sentence_embedding}
 
     def on_model_ready(self, model):
@@ -657,10 +1152,10 @@ def _stable(content):
     return [_stable(v) for v in content] if isinstance(content, list) else content
 
 
-_HEAD_FIELDS = set(Dense2SparseConfig().to_dict()) - set(PretrainedConfig().to_dict()) - {"projection_dim"}
-
 for config, model in (
     (Dense2SparseConfig, Dense2SparseModel),
+    (DualEncoderHeadConfig, DualEncoderHead),
+    (DualEncoderConfig, DualEncoderModel),
     (Dense2SparseForRetrievalConfig, Dense2SparseForRetrieval),
 ):
     config.register_for_auto_class()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -26,10 +26,17 @@ Features = dict[str, Tensor]
 
 
 class Corpus(Protocol):
-    """What ``prepare`` reads: batches of features of every text of a side."""
+    """What ``prepare`` reads: batches of features of every text or image."""
+
+    has_images: bool
+    """Whether the documents are images. Their captions, the queries, then tell their words."""
 
     def batches(self, side: str) -> Iterable[Features]:
-        """Batches of ``sentence_embedding``, ``input_ids`` and ``attention_mask``."""
+        """Batches of one side: ``sentence_embedding``, and of texts ``input_ids`` and ``attention_mask``."""
+        ...
+
+    def pair_batches(self) -> Iterable[tuple[Features, Features]]:
+        """Batches of queries and of their documents, row by row."""
         ...
 
 
@@ -127,13 +134,18 @@ class Dense2SparseLoss(nn.Module):
             InputError: No document holds a word of the vocabulary.
         """
         head, config = self.model, self.model.config
+        if corpus.has_images and self.teacher_lexical:
+            raise InputError(
+                f"--teacher_lexical {self.teacher_lexical}: images have no words for BM25 to score. Use 0."
+            )
         frequency, texts, tokens = torch.zeros(config.vocab_size), 0, 0.0
         occurring = torch.zeros(config.vocab_size)
-        for side in ("document", "query"):
+        worded = "query" if corpus.has_images else "document"  # the side whose words are indexed
+        for side in ("query",) if corpus.has_images else ("document", "query"):
             for batch in corpus.batches(side):
                 counts, lengths = head.count(batch["input_ids"], batch["attention_mask"])
                 occurring += (counts > 0).sum(0)
-                if side == "document":
+                if side == worded:
                     frequency += (counts > 0).sum(0)
                     texts, tokens = texts + len(counts), tokens + float(lengths.sum())
         if not tokens:
@@ -154,7 +166,9 @@ class Dense2SparseLoss(nn.Module):
             self._measure_teachers(corpus)
 
     def _align(self, corpus: Corpus) -> None:
-        """Ridge regression of the documents' own word weights on their vectors, around the initial projection.
+        """Ridge regression of texts' own word weights on their vectors, around the initial projection.
+
+        Of the documents; where these are images, of their captions on both the captions' and the images' vectors.
 
         With X the centred hidden vectors, Z the centred weights and E the initial projection brought to the best
         common scale, the projection becomes E + (X'X + cI)^-1 X'(Z - XE'): where the corpus says little, the word
@@ -166,9 +180,9 @@ class Dense2SparseLoss(nn.Module):
             torch.zeros(shape, dtype=torch.float64) for shape in ((dim, dim), (dim, words), (dim,), (words,))
         )
         texts = 0
-        for batch in corpus.batches("document"):
-            hidden = head.hidden(batch["sentence_embedding"])
-            counts, lengths = head.count(batch["input_ids"], batch["attention_mask"], compact=True)
+        for vectors, words_of in self._worded(corpus):
+            hidden = head.hidden(vectors["sentence_embedding"])
+            counts, lengths = head.count(words_of["input_ids"], words_of["attention_mask"], compact=True)
             own = head.own_weight[head.expansion_terms].relu() * head.saturate(counts, lengths, "document")
             hidden, own = hidden.double(), own.double()  # products of large sums are subtracted below
             moment += hidden.T @ hidden
@@ -184,6 +198,16 @@ class Dense2SparseLoss(nn.Module):
         solution = prior + torch.linalg.solve(moment + penalty, cross - moment @ prior)
         head.vocabulary.weight.copy_(self.alignment_gain * solution.T)
         head.vocabulary.bias.copy_(self.alignment_gain * (mean_z - mean_x @ solution) + self.alignment_bias)
+
+    @staticmethod
+    def _worded(corpus: Corpus) -> Iterator[tuple[Features, Features]]:
+        """Features whose vectors, and features whose words, belong together."""
+        if not corpus.has_images:
+            yield from ((batch, batch) for batch in corpus.batches("document"))
+            return
+        for captions, images in corpus.pair_batches():
+            yield captions, captions
+            yield images, captions
 
     def _measure_teachers(self, corpus: Corpus) -> None:
         """Standard deviation of both teachers' scores over documents, so that their shares mean what they say."""
@@ -208,11 +232,12 @@ class Dense2SparseLoss(nn.Module):
     def _encode(head: Any, features: Features, task: str, gate: Tensor | None = None) -> Tensor:
         return head(
             features["sentence_embedding"],
-            features["input_ids"],
-            features["attention_mask"],
+            features.get("input_ids"),
+            features.get("attention_mask"),
             task,
             gate=gate,
             compact=True,
+            modality="text" if "input_ids" in features else "image",
         ).sentence_embedding
 
     def forward(self, features: list[Features], labels: Tensor | None = None) -> dict[str, Tensor]:
@@ -220,7 +245,7 @@ class Dense2SparseLoss(nn.Module):
 
         Args:
             features: Queries ``(batch, ...)``, then documents ``(candidates, ...)``; each with ``sentence_embedding``,
-                ``input_ids``, ``attention_mask`` and ``index``, the text's place in the corpus.
+                ``index``, its place in the corpus, and unless it is an image ``input_ids`` and ``attention_mask``.
             labels: ``(batch,)`` row of each query's own document among this process's documents.
 
         Returns:
