@@ -68,6 +68,9 @@ class Dense2SparseLoss(nn.Module):
         control_until (float): Share of the steps over which the probability of expansion rises from 0 to 1.
         gate_weight (float): Weight of the supervision of document logits by the words of their queries.
         min_document_frequency (int): Expand only to words that occur in that many documents.
+        noise (float): Length of Gaussian noise that is added to each unit vector of a batch, for head and dense model
+            alike: they then agree around the training data too, not only where a dense model that has seen it is sure.
+        mixup (float): Share of a document's vector that is another one's, at most; drawn for each, likewise.
     """
 
     trains_on: ClassVar[str] = "sentence"
@@ -96,6 +99,8 @@ class Dense2SparseLoss(nn.Module):
         control_until: float = 0.95,
         gate_weight: float = 0.0,
         min_document_frequency: int = 1,
+        noise: float = 0.0,
+        mixup: float = 0.0,
     ):
         given = {name: value for name, value in locals().items() if name not in ("self", "model", "__class__")}
         super().__init__()
@@ -254,8 +259,8 @@ class Dense2SparseLoss(nn.Module):
         Raises:
             InputError: Every document of the batch has become empty.
         """
-        queries, documents = features
         step, steps = self.progress
+        queries, documents = (self._blurred(side, number) for number, side in enumerate(features))
         sparse_queries = self._encode(
             self.model, queries, "query", self._draw_gate(len(queries["index"]), step, steps)
         )
@@ -271,6 +276,21 @@ class Dense2SparseLoss(nn.Module):
         # Half precision is for the projections: scores a thousandth apart decide what is learned.
         with torch.autocast(sparse_queries.device.type, enabled=False):
             return self._losses(queries, documents, sparse_queries.float(), local_documents.float(), labels)
+
+    def _blurred(self, features: Features, side: int) -> Features:
+        """Features with noise on their vectors, and documents with a share of others'; of the same length as before."""
+        vectors, (step, _) = features["sentence_embedding"], self.progress
+        if not self.training or not (self.noise or self.mixup):
+            return features
+        draw = {"seed": 2 * self.seed + side, "step": step, "device": vectors.device}
+        lengths = vectors.norm(dim=1, keepdim=True)
+        if self.mixup and side:
+            share = self.mixup * row_uniform(len(vectors), 1, **draw)
+            vectors = (1 - share) * vectors + share * vectors.roll(1, 0)
+        uniform = row_uniform(len(vectors), vectors.shape[1], **draw).clamp(1e-6, 1 - 1e-6)
+        normal = torch.erfinv(2 * uniform - 1) * 2**0.5  # (batch, dim)
+        vectors = vectors + self.noise * lengths * normal / vectors.shape[1] ** 0.5
+        return {**features, "sentence_embedding": F.normalize(vectors, dim=1) * lengths}
 
     def _losses(
         self,
