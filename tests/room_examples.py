@@ -17,7 +17,8 @@ from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import Pooling
 from toy.modeling_toy import ToyHead, ToyHeadConfig, ToyModel, ToyPooling
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, MobileNetV2Config, MobileNetV2Model
+from transformers.models.mobilenet_v2.image_processing_pil_mobilenet_v2 import MobileNetV2ImageProcessorPil
 
 from polyrep.dense2sparse import (
     Dense2SparseConfig,
@@ -25,6 +26,10 @@ from polyrep.dense2sparse import (
     Dense2SparseForRetrievalConfig,
     Dense2SparseModel,
     Dense2SparsePooling,
+    DualEncoderConfig,
+    DualEncoderHeadConfig,
+    DualEncoderModel,
+    ImageTextTransformer,
 )
 from polyrep.gaussian import GaussianConfig, GaussianHeadConfig, GaussianModel, GaussianPooling, GaussianTransformer
 from polyrep.hub import Encoder
@@ -40,11 +45,13 @@ class Example:
         models: Name -> sentence-transformers model of each kind of folder that the room makes.
         weight: Name of a weight of the room's own in the first model's root file, for the test that drops it.
         bad_config: (config class, arguments, word the error must contain) for each check of the config.
+        symmetric: Queries and documents are encoded alike.
     """
 
     models: dict[str, Encoder]
     weight: str | None = None
     bad_config: list[tuple[type, dict[str, Any], str]] = field(default_factory=list)
+    symmetric: bool = False
 
 
 def one_folder(
@@ -64,6 +71,65 @@ def one_folder(
     whole = family(modules=[opened], similarity_fn_name="dot", device="cpu")
     whole.module_kwargs = {"0": ["task"]}
     return whole
+
+
+def tiny_vision(folder: Path) -> Path:
+    """A random MobileNetV2 for images of 32 pixels, with its processor."""
+    torch.manual_seed(10)
+    config = MobileNetV2Config(depth_multiplier=0.35, finegrained_output=False, image_size=32)
+    model = MobileNetV2Model(config).eval()
+    for module in model.modules():  # as drawn by default, so little comes through that all images look alike
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    model.save_pretrained(folder)
+    square = {"height": 32, "width": 32}
+    MobileNetV2ImageProcessorPil(size=square, do_center_crop=False).save_pretrained(folder)
+    return folder
+
+
+def image_text_folder(model: Any, processor: Any, folder: Path, family: type[Encoder], *kwargs: str) -> Any:
+    """A model for images and texts as a folder, opened as its ``sentence_bert_config.json`` would have it."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    name = {"method_output_name": "sentence_embedding"}
+    modalities = {"text": {"method": "forward", **name}, "image": {"method": "encode_image", **name}}
+    opened = ImageTextTransformer(
+        str(folder), modality_config=modalities, module_output_name="sentence_embedding", unpad_inputs=False
+    )
+    whole = family(modules=[opened], similarity_fn_name="dot", device="cpu")
+    whole.module_kwargs = {"0": ["task", *kwargs]}
+    return whole
+
+
+def dual_encoder(backbone: Path, scratch: Path) -> DualEncoderModel:
+    """Text and vision encoder with random maps between them."""
+    texts = SentenceTransformer(modules=[Transformer(str(backbone)), Pooling(32, "mean"), Normalize()], device="cpu")
+    texts.save_pretrained(str(scratch / "texts"))
+    vision = str(tiny_vision(scratch / "vision"))
+    torch.manual_seed(9)
+    model = DualEncoderModel.from_encoder(str(scratch / "texts"), vision=vision, projection_dim=12, hidden_dim=8)
+    with torch.no_grad():
+        for parameter in model.head.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model.eval()
+
+
+def dual_encoder_example(backbone: Path, scratch: Path) -> Example:
+    model = dual_encoder(backbone, scratch)
+    processor = DualEncoderModel.load_processor(str(scratch / "texts"), str(scratch / "vision"))
+    return Example(
+        {"retriever": image_text_folder(model, processor, scratch / "dual", SentenceTransformer)},
+        weight="head.text.linear.weight",
+        bad_config=[
+            (DualEncoderHeadConfig, {"text_dim": 0}, "text_dim=0"),
+            (DualEncoderHeadConfig, {"hidden_dim": -1}, "hidden_dim=-1"),
+            (DualEncoderHeadConfig, {"dropout": 1.0}, "dropout=1.0"),
+            (DualEncoderConfig, {"encoder_config": {"model_type": "bert"}}, "'bert'.*clip, siglip, blip"),
+            (DualEncoderConfig, {"text_config": {"model_type": "bert"}}, "text_config and vision_config"),
+            (DualEncoderConfig, {"pooling": "max"}, "pooling='max'"),
+        ],
+        symmetric=True,
+    )
 
 
 def toy_example(backbone: Path, scratch: Path) -> Example:
@@ -93,9 +159,17 @@ def dense2sparse_example(backbone: Path, scratch: Path) -> Example:
     head.restrict_expansion(torch.arange(10, head.config.vocab_size))
     encoder.save_pretrained(str(scratch / "encoder"))
     retriever = Dense2SparseForRetrieval.from_encoder(str(scratch / "encoder"), head=head)
+    towers = dual_encoder(backbone, scratch)
+    towers.save_pretrained(scratch / "towers")
+    processor = DualEncoderModel.load_processor(str(scratch / "texts"), str(scratch / "vision"))
+    processor.save_pretrained(scratch / "towers")
+    images = Dense2SparseForRetrieval.from_encoder(
+        str(scratch / "towers"), query_top_k=20, document_top_k=30, average_length=5.0
+    )
     return Example(
         {
             "retriever": one_folder(retriever, backbone, scratch / "dense2sparse-retriever", SparseEncoder),
+            "images": image_text_folder(images, processor, scratch / "dense2sparse-images", SparseEncoder, "expand"),
             "pipeline": SparseEncoder(modules=[*encoder.children(), Dense2SparsePooling(head)], device="cpu"),
         },
         weight="head.own_weight",
@@ -108,7 +182,18 @@ def dense2sparse_example(backbone: Path, scratch: Path) -> Example:
             (Dense2SparseConfig, {"activation": "relu"}, "log1p_relu, double_log1p"),
             (Dense2SparseConfig, {"expansion": "none", "own_tokens": None}, "every vector is empty"),
             (Dense2SparseConfig, {"expansion_size": 40_000}, "expansion_size=40000"),
+            (Dense2SparseConfig, {"own_tokens": "learned", "foreign_words": True}, "taken for other words"),
             (Dense2SparseForRetrievalConfig, {"pooling": "max"}, "pooling='max'"),
+            (
+                Dense2SparseForRetrievalConfig,
+                {"encoder_config": towers.config, "input_dim": 12, "expansion": "query"},
+                "leaves images without a word",
+            ),
+            (
+                Dense2SparseForRetrievalConfig,
+                {"encoder_config": towers.config, "input_dim": 13},
+                "the towers give vectors of 12, but input_dim=13",
+            ),
         ],
     )
 
@@ -248,6 +333,7 @@ def gaussian_example(backbone: Path, scratch: Path) -> Example:
 EXAMPLES: dict[str, Callable[[Path, Path], Example]] = {
     toy.ToyModel.config_class.model_type: toy_example,
     Dense2SparseForRetrievalConfig.model_type: dense2sparse_example,
+    DualEncoderConfig.model_type: dual_encoder_example,
     GaussianConfig.model_type: gaussian_example,
     MultiLayerConfig.model_type: multilayer_example,
     ReinPoolConfig.model_type: reinpool_example,

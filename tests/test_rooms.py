@@ -152,7 +152,9 @@ def test_folders_give_the_same_vectors_without_polyrep(examples, opened, process
 
 
 def test_the_test_would_notice_other_vectors(examples):
-    for _, _, model in kinds(examples):
+    for room, _, model in kinds(examples):
+        if examples[room].symmetric:
+            continue
         queries, documents = dense(model.encode_query(TEXTS)), dense(model.encode_document(TEXTS))
         differ = [q.shape != d.shape or np.abs(q - d).max() > 1e-3 for q, d in zip(queries, documents, strict=True)]
         assert any(differ), "queries and documents must differ for task to be tested"

@@ -744,7 +744,7 @@ class DualEncoderModel(PreTrainedModel):
         if self.config.encoder_config.model_type == "blip":
             states = self.encoder.vision_model(pixel_values.to(self.dtype)).last_hidden_state
             return F.normalize(self.encoder.vision_proj(states[:, 0]), dim=-1)
-        features = self.encoder.getimage_features(pixel_values=pixel_values.to(self.dtype))
+        features = self.encoder.get_image_features(pixel_values=pixel_values.to(self.dtype))
         return F.normalize(features.pooler_output, dim=-1)
 
     def forward(
