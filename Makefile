@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Any embedding model of the Hub: make quickstart BACKBONE=ORG/NAME
 BACKBONE ?= minilm
 
-.PHONY: quickstart test test-min lint results results-gpu clean
+.PHONY: quickstart test test-min lint results results-images results-gpu clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python benchmarks/dense2sparse_text.py --quick --backbone $(BACKBONE) --output runs/quickstart --name quickstart
@@ -26,6 +26,7 @@ test-min:
 	$(VENV)-min/bin/python -m pip install -q -c $(VENV)-min/constraints.txt -e ".[dev]" \
 		transformers==5.17.0 sentence-transformers==6.0.1 huggingface-hub==1.33.0
 	$(VENV)-min/bin/python -m pytest tests/test_rooms.py tests/test_hub.py tests/test_training.py tests/test_dense2sparse.py \
+		tests/test_dense2sparse_images.py tests/test_captions.py \
 		tests/test_reinpool.py tests/test_reinpool_pages.py tests/test_multilayer.py \
 		tests/test_gaussian.py
 
@@ -49,6 +50,15 @@ results: $(VENV)/.dev
 	$(BIN)/python benchmarks/gaussian.py --output results
 	$(BIN)/python benchmarks/gaussian_frozen.py --output results
 	$(BIN)/python benchmarks/gaussian_pictures.py --output results
+
+# Images with captions: a folder of image features or images that is yours, see modeling/captions.py.
+results-images: $(VENV)/.dev
+	test -n "$(CAPTIONS)" -a -n "$(VISION)"
+	$(BIN)/accelerate launch train.py hub_configs/dual-encoder-mobilenet-minilm \
+		--datasets $(CAPTIONS) --vision $(VISION) --overwrite
+	$(BIN)/accelerate launch train.py hub_configs/dense2sparse-mobilenet-minilm --datasets $(CAPTIONS) --overwrite
+	$(BIN)/python benchmarks/dense2sparse_images.py --dataset $(CAPTIONS) --output results
+	$(BIN)/python benchmarks/dense2sparse_search.py --dataset $(CAPTIONS) --output results
 
 # The fine-tuned tiers, for a GPU: each stage again until it says that all models are done.
 results-gpu: $(VENV)/.dev

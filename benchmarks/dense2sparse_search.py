@@ -27,12 +27,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from dense2sparse_text import with_head
 from scipy.sparse import csr_matrix
 from sentence_transformers.sparse_encoder.search_engines import semantic_search_seismic
+from transformers import AutoModel
 
 from polyrep.cache import Embeddings
+from polyrep.data import load_retrieval_dataset
 from polyrep.errors import InputError
-from polyrep.hub import fingerprint
+from polyrep.heads import encode_dataset
+from polyrep.hub import fastest_dtype, fingerprint, load
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import costs_of
 from polyrep.scoring import csr_rows, exact_search
@@ -391,24 +395,56 @@ def load_vectors(args: argparse.Namespace) -> tuple[Embeddings, Embeddings, Embe
     """What :func:`measure` takes, by a trained head: queries, unexpanded queries, documents, and both sides dense.
 
     Args:
-        args: ``head``, the folder of the head; ``dataset``, that of the data set; ``queries``, how many to take.
+        args: ``head`` and ``backbone``, folders of the head and of its dense encoder; ``dataset``, that of images
+            with captions, all of which are searched in; ``queries``, how many captions of test ask.
 
     Raises:
         InputError: A folder is not there.
     """
-    for name in ("head", "dataset"):
+    for name in ("head", "backbone", "dataset"):
         if not Path(getattr(args, name)).is_dir():
             raise InputError(
                 f"{getattr(args, name)}: not found, so there is nothing to search in. Pass --{name} FOLDER."
             )
-    raise NotImplementedError("encode args.dataset with args.head")
+    head = AutoModel.from_pretrained(args.head).eval()
+    model = load(args.backbone, trust_remote_code=True, dtype=fastest_dtype("auto"))
+    sides = {
+        split: encode_dataset(model, load_retrieval_dataset(args.dataset, split), cache_dir=".cache/embeddings")
+        for split in ("test", "dev", "train")
+    }
+    captions = sides["test"][0]
+    chosen = np.linspace(0, len(captions) - 1, args.queries).astype(int)
+    images = [with_head(head, side, "document") for _, side in sides.values()]
+    dense = [np.asarray(side.embeddings.values, np.float32) for _, side in sides.values()]
+    asked = [picked(with_head(head, captions, "query", expand=expand), chosen) for expand in (True, False)]
+    return (*asked, joined(images), np.asarray(captions.embeddings.values[chosen], np.float32), np.concatenate(dense))
+
+
+def picked(embeddings: Embeddings, rows: np.ndarray) -> Embeddings:
+    """Some of the sparse vectors."""
+    matrix = csr_rows(embeddings, 0, len(embeddings), "dot")[rows]
+    return replace(
+        embeddings, values=matrix.data.astype(embeddings.values.dtype), indices=matrix.indices, offsets=matrix.indptr
+    )
+
+
+def joined(parts: list[Embeddings]) -> Embeddings:
+    """Sparse vectors of several collections under one another."""
+    lengths = np.concatenate([part.lengths for part in parts])
+    return replace(
+        parts[0],
+        values=np.concatenate([part.values for part in parts]),
+        indices=np.concatenate([part.indices for part in parts]),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+    )
 
 
 def main() -> None:
     """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--head", default="models/dense2sparse-mobilenet-minilm/head")
-    parser.add_argument("--dataset", required=True, help="folder of the data set")
+    parser.add_argument("--backbone", default="models/dual-encoder-mobilenet-minilm/final")
+    parser.add_argument("--dataset", required=True, help="folder of images with captions, or of their features")
     parser.add_argument("--output", type=Path, help="folder for dense2sparse-search.json and .md")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="how many documents to search in")
     parser.add_argument("--queries", type=int, default=500)

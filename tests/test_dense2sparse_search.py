@@ -213,6 +213,6 @@ def test_a_missing_engine_says_how_to_get_it(package, queries, documents, monkey
 
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(InputError, match="nowhere: not found.*--head FOLDER"):
-        search.load_vectors(Namespace(head=tmp_path / "nowhere", dataset=tmp_path, queries=1))
+        search.load_vectors(Namespace(head=tmp_path / "nowhere", backbone=tmp_path, dataset=tmp_path, queries=1))
     with pytest.raises(InputError, match="nothing: not found.*--dataset FOLDER"):
-        search.load_vectors(Namespace(head=tmp_path, dataset=tmp_path / "nothing", queries=1))
+        search.load_vectors(Namespace(head=tmp_path, backbone=tmp_path, dataset=tmp_path / "nothing", queries=1))
