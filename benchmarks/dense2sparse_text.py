@@ -174,7 +174,8 @@ class Bench:
         depends = depends | {
             "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in CODE],
             "pairs": [hashlib.sha256(json.dumps(x).encode()).hexdigest() for x in (train.queries, train.qrels)],
-            "documents": str(self.documents.embeddings.path.name) or self.args.backbone,
+            "backbone": fingerprint(fetch(self.args.backbone)),
+            "documents": hashlib.sha256(np.ascontiguousarray(self.documents.embeddings.values).data).hexdigest(),
             "threads": THREADS,
             "flags": self.flags,
         }

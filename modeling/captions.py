@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 from safetensors import SafetensorError, safe_open
+from transformers.image_utils import load_image
 
 from .data import RetrievalDataset
 from .errors import InputError
@@ -95,7 +96,7 @@ def load_captions(folder: Path, split: str, *, restval: str = "train") -> Retrie
     corpus: Mapping[str, Any] = dict.fromkeys((row.identifier for row in chosen), None)
     vectors: dict[str, np.ndarray] = {}
     if (folder / "images").is_dir():
-        corpus = ImageFiles({row.identifier: folder / "images" / row.file for row in chosen}, folder)
+        corpus = ImageFiles({row.identifier: folder / "images" / row.file for row in chosen}, folder / "images")
     else:
         vectors = _vectors(folder, rows, chosen)
     name = folder.name or folder.resolve().name
@@ -120,12 +121,9 @@ class ImageFiles(Mapping[str, Any]):
         self.digests = _Digests(self.paths)
 
     def __getitem__(self, identifier: str) -> Any:
-        from PIL import UnidentifiedImageError
-        from transformers.image_utils import load_image
-
         try:
             return load_image(str(self.paths[identifier]))  # upright and RGB
-        except (OSError, ValueError, UnidentifiedImageError) as error:
+        except Exception as error:  # Pillow raises SyntaxError and kinds of its own too
             raise InputError(
                 f"{self.paths[identifier]}: cannot be read as an image ({error}). Replace the file or remove it."
             ) from error
@@ -150,10 +148,13 @@ class _Digests(dict[str, str]):
 
 
 def _captions_file(folder: Path) -> Path | None:
-    for file in (*sorted(folder.glob("dataset*.json")), folder / "captions.jsonl"):
-        if file.is_file():
-            return file
-    return None
+    """The one captions file of a folder, None where there is none; what ``datasets`` writes is not meant."""
+    others = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
+    found = [file for file in sorted(folder.glob("dataset*.json")) if file.name not in others]
+    found += [file for file in (folder / "captions.jsonl",) if file.is_file()]
+    if len(found) > 1:
+        raise InputError(f"{folder}: {' and '.join(file.name for file in found)} both tell captions. Keep one.")
+    return found[0] if found else None
 
 
 def _karpathy(file: Path) -> Iterator[_Row]:
@@ -161,6 +162,8 @@ def _karpathy(file: Path) -> Iterator[_Row]:
         images = json.loads(file.read_text(encoding="utf-8"))["images"]
         for place, image in enumerate(images):
             captions = {str(s["sentid"]): s["raw"].strip() for s in image["sentences"]}
+            if len(captions) < len(image["sentences"]):
+                raise ValueError(f"imgid {image['imgid']} has a sentid twice")
             name = str(Path(image.get("filepath") or "") / str(image.get("filename", image["imgid"])))
             yield _Row(place, str(image["imgid"]), name, image["split"], captions)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -176,6 +179,8 @@ def _jsonl(file: Path) -> Iterator[_Row]:
         for place, line in enumerate(filled):
             try:
                 row = json.loads(line)
+                if not isinstance(row["image"], str) or not isinstance(row["captions"], list):
+                    raise TypeError("image is a name and captions are a list")
                 captions = {f"{row['image']}#{i}": text.strip() for i, text in enumerate(row["captions"])}
                 yield _Row(place, row["image"], row["image"], row["split"], captions)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -240,6 +245,8 @@ def _from_parquet(file: Path, ids: list[str]) -> np.ndarray:
     if "id" not in table.column_names or column is None:
         raise InputError(f"{file}: columns {table.column_names}; expected id, and emb or embedding.")
     place = {str(identifier): i for i, identifier in enumerate(table["id"].to_pylist())}
+    if len(place) < len(table):
+        raise InputError(f"{file}: {len(table) - len(place)} ids are there twice, so vectors are ambiguous. Keep one.")
     if missing := [identifier for identifier in ids if identifier not in place]:
         raise InputError(
             f"{file}: has no vector of {missing[0]!r} ({len(missing)} of {len(ids)} missing), which the captions file "

@@ -548,13 +548,18 @@ def _given_vectors(dataset: RetrievalDataset, side: str, model: Any, images: Any
     widths = [encoder.get_embedding_dimension()]
     tower = getattr(getattr(model[0], "model", None), "head", None)
     if images is None and side == "document" and "query" not in dataset.vectors and tower is not None:
+        if tower.config.image_dim == widths[0]:
+            raise InputError(
+                f"{dataset.name}: vectors of width {widths[0]} may be the vision tower's features or already mapped. "
+                "Bring the captions' vectors too, if they are."
+            )
         if vectors.shape[1] == tower.config.image_dim:
             with torch.inference_mode():
                 parts = [
-                    tower(torch.from_numpy(part.astype(np.float32)).to(tower.dtype), "image").sentence_embedding
+                    tower(torch.from_numpy(part.astype(np.float32)).to(tower.device, tower.dtype), "image")
                     for part in np.array_split(vectors, -(-len(vectors) // 2048))
                 ]
-            return torch.cat(parts).float().numpy().astype(np.float16)
+            return torch.cat([part.sentence_embedding.float().cpu() for part in parts]).numpy().astype(np.float16)
         widths.append(tower.config.image_dim)
     if vectors.shape[1] not in widths:
         flag = "--vision" if images is not None and side == "document" else "--backbone"
@@ -562,7 +567,16 @@ def _given_vectors(dataset: RetrievalDataset, side: str, model: Any, images: Any
             f"{dataset.name}: its {side} vectors have width {vectors.shape[1]}, but the encoder gives "
             f"{' or '.join(map(str, widths))}, so they come from another. Name the one that made them with {flag}."
         )
-    return vectors
+    if images is not None and side == "document":
+        return vectors
+    # As the encoder's own would be: of unit length, by which they are compared.
+    lengths = np.linalg.norm(vectors.astype(np.float32), axis=1, keepdims=True)
+    if not lengths.all():
+        raise InputError(
+            f"{dataset.name}: {side} vector {int(lengths.argmin())} of the split is zero, so it has no direction to "
+            "compare. Make it again, or remove its image."
+        )
+    return (vectors / lengths).astype(np.float16)
 
 
 def _refuse_wordless(dataset: RetrievalDataset, captions: Side, tokenizer: Any) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.util import all_gather_with_grad, get_rank, get_world_size
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .errors import InputError
 
@@ -36,6 +38,20 @@ def judged_relevant(features: list[dict[str, Tensor]]) -> Tensor:
     """``(queries, documents of all processes)`` True for what is relevant, in a batch of HeadData with labels."""
     index = gather(features[1]["index"])
     return (features[0]["judged"][..., None] == index + 1).any(1)
+
+
+def info_nce(scores: Tensor, own: Tensor, asked: Tensor, candidates: Tensor) -> Tensor:
+    """Cross entropy of each row's own candidate, where the same item elsewhere among the candidates is left out.
+
+    Args:
+        scores: ``(batch, candidates)``.
+        own: ``(batch,)`` column of each row's own candidate.
+        asked: ``(batch,)`` the item that each row belongs to.
+        candidates: ``(candidates,)`` the item that each column is.
+    """
+    same = candidates[None] == asked[:, None]
+    same[torch.arange(len(own)), own] = False
+    return F.cross_entropy(scores.masked_fill(same, -math.inf), own)
 
 
 def refuse_single(documents: Tensor) -> None:

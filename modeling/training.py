@@ -66,11 +66,11 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
     resume = _checkpoint_to_resume(output, args.resume_from_checkpoint)
     started_from = {"backbone": recipe.backbone, "objective": recipe.objective, **plan.config}
     # What older runs did not write down.
-    later = ("hard_negatives", "negative_margin", "lora_rank", "teacher", "remine")
+    later = ("hard_negatives", "negative_margin", "lora_rank", "teacher", "remine", "restval")
     started_from |= {name: getattr(recipe, name) for name in later} | plan.objective_arguments
     if plan.head:  # what the corpus and the objective make of the head before the first step
         started_from |= {"datasets": recipe.datasets, "split": recipe.split}
-        seen = ("queries", "cloze_sentences", "max_length", "vocabulary", "negatives", "depth")
+        seen = ("queries", "cloze_sentences", "max_length", "vocabulary", "negatives", "depth", "vision")
         started_from |= {name: getattr(plan.head, name) for name in seen}
     earlier = [] if resume or recipe.dry_run else [output / "final", output / "head", *output.glob("checkpoint-*")]
     earlier = [path for path in earlier if path.exists()] if args.process_index == 0 else []
@@ -404,7 +404,8 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], Encoder]:
             words = fetch(settings.vocabulary, revision=None)
             tokenizer = AutoTokenizer.from_pretrained(words)
             dim = backbone.get_embedding_dimension()
-            head = head_class.from_mlm(str(words), dim, tokenizer, foreign_words=True, **plan.config, **base)
+            foreign = {"foreign_words": True, "added_tokens": backbone.tokenizer.num_special_tokens_to_add()}
+            head = head_class.from_mlm(str(words), dim, tokenizer, **foreign, **plan.config, **base)
         else:
             head = head_class.from_backbone(backbone, **plan.config, **base)
         if settings.pipeline and not settings.head_only:  # what does not fit together should say so before training

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, MobileNetV2Config, MobileNetV2Model
 from transformers.models.mobilenet_v2.image_processing_pil_mobilenet_v2 import MobileNetV2ImageProcessorPil
 
 from polyrep.dense2sparse import (
+    CheckedTransformer,
     Dense2SparseConfig,
     Dense2SparseForRetrieval,
     Dense2SparseForRetrievalConfig,
@@ -29,7 +30,6 @@ from polyrep.dense2sparse import (
     DualEncoderConfig,
     DualEncoderHeadConfig,
     DualEncoderModel,
-    ImageTextTransformer,
 )
 from polyrep.gaussian import GaussianConfig, GaussianHeadConfig, GaussianModel, GaussianPooling, GaussianTransformer
 from polyrep.hub import Encoder
@@ -93,7 +93,7 @@ def image_text_folder(model: Any, processor: Any, folder: Path, family: type[Enc
     processor.save_pretrained(folder)
     name = {"method_output_name": "sentence_embedding"}
     modalities = {"text": {"method": "forward", **name}, "image": {"method": "encode_image", **name}}
-    opened = ImageTextTransformer(
+    opened = CheckedTransformer(
         str(folder), modality_config=modalities, module_output_name="sentence_embedding", unpad_inputs=False
     )
     whole = family(modules=[opened], similarity_fn_name="dot", device="cpu")

@@ -127,6 +127,8 @@ def test_a_photograph_taken_sideways_stands_upright(tmp_path):
         ([{"image": "a", "split": "test", "captions": ["x", " "]}], "caption 'a#1' of 'a' is empty"),
         ([{"image": "a", "split": "test"}], "captions.jsonl:1: not a JSON object with image, split and captions"),
         ([{"image": "a", "split": s, "captions": ["x"]} for s in ("test", "dev")], "image 'a' is there twice"),
+        ([{"image": "a", "split": "test", "captions": "dog"}], "captions are a list"),
+        ([{"image": 7, "split": "test", "captions": ["x"]}], "image is a name"),
     ],
 )
 def test_malformed_captions_are_named(tmp_path, rows, words):
@@ -167,6 +169,29 @@ def test_vectors_that_do_not_fit_are_refused(tmp_path, make, words):
     folder = jsonl(tmp_path / "set")
     make(folder)
     with pytest.raises(InputError, match=words):
+        load_retrieval_dataset(folder, "test")
+
+
+def test_ids_that_are_there_twice_are_refused(tmp_path):
+    rows = images()
+    rows[3]["sentences"][1]["sentid"] = rows[3]["sentences"][0]["sentid"]
+    with pytest.raises(InputError, match="imgid 13 has a sentid twice"):
+        load_retrieval_dataset(karpathy(tmp_path / "set", rows), "test")
+    folder = karpathy(tmp_path / "other")
+    parquet(folder / "img_embs.parquet", [13, 13], vectors(2))
+    with pytest.raises(InputError, match="1 ids are there twice"):
+        load_retrieval_dataset(folder, "test")
+
+
+def test_images_may_lie_elsewhere_and_what_datasets_writes_tells_no_captions(tmp_path):
+    (tmp_path / "photographs").mkdir()
+    Image.new("RGB", (8, 4)).save(tmp_path / "photographs" / "3.png")
+    folder = jsonl(tmp_path / "set", [{"image": "3.png", "split": "test", "captions": ["x"]}])
+    (folder / "images").symlink_to(tmp_path / "photographs")
+    (folder / "dataset_infos.json").write_text("{}")
+    assert load_retrieval_dataset(folder, "test").corpus["3.png"].size == (8, 4)
+    (folder / "dataset_coco.json").write_text("{}")
+    with pytest.raises(InputError, match="dataset_coco.json and captions.jsonl both tell captions"):
         load_retrieval_dataset(folder, "test")
 
 

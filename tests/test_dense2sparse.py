@@ -725,7 +725,7 @@ def test_flags_name_what_can_be_chosen_and_not_what_follows(run):
 @pytest.mark.parametrize("processes", [2])
 def test_two_processes_train_what_one_does(run, processes, tmp_path):
     flags = ["--save_strategy", "no", "--head_only", "true", "--max_steps", "3", "--negatives", "2", "--depth", "4"]
-    flags += ["--control", "term", "--bf16", "false", "--max_grad_norm", "1e9"]
+    flags += ["--control", "term", "--bf16", "false", "--max_grad_norm", "1e9", "--noise", "0.5", "--mixup", "0.5"]
     train([str(run), *flags, "--output_dir", str(tmp_path / "one"), "--per_device_train_batch_size", "2"])
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29517"]
     script = tmp_path / "main.py"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,14 @@ import torch
 from conftest import ROOT, run_python
 from PIL import Image
 from room_examples import dual_encoder, image_text_folder, tiny_vision
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SparseEncoder
 from torch.nn import functional as F
 from transformers import (
     AutoModel,
     AutoTokenizer,
+    BertTokenizer,
     BlipConfig,
     BlipForImageTextRetrieval,
     CLIPConfig,
@@ -200,6 +204,83 @@ def test_own_words_alone_are_those_of_the_caption(images_model):
         head.config.foreign_words = False
 
 
+def test_words_of_another_vocabulary_are_named_by_it(backbone, tmp_path):
+    dual_encoder(backbone, tmp_path).save_pretrained(tmp_path / "towers")
+    processor = DualEncoderModel.load_processor(str(tmp_path / "texts"), str(tmp_path / "vision"))
+    processor.save_pretrained(tmp_path / "towers")
+    (tmp_path / "other").mkdir()
+    words = (backbone / "vocab.txt").read_text().split()
+    (tmp_path / "other" / "vocab.txt").write_text("\n".join([*words[:5], *reversed(words[5:])]) + "\n")
+    other = BertTokenizer(str(tmp_path / "other" / "vocab.txt"))
+    settings = {"own_tokens": "none", "foreign_words": True, "added_tokens": 1}
+    head = Dense2SparseModel.from_mlm(AutoModel.from_pretrained(backbone), 12, other, **settings)
+    retriever = Dense2SparseForRetrieval.from_encoder(str(tmp_path / "towers"), head=head)
+    model = image_text_folder(retriever, processor, tmp_path / "model", SparseEncoder, "expand")
+    vector = torch.zeros(len(words))
+    vector[7] = 1.0
+    assert model.decode(vector) == [(list(reversed(words[5:]))[2], 1.0)]
+    found = model.encode_query(["a"]).to_dense()
+    assert (found > 0).any(), "one word beside what the tokenizer adds is a text"
+    tokens = processor.tokenizer([""], return_tensors="pt")
+    head.config.added_tokens = 2
+    assert not head(torch.randn(1, 12), tokens["input_ids"], tokens["attention_mask"]).sentence_embedding.any()
+
+
+def test_a_checkpoint_without_its_maps_is_refused(tmp_path):
+    model = both_towers("blip")
+    model.save_pretrained(tmp_path / "blip")
+    weights = load_file(tmp_path / "blip" / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if "proj.weight" not in k or "vision_model" in k},
+        tmp_path / "blip" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(ValueError, match="lacks text_proj.weight and 1 more weights"):
+        DualEncoderModel.from_encoder(str(tmp_path / "blip"))
+
+
+def test_given_vectors_are_brought_to_the_length_of_the_encoders_own(images_model, tmp_path):
+    from polyrep.data import load_retrieval_dataset
+    from polyrep.heads import encode_dataset
+
+    arrays = {"images": np.random.default_rng(0).normal(size=(12, 12)), "captions": np.ones((60, 12))}
+    arrays = {name: 7 * value.astype(np.float32) for name, value in arrays.items()}
+    width = images_model.get_embedding_dimension()
+    model = type("M", (), {"tokenizer": images_model.tokenizer, "prompts": {}, "similarity_fn_name": "dot"})()
+    model.get_embedding_dimension = lambda: 12
+    model.preprocess = images_model.preprocess
+    type(model).__getitem__ = lambda self, i: images_model[0]
+    dataset = load_retrieval_dataset(features(tmp_path / "set", **arrays), "test")
+    for side in encode_dataset(model, dataset):
+        lengths = np.linalg.norm(side.embeddings.values.astype(np.float32), axis=1)
+        np.testing.assert_allclose(lengths, 1.0, atol=2e-3)
+    arrays["images"][0] = 0
+    dataset = load_retrieval_dataset(features(tmp_path / "zero", **arrays), "test")
+    with pytest.raises(InputError, match="document vector 0 of the split is zero"):
+        encode_dataset(model, dataset)
+    assert width > 12
+
+
+def test_recalls_are_those_of_a_loop():
+    bench = script("dense2sparse_images")
+    rng = np.random.default_rng(0)
+    owners = np.repeat(np.arange(15), 2)
+    scores = rng.integers(0, 9, (30, 15)).astype(float)  # with many ties, which count as lost
+    found = bench.recalls(scores, owners)
+    for image in range(15):
+        places = [sum(scores[c] >= scores[c, image]) - 1 for c in np.flatnonzero(owners == image)]
+        best = max(scores[c, image] for c in np.flatnonzero(owners == image))
+        back = sum(scores[c, image] >= best for c in range(30) if owners[c] != image)
+        for k in (1, 5, 10):
+            assert found[bench.TEXT_TO_IMAGE, f"R@{k}"][image] == np.mean([p < k for p in places])
+            assert found[bench.IMAGE_TO_TEXT, f"R@{k}"][image] == (back < k)
+        reciprocal = np.mean([1 / (p + 1) if p < 10 else 0 for p in places])
+        assert found[bench.TEXT_TO_IMAGE, "MRR@10"][image] == pytest.approx(reciprocal)
+    scores[3, 3] = np.nan
+    with pytest.raises(InputError, match="not finite"):
+        bench.recalls(scores, owners)
+
+
 def test_images_are_expansion_and_nothing_else():
     torch.manual_seed(0)
     head = Dense2SparseModel(Dense2SparseConfig(input_dim=6, vocab_size=12)).eval()
@@ -301,20 +382,20 @@ def test_noise_and_mixing_reach_head_and_teacher_alike():
     objective.prepare(pairs)
     objective.progress = (3, 10)
     scaled = {**pairs.images, "sentence_embedding": 2 * pairs.images["sentence_embedding"]}
-    once, again = (objective._blurred(scaled, 1)["sentence_embedding"] for _ in range(2))
+    once, again = (objective._blurred(scaled, 3, 1)["sentence_embedding"] for _ in range(2))
     assert torch.equal(once, again), "draws follow from seed and step"
     objective.progress = (4, 10)
-    assert not torch.equal(once, objective._blurred(scaled, 1)["sentence_embedding"])
+    assert not torch.equal(once, objective._blurred(scaled, 3, 1)["sentence_embedding"])
     torch.testing.assert_close(once.norm(dim=1), torch.full((3,), 2.0))
     # A teacher of clean vectors would give another loss than one of what the head sees.
     features = [pairs.captions, pairs.of_caption]
     loss = objective(features, torch.arange(6))["distillation"]
-    blurred = [objective._blurred(side, number) for number, side in enumerate(features)]
+    blurred = [objective._blurred(side, 6, number) for number, side in enumerate(features)]
     clean = Dense2SparseLoss(head, alignment="none").train()
     clean.progress = (4, 10)
     torch.testing.assert_close(loss, clean(blurred, torch.arange(6))["distillation"])
     objective.eval()
-    assert objective._blurred(scaled, 1) is scaled, "only in training"
+    assert objective._blurred(scaled, 3, 1) is scaled, "only in training"
 
 
 def test_the_contrastive_loss_is_that_of_a_loop():
@@ -367,14 +448,23 @@ def runs(tmp_path_factory, backbone) -> dict[str, Path]:
         "true",
     ]
     shared += ["--per_device_train_batch_size", "8", "--save_steps", "2", "--bf16", "false"]
+    shared += ["--warmup_steps", "0", "--learning_rate", "0.01"]
     dual = root / "dual"
     train(
         ["dual-encoder-mobilenet-minilm", "--backbone", str(root / "texts"), "--vision", str(root / "vision")]
         + ["--output_dir", str(dual), "--projection_dim", "12", "--hidden_dim", "8", *shared]
     )
     words = root / "words"
-    train(["dense2sparse-mobilenet-minilm", "--backbone", str(dual / "final"), "--output_dir", str(words), *shared])
+    trusted = ["--trust_remote_code", "true"]
+    backbone = ["--backbone", str(dual / "final"), *trusted]
+    train(["dense2sparse-mobilenet-minilm", *backbone, "--output_dir", str(words), *shared])
     return {"root": root, "dual": dual, "words": words, "shared": shared}
+
+
+def words_run(runs: dict[str, Path], *flags: str) -> list[str]:
+    """The run of the words on the small dual encoder, whose folder carries our own code."""
+    backbone = ["--backbone", str(runs["dual"] / "final"), "--trust_remote_code", "true"]
+    return ["dense2sparse-mobilenet-minilm", *backbone, *flags]
 
 
 OPEN = """
@@ -463,9 +553,7 @@ def features(folder: Path, **arrays: np.ndarray) -> Path:
     if len(arrays) == 1:
         np.save(folder / "v.npy", arrays["images"])
     else:
-        from safetensors.numpy import save_file
-
-        save_file(arrays, folder / "v.safetensors")
+        save_arrays(arrays, folder / "v.safetensors")
     return folder
 
 
@@ -475,18 +563,24 @@ def test_features_of_the_tower_train_what_its_images_do(runs, tmp_path):
     own = vision.encode_document([Image.open(COCO / "images" / name).convert("RGB") for name in names])
     folder = features(tmp_path / "features", images=own.astype(np.float16))
     flags = [flag if flag != str(COCO) else str(folder) for flag in runs["shared"]]
-    train(
-        ["dual-encoder-mobilenet-minilm", "--backbone", str(runs["root"] / "texts"), *flags]
-        + ["--vision", str(runs["root"] / "vision"), "--projection_dim", "12", "--hidden_dim", "8"]
-        + ["--head_only", "true", "--output_dir", str(tmp_path / "dual")]
-    )
-    found, expected = (AutoModel.from_pretrained(path / "head") for path in (tmp_path / "dual", runs["dual"]))
-    for name, value in expected.state_dict().items():  # images are cached in half precision
-        torch.testing.assert_close(found.state_dict()[name], value, atol=5e-3, rtol=5e-2, msg=name)
-    train(
-        ["dense2sparse-mobilenet-minilm", "--backbone", str(runs["dual"] / "final"), *flags]
-        + ["--head_only", "true", "--output_dir", str(tmp_path / "words")]
-    )
+
+    def dual(data: Path, name: str) -> dict[str, torch.Tensor]:
+        train(
+            ["dual-encoder-mobilenet-minilm", "--backbone", str(runs["root"] / "texts")]
+            + [flag if flag != str(COCO) else str(data) for flag in runs["shared"]]
+            + ["--vision", str(runs["root"] / "vision"), "--projection_dim", "12", "--hidden_dim", "8"]
+            + ["--head_only", "true", "--output_dir", str(tmp_path / name)]
+        )
+        return AutoModel.from_pretrained(tmp_path / name / "head").state_dict()
+
+    expected, found = AutoModel.from_pretrained(runs["dual"] / "head").state_dict(), dual(folder, "dual")
+    exchanged = dual(features(tmp_path / "exchanged", images=np.roll(own, 1, axis=0).astype(np.float16)), "other")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=5e-3, rtol=5e-2, msg=name)
+    weight = "image.linear.weight"
+    apart = [float((side[weight] - expected[weight]).abs().max()) for side in (found, exchanged)]
+    assert apart[1] > 5 * apart[0], "features that go with other images train another map"
+    train(words_run(runs, *flags) + ["--head_only", "true", "--output_dir", str(tmp_path / "words")])
     ours, theirs = (AutoModel.from_pretrained(path / "head") for path in (tmp_path / "words", runs["words"]))
     torch.testing.assert_close(ours.vocabulary.weight, theirs.vocabulary.weight, atol=2e-2, rtol=5e-2)
 
@@ -501,7 +595,7 @@ def test_vectors_of_both_sides_need_no_encoding(towers, tmp_path, monkeypatch):
     flags = ["--datasets", str(data), "--max_steps", "2", "--per_device_train_batch_size", "8", "--bf16", "false"]
     train(
         ["dense2sparse-mobilenet-minilm", "--backbone", str(folder), *flags, "--output_dir", str(tmp_path / "out")]
-        + ["--disable_tqdm", "true", "--trust_remote_code", "false"]
+        + ["--disable_tqdm", "true"]
     )
     model = polyrep.load(tmp_path / "out" / "final", trust_remote_code=True, device="cpu")
     assert model.encode_document([photo()]).to_dense().shape == (1, model[0].model.config.vocab_size)
@@ -524,7 +618,8 @@ def test_vectors_of_another_encoder_are_refused(runs, tmp_path, run, change, wor
     vision = ["--vision", str(runs["root"] / "vision")] if run == "dual" else []
     flags = [flag if flag != str(COCO) else str(data) for flag in runs["shared"]]
     with pytest.raises(InputError, match=words):
-        train([name, "--backbone", str(backbone), *vision, *flags, "--output_dir", str(tmp_path / "out")])
+        trusted = ["--trust_remote_code", str(run == "words")]
+        train([name, "--backbone", str(backbone), *trusted, *vision, *flags, "--output_dir", str(tmp_path / "out")])
 
 
 def test_a_caption_without_a_known_word_is_refused(runs, tmp_path):
@@ -536,10 +631,7 @@ def test_a_caption_without_a_known_word_is_refused(runs, tmp_path):
     (data / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     flags = [flag if flag != str(COCO) else str(data) for flag in runs["shared"]]
     with pytest.raises(InputError, match=f"caption '{train_line['image']}#2' .'☃☃'. holds no word"):
-        train(
-            ["dense2sparse-mobilenet-minilm", "--backbone", str(runs["dual"] / "final"), *flags]
-            + ["--output_dir", str(tmp_path / "out")]
-        )
+        train(words_run(runs, *flags) + ["--output_dir", str(tmp_path / "out")])
 
 
 def test_a_dual_encoder_needs_a_vision_encoder(runs, tmp_path):
@@ -554,7 +646,7 @@ def test_a_dual_encoder_needs_a_vision_encoder(runs, tmp_path):
         train([*start, "--vision", "nobody/nothing"])
     with pytest.raises(InputError, match="joins no encoders"):
         train(
-            ["dense2sparse-mobilenet-minilm", "--backbone", str(runs["dual"] / "final"), *runs["shared"]]
+            words_run(runs, *runs["shared"])
             + ["--output_dir", str(tmp_path / "out"), "--vision", str(runs["root"] / "vision")]
         )
 
@@ -563,17 +655,15 @@ def test_images_and_texts_are_not_trained_on_together(runs, beir, tmp_path):
     (beir / "qrels" / "test.tsv").rename(beir / "qrels" / "train.tsv")
     flags = [*runs["shared"][:2], str(beir), *runs["shared"][2:]]
     with pytest.raises(InputError, match="one data set holds images, another texts"):
-        train(
-            ["dense2sparse-mobilenet-minilm", "--backbone", str(runs["dual"] / "final"), *flags]
-            + ["--output_dir", str(tmp_path / "out")]
-        )
+        train(words_run(runs, *flags) + ["--output_dir", str(tmp_path / "out")])
 
 
-def converter():
-    spec = importlib.util.spec_from_file_location("mobilenet", ROOT / "benchmarks" / "mobilenet.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(name: str):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
 
 
 def test_a_converted_mobilenet_is_the_plain_network(tmp_path):
@@ -601,7 +691,7 @@ def test_a_converted_mobilenet_is_the_plain_network(tmp_path):
         )
         arrays[f"b{number}"] = (0.3 * rng.normal(size=o)).astype(np.float32)
     np.savez(tmp_path / "w.npz", **arrays)
-    model = converter().convert(tmp_path / "w.npz")
+    model = script("mobilenet").convert(tmp_path / "w.npz")
     x = torch.rand(2, 3, 64, 64) * 2 - 1
 
     def layer(x: torch.Tensor, number: int, linear: bool) -> torch.Tensor:
@@ -630,7 +720,7 @@ def test_a_converted_mobilenet_is_the_plain_network(tmp_path):
     del arrays["b7"]
     np.savez(tmp_path / "w.npz", **arrays)
     with pytest.raises(InputError, match="b7 has shape None"):
-        converter().convert(tmp_path / "w.npz")
+        script("mobilenet").convert(tmp_path / "w.npz")
 
 
 def test_a_vision_encoder_is_cached_as_texts_are(tmp_path):

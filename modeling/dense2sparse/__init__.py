@@ -9,6 +9,7 @@ from __future__ import annotations
 from .. import Room, register
 from .contrastive import DualEncoderLoss
 from .modeling_dense2sparse import (
+    CheckedTransformer,
     Dense2SparseConfig,
     Dense2SparseForRetrieval,
     Dense2SparseForRetrievalConfig,
@@ -19,11 +20,11 @@ from .modeling_dense2sparse import (
     DualEncoderHead,
     DualEncoderHeadConfig,
     DualEncoderModel,
-    ImageTextTransformer,
 )
 from .objective import Dense2SparseLoss
 
 __all__ = [
+    "CheckedTransformer",
     "Dense2SparseConfig",
     "Dense2SparseForRetrieval",
     "Dense2SparseForRetrievalConfig",
@@ -36,7 +37,6 @@ __all__ = [
     "DualEncoderHeadConfig",
     "DualEncoderLoss",
     "DualEncoderModel",
-    "ImageTextTransformer",
 ]
 
 register(

@@ -9,10 +9,9 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from sentence_transformers.util import get_rank
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..errors import InputError
-from ..objectives import gather
+from ..objectives import gather, info_nce
 from .modeling_dense2sparse import DualEncoderHead
 
 Features = dict[str, Tensor]
@@ -81,16 +80,11 @@ class DualEncoderLoss(nn.Module):
         everyone, of_caption = gather(images["index"]), gather(images["index"][labels])
         with torch.autocast(texts.device.type, enabled=False):
             scale = self.model.log_scale.exp()
-            forth = self._cross_entropy(texts @ gather(pictures).T * scale, own, everyone, images["index"][labels])
+            asked = images["index"][labels]
+            forth = info_nce(texts @ gather(pictures).T * scale, own, asked, everyone)
             mine = get_rank() * len(texts) + torch.arange(len(texts), device=texts.device)
             back = pictures[labels] @ gather(texts).T * scale
-            return (forth + self._cross_entropy(back, mine, of_caption, images["index"][labels])) / 2
-
-    def _cross_entropy(self, scores: Tensor, own: Tensor, candidates: Tensor, asked: Tensor) -> Tensor:
-        """Cross entropy of ``(batch, candidates)``, where what shows the same image elsewhere is left out."""
-        same = candidates[None] == asked[:, None]
-        same[torch.arange(len(own)), own] = False
-        return F.cross_entropy(scores.masked_fill(same, -math.inf), own)
+            return (forth + info_nce(back, mine, asked, of_caption)) / 2
 
     def get_config_dict(self) -> dict[str, Any]:
         """Settings, for the card."""

@@ -82,6 +82,7 @@ class Dense2SparseConfig(PretrainedConfig):
         average_length (float): Mean number of own tokens of a document where the head was trained.
         special_token_ids (list): Vocabulary entries that stand for no word.
         foreign_words (bool): The words are of another vocabulary than the encoder's, whose token ids mean others.
+        added_tokens (int): Tokens that the encoder's tokenizer adds to any text.
         vocabulary_bytes (int): Length of the stored vocabulary in bytes; set by ``from_mlm``.
         base_model_id (str): The backbone whose vectors the head was trained on, with revision and fingerprint.
         base_revision (str): Its commit on the Hub.
@@ -97,6 +98,7 @@ class Dense2SparseConfig(PretrainedConfig):
         "average_length",
         "special_token_ids",
         "foreign_words",
+        "added_tokens",
         "vocabulary_bytes",
         "base_model_id",
         "base_revision",
@@ -119,6 +121,7 @@ class Dense2SparseConfig(PretrainedConfig):
         average_length: float = 1.0,
         special_token_ids: list | None = None,
         foreign_words: bool = False,
+        added_tokens: int = 2,
         vocabulary_bytes: int = 0,
         base_model_id: str | None = None,
         base_revision: str | None = None,
@@ -172,7 +175,7 @@ class Dense2SparseConfig(PretrainedConfig):
         self.mass, self.min_weight = mass, min_weight
         self.average_length = average_length
         self.special_token_ids = list(special_token_ids or [])
-        self.foreign_words = foreign_words
+        self.foreign_words, self.added_tokens = foreign_words, added_tokens
         self.vocabulary_bytes = vocabulary_bytes
         self.base_model_id, self.base_revision, self.base_fingerprint = base_model_id, base_revision, base_fingerprint
         kwargs.pop("projection_dim", None)
@@ -379,8 +382,8 @@ class Dense2SparseModel(PreTrainedModel):
                 own = own[self.expansion_terms] if compact else own
                 weights = torch.maximum(weights, own * self.saturate(counts, lengths, task))
             weights = weights * (lengths > 0)  # nothing is known of a text without a known word
-        elif not image and attention_mask is not None:  # begin and end alone are an empty text
-            weights = weights * (attention_mask.sum(1, keepdim=True) > 2)
+        elif not image and attention_mask is not None:  # what the tokenizer adds to any text is an empty one
+            weights = weights * (attention_mask.sum(1, keepdim=True) > config.added_tokens)
         return Dense2SparseOutput(sentence_embedding=weights if compact else self._prune(weights, task))
 
     def count(self, input_ids: Tensor, attention_mask: Tensor | None = None, compact: bool = False) -> tuple:
@@ -658,7 +661,13 @@ class DualEncoderModel(PreTrainedModel):
         """
         kind = AutoConfig.from_pretrained(backbone).model_type
         if kind in _BOTH_TOWERS:
-            encoder = _BOTH_TOWERS[kind].from_pretrained(backbone)
+            encoder, found = _BOTH_TOWERS[kind].from_pretrained(backbone, output_loading_info=True)
+            missing = sorted(key for key in found["missing_keys"] if not key.startswith("itm_head"))
+            if missing:
+                raise ValueError(
+                    f"DualEncoderModel: {backbone} lacks {missing[0]} and {len(missing) - 1} more weights of "
+                    f"{type(encoder).__name__}, which would be random. Name a checkpoint made for retrieval."
+                )
             model = cls(DualEncoderConfig(encoder_config=encoder.config))
             model.encoder = encoder
             return model.to(encoder.dtype)
@@ -855,7 +864,7 @@ class Dense2SparseForRetrieval(PreTrainedModel):
     def check_backbone(model: SentenceTransformer) -> tuple[str, bool]:
         """Pooling of a SentenceTransformer and whether it normalises; ValueError if it does more than that."""
         names = [type(module).__name__ for module in model]
-        if names == [ImageTextTransformer.__name__]:
+        if names == [CheckedTransformer.__name__]:
             return "mean", True  # a dual encoder's own config says what it does
         pooling = model[1].pooling_mode if names[1:2] == ["Pooling"] else None
         pooled = names[0] == "Transformer" and names[1:2] == ["Pooling"]
@@ -880,7 +889,7 @@ class Dense2SparseForRetrieval(PreTrainedModel):
         with tempfile.TemporaryDirectory() as folder:
             DualEncoderModel.from_encoder(backbone).save_pretrained(folder)
             DualEncoderModel.load_processor(backbone).save_pretrained(folder)
-            transformer = ImageTextTransformer(
+            transformer = CheckedTransformer(
                 folder,
                 model_kwargs={"dtype": dtype},
                 modality_config=modalities,
@@ -943,37 +952,49 @@ class Dense2SparseForRetrieval(PreTrainedModel):
         return self.head.decode(embeddings, top_k)
 
 
-class ImageTextTransformer(Transformer):
-    """The stock Transformer around a model with a tower for images, with the inputs checked first.
+class CheckedTransformer(Transformer):
+    """The stock Transformer around a model of ours, with images checked first and words read from the right list.
 
-    On its own it would take the path of an image that does not exist for a text, and encode the file's name.
+    On its own it would take the path of an image that does not exist for a text, and encode the file's name; and a
+    SparseEncoder would name a vector's words by the encoder's tokenizer, whose they need not be.
     """
+
+    def on_model_ready(self, model):
+        """Let the model's ``decode`` read the head's own words where the encoder has others."""
+        _read_words(model, self.model)
 
     def preprocess(self, inputs, *args, **kwargs):
         """Open images, refuse what cannot be opened, and hand on RGB."""
-        if isinstance(inputs, (list, tuple)):
+        if "image" in self.modalities and isinstance(inputs, (list, tuple)):
             inputs = [_opened(item) for item in inputs]
         return super().preprocess(inputs, *args, **kwargs)
 
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".heic", ".avif")
+
+
+def _read_words(model, owner):
+    if getattr(owner.config, "foreign_words", False):
+        model.decode = owner.decode
 
 
 def _opened(item):
     """An image or the path of one as an RGB image, upright; a dict's ``image`` likewise; anything else as it is."""
     if isinstance(item, dict) and "image" in item:
         return {**item, "image": _opened(item["image"])}
-    path = isinstance(item, Path) or isinstance(item, str) and item.lower().endswith(_IMAGE_SUFFIXES)
+    remote = isinstance(item, str) and item.startswith(("http://", "https://"))
+    named = item.partition("?")[0] if remote else item
+    path = isinstance(item, Path) or isinstance(item, str) and named.lower().endswith(_IMAGE_SUFFIXES)
     if not path and not (isinstance(item, str) and item.startswith("data:image/")) and not hasattr(item, "getbands"):
         return item
-    if path and not str(item).startswith(("http://", "https://")) and not Path(item).is_file():
+    if path and not remote and not Path(item).is_file():
         raise ValueError(
             f"{str(item)!r}: looks like the path of an image, but there is no such file, and its name would be "
             "encoded as a text. Mend the path; if it is a text, let it end in something else, a space say."
         )
     try:
         return load_image(str(item) if path else item)  # upright, RGB, whatever the mode was
-    except (OSError, ValueError) as error:
+    except Exception as error:  # Pillow raises SyntaxError and its own kinds too, and a network whatever it likes
         raise ValueError(
             f"{str(item)[:200]!r}: cannot be read as an image ({type(error).__name__}: {error}), so there is nothing "
             "to encode. Replace the file or leave it out."
@@ -1084,6 +1105,7 @@ class Dense2SparsePooling(Module):
                     f"{config.vocab_size:,} words of the head, so own tokens would be taken for other words. Use the "
                     "backbone it was trained on, or a head with own_tokens='none'."
                 )
+        _read_words(model, self.model)
         found = _fingerprint_of(before[0]) if before and config.base_fingerprint else None
         if found and found != config.base_fingerprint:
             logger.warning(

@@ -8,7 +8,6 @@ into sparse ones under a regulariser, with control over what queries may be expa
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, Protocol
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
-from ..objectives import gather, row_uniform
+from ..objectives import gather, info_nce, row_uniform
 from ..scoring import dot
 from .modeling_dense2sparse import Dense2SparseModel
 
@@ -260,7 +259,7 @@ class Dense2SparseLoss(nn.Module):
             InputError: Every document of the batch has become empty.
         """
         step, steps = self.progress
-        queries, documents = (self._blurred(side, number) for number, side in enumerate(features))
+        queries, documents = (self._blurred(side, len(features[0]["index"]), n) for n, side in enumerate(features))
         sparse_queries = self._encode(
             self.model, queries, "query", self._draw_gate(len(queries["index"]), step, steps)
         )
@@ -277,18 +276,30 @@ class Dense2SparseLoss(nn.Module):
         with torch.autocast(sparse_queries.device.type, enabled=False):
             return self._losses(queries, documents, sparse_queries.float(), local_documents.float(), labels)
 
-    def _blurred(self, features: Features, side: int) -> Features:
-        """Features with noise on their vectors, and documents with a share of others'; of the same length as before."""
+    def _blurred(self, features: Features, batch: int, side: int) -> Features:
+        """Features with noise on their vectors, and documents with a share of others'; of the same length as before.
+
+        Draws go by the query that a row belongs to, ``(batch, rows of it)``, so several processes draw what one does.
+        """
         vectors, (step, _) = features["sentence_embedding"], self.progress
         if not self.training or not (self.noise or self.mixup):
             return features
-        draw = {"seed": 2 * self.seed + side, "step": step, "device": vectors.device}
+        rest = len(vectors) // batch - 1  # negatives of each query, behind the own documents
+
+        def draw(use: int, *shape: int) -> Tensor:
+            # Below zero, where no seed of the expansion control is.
+            seed = -(4 * self.seed + 2 * side + use + 1)
+            uniform = row_uniform(batch, 1 + rest, *shape, seed=seed, step=step, device=vectors.device)
+            return torch.cat([uniform[:, 0], uniform[:, 1:].reshape(batch * rest, *shape)])
+
         lengths = vectors.norm(dim=1, keepdim=True)
         if self.mixup and side:
-            share = self.mixup * row_uniform(len(vectors), 1, **draw)
-            vectors = (1 - share) * vectors + share * vectors.roll(1, 0)
-        uniform = row_uniform(len(vectors), vectors.shape[1], **draw).clamp(1e-6, 1 - 1e-6)
-        normal = torch.erfinv(2 * uniform - 1) * 2**0.5  # (batch, dim)
+            share = self.mixup * draw(0, 1)
+            everyone = gather(vectors[:batch])  # own documents of all processes; each row meets the next query's
+            following = (get_rank() * batch + torch.arange(1, batch + 1, device=vectors.device)) % len(everyone)
+            others = everyone[torch.cat([following, following.repeat_interleave(rest)])]
+            vectors = (1 - share) * vectors + share * others
+        normal = torch.erfinv(2 * draw(1, vectors.shape[1]).clamp(1e-6, 1 - 1e-6) - 1) * 2**0.5  # (rows, dim)
         vectors = vectors + self.noise * lengths * normal / vectors.shape[1] ** 0.5
         return {**features, "sentence_embedding": F.normalize(vectors, dim=1) * lengths}
 
@@ -319,10 +330,8 @@ class Dense2SparseLoss(nn.Module):
         if self.label_weight > 0:
             assert labels is not None
             own = labels + get_rank() * len(local_documents)
-            everyone = gather(documents["index"])  # (all candidates,)
-            same = everyone[None] == documents["index"][labels][:, None]  # the same document once more
-            same[torch.arange(len(own)), own] = False
-            losses["labels"] = self.label_weight * F.cross_entropy(scores.masked_fill(same, -math.inf), own)
+            index = documents["index"]
+            losses["labels"] = self.label_weight * info_nce(scores, own, index[labels], gather(index))
         if self.gate_weight > 0:
             losses["gate"] = self.gate_weight * self._gate_loss(sparse_queries, documents, labels)
         ramp = min(1.0, step / max(1.0, self.ramp * steps)) ** 2
