@@ -864,7 +864,7 @@ class Dense2SparseForRetrieval(PreTrainedModel):
     def check_backbone(model: SentenceTransformer) -> tuple[str, bool]:
         """Pooling of a SentenceTransformer and whether it normalises; ValueError if it does more than that."""
         names = [type(module).__name__ for module in model]
-        if names == [CheckedTransformer.__name__]:
+        if len(names) == 1 and model[0].model.config.model_type == DualEncoderConfig.model_type:
             return "mean", True  # a dual encoder's own config says what it does
         pooling = model[1].pooling_mode if names[1:2] == ["Pooling"] else None
         pooled = names[0] == "Transformer" and names[1:2] == ["Pooling"]
