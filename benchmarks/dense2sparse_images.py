@@ -99,6 +99,7 @@ class Arguments:
     )
     flags: str = field(default="", metadata={"help": "Flags of the run for every fit, e.g. '--max_steps 2'."})
     cache_dir: str = field(default=".cache", metadata={"help": "Embeddings and fitted heads."})
+    redraw: bool = field(default=False, metadata={"help": "Draw the PNG anew from the JSON, and stop."})
     output: str | None = field(default=None, metadata={"help": "Folder for the JSON, Markdown and PNG."})
     name: str = field(default="dense2sparse-images", metadata={"help": "Name of the files."})
 
@@ -420,34 +421,44 @@ def claims(systems: dict[str, Measured], split: str) -> list[dict[str, Any]]:
     return found
 
 
-def draw_frontier(systems: dict[str, Measured], path: Path) -> None:
-    """Text-to-image R@1 against FLOPs."""
+def draw_frontier(rows: list[dict[str, Any]], path: Path) -> None:
+    """Text-to-image R@1 against FLOPs: a line for what one knob trades, a named point for every other lever."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    families: dict[str, list[str]] = {}
-    for name, system in systems.items():
-        if "FLOPs" in system.figures:
-            family = name if name.startswith("paper's recipe") else name.partition(", ")[0]
-            families.setdefault(family, []).append(name)
-        elif not name.startswith("BM25"):
-            style = "--" if "adapter" in name else ":" if "+" in name else "-"
-            axis.axhline(100 * system.mean().mean(), color="0.5", lw=1, ls=style, label=name)
-    for family, names in families.items():
-        names = sorted(names, key=lambda n: systems[n].figure("FLOPs"))
-        axis.plot(
-            [systems[n].figure("FLOPs") for n in names],
-            [100 * systems[n].mean().mean() for n in names],
-            "o-",
-            label=family,
-            ms=5,
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["dataset"].endswith(TEXT_TO_IMAGE):
+            found.setdefault(row["system"], {})[row["metric"]] = row["value"]
+    lines = {
+        "Dense2Sparse, by regulariser": [
+            "Dense2Sparse",
+            *(f"Dense2Sparse, regulariser {w}" for w in (0.02, 0.1, 0.4)),
+        ],
+        f"{FREE}, by L1": [name for name in found if name.startswith(FREE)],
+        f"{CONTROLLED}, by L1": [name for name in found if name.startswith(CONTROLLED) and "half" not in name],
+        "CSR, by dims": [name for name in found if name.startswith("CSR")],
+    }
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    for label, names in lines.items():
+        points = sorted((found[name]["FLOPs"], 100 * found[name]["R@1"]) for name in names)
+        axis.plot(*zip(*points, strict=True), "o-", ms=5, label=label)
+    for name in set(found) - {name for names in lines.values() for name in names}:
+        if "FLOPs" not in found[name] or "words" in name:
+            continue
+        place = found[name]["FLOPs"], 100 * found[name]["R@1"]
+        axis.plot(*place, "x", color="0.3", ms=5)
+        label, up = name.removeprefix("paper's recipe, "), "half" in name or name.startswith("Dense2Sparse")
+        axis.annotate(
+            label, place, (0, 6 if up else -10), textcoords="offset points", fontsize=7, ha="center", color="0.3"
         )
+    for name, style in (("dense", "-"), ("dense + Dense2Sparse", ":")):
+        axis.axhline(100 * found[name]["R@1"], color="0.5", lw=1, ls=style, label=name)
     axis.set(xscale="log", xlabel="FLOPs: words that a caption and an image share", ylabel="text to image, R@1 (%)")
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axis.legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=144)
     plt.close(figure)
 
@@ -455,6 +466,11 @@ def draw_frontier(systems: dict[str, Measured], path: Path) -> None:
 def main() -> None:
     """Fit, measure and write."""
     (args,) = HfArgumentParser([Arguments]).parse_args_into_dataclasses()
+    if args.redraw:
+        draw_frontier(
+            read_json(Path(args.output) / f"{args.name}.json")["rows"], Path(args.output) / f"{args.name}.png"
+        )
+        return
     if not args.dataset or not Path(args.dataset).is_dir():
         raise InputError(f"--dataset {args.dataset!r}: no such folder. Name one with captions and image features.")
     made_by = provenance(shlex.join(["python", *sys.argv]))
@@ -486,7 +502,7 @@ def main() -> None:
     }
     print(write_results(results, Path(args.output) if args.output else None))
     if args.output:
-        draw_frontier(systems, Path(args.output) / f"{args.name}.png")
+        draw_frontier(results["rows"], Path(args.output) / f"{args.name}.png")
 
 
 if __name__ == "__main__":
