@@ -6,7 +6,11 @@
 CAPTIONS is a folder as ``polyrep.captions`` reads it, with features of the vision encoder that
 ``models/dual-encoder-mobilenet-minilm/final`` holds. Needed before: ``accelerate launch train.py
 hub_configs/dual-encoder-mobilenet-minilm --datasets CAPTIONS --vision ...``. Fitted heads are kept under a hash of all
-they depend on, so an interrupted run goes on where it was. A score shared with another image counts as lost.
+they depend on, so an interrupted run goes on where it was. A score shared with another image counts as lost; the
+captions of an image are resampled together.
+
+"Paper's recipe" is distillation and L1 with no label, as Nguyen et al. have it, but for the teacher's temperature (0.05
+instead of 0.001), the batch (256 instead of 512) and the length (300 steps, 2.5 epochs, instead of 200 epochs).
 """
 
 from __future__ import annotations
@@ -52,9 +56,7 @@ PUBLISHED = [
     *("--noise", "0", "--mixup", "0", "--teacher_temperature", "0.05", "--max_steps", "300"),
     *("--regularizer", "l1", "--regularizer_weight", "0.0003"),
 ]
-"""Distillation and L1 alone, in half the steps."""
-
-FREE, CONTROLLED = "as published, no control", "as published, batch control"
+FREE, CONTROLLED = "paper's recipe, no control", "paper's recipe, batch control"
 SPARSER = "Dense2Sparse, regulariser 0.1"
 SYSTEMS: dict[str, tuple[bool, list[str]]] = {
     "Dense2Sparse": (True, []),
@@ -65,13 +67,17 @@ SYSTEMS: dict[str, tuple[bool, list[str]]] = {
     "Dense2Sparse, no labels": (False, ["--label_weight", "0"]),
     FREE: (True, PUBLISHED),
     CONTROLLED: (True, [*PUBLISHED, "--control", "batch"]),
-    "as published, caption control": (False, [*PUBLISHED, "--control", "caption"]),
-    "as published, term control": (False, [*PUBLISHED, "--control", "term"]),
-    "as published, batch control to half": (False, [*PUBLISHED, "--control", "batch", "--control_until", "0.5"]),
-    "as published, FLOPS, no control": (False, [*PUBLISHED, *FLOPS]),
-    "as published, FLOPS, batch control": (False, [*PUBLISHED, *FLOPS, "--control", "batch"]),
-    "as published, gate supervision, no control": (False, [*PUBLISHED, "--gate_weight", "0.1"]),
-    "as published, lexical alignment, no control": (False, [*PUBLISHED, "--alignment", "ridge"]),
+    f"{FREE}, L1 0.001": (False, [*PUBLISHED, "--regularizer_weight", "0.001"]),
+    f"{FREE}, L1 0.003": (False, [*PUBLISHED, "--regularizer_weight", "0.003"]),
+    f"{CONTROLLED}, L1 0.001": (False, [*PUBLISHED, "--regularizer_weight", "0.001", "--control", "batch"]),
+    f"{CONTROLLED}, L1 0.003": (False, [*PUBLISHED, "--regularizer_weight", "0.003", "--control", "batch"]),
+    "paper's recipe, caption control": (False, [*PUBLISHED, "--control", "caption"]),
+    "paper's recipe, term control": (False, [*PUBLISHED, "--control", "term"]),
+    "paper's recipe, batch control to half": (False, [*PUBLISHED, "--control", "batch", "--control_until", "0.5"]),
+    "paper's recipe, FLOPS, no control": (False, [*PUBLISHED, *FLOPS]),
+    "paper's recipe, FLOPS, batch control": (False, [*PUBLISHED, *FLOPS, "--control", "batch"]),
+    "paper's recipe, gate supervision, no control": (False, [*PUBLISHED, "--gate_weight", "0.1"]),
+    "paper's recipe, lexical alignment, no control": (False, [*PUBLISHED, "--alignment", "ridge"]),
 }
 """Name -> whether it is fitted with every seed or with the first alone, and flags over the shipped run."""
 
@@ -130,12 +136,18 @@ class ImageBench(Bench):
 
 
 def recalls(scores: np.ndarray, owners: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
-    """(direction, metric) -> value of every caption, or of every image, that asks.
+    """(direction, metric) -> ``(images,)`` value for each image: of its captions, averaged, or as it asks itself.
 
     Args:
         scores: ``(captions, images)``.
         owners: ``(captions,)`` place of each caption's image.
+
+    Raises:
+        InputError: A score is not finite.
     """
+    if not np.isfinite(scores).all():
+        raise InputError("a score is not finite, so no ranking exists. The vectors are damaged.")
+    captions_of = np.bincount(owners, minlength=scores.shape[1])
     own = scores[np.arange(len(scores)), owners]
     lost = (scores >= own[:, None]).sum(1) - 1  # other images that score as much: (captions,)
     of_image = np.arange(scores.shape[1])[:, None] == owners  # (images, captions)
@@ -146,6 +158,9 @@ def recalls(scores: np.ndarray, owners: np.ndarray) -> dict[tuple[str, str], np.
         for k in (1, 5, 10):
             found[direction, f"R@{k}"] = (place < k).astype(float)
         found[direction, "MRR@10"] = np.where(place < 10, 1 / (place + 1), 0.0)
+    for (direction, metric), values in found.items():
+        if direction == TEXT_TO_IMAGE:
+            found[direction, metric] = np.bincount(owners, values, scores.shape[1]) / captions_of
     return found
 
 
@@ -251,6 +266,8 @@ def label_texts(args: Arguments, count: int, split: str) -> RetrievalDataset:
     names = Path(args.labels).read_text(encoding="utf-8").splitlines()
     with np.load(args.weights, allow_pickle=False) as arrays:
         weight, bias = (arrays[name].astype(np.float32) for name in ("w52", "b52"))
+    if len(names) != len(bias):
+        raise InputError(f"{args.labels}: {len(names)} names for {len(bias)} classes, so they would go with others.")
     logits = features @ weight.reshape(len(bias), -1).T + bias
     best = np.argsort(-logits, axis=1)[:, :count]
     texts = {i: " ".join(names[place] for place in row) for i, row in zip(dataset.corpus, best, strict=True)}
@@ -290,8 +307,6 @@ def table(args: Arguments, bench: ImageBench, split: str) -> dict[str, Measured]
             short = pruned(made["texts"], size), pruned(made["images"], size)
             figures = readability(bench.queries(split), *short, owners, made["special"])
             systems[f"Dense2Sparse, {size} words"].add(recalls(all_scores(*short), owners), figures)
-            if seed != args.seeds[0]:
-                continue
             module = bench.rival("csr", seed, size, labels=False)
             pair = [
                 encode_sparse(
@@ -303,9 +318,11 @@ def table(args: Arguments, bench: ImageBench, split: str) -> dict[str, Measured]
             figures = {"FLOPs": cost["flops"], "image dims": cost["active_dims"]}
             figures["caption dims"] = cost["query_active_dims"]
             systems[f"CSR, {size} dims"].add(recalls(cosines(*pair), owners), figures)
-        words = standardised(all_scores(whole["texts"], whole["images"]))
-        mixed = weight * words + (1 - weight) * standardised(dense)
-        systems["dense + Dense2Sparse"].add(recalls(mixed, owners), {"weight": weight})
+        words = all_scores(whole["texts"], whole["images"])
+        forth = recalls(weight * standardised(words) + (1 - weight) * standardised(dense), owners)
+        back = recalls((weight * standardised(words.T) + (1 - weight) * standardised(dense.T)).T, owners)
+        both = {key: (forth if key[0] == TEXT_TO_IMAGE else back)[key] for key in forth}
+        systems["dense + Dense2Sparse"].add(both, {"weight": weight})
     return systems
 
 
@@ -351,7 +368,7 @@ def rows_of(systems: dict[str, Measured], collection: str, split: str) -> list[d
 
 
 def claims(systems: dict[str, Measured], split: str) -> list[dict[str, Any]]:
-    """What the card promises, with intervals from resampling captions."""
+    """What the card promises, with intervals from resampling images with their captions."""
     draws = np.random.default_rng(0).integers(len(systems["dense"].mean()), size=(2000, len(systems["dense"].mean())))
     found: list[dict[str, Any]] = []
 
@@ -377,14 +394,18 @@ def claims(systems: dict[str, Measured], split: str) -> list[dict[str, Any]]:
 
     ours, dense, adapter = mean("Dense2Sparse"), mean("dense"), mean("dense, adapter with labels")
     claim("image_ratio", lambda r: ours(r) / dense(r), 1.0, flops=systems["Dense2Sparse"].figure("FLOPs"))
-    claim("image_ratio_to_adapter", lambda r: ours(r) / adapter(r), None)
-    free = mean(FREE)
-    for name, other in (("control", CONTROLLED), ("alignment_and_noise", SPARSER)):
-        instead = mean(other)
-        cut = systems[FREE].figure("FLOPs") / systems[other].figure("FLOPs")
-        lost = float(100 * (systems[FREE].mean() - systems[other].mean()).mean())
-        claim(f"image_flops_cut_by_{name}", cut, 5.0, lambda v, x=lost: v >= 5 and x <= 0.5, points_lost=lost)
-        claim(f"image_points_lost_by_{name}", lambda r, b=instead: 100 * (free(r) - b(r)), 0.5, lambda v: v <= 0.5)
+    claim("image_ratio_to_adapter", lambda r: ours(r) / adapter(r), 1.0)
+    unlabelled = mean("Dense2Sparse, no labels")
+    claim("image_ratio_without_labels", lambda r: unlabelled(r) / dense(r), 1.0)
+    # FLOPs that the recipe without control needs for the R@1 of the one with it, and half a point more.
+    curve = sorted((systems[n].mean().mean(), systems[n].figure("FLOPs")) for n in systems if n.startswith(FREE))
+    recall = systems[CONTROLLED].mean().mean()
+    needed = np.exp(np.interp(recall + 0.005, [r for r, _ in curve], np.log([f for _, f in curve])))
+    cut = needed / systems[CONTROLLED].figure("FLOPs")
+    at_same_weight = systems[FREE].figure("FLOPs") / systems[CONTROLLED].figure("FLOPs")
+    free, held = mean(FREE), mean(CONTROLLED)
+    claim("image_flops_cut_by_control", cut, 5.0, at_the_same_weight=at_same_weight)
+    claim("image_points_lost_by_control_at_the_same_weight", lambda r: 100 * (free(r) - held(r)), None)
     for name in (FREE, CONTROLLED, "Dense2Sparse"):
         shares = {f: systems[name].figure(f) for f in ("own_token_share", "image_term_precision", "coactivation")}
         claim(f"image_own_token_share, {name}", shares.pop("own_token_share"), None, **shares)
@@ -408,7 +429,7 @@ def draw_frontier(systems: dict[str, Measured], path: Path) -> None:
     families: dict[str, list[str]] = {}
     for name, system in systems.items():
         if "FLOPs" in system.figures:
-            family = name if name.startswith("as published") else name.partition(", ")[0]
+            family = name if name.startswith("paper's recipe") else name.partition(", ")[0]
             families.setdefault(family, []).append(name)
         elif not name.startswith("BM25"):
             style = "--" if "adapter" in name else ":" if "+" in name else "-"
