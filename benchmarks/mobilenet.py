@@ -1,4 +1,4 @@
-"""Turn the plain arrays of a MobileNetV2 into a folder that transformers' AutoModel and AutoImageProcessor open.
+"""Turn the plain arrays of a MobileNetV2 into a folder that transformers' AutoModel and AutoProcessor open.
 
     python benchmarks/mobilenet.py --weights mobilenet_v2_dequant_fp16.npz --output models/mobilenet-v2
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoImageProcessor, MobileNetV2Config, MobileNetV2Model
+from transformers import AutoProcessor, MobileNetV2Config, MobileNetV2Model
 
 from polyrep.errors import InputError
 from polyrep.files import staged_folder, write_json
@@ -57,7 +57,7 @@ def main() -> None:
         square = {"height": 224, "width": 224}
         plain = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_center_crop": False, "size": square}
         write_json(staged / "preprocessor_config.json", {"image_processor_type": "MobileNetV2ImageProcessor"} | plain)
-        AutoImageProcessor.from_pretrained(staged).save_pretrained(staged)
+        AutoProcessor.from_pretrained(staged).save_pretrained(staged)
     print(f"{args.output}: width {MobileNetV2Model.from_pretrained(args.output).conv_1x1.convolution.out_channels}")
 
 

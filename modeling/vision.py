@@ -11,9 +11,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.module import Module
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoModel
 
-from .dense2sparse.modeling_dense2sparse import image_features
+from .dense2sparse.modeling_dense2sparse import image_features, image_processor_of
 from .errors import InputError
 
 
@@ -58,7 +58,7 @@ class _Features(Module):
     def __init__(self, folder: Path, dtype: torch.dtype):
         super().__init__()
         self.model = AutoModel.from_pretrained(folder, dtype=dtype)
-        self.processor = AutoImageProcessor.from_pretrained(folder)
+        self.processor = image_processor_of(str(folder))
 
     def preprocess(self, inputs: list[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Pixels of opened images."""

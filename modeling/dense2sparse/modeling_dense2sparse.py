@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForMaskedLM,
     AutoProcessor,
@@ -722,7 +721,7 @@ class DualEncoderModel(PreTrainedModel):
         if vision is None:
             return AutoProcessor.from_pretrained(backbone)
         tokenizer = AutoTokenizer.from_pretrained(backbone)
-        return VisionTextDualEncoderProcessor(AutoImageProcessor.from_pretrained(vision), tokenizer)
+        return VisionTextDualEncoderProcessor(image_processor_of(vision), tokenizer)
 
     def text_vectors(self, input_ids: Tensor, attention_mask: Tensor, **inputs) -> Tensor:
         """Dense vectors of texts: ``(batch, tokens)`` to ``(batch, projection_dim)``, of unit length."""
@@ -1009,6 +1008,12 @@ def _pooled(states: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
     last = (attention_mask * torch.arange(1, states.shape[1] + 1, device=states.device)).argmax(1)
     rows = torch.arange(len(states), device=states.device)
     return states[:, 0] if pooling == "cls" else states[rows, last]
+
+
+def image_processor_of(folder: str):
+    """A folder's image processor; AutoImageProcessor itself would want torchvision in transformers 5.17."""
+    processor = AutoProcessor.from_pretrained(folder)
+    return getattr(processor, "image_processor", processor)
 
 
 def image_features(encoder: PreTrainedModel, pixel_values: Tensor) -> Tensor:
