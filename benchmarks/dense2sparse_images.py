@@ -97,7 +97,7 @@ class Arguments:
         default_factory=list,
         metadata={"help": "Flags to sketch on dev with the first seed, each a string."},
     )
-    flags: str = field(default="", metadata={"help": "Flags of the run for every fit, e.g. '--max_steps 2'."})
+    flags: str = field(default="", metadata={"help": "Flags of the run for every fit, before its own."})
     cache_dir: str = field(default=".cache", metadata={"help": "Embeddings and fitted heads."})
     redraw: bool = field(default=False, metadata={"help": "Draw the PNG anew from the JSON, and stop."})
     output: str | None = field(default=None, metadata={"help": "Folder for the JSON, Markdown and PNG."})
