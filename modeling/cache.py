@@ -116,7 +116,7 @@ def embed(
         raise InputError(f"{name}: no text to encode.")
     if dtype not in ("float16", "float32"):
         raise InputError(f"dtype {dtype!r}: caches hold float16 or float32.")
-    if texts[next(iter(texts))] is None:
+    if isinstance(texts, dict) and next(iter(texts.values())) is None:
         raise InputError(
             f"{name}: holds vectors instead of images, which only the encoder that made them could compare with "
             "others. Put the files into images/, or train a head on the vectors."

@@ -115,7 +115,7 @@ def encode_side(
         vectors = np.asarray(embeddings.values, np.float32)
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         embeddings = replace(embeddings, values=vectors.astype(embeddings.values.dtype))
-    if not isinstance(texts[next(iter(texts))], str):
+    if not (isinstance(texts, dict) and isinstance(next(iter(texts.values())), str)):  # images are opened late
         return Side(embeddings, None, None, first)
     rows, lengths, content = [], [], list(texts.values())
     for start in range(0, len(content), 1024):

@@ -329,6 +329,7 @@ def test_a_head_of_images_starts_from_its_captions_words():
     plain = Dense2SparseModel(Dense2SparseConfig(input_dim=8, vocab_size=12, special_token_ids=[0, 1]))
     plain.load_state_dict(head.state_dict())
     Dense2SparseLoss(plain, alignment="none").prepare(pairs)
+    plain.requires_grad_(False)
     Dense2SparseLoss(head, alignment_ridge=0.2, alignment_gain=2.0, alignment_bias=-0.3).prepare(pairs)
     said = [
         [int(t) for t, m in zip(*row, strict=True) if m]
@@ -342,7 +343,6 @@ def test_a_head_of_images_starts_from_its_captions_words():
         assert float(plain.own_weight[term] / plain.own_weight.max()) == pytest.approx(
             np.sqrt(expected / max(np.log(1 + (6 - m + 0.5) / (m + 0.5)) for m in _frequencies(said, 12))), abs=1e-5
         ), place
-    plain.requires_grad_(False)
     # Ridge regression in float64 of every caption's weights on its own and on its image's vector.
     with torch.no_grad():
         lengths = torch.tensor([[float(len(row))] for row in said])
