@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shlex
 import sys
 from collections.abc import Callable
@@ -38,6 +37,7 @@ from polyrep.evaluation import per_query_metrics, table_rows
 from polyrep.files import staged_folder, write_json
 from polyrep.heads import HeadData, HeadTrainer, Side, encode_side, encode_sparse
 from polyrep.hub import fastest_dtype, fetch, fingerprint, load, read_json
+from polyrep.objectives import info_nce
 from polyrep.recipes import HeadTrainingArguments
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import Ranking, rank_embeddings, rank_with_bm25
@@ -127,10 +127,7 @@ class MaskedContrastiveLoss(torch.nn.Module):
         sides = [self.model(dict(side))["sentence_embedding"] for side in features]
         queries, documents = (torch.nn.functional.normalize(side, dim=1) for side in sides)
         index = features[1]["index"]
-        same = index[None] == index[labels][:, None]
-        same[torch.arange(len(labels)), labels] = False
-        scores = (queries @ documents.T * self.log_scale.exp()).masked_fill(same, -math.inf)
-        return torch.nn.functional.cross_entropy(scores, labels)
+        return info_nce(queries @ documents.T * self.log_scale.exp(), labels, index[labels], index)
 
 
 class Bench:

@@ -11,7 +11,7 @@ from sentence_transformers.util import get_rank
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..objectives import gather, info_nce
+from ..objectives import gather, in_batch_labels, info_nce
 from .modeling_dense2sparse import DualEncoderHead
 
 Features = dict[str, Tensor]
@@ -82,7 +82,7 @@ class DualEncoderLoss(nn.Module):
             scale = self.model.log_scale.exp()
             asked = images["index"][labels]
             forth = info_nce(texts @ gather(pictures).T * scale, own, asked, everyone)
-            mine = get_rank() * len(texts) + torch.arange(len(texts), device=texts.device)
+            mine = in_batch_labels(len(texts), texts.device)
             back = pictures[labels] @ gather(texts).T * scale
             return (forth + info_nce(back, mine, asked, of_caption)) / 2
 

@@ -130,14 +130,9 @@ class Dense2SparseConfig(PretrainedConfig):
         expansion_size = vocab_size if expansion_size is None else expansion_size
         own_tokens = own_tokens or "none"
         name = type(self).__name__
-        for field, value, low in (
-            ("input_dim", input_dim, 1),
-            ("vocab_size", vocab_size, 1),
-            ("expansion_size", expansion_size, 0),
-            ("hidden_layers", hidden_layers, 0),
-        ):
-            if not isinstance(value, int) or value < low:
-                raise ValueError(f"{name}: {field}={value!r} is no size, so there is no head. Use {low} or more.")
+        none = "is no size, so there is no head"
+        _refuse_small(name, none, 1, input_dim=input_dim, vocab_size=vocab_size)
+        _refuse_small(name, none, 0, expansion_size=expansion_size, hidden_layers=hidden_layers)
         _refuse_unknown(name, activation=activation, expansion=expansion, own_tokens=own_tokens)
         for field, value in (
             ("document_top_k", document_top_k),
@@ -494,14 +489,9 @@ class DualEncoderHeadConfig(PretrainedConfig):
         **kwargs,
     ):
         name = type(self).__name__
-        for field, value, low in (
-            ("text_dim", text_dim, 1),
-            ("image_dim", image_dim, 1),
-            ("projection_dim", projection_dim, 1),
-            ("hidden_dim", hidden_dim, 0),
-        ):
-            if not isinstance(value, int) or value < low:
-                raise ValueError(f"{name}: {field}={value!r} is no width, so there is no map. Use {low} or more.")
+        none = "is no width, so there is no map"
+        _refuse_small(name, none, 1, text_dim=text_dim, image_dim=image_dim, projection_dim=projection_dim)
+        _refuse_small(name, none, 0, hidden_dim=hidden_dim)
         for field, value in (("dropout", dropout), ("text_dropout", text_dropout)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name}: {field}={value!r} is no share that leaves anything. Use 0 to below 1.")
@@ -1038,6 +1028,12 @@ def _config_of(part) -> PretrainedConfig:
     if part.get("model_type") == DualEncoderConfig.model_type:
         return DualEncoderConfig.from_dict(part)
     return AutoConfig.for_model(**part)
+
+
+def _refuse_small(name: str, consequence: str, low: int, **sizes: int) -> None:
+    for field, value in sizes.items():
+        if not isinstance(value, int) or value < low:
+            raise ValueError(f"{name}: {field}={value!r} {consequence}. Use {low} or more.")
 
 
 def _refuse_unknown(name: str, **choices: str) -> None:
