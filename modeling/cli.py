@@ -1,4 +1,4 @@
-"""The command line: ``polyrep train`` and ``polyrep evaluate``; the scripts at the repository's root call it too."""
+"""The command line: ``polyrep train``, ``evaluate``, ``publish``; the scripts at the repository's root call it too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from .errors import InputError
 
-COMMANDS = {"train": "training", "evaluate": "evaluation"}
+COMMANDS = {"train": "training", "evaluate": "evaluation", "publish": "publish"}
 """Verb -> module of polyrep with a function of that name; imported only when it is asked for."""
 
 

@@ -18,14 +18,13 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from transformers import AutoModel, PreTrainedModel
 
 from .errors import InputError
-from .files import staged_folder, write_json
+from .files import staged_folder, write_json, write_text
 
 Encoder = SentenceTransformer | SparseEncoder | MultiVectorEncoder
 FAMILIES: dict[str, type[Encoder]] = {
@@ -203,7 +202,7 @@ def save(model: Encoder | PreTrainedModel, folder: str | Path, *, card: str | No
         model: A sentence-transformers model of any family, or a PreTrainedModel.
         folder: Where to write.
         card: Name of a template in ``model_cards/``; default: the model's own card.
-        context: Values for the template, e.g. ``recipe``.
+        context: What the card says beyond the model itself, see :func:`polyrep.cards.render_card`.
 
     Returns:
         The folder.
@@ -213,7 +212,9 @@ def save(model: Encoder | PreTrainedModel, folder: str | Path, *, card: str | No
         model.save_pretrained(str(staged))
         localize(staged)
         if card is not None:
-            render_card(model, card, **context).save(staged / "README.md")
+            from .cards import render_card  # which needs what is above
+
+            write_text(staged / "README.md", str(render_card(model, card, **context)))
     return folder
 
 
@@ -245,13 +246,6 @@ def localize(folder: str | Path) -> None:
     if any(folder.glob("modeling_*.py")):
         config = folder / "config_sentence_transformers.json"
         write_json(config, read_json(config) | {"requirements": REQUIREMENTS})
-
-
-def render_card(model: Any, template: str, **context: Any) -> ModelCard:
-    """Fill ``model_cards/<template>.md`` through the card machinery of sentence-transformers."""
-    return ModelCard.from_template(
-        card_data=model.model_card_data, template_path=str(shipped_folder("model_cards") / f"{template}.md"), **context
-    )
 
 
 def fingerprint(folder: Path) -> str:

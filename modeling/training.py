@@ -32,12 +32,14 @@ from sentence_transformers.util.misc import import_from_string
 from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback, set_seed
 
 from .adapters import AdapterTrainerMixin, add_adapters, merge_adapters
+from .cards import data_licence, public_command, stated_licence
 from .data import RetrievalDataset, inverse_cloze, load_corpus, load_retrieval_dataset
 from .errors import InputError
 from .files import staged_folder, write_json
 from .heads import HeadData, HeadTrainer
 from .hub import MINILM_ID, Encoder, family_of, fastest_dtype, fetch, fingerprint, load, localize, read_json, save
 from .mining import Miner, RemineCallback
+from .publish import measure_and_publish, refuse_unpublishable
 from .recipes import TRAINERS, HeadArguments, Plan, RecipeArguments, resolve
 from .report import provenance
 from .teachers import open_teacher
@@ -63,6 +65,8 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
             f"one process sees {args.n_gpu} GPUs, which would train with another batch size than the recipe's. Start "
             "with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES."
         )
+    push_to = refuse_unpublishable(plan) if args.push_to_hub else None
+    args.push_to_hub = False  # the trainer would push checkpoints, without card or results
     resume = _checkpoint_to_resume(output, args.resume_from_checkpoint)
     started_from = {"backbone": recipe.backbone, "objective": recipe.objective, **plan.config}
     # What older runs did not write down.
@@ -133,12 +137,14 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
     if recipe.lora_rank:
         merge_adapters(model)
     card = recipe.card or (plan.room.card if plan.room else None)
+    context = _card_context(plan, counts)
+    made: dict[str, Path] = {}
     if plan.head:
-        final = save(model, output / "head")
+        final = made["head"] = save(model, output / "head")
         if not plan.head.head_only:
             model = _with_backbone(plan, model, backbone)
     if not (plan.head and plan.head.head_only):
-        final = save(model, output / "final", card=card, recipe=_card_context(plan, counts))
+        final = made["final"] = save(model, output / "final", card=card, recipe=context)
     write_json(
         output / "training.json",
         provenance(plan.command)
@@ -150,11 +156,16 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
             "seed": args.seed,
             "backbone_fingerprint": fingerprint(fetch(recipe.backbone, revision=recipe.revision)),
             "fingerprint": fingerprint(final),
+            "fingerprints": {name: fingerprint(folder) for name, folder in made.items()},
+            "template": card,
+            "card": context,
             "pairs": counts,
             "seconds": round(seconds + getattr(trainer, "prepare_seconds", 0.0), 1),
             "log": trainer.state.log_history,
         },
     )
+    if push_to:
+        measure_and_publish(plan, final, push_to, prog)
     return final
 
 
@@ -522,24 +533,35 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def _base_id(backbone: str) -> str:
-    """A backbone's name for others: its Hub id, or the last part of a path, which is nobody else's."""
+    """A backbone's name for others: its Hub id, or the last part of a path that says something; the rest is ours."""
     if backbone == "minilm":
         return MINILM_ID
-    return Path(backbone).resolve().name if Path(backbone).is_dir() else backbone
+    path = Path(backbone).resolve()
+    return (path.parent if path.name == "final" else path).name if path.is_dir() else backbone
 
 
 def _card_context(plan: Plan, counts: dict[str, int]) -> dict[str, Any]:
+    """What the card says of a run: nothing of the machine that made it, and whose weights and data went into it."""
+    recipe = plan.recipe
+    vision = plan.head.vision if plan.head else ""
+    sources = {Path(source).resolve().name: source for source in recipe.datasets}
+    names = {name: sources.get(name) or sources[name.removesuffix("-cloze")] for name in counts}
+    licences = {
+        "backbone": stated_licence(fetch(recipe.backbone, revision=recipe.revision)),
+        "vision": stated_licence(fetch_vision(vision, plan.head.vision_revision)) if plan.head and vision else None,
+        "data": {name: data_licence(source) for name, source in names.items()},
+    }
     return {
-        # Where the model was written is a matter of the machine that made it.
-        "command": re.sub(r" --(output_dir|cache_dir) ('[^']*'|\S+)| --overwrite", "", plan.command),
-        "backbone": plan.recipe.backbone,
-        "vision_id": _base_id(plan.head.vision) if plan.head and plan.head.vision else "",
-        "backbone_id": _base_id(plan.recipe.backbone),
-        "pipeline": bool(plan.head and plan.head.pipeline),
+        "command": public_command(plan.command),
+        "backbone_id": _base_id(recipe.backbone),
+        "backbone_revision": recipe.revision,
+        "vision_id": _base_id(vision) if vision else None,
         "labels": plan.objective_arguments.get("label_weight", 1) > 0,
-        "objective": plan.recipe.objective,
-        "config": plan.config,
+        "objective": recipe.objective,
         "pairs": counts,
+        "datasets": {name: None if Path(source).is_dir() else source for name, source in names.items()},
+        "licences": licences,
+        "versions": ", ".join(f"{name} {version}" for name, version in provenance("")["versions"].items()),
         "seed": plan.args.seed,
         "batch_size": plan.args.train_batch_size * plan.args.world_size,
         "learning_rate": plan.args.learning_rate,

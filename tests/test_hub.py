@@ -163,7 +163,9 @@ def test_a_model_loaded_and_saved_again_keeps_its_fingerprint(folder, tmp_path):
 
 
 def test_a_card_is_rendered_from_its_template(multi_vector_model, tmp_path):
-    recipe = {"command": "accelerate launch train.py x", "pairs": {"tiny": 4}, "batch_size": 2, "seed": 7}
+    recipe = dict.fromkeys(("backbone_id", "backbone_revision", "vision_id", "objective", "learning_rate", "length"))
+    recipe |= {"command": "accelerate launch train.py x", "pairs": {"tiny": 4}, "batch_size": 2, "seed": 7}
+    recipe |= {"backbone_id": "someone/backbone", "versions": "torch 2"}
     folder = polyrep.save(multi_vector_model, tmp_path / "model", card="late_interaction", recipe=recipe)
     text = (folder / "README.md").read_text()
     assert text.startswith("---\n") and "library_name: sentence-transformers" in text

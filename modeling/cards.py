@@ -1,0 +1,356 @@
+"""Model cards: the templates of ``model_cards/`` filled with where a model comes from, what it scores, who may use it.
+
+A card is written twice: by ``train`` beside the weights, and by ``publish``, which knows the repository's name and the
+results. Both give every template the same variables (:data:`VARIABLES`), and a template that asks for another one is
+refused, since a card with a hole in it looks finished.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shlex
+from collections.abc import Collection, Iterable, Mapping
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.meta
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedModel
+
+from . import ROOMS
+from .errors import InputError
+from .hub import PREFIX, Encoder, shipped_folder
+from .report import to_markdown
+
+logger = logging.getLogger(__name__)
+
+PINNED = "<commit>"
+"""Stands for the 40 digits of a commit: a card cannot know those of the commit that it is part of."""
+
+VARIABLES = {
+    "card_data": "metadata of the card, as YAML",
+    "title": "last part of the repository's name, or None",
+    "model_id": "ORG/NAME, or None before it is published",
+    "recipe": "what train recorded (command, backbone, pairs, config, ...), or None",
+    "config": "config of the room's part of the model; empty for stock modules",
+    "pipeline": "whether the room's part is a module behind the backbone's own",
+    "opened": "function: what to call -> the line of code that opens the model with it",
+    "opened_head": "function: the room's sentence-transformers module -> the line that opens its head, where it is",
+    "head_alone": "whether the model is a head, to be attached to its backbone",
+    "doors": "what opens the model: (name, line of code) for each",
+    "results": "tables of what was measured on these weights, as Markdown; may be empty",
+    "picture": "file name of their picture, or None",
+    "licences": "(what, licence) for code, backbone and each data set",
+}
+"""Every variable of a template."""
+
+_METRICS = {"nDCG@10": "ndcg_at_10", "nDCG@3": "ndcg_at_3", "MRR@10": "mrr_at_10", "Recall@100": "recall_at_100"}
+"""Our names of metrics -> those of the Hub."""
+
+
+def render_card(
+    model: Encoder | PreTrainedModel,
+    template: str,
+    *,
+    recipe: Mapping[str, Any] | None = None,
+    model_id: str | None = None,
+    results: Iterable[Mapping[str, Any]] = (),
+    fingerprints: Collection[str] = (),
+    hub_ids: Mapping[str, str] | None = None,
+    picture: str | None = None,
+    licence: str | None = None,
+) -> ModelCard:
+    """Fill ``model_cards/<template>.md``.
+
+    Args:
+        model: The model that the card is of.
+        template: Name of the template.
+        recipe: What ``train`` recorded of the run, see ``training.json``; None where a model was made otherwise.
+        model_id: ``ORG/NAME`` of the repository, where it has one.
+        results: Results in the layout of :func:`polyrep.report.write_results`, measured on this model.
+        fingerprints: The model's, by which its rows are known among them; a head also has that of the whole model.
+        hub_ids: Data set -> its id on the Hub, where the results do not say it.
+        picture: File name of a picture of the results in the model's folder.
+        licence: Licence of the model as the Hub spells it; default: the backbone's, where that is known.
+
+    Raises:
+        InputError: There is no such template, or it asks for a variable that no card has.
+    """
+    folder = shipped_folder("model_cards")
+    environment = jinja2.Environment(  # Markdown, not HTML: nothing is escaped
+        loader=jinja2.FileSystemLoader(folder), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )
+    results = list(results)
+    _refuse_unknown_variables(environment, folder, template)
+    licences = licences_of(recipe)
+    known = licence or dict(licences).get("backbone weights")
+    context = {
+        "card_data": _metadata(
+            model, template, model_id, recipe, results, fingerprints, hub_ids or {}, known
+        ).to_yaml(),
+        "title": model_id.rpartition("/")[2] if model_id else None,
+        "model_id": model_id,
+        "recipe": recipe,
+        "config": _config_of(model),
+        "pipeline": not isinstance(model, PreTrainedModel) and bool(head_folders(model)),
+        "opened": partial(opened, model_id),
+        "opened_head": partial(_opened_head, model, model_id),
+        "head_alone": isinstance(model, PreTrainedModel),
+        "doors": doors(model, model_id),
+        "results": "\n".join(_tables(result) for result in results),
+        "picture": picture,
+        "licences": [(what, name or "not stated by its publisher") for what, name in licences],
+    }
+    try:
+        text = environment.get_template(f"{template}.md").render(context)
+    except jinja2.UndefinedError as error:
+        raise InputError(
+            f"model_cards/{template}.md: {error.message}, so the card would have a hole. A model that `train` did not "
+            "make has no recipe, and fields of one must stand inside `{% if recipe %}`."
+        ) from None
+    return ModelCard(re.sub(r"\n{3,}", "\n\n", text))  # what an empty part leaves behind
+
+
+def opened(
+    model_id: str | None, opener: str, subfolder: str | None = None, code: bool = True, settings: str = ""
+) -> str:
+    """The line of code that opens a model: pinned where it is on the Hub, with the flag where it carries code.
+
+    Args:
+        model_id: ``ORG/NAME``, or None for a local folder.
+        opener: What to call, e.g. ``SentenceTransformer`` or ``AutoModel.from_pretrained``.
+        subfolder: Module folder, for a head inside a pipeline.
+        code: Whether the opener runs code of the repository, which it must then be allowed to.
+        settings: Further arguments, as code.
+    """
+    arguments = [f'"{model_id or "path/to/this/folder"}"']
+    arguments += [f'subfolder="{subfolder}"'] if subfolder else []
+    arguments += [settings] if settings else []
+    arguments += [f'revision="{PINNED}"'] if model_id else []
+    arguments += ["trust_remote_code=True"] if code else []
+    return f"{opener}({', '.join(arguments)})"
+
+
+def doors(model: Encoder | PreTrainedModel, model_id: str | None = None) -> list[tuple[str, str]]:
+    """Every way to open a model, each as a name and a line of code."""
+    line = partial(opened, model_id)
+    if isinstance(model, PreTrainedModel):
+        module = next((room.module for room in ROOMS.values() if isinstance(model, room.head or room.model)), None)
+        ways = [("transformers", line("AutoModel.from_pretrained"))]
+        if module:
+            ways.append((f"{module.__name__} of polyrep", line(f"{module.__name__}.from_pretrained", code=False)))
+        return ways + [("polyrep", line("polyrep.load"))]
+    code = any(_is_ours(getattr(module, "model", None)) for module in model)
+    ways = [("sentence-transformers", line(type(model).__name__, code=code))]
+    if _is_ours(getattr(model[0], "model", None)):
+        ways.append(("transformers", line("AutoModel.from_pretrained")))
+        inputs = "AutoProcessor" if "image" in _modalities(model) else "AutoTokenizer"
+        ways.append(("its inputs", line(f"{inputs}.from_pretrained")))
+    for subfolder, name in head_folders(model).items():
+        ways.append(("the head alone", line("AutoModel.from_pretrained", subfolder)))
+        ways.append((f"{name} of polyrep", line(f"{name}.from_pretrained", subfolder, code=False)))
+    return ways + [("polyrep", line("polyrep.load", code=code))]
+
+
+def head_folders(model: Encoder) -> dict[str, str]:
+    """Module folders of a pipeline that hold a head of ours -> name of the module's class."""
+    modules = list(model.named_children())[1:]  # the first is the root, which is the encoder
+    return {
+        f"{name}_{type(module).__name__}": type(module).__name__
+        for name, module in modules
+        if _is_ours(getattr(module, "model", None))
+    }
+
+
+def _opened_head(model: Encoder | PreTrainedModel, model_id: str | None, name: str, settings: str = "") -> str:
+    """The head by its module: of the repository, of a pipeline's folder, or of what was trained beside the folder."""
+    if isinstance(model, PreTrainedModel):
+        return opened(model_id, f"{name}.from_pretrained", code=False, settings=settings)
+    for subfolder, module in head_folders(model).items():
+        if module == name:
+            return opened(model_id, f"{name}.from_pretrained", subfolder, code=False, settings=settings)
+    return f'{name}.from_pretrained("path/to/head"{", " + settings if settings else ""})'
+
+
+def _modalities(model: Encoder) -> list[str]:
+    first: Any = model[0]
+    return first.modalities
+
+
+def _config_of(model: Encoder | PreTrainedModel) -> dict[str, Any]:
+    parts = [model] if isinstance(model, PreTrainedModel) else [getattr(module, "model", None) for module in model]
+    return next((part.config.to_dict() for part in parts if part is not None and _is_ours(part)), {})
+
+
+def _is_ours(model: Any) -> bool:
+    return isinstance(model, PreTrainedModel) and model.config.model_type.startswith(PREFIX)
+
+
+def licences_of(recipe: Mapping[str, Any] | None) -> list[tuple[str, str | None]]:
+    """What a model is made of, each part with its licence, None where its publisher states none."""
+    parts: list[tuple[str, str | None]] = [("code in this repository", "apache-2.0")]
+    if recipe:
+        stated = recipe.get("licences") or {}
+        parts.append(("backbone weights", stated.get("backbone")))
+        if recipe.get("vision_id"):
+            parts.append(("vision encoder's weights", stated.get("vision")))
+        parts += [(f"training data {name}", stated.get("data", {}).get(name)) for name in recipe["pairs"]]
+    return parts
+
+
+def stated_licence(folder: Path) -> str | None:
+    """Licence in the metadata of a folder's README.md, of a model or a data set; None where it states none."""
+    readme = folder / "README.md"
+    found = re.match(r"---\n(.*?)\n---\n", readme.read_text(encoding="utf-8") if readme.is_file() else "", re.S)
+    try:
+        data = (yaml.safe_load(found[1]) if found else None) or {}
+    except yaml.YAMLError as error:
+        logger.warning("%s: its metadata cannot be read (%s), so its licence is not known.", readme, error)
+        return None
+    licence = data.get("license")
+    if licence == "other":
+        licence = data.get("license_name") or "other"
+    return ", ".join(licence) if isinstance(licence, list) else licence
+
+
+def data_licence(source: str) -> str | None:
+    """Licence of a data set, a folder or a Hub id, by its card; None where that states none or is not to be had."""
+    if Path(source).is_dir():
+        return stated_licence(Path(source))
+    try:
+        return stated_licence(Path(hf_hub_download(source, "README.md", repo_type="dataset")).parent)
+    except (HfHubHTTPError, OSError) as error:
+        logger.warning("%s: its card is not to be had (%s), so its licence is not known.", source, error)
+        return None
+
+
+def public_command(command: str) -> str:
+    """A command as others may read it: no path of this machine, and nothing about where it wrote or who may write."""
+    shown: list[str] = []
+    hidden = ""
+    for word in shlex.split(command):
+        flag, equals, value = word.partition("=")
+        if hidden in _WHERE or hidden in _SWITCHES and word.lower() in ("true", "false"):
+            hidden = ""  # the value of the flag before
+        elif flag in (*_WHERE, *_SWITCHES):
+            hidden = "" if equals else flag
+        else:
+            hidden = ""
+            shown.append(f"{flag}={_last_part(value)}" if equals and flag.startswith("--") else _last_part(word))
+    return shlex.join(shown)
+
+
+_WHERE = ("--output_dir", "--output", "--cache_dir", "--mined_cache", "--mteb_cache", "--hub_model_id")
+_SWITCHES = ("--overwrite", "--push_to_hub", "--hub_private_repo")
+"""Flags that a card leaves out, with a value and without."""
+
+
+def _last_part(word: str) -> str:
+    """A path that leads out of the working directory as its last part, also in a list with commas; else the word."""
+    if "," in word:
+        return ",".join(map(_last_part, word.split(",")))
+    path = Path(word)
+    if path.is_absolute() or ".." in path.parts or word.startswith("~"):
+        return path.parent.name if path.name == "final" and path.parent.name else path.name
+    return word
+
+
+def hub_metric(metric: str) -> str:
+    """Name of a metric as the Hub and MTEB spell it, e.g. ``ndcg_at_10``."""
+    return _METRICS.get(metric, metric)
+
+
+def own_rows(result: Mapping[str, Any], fingerprints: Collection[str]) -> list[dict[str, Any]]:
+    """The rows of results that were measured on the model with one of these fingerprints."""
+    systems = {system for system, digest in result["models"].items() if digest in fingerprints}
+    return [row for row in result["rows"] if row["system"] in systems]
+
+
+def _metadata(
+    model: Encoder | PreTrainedModel,
+    template: str,
+    model_id: str | None,
+    recipe: Mapping[str, Any] | None,
+    results: list[Mapping[str, Any]],
+    fingerprints: Collection[str],
+    hub_ids: Mapping[str, str],
+    licence: str | None,
+) -> ModelCardData:
+    """What the Hub reads: library, task, tags, base model, data, licence, and the results as a model index."""
+    stock = getattr(model, "model_card_data", None)  # a bare head is no sentence-transformers model
+    tags = [tag for tag in (stock.tags if stock else []) if not tag.startswith(("dataset_size:", "loss:"))]
+    tags += ["polyrep", template.replace("_", "-")]
+    base = datasets = None
+    if recipe:
+        tags += [f"loss:{recipe['objective']}", f"dataset_size:{sum(recipe['pairs'].values())}"]
+        base = [i for i in (recipe["backbone_id"], recipe.get("vision_id")) if i and _is_hub_id(i)] or None
+        datasets = [source for source in recipe.get("datasets", {}).values() if source] or None
+    measured = [(result, row) for result in results for row in own_rows(result, fingerprints)]
+    entries = [
+        EvalResult(
+            task_type="information-retrieval",
+            task_name="Retrieval",
+            dataset_type=row.get("hub_dataset") or hub_ids.get(row["dataset"]) or row["dataset"],
+            dataset_name=row["dataset"],
+            dataset_split=row["split"],
+            dataset_revision=row.get("hub_revision"),
+            metric_type=hub_metric(row["metric"]),
+            metric_name=row["metric"],
+            metric_value=round(row["value"], 5),
+        )
+        for _, row in measured
+    ]
+    known = licence if licence and re.fullmatch(r"[a-z0-9.-]+", licence) else None
+    index: dict[str, Any] = {"model_name": model_id or template, "eval_results": entries} if entries else {}
+    return ModelCardData(
+        library_name="sentence-transformers" if stock else "transformers",
+        pipeline_tag=(stock.pipeline_tag if stock else None) or "feature-extraction",
+        tags=list(dict.fromkeys(tags)),
+        base_model=base[0] if base and len(base) == 1 else base,
+        datasets=datasets,
+        license=known,
+        **index,
+    )
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except ValueError:
+        return False
+    return name.count("/") == 1
+
+
+def _tables(result: Mapping[str, Any]) -> str:
+    """The tables of a results file as part of a card: headings one level down, the command as others may read it."""
+    markdown = to_markdown({**result, "command": public_command(result["command"])})
+    return re.sub(r"^# .*\n+", "", markdown).replace("\n## ", "\n### ").replace("## ", "### ", 1).strip() + "\n"
+
+
+def _refuse_unknown_variables(environment: jinja2.Environment, folder: Path, template: str) -> None:
+    """Look at a template and at the parts it includes before any of it is filled."""
+    pending, seen = [f"{template}.md"], set()
+    while pending:
+        name = pending.pop()
+        seen.add(name)
+        if not (folder / name).is_file():
+            there = sorted(path.stem for path in folder.glob("[!_]*.md"))
+            raise InputError(f"model_cards/{name}: no such template. There are {', '.join(there)}.")
+        try:
+            tree = environment.parse((folder / name).read_text(encoding="utf-8"))
+        except jinja2.TemplateSyntaxError as error:
+            raise InputError(f"model_cards/{name}:{error.lineno}: {error.message}. Mend the template.") from None
+        for variable in sorted(jinja2.meta.find_undeclared_variables(tree) - set(VARIABLES)):
+            near = get_close_matches(variable, VARIABLES, n=1)
+            raise InputError(
+                f"model_cards/{name}: asks for {variable!r}, which no card has, so the card would have a hole. "
+                + (f"Did you mean {near[0]!r}?" if near else f"Variables: {', '.join(VARIABLES)}.")
+            )
+        pending += [part for part in jinja2.meta.find_referenced_templates(tree) if part and part not in seen]

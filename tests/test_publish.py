@@ -1,0 +1,544 @@
+"""Publishing: what goes into a repository, what does not, and that others open it; on a Hub of our own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import QUERIES, RUN_CLI, run_python, write_beir
+from hub_server import HubServer, Repository, running_hub
+from huggingface_hub import ModelCard
+from room_examples import gaussian_example, reinpool_example
+
+import polyrep
+from polyrep import InputError, cards, publish
+from polyrep.cli import main
+from polyrep.hub import fingerprint, load
+from polyrep.publish import refuse_secrets, verify
+from polyrep.report import provenance, write_results
+
+TEXTS = list(QUERIES.values())
+TEMPLATES = sorted(path.stem for path in polyrep.hub.shipped_folder("model_cards").glob("[!_]*.md"))
+
+RECIPE = {
+    "command": "accelerate launch train.py hub_configs/gaussian-minilm",
+    "backbone_id": "sentence-transformers/all-MiniLM-L6-v2",
+    "backbone_revision": None,
+    "vision_id": None,
+    "labels": True,
+    "objective": "GaussianObjective",
+    "pairs": {"tiny": 4881, "big": 3},
+    "datasets": {"tiny": None, "big": "someone/big"},
+    "licences": {"backbone": "apache-2.0", "vision": None, "data": {"tiny": "cc-by-4.0", "big": None}},
+    "versions": "torch 2",
+    "batch_size": 128,
+    "learning_rate": 0.001,
+    "length": "300 steps",
+    "seed": 7,
+}
+
+
+def results_of(folder: Path, digest: str, name: str = "measured", **changes: Any) -> Path:
+    """A results file with one row of a model and one of a baseline, as ``evaluate`` writes it."""
+    row = {"dataset": "tiny", "split": "test", "metric": "nDCG@10", "queries": 3}
+    results: dict[str, Any] = {
+        "name": name,
+        **provenance("python evaluate.py /data/somewhere/model --dataset tiny --output /data/there"),
+        "seeds": [0],
+        "settings_tried": 3,
+        "models": {"model": digest, "control": "0" * 64},
+        "rows": [
+            row | {"system": "model", "value": 0.61234, "bytes_per_document": 100},
+            row | {"system": "model", "value": 0.5, "metric": "Recall@100"},
+            row | {"system": "control", "value": 0.51234, "bytes_per_document": 100},
+        ],
+        "claims": [{"claim": "gain", "value": 0.1, "target": 0.05, "met": True}],
+    }
+    write_results(results | changes, folder)
+    return folder / f"{name}.json"
+
+
+def finish(model: Any, output: Path, name: str = "final", recipe: dict[str, Any] | None = None) -> Path:
+    """A folder as ``train`` leaves it, with results beside it."""
+    folder = polyrep.save(model, output / name)
+    digest = fingerprint(folder)
+    if recipe:
+        record = {"fingerprint": digest, "fingerprints": {name: digest}, "template": "gaussian", "card": recipe}
+        (output / "training.json").write_text(json.dumps(record))
+    results_of(output / "results", digest)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    scratch = tmp_path_factory.mktemp("examples")
+    gaussian, reinpool = (build(backbone, scratch) for build in (gaussian_example, reinpool_example))
+    return {"gaussian": gaussian.models["retriever"], "reinpool": reinpool.models["pipeline"]}
+
+
+@pytest.fixture
+def finished(models: dict[str, Any], tmp_path: Path) -> Path:
+    return finish(models["gaussian"], tmp_path / "gaussian", recipe=RECIPE)
+
+
+def refused(folder: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """What ``publish --dry_run`` says when it refuses; it must not have written anything into the folder."""
+    before = {path: path.read_bytes() for path in folder.parent.rglob("*") if path.is_file()}
+    assert main(["publish", str(folder), "--repo", "someone/model", "--dry_run", *flags]) == 2
+    assert {path: path.read_bytes() for path in folder.parent.rglob("*") if path.is_file()} == before
+    return capsys.readouterr().err
+
+
+# --- the whole way, on a Hub of our own --------------------------------------------------------------------------
+
+PUBLISH = """
+import json, os, sys, time, urllib.request
+time.sleep = lambda seconds: None  # what the client waits before it tries again
+from polyrep import publish
+from polyrep.cli import main
+
+for step in json.loads(sys.argv[1]):
+    if step.get("trusting"):
+        publish.verify = lambda folder, model: None
+    if "drops" in step:
+        urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/drops/{step['drops']}", data=b"")
+    os.environ["HF_TOKEN"] = step.get("token", "hf_test")
+    if not os.environ["HF_TOKEN"]:
+        del os.environ["HF_TOKEN"]
+    print("STATUS", main(step["arguments"]), flush=True)
+    print("ENDED", file=sys.stderr, flush=True)
+"""
+
+OPEN = """
+import importlib.abc, json, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("polyrep", "modeling", "toy"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import numpy as np
+import sentence_transformers, torch
+from transformers import AutoModel, AutoTokenizer
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+jobs, texts = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+report = {}
+for name, (family, repo, revision) in jobs.items():
+    pinned = {"revision": revision, "trust_remote_code": True}
+    model = getattr(sentence_transformers, family)(repo, device="cpu", **pinned)
+    for task, encode in (("query", model.encode_query), ("document", model.encode_document)):
+        report[f"{name} {task}"] = [np.asarray(vector).tolist() for vector in encode(texts)]
+    if name == "gaussian":
+        tokens = AutoTokenizer.from_pretrained(repo, **pinned)(texts, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            output = AutoModel.from_pretrained(repo, **pinned)(**tokens, task="query")
+        report["auto query"] = output.sentence_embedding.tolist()
+    else:
+        head = AutoModel.from_pretrained(repo, subfolder="4_ReinPoolPooling", **pinned)
+        module = get_class_from_dynamic_module("modeling_reinpool.ReinPoolPooling", repo, revision=revision)
+        pooling = module.from_pretrained(repo, subfolder="4_ReinPoolPooling", revision=revision)
+        parts = [{k: v.tolist() for k, v in part.state_dict().items()} for part in (head, pooling.model)]
+        report["heads agree"] = parts[0] == parts[1] and bool(parts[0])
+print("REPORT" + json.dumps(report))
+"""
+
+
+def on_hub(hub: HubServer, cache: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a program whose Hub is ours; these settings are read when huggingface_hub is imported."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test", "HF_HOME": str(cache)}
+    environment |= {"PYTHONPATH": str(Path(__file__).parent), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=cache,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[HubServer]:
+    with running_hub() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def published(
+    hub: HubServer, models: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[str, str, list[str]]]:
+    """One process publishes one thing after another: step -> (status, what it wrote to stderr, commits after it)."""
+    root = tmp_path_factory.mktemp("published")
+    gaussian = finish(models["gaussian"], root / "gaussian", recipe=RECIPE)
+    (gaussian / "optimizer.pt").write_bytes(b"a pickle")
+    reinpool = finish(models["reinpool"], root / "reinpool")
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+    def step(name: str, folder: Path, repo: str, **options: Any) -> dict[str, Any]:
+        flags = options.pop("flags", [])
+        return {"name": name, "arguments": ["publish", str(folder), "--repo", repo, *flags], **options}
+
+    steps = [
+        step("first", gaussian, "someone/gaussian", flags=["--hub_dataset", "tiny=someone/tiny"]),
+        step("pipeline", reinpool, "org/reinpool", flags=["--private"]),
+        step("again", gaussian, "someone/gaussian", flags=["--hub_dataset", "tiny=someone/tiny"], trusting=True),
+        step("other results", gaussian, "someone/gaussian", trusting=True),
+        step("another kind", reinpool, "someone/gaussian"),
+        step("no token", gaussian, "someone/gaussian", token=""),
+        step("read only", gaussian, "someone/new", token="hf_read"),
+    ]
+    hub.repositories["someone/stranger"] = Repository(False)
+    hub.repositories["someone/stranger"].add({"weights.gguf": b"x"}, "not ours")
+    steps += [
+        step("a stranger's", gaussian, "someone/stranger"),
+        step("lost", gaussian, "someone/lost", trusting=True, drops=100),  # more than the client tries
+        step("recovered", gaussian, "someone/lost", trusting=True, drops=0),
+    ]
+    ran = on_hub(hub, root, PUBLISH, json.dumps(steps))
+    statuses = [line.split()[1] for line in ran.stdout.splitlines() if line.startswith("STATUS")]
+    assert len(statuses) == len(steps), ran.stderr[-3000:]
+    assert {path: path.read_bytes() for path in before} == before, "publishing must not change a folder"
+    errors = ran.stderr.split("ENDED")
+    return {s["name"]: (*end, ran.stdout) for s, end in zip(steps, zip(statuses, errors, strict=False), strict=True)}
+
+
+def test_a_repository_is_complete_and_made_in_one_commit(published, hub):
+    assert published["first"][0] == "0", published["first"][1]
+    repository = hub.repositories["someone/gaussian"]
+    assert len(repository.commits) == 3  # made, first, other results: publishing the same again makes none
+    commit, files = repository.commits[1]
+    assert commit in published["first"][2], "the printed lines name the commit"
+    assert set(files) == {
+        *(".gitattributes", "README.md", ".eval_results/someone--tiny.yaml", "results.png", "modeling_gaussian.py"),
+        *("config.json", "config_sentence_transformers.json", "modules.json", "sentence_bert_config.json"),
+        *("model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    }
+    settings = json.loads(files["config_sentence_transformers.json"])
+    assert settings["requirements"] == polyrep.hub.REQUIREMENTS
+    entries = yaml.safe_load(files[".eval_results/someone--tiny.yaml"])
+    assert [(e["dataset"], e["value"]) for e in entries] == [({"id": "someone/tiny", "task_id": "tiny"}, 0.61234)]
+    assert not hub.repositories["someone/gaussian"].private and hub.repositories["org/reinpool"].private
+
+
+def test_what_a_new_version_no_longer_has_is_removed(published, hub):
+    _, files = hub.repositories["someone/gaussian"].commits[-1]
+    assert ".eval_results/someone--tiny.yaml" not in files and "model.safetensors" in files
+
+
+def test_the_card_says_what_the_model_is_made_of_and_scores(published, hub):
+    _, files = hub.repositories["someone/gaussian"].commits[1]
+    card = ModelCard(files["README.md"].decode())
+    data = card.data.to_dict()
+    assert data["license"] == "apache-2.0" and data["base_model"] == RECIPE["backbone_id"]
+    assert data["datasets"] == ["someone/big"] and "gaussian" in data["tags"]
+    (index,) = data["model-index"]
+    assert index["name"] == "someone/gaussian"
+    found = [(r["dataset"]["type"], m["type"], m["value"]) for r in index["results"] for m in r["metrics"]]
+    assert sorted(found) == [("someone/tiny", "ndcg_at_10", 0.61234), ("someone/tiny", "recall_at_100", 0.5)]
+    pinned = 'SentenceTransformer("someone/gaussian", revision="<commit>", trust_remote_code=True)'
+    for words in (
+        *(pinned, 'AutoModel.from_pretrained("someone/gaussian", revision', 'AutoTokenizer.from_pretrained("someone/'),
+        *("| model | 0.612 |", "| control | 0.512 |", "settings tried: 3", "![", "(results.png)", "| gain | 0.1 |"),
+        *(
+            "training data tiny | cc-by-4.0",
+            "training data big | not stated",
+            "tiny 4,881",
+            "@inproceedings",
+            "## Limits",
+        ),
+        *("Deviations from the paper", "--dataset tiny`"),
+    ):
+        assert words in card.text, words
+    assert "somewhere" not in card.text and "{{" not in card.text and "\n\n\n" not in card.text
+
+
+def test_others_open_it_at_that_commit_without_polyrep(published, hub, models, tmp_path):
+    jobs = {
+        "gaussian": ("SentenceTransformer", "someone/gaussian", hub.repositories["someone/gaussian"].commits[1][0]),
+        "reinpool": ("MultiVectorEncoder", "org/reinpool", hub.repositories["org/reinpool"].commits[1][0]),
+    }
+    ran = on_hub(hub, tmp_path, OPEN, json.dumps(jobs), json.dumps(TEXTS))
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    report = json.loads(ran.stdout.partition("REPORT")[2])
+    assert report["heads agree"]
+    for name, model in models.items():
+        for task, encode in (("query", model.encode_query), ("document", model.encode_document)):
+            for ours, theirs in zip(encode(TEXTS), report[f"{name} {task}"], strict=True):
+                np.testing.assert_allclose(np.asarray(ours), theirs, atol=1e-5)
+    np.testing.assert_allclose(models["gaussian"].encode_query(TEXTS), report["auto query"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        ("another kind", "holds a model of another kind (polyrep_gaussian, SentenceTransformer"),
+        ("a stranger's", "holds a model of another kind (none that can be told)"),
+        ("no token", "no token for the Hub"),
+        ("read only", "the Hub refused (HTTP 403), so the token may not write there"),
+        ("lost", "No commit was made, and the folder is as it was. Run the same command again"),
+    ],
+)
+def test_what_the_hub_or_the_network_refuses_is_said_with_the_way_on(published, step, words):
+    status, error, _ = published[step]
+    assert status == "2" and words in error, error
+
+
+def test_after_a_lost_connection_the_same_command_goes_on(published, hub):
+    assert published["recovered"][0] == "0", published["recovered"][1]
+    assert [len(files) > 5 for _, files in hub.repositories["someone/lost"].commits] == [False, True]
+    assert "someone/new" not in hub.repositories
+    assert list(hub.repositories["someone/stranger"].commits[-1][1]) == ["weights.gguf"]
+
+
+def test_train_publishes_what_it_measured(toy_run, hub, tmp_path):
+    data = shutil.copytree(toy_run.parent / "data" / "tiny", tmp_path / "tiny")
+    shutil.copyfile(data / "qrels" / "train.tsv", data / "qrels" / "test.tsv")
+    flags = ["--datasets", str(data), "--output_dir", str(tmp_path / "out"), "--card", "late_interaction"]
+    target = ["--push_to_hub", "true", "--hub_model_id", "someone/toy", "--hub_private_repo", "true"]
+    ran = on_hub(hub, tmp_path, RUN_CLI, "train", str(toy_run), *flags, *target)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    repository = hub.repositories["someone/toy"]
+    assert repository.private and len(repository.commits) == 2
+    card = ModelCard(repository.commits[-1][1]["README.md"].decode())
+    measured = json.loads((tmp_path / "out" / "results" / "test.json").read_text())
+    assert {"BM25", "out"} < {row["system"] for row in measured["rows"]}  # and the untouched backbone
+    own = next(r["value"] for r in measured["rows"] if (r["system"], r["metric"]) == ("out", "nDCG@10"))
+    (index,) = card.data.to_dict()["model-index"]
+    values = [m["value"] for r in index["results"] for m in r["metrics"] if m["type"] == "ndcg_at_10"]
+    assert values == [round(own, 5)] and str(tmp_path) not in card.content
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+
+def test_an_unfinished_folder_is_told_all_that_it_lacks(finished, capsys):
+    shutil.rmtree(finished.parent / "results")
+    (finished / "model.safetensors").unlink()
+    error = refused(finished, capsys)
+    assert "not finished" in error and "no model.safetensors" in error and "no results. Measure the model" in error
+    assert "no such folder" in refused(finished / "nowhere", capsys)
+
+
+def test_results_of_another_model_are_refused(finished, capsys, tmp_path):
+    other = results_of(finished.parent / "results", "1" * 64, name="older")
+    assert f"{other}: measured on model (111111111111)" in refused(finished, capsys)
+    # Of a folder that the user names, other models' files are no concern; of one that is named, they are.
+    assert [result["name"] for result in publish.collect(finished, [str(other.parent)]).results] == ["measured"]
+    assert "another model's" in refused(finished, capsys, "--results", str(other))
+    other.write_text("{}")
+    assert "older.json: no results of `evaluate`" in refused(finished, capsys)
+    other.write_text("{")
+    assert "older.json:1: not valid JSON" in refused(finished, capsys)
+
+
+def test_a_retrained_model_does_not_keep_its_numbers_or_its_recipe(finished, models, capsys):
+    with torch.no_grad():
+        models["gaussian"][0].model.head.mean_map.add_(0.25)
+        polyrep.save(models["gaussian"], finished)
+        models["gaussian"][0].model.head.mean_map.sub_(0.25)
+    assert "another model's" in refused(finished, capsys)
+    assert publish.collect(finished, [str(results_of(finished.parent / "r", fingerprint(finished)))]).recipe is None
+
+
+@pytest.mark.parametrize("name", ["model", "a/b/c", "so me/model", "a/-b", "a/b--c", "a/b.git", "a/" + "b" * 100])
+def test_a_name_that_the_hub_would_refuse_is_refused_first(name, tmp_path, capsys):
+    assert main(["publish", str(tmp_path / "nowhere"), "--repo", name, "--dry_run"]) == 2
+    assert "the Hub would refuse this name" in capsys.readouterr().err
+
+
+def test_flags_that_lead_nowhere_are_refused(finished, capsys, tmp_path):
+    assert "no such template. There are dense2sparse," in refused(finished, capsys, "--card", "nothing")
+    assert "expected NAME=ORG/NAME" in refused(finished, capsys, "--hub_dataset", "tiny")
+    assert "the results have no such data set" in refused(finished, capsys, "--hub_dataset", "x=a/b")
+    assert "exists already" in refused(finished, capsys, "--output", str(tmp_path))
+
+
+def test_code_that_is_not_ours_runs_only_with_the_users_word(finished, capsys):
+    code = finished / "modeling_gaussian.py"
+    code.write_text(code.read_text() + "\n# a change that nobody here has read\n")
+    assert "is not the code of this polyrep, and opening the model would run it" in refused(finished, capsys)
+
+
+def test_an_export_of_other_weights_is_refused(finished, capsys):
+    (finished / "onnx").mkdir()
+    (finished / "onnx" / "export.json").write_text(json.dumps({"fingerprint": "2" * 64}))
+    assert "exported from other weights" in refused(finished, capsys)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        (
+            "config_extra.json",
+            '{"data": "/mnt/disk/me/data"}',
+            "config_extra.json:1: holds the path /mnt/disk/me/data",
+        ),
+        ("config_extra.json", '{"data": "C:\\\\Users\\\\me"}', "holds the path C:"),
+        ("notes.txt", "one\nlog in with hf_abcdefghijklmnopqrst\n", "notes.txt:2: holds a token"),
+        ("notes.txt", "ask somebody@host\n", "holds the user somebody"),
+        ("tokenizer.json", '{"x": "hf_abcdefghijklmnopqrst"}', "holds a token"),
+        ("notes.txt", "see https://host/a/b and a/b/c, 1/2, ~/x and <a></a>; somebodyelse\n", None),
+        ("tokenizer.json", '{"vocab": {"/usr/bin": 1}}', None),
+    ],
+)
+def test_nothing_tells_of_the_machine_that_made_it(tmp_path, monkeypatch, file, text, words):
+    monkeypatch.setattr(publish.getpass, "getuser", lambda: "somebody")
+    (tmp_path / file).write_text(text)
+    if words is None:
+        return refuse_secrets(tmp_path)
+    with pytest.raises(InputError) as caught:
+        refuse_secrets(tmp_path)
+    assert words in str(caught.value) and "hf_abcdef" not in str(caught.value)
+
+
+def test_the_header_of_weights_is_read_too(tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"from": "/home/me/model"})
+    with pytest.raises(InputError, match="/home/me/model"):
+        refuse_secrets(tmp_path)
+
+
+def test_a_folder_that_others_would_open_as_another_model_is_not_uploaded(models, tmp_path):
+    folder = polyrep.save(models["reinpool"], tmp_path / "reinpool")
+    model = load(folder, trust_remote_code=True, device="cpu")
+    with torch.no_grad():
+        model[-1].model.project.weight.add_(0.5)  # as if the folder held other weights than what was measured
+    with pytest.raises(InputError, match="family MultiVectorEncoder: opened without polyrep, document/text/0 differs"):
+        verify(folder, model)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "words"),
+    [
+        (torch.tensor([1.0, float("nan")]), "differs by nan"),
+        (torch.tensor([1.0, 2.0, 3.0]), r"has shape \(3,\) from the folder's own \(2,\)"),
+        (torch.tensor([1.0, 2.1]), "differs by 0.1"),
+        (torch.tensor([1.0, 2.0001]), None),
+        (None, "gives other parts than the model, e.g. x"),
+    ],
+)
+def test_vectors_agree_but_for_rounding(theirs, words):
+    found = {} if theirs is None else {"x": theirs}
+    with pytest.raises(InputError, match=words) if words else nullcontext():
+        publish._compare("a door", found, {"x": torch.tensor([1.0, 2.0])})
+
+
+def test_a_head_alone_is_published_by_the_whole_models_results(models, tmp_path, capsys):
+    head = models["reinpool"][-1].model
+    whole = finish(models["reinpool"], tmp_path / "run")
+    folder = polyrep.save(head, tmp_path / "run" / "head")
+    digests = {"final": fingerprint(whole), "head": fingerprint(folder)}
+    record = {"fingerprint": digests["final"], "fingerprints": digests, "template": "reinpool", "card": RECIPE}
+    (tmp_path / "run" / "training.json").write_text(json.dumps(record))
+    arguments = ["--repo", "someone/head", "--dry_run", "--output", str(tmp_path / "hub")]
+    assert main(["publish", str(folder), *arguments]) == 0, capsys.readouterr().err
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert 'ReinPoolPooling.from_pretrained("someone/head", num_vectors=4, revision="<commit>")' in card
+    assert "| model | 0.612 |" in card and "library_name: transformers" in card
+    assert 'AutoModel.from_pretrained("someone/head", revision="<commit>", trust_remote_code=True)' in card
+
+
+# --- cards -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("recipe", [RECIPE, None], ids=["trained", "by hand"])
+def test_every_template_makes_a_card_of_every_kind_of_model(template, recipe, models):
+    whole = models["reinpool" if template == "reinpool" else "gaussian"]
+    kinds = [whole, whole[-1].model] if template in ("reinpool", "gaussian") else [whole]
+    for model in kinds if template != "multilayer" else []:
+        for model_id in ("someone/model", None):
+            card = cards.render_card(model, template, recipe=recipe, model_id=model_id)
+            assert "{{" not in card.content and "{%" not in card.content and "## Licences" in card.content
+            assert ("tiny 4,881" in card.content) == bool(recipe)
+            assert ('revision="<commit>"' in card.content) == bool(model_id)
+            assert ("path/to/this/folder" in card.content) == (model_id is None)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{{ card_data }} {{ modelid }}", "asks for 'modelid'.*Did you mean 'model_id'"),
+        ("{% if recipe %}{{ zzzzzz }}{% endif %}", "asks for 'zzzzzz'.*Variables: card_data, title"),
+        ("{% include '_part.md' %}", "_part.md: asks for 'result'.*'results'"),
+        ("{{ recipe.command }}", "has no recipe"),
+        ("{% if %}", "broken.md:1:"),
+    ],
+)
+def test_a_template_with_a_hole_is_refused(text, words, models, tmp_path, monkeypatch):
+    (tmp_path / "broken.md").write_text(text)
+    (tmp_path / "_part.md").write_text("{{ result }}")
+    monkeypatch.setattr(cards, "shipped_folder", lambda name: tmp_path)
+    with pytest.raises(InputError, match=f"(?s){words}"):
+        cards.render_card(models["gaussian"], "broken")
+
+
+def test_commands_and_licences_as_others_may_read_them(tmp_path):
+    command = "accelerate launch train.py hub_configs/x --backbone /home/me/models/late/final --output_dir=/tmp/x"
+    command += " --datasets ../data/a /mnt/b data/c --overwrite --cache_dir /tmp/y --push_to_hub true --seed 3"
+    command += " --baselines bm25,/mnt/models/other/final"
+    public = "accelerate launch train.py hub_configs/x --backbone late --datasets a b data/c --seed 3"
+    public += " --baselines bm25,other"
+    assert cards.public_command(command) == public
+    for metadata, licence in (
+        ("license: mit", "mit"),
+        ("license: [mit, cc-by-4.0]", "mit, cc-by-4.0"),
+        ("license: other\nlicense_name: ours", "ours"),
+        ("tags: [a]", None),
+        ("license: [", None),
+    ):
+        (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n\n# x\n")
+        assert cards.stated_licence(tmp_path) == licence
+    assert cards.stated_licence(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "no name to publish under"),
+        (["--hub_model_id", "toy"], "the Hub would refuse this name"),
+        (["--hub_model_id", "a/toy", "--hub_token", "hf_x"], "--hub_token: command lines are kept"),
+        (["--hub_model_id", "a/toy"], "no token for the Hub"),
+        (["--hub_model_id", "a/toy", "--dry_run", "true"], "no judgments for split 'test'"),
+    ],
+)
+def test_a_run_that_could_not_be_published_is_refused_before_it_trains(toy_run, capsys, monkeypatch, flags, words):
+    monkeypatch.setattr(publish, "get_token", lambda: None)
+    assert main(["train", str(toy_run), "--push_to_hub", "true", *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_data_of_vectors_alone_cannot_be_measured(toy_run, tmp_path, capsys, monkeypatch):
+    data = write_beir(tmp_path / "tiny")
+    loaded = polyrep.data.load_retrieval_dataset(data)
+    monkeypatch.setattr(publish, "get_token", lambda: "hf_test")
+    monkeypatch.setattr(publish, "load_retrieval_dataset", lambda *_, **__: replace(loaded, vectors={"query": None}))
+    target = ["--push_to_hub", "true", "--hub_model_id", "a/b", "--datasets", str(data)]
+    assert main(["train", str(toy_run), *target]) == 2
+    assert "brings vectors, not what they were made of" in capsys.readouterr().err
+
+
+def test_the_door_opener_imports_nothing_of_ours():
+    ran = run_python(
+        "-P",
+        "-c",
+        f"import runpy; runpy.run_path({publish.doors.__file__!r}); import sys; "
+        "print([name for name in sys.modules if name.startswith('polyrep')])",
+    )
+    assert ran.stdout.strip() == "[]", ran.stderr
