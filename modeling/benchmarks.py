@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import json
 import logging
+import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -218,13 +219,14 @@ class _NoDataError(Exception):
 def _unknown(name: str) -> str:
     """The refusal of a name, with the nearest ones, whatever the case of their letters."""
     mteb = mteb_package()
+    from mteb.get_tasks import TASK_LIST
+
     benchmarks = mteb.get_benchmarks()
-    tasks = mteb.get_tasks(exclude_superseded=False, exclude_private=False)
     proper = {alias.lower(): benchmark.name for benchmark in benchmarks for alias in benchmark.aliases}
-    proper |= {known.lower(): known for known in [*(t.metadata.name for t in tasks), *(b.name for b in benchmarks)]}
-    near = difflib.get_close_matches(name.lower(), proper, n=5)
-    if name.lower() in proper:
-        near = [name.lower()]
+    proper |= {
+        known.lower(): known for known in [*(t.metadata.name for t in TASK_LIST), *(b.name for b in benchmarks)]
+    }
+    near = [name.lower()] if name.lower() in proper else difflib.get_close_matches(name.lower(), proper, n=5)
     nearest = ", ".join(dict.fromkeys(repr(proper[match]) for match in near))
     return f"--mteb {name!r}: MTEB {mteb.__version__} knows no benchmark and no task of this name. " + (
         f"Nearest: {nearest}." if nearest else "The names are in its documentation, or in mteb.get_benchmarks()."
@@ -322,9 +324,13 @@ def _task_rows(system: str, label: str, task: Any, result: Any) -> list[dict[str
             for ours, theirs in METRIC_NAMES.items()
             if ours not in measures and all(theirs in scores for scores in scored)
         }
+    values = {
+        ours: float(result.get_score(getter=lambda s, name=theirs: s[name])) for ours, theirs in measures.items()
+    }
+    if unknown := [ours for ours, value in values.items() if not math.isfinite(value)]:
+        logger.warning("%s, %s: MTEB gives no number for %s; left out.", system, label, ", ".join(unknown))
     return [
-        shared | {"metric": ours, "value": float(result.get_score(getter=lambda s, name=theirs: s[name]))} | source
-        for ours, theirs in measures.items()
+        shared | {"metric": ours, "value": value} | source for ours, value in values.items() if ours not in unknown
     ]
 
 

@@ -2,6 +2,7 @@
 
 Numbers agree with MTEB: pytrec_eval metrics, document text = title + space + text, runs cut at 1,000, ties by higher
 document id first. Every comparison is a paired bootstrap over queries, corrected for the number of rows in its table.
+Public benchmarks by name are MTEB's own business: see ``benchmarks.py``.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class EvaluationArguments:
         default=".cache/embeddings", metadata={"help": "Where embeddings are kept for the next run."}
     )
     mteb_cache: str = field(
-        default=".cache/mteb", metadata={"help": "Where results of --mteb are kept: what is there is not run again."}
+        default=".cache/mteb", metadata={"help": "Where finished tasks of --mteb are kept for the next run."}
     )
     settings_tried: int = field(default=1, metadata={"help": "How many settings were tried before this table."})
     seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})

@@ -17,7 +17,7 @@ from PIL import Image
 from room_examples import EXAMPLES
 from sentence_transformers import SentenceTransformer
 
-from polyrep import InputError
+from polyrep import InputError, evaluation
 from polyrep.benchmarks import open_suites
 from polyrep.cli import main
 from polyrep.data import RetrievalDataset, load_retrieval_dataset
@@ -261,6 +261,41 @@ def test_benchmarks_that_take_other_languages_of_a_task_do_not_mix_them(tmp_path
     make_task("Alone")
     alone = values(run(tmp_path, folder, "--mteb", "Alone"), "Alone")["one", "nDCG@10"]
     assert both != part and both == pytest.approx((alone + part) / 2, abs=ROUNDED)
+
+
+def test_a_task_of_tasks_has_the_mean_that_mteb_gives_it(tmp_path, mteb, monkeypatch, make_task, folder, encoded):
+    from mteb.abstasks.aggregate_task_metadata import AggregateTaskMetadata
+    from mteb.abstasks.aggregated_task import AbsTaskAggregate
+
+    parts = [make_task("First"), make_task("Second", qrels={"q1": QRELS["q1"]})]
+
+    class Whole(AbsTaskAggregate):
+        metadata = AggregateTaskMetadata(
+            name="Whole",
+            description="Two tasks as one.",
+            tasks=[part() for part in parts],
+            main_score="ndcg_at_10",
+            type="Retrieval",
+            eval_splits=["test"],
+        )
+
+    monkeypatch.setitem(sys.modules["mteb.get_tasks"]._TASKS_REGISTRY, "Whole", Whole)
+    results = run(tmp_path, folder, "--mteb", "Whole", "First", "Second")
+    scores = {row["dataset"]: row["value"] for row in results["rows"] if row["metric"] == "nDCG@10"}
+    assert scores["First"] != scores["Second"]
+    assert scores["Whole"] == pytest.approx((scores["First"] + scores["Second"]) / 2, abs=ROUNDED)
+    assert not [row for row in results["rows"] if row["dataset"] == "Whole" and "hub_dataset" in row]
+    encoded.clear()
+    assert run(tmp_path, folder, "--mteb", "Whole", "First", "Second")["rows"] == results["rows"] and not encoded
+    assert [part.loads for part in parts] == [1, 1]
+
+
+def test_rows_of_a_hub_data_set_say_so_and_those_of_a_folder_do_not(tmp_path, monkeypatch, beir):
+    monkeypatch.setattr(evaluation, "load_retrieval_dataset", lambda *_, **__: load_retrieval_dataset(beir))
+    rows = run(tmp_path, "bm25", "--dataset", "somebody/tiny")["rows"]
+    assert len(rows) == len(METRICS)
+    assert all(row["hub_dataset"] == "somebody/tiny" and "hub_revision" not in row for row in rows)
+    assert not any("hub_dataset" in row for row in run(tmp_path, "bm25", "--dataset", beir)["rows"])
 
 
 # The cache
