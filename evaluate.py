@@ -1,4 +1,7 @@
-"""Measure models: ``python evaluate.py MODEL --dataset PATH_OR_ID [--flag value ...]``, as ``polyrep evaluate``."""
+"""Measure models: ``python evaluate.py MODEL --dataset PATH_OR_ID --mteb NAME [--flag value ...]``.
+
+The same as ``polyrep evaluate``; one of ``--dataset`` and ``--mteb`` is enough.
+"""
 
 import sys
 

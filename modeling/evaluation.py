@@ -2,6 +2,7 @@
 
 Numbers agree with MTEB: pytrec_eval metrics, document text = title + space + text, runs cut at 1,000, ties by higher
 document id first. Every comparison is a paired bootstrap over queries, corrected for the number of rows in its table.
+Public benchmarks by name are MTEB's own business: see ``benchmarks.py``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import pytrec_eval
 from sentence_transformers import MultiVectorEncoder
 from transformers import HfArgumentParser
 
+from .benchmarks import hub_source, left_out, measure, mteb_package, open_suites, refuse_unfit
 from .data import RetrievalDataset, load_retrieval_dataset
 from .errors import InputError
 from .hub import Encoder, family_of, fastest_dtype, fetch, fingerprint, load
@@ -36,7 +38,14 @@ class EvaluationArguments:
 
     _argument_group_name = "evaluation"
 
-    dataset: list[str] = field(metadata={"help": "BEIR folders or Hub data set ids."})
+    dataset: list[str] = field(default_factory=list, metadata={"help": "BEIR folders or Hub data set ids."})
+    mteb: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Benchmarks or tasks of MTEB by name, e.g. NanoBEIR. They have splits of their own, and neither "
+            "bm25 nor --token_pooling, --dtype, --reference have a part in them."
+        },
+    )
     split: str = field(default="test", metadata={"help": "Split of the judgments; choose settings on dev, not test."})
     baselines: str = field(default="bm25", metadata={"help": "Comma-separated: bm25, minilm, any model; or none."})
     token_pooling: list[str] = field(
@@ -63,6 +72,9 @@ class EvaluationArguments:
     cache_dir: str = field(
         default=".cache/embeddings", metadata={"help": "Where embeddings are kept for the next run."}
     )
+    mteb_cache: str = field(
+        default=".cache/mteb", metadata={"help": "Where finished tasks of --mteb are kept for the next run."}
+    )
     settings_tried: int = field(default=1, metadata={"help": "How many settings were tried before this table."})
     seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
 
@@ -84,13 +96,27 @@ def evaluate(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="Folders, Hub ids, or minilm; bm25 needs no model.")
     args, named = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    if not args.dataset and not args.mteb:
+        raise InputError(
+            "neither --dataset nor --mteb, so there is nothing to measure on. Name data sets or benchmarks."
+        )
     datasets = [load_retrieval_dataset(path, args.split, keep_empty=args.keep_empty) for path in args.dataset]
+    suites = open_suites(args.mteb) if args.mteb else []
     baselines = [name for name in args.baselines.split(",") if name and name != "none"]
+    if not datasets:
+        if "bm25" in named.models:
+            raise InputError(
+                "bm25: has no part in --mteb, which runs embedding models. Leave it out or add --dataset."
+            )
+        if args.token_pooling:
+            raise InputError(f"--token_pooling {' '.join(args.token_pooling)}: rows of --dataset alone. Add one.")
+        baselines = [name for name in baselines if name != "bm25"]
     systems = list(dict.fromkeys([*baselines, *named.models]))
     # Whatever can be refused is refused before hours of encoding.
     names = [_display_name(system) for system in systems]
     _refuse_doubles(systems, names)
-    _refuse_doubles(args.dataset, [dataset.name for dataset in datasets])
+    tasks = [name for name in dict.fromkeys(label for suite in suites for label in (*suite.tasks, suite.name))]
+    _refuse_doubles([*args.dataset, *tasks], [*(dataset.name for dataset in datasets), *tasks])
     reference = args.reference or _display_name(baselines[-1] if baselines else systems[0])
     _refuse_unknown(reference.partition(", ")[0], names)  # a comma and what follows name a pooling
     weights = fastest_dtype(args.model_dtype)
@@ -99,14 +125,7 @@ def evaluate(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
     if args.token_pooling and MultiVectorEncoder not in map(family_of, folders.values()):
         raise InputError(f"--token_pooling {' '.join(args.token_pooling)}: no model here has several vectors a text.")
 
-    rankings: dict[str, list[Ranking]] = {dataset.name: [] for dataset in datasets}
-    fingerprints: dict[str, str] = {}
-    for name, system in zip(names, systems, strict=True):
-        if system == "bm25":
-            for dataset in datasets:
-                rankings[dataset.name].append(rank_with_bm25(dataset))
-            continue
-        fingerprints[name] = fingerprint(folders[system])
+    def opened(system: str) -> Encoder:
         model = load(folders[system], trust_remote_code=args.trust_remote_code, dtype=weights)
         if not isinstance(model, Encoder):
             raise InputError(
@@ -116,6 +135,22 @@ def evaluate(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
             if model.max_seq_length is None:
                 raise InputError(f"{system}: has no maximal length, so --max_length {args.max_length} means nothing.")
             model.max_seq_length = args.max_length
+        return model
+
+    for name, system in zip(names, systems, strict=True):
+        if suites and system != "bm25":  # only an opened model says what it takes
+            refuse_unfit(name, opened(system), suites)
+    rankings: dict[str, list[Ranking]] = {dataset.name: [] for dataset in datasets}
+    fingerprints: dict[str, str] = {}
+    benchmark_rows: list[dict[str, Any]] = []
+    unavailable: dict[str, str] = {}
+    for name, system in zip(names, systems, strict=True):
+        if system == "bm25":
+            for dataset in datasets:
+                rankings[dataset.name].append(rank_with_bm25(dataset))
+            continue
+        fingerprints[name] = fingerprint(folders[system])
+        model = opened(system)
         pooling = args.token_pooling if isinstance(model, MultiVectorEncoder) else None
         for dataset in datasets:
             rankings[dataset.name] += rank_with_model(
@@ -127,17 +162,49 @@ def evaluate(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
                 dtype=args.dtype,
                 batch_size=args.batch_size,
             )
-    rows = [row for dataset in datasets for row in table_rows(dataset, rankings[dataset.name], reference, args.seed)]
+        if suites:
+            measured = measure(
+                name,
+                model,
+                suites,
+                fingerprint=fingerprints[name],
+                cache_dir=args.mteb_cache,
+                batch_size=args.batch_size,
+                unavailable=unavailable,
+            )
+            benchmark_rows += measured.rows
+            unavailable = measured.unavailable
+    rows = [
+        row | hub_source(path)
+        for path, dataset in zip(args.dataset, datasets, strict=True)
+        for row in table_rows(dataset, rankings[dataset.name], reference, args.seed)
+    ]
+    made = provenance(shlex.join(["python", prog, *argv] if prog.endswith(".py") else [*prog.split(), *argv]))
+    if suites:
+        made["versions"]["mteb_version"] = mteb_package().__version__
     results = {
         "name": args.name,
-        **provenance(shlex.join(["python", prog, *argv] if prog.endswith(".py") else [*prog.split(), *argv])),
+        **made,
         "seeds": [args.seed],
         "settings_tried": args.settings_tried,
         "models": fingerprints,
-        "rows": rows,
+        "rows": rows + benchmark_rows,
         "claims": [],
     }
-    print(write_results(results, Path(args.output) if args.output else None))
+    private = left_out(suites, unavailable)
+    if private:
+        logger.warning("Left out, since their owners keep the data to themselves: %s.", ", ".join(private))
+    failed = {label: reason for label, reason in unavailable.items() if label not in private}
+    whole = bool(results["rows"]) and not failed
+    if results["rows"]:
+        print(write_results(results, Path(args.output) if args.output and whole else None))
+    if not whole:
+        label, reason = next(iter((failed or unavailable).items()))
+        raise InputError(
+            f"--mteb: no data set for {', '.join(failed or unavailable)}, so the table lacks them and no file is "
+            f"written ({label}: {reason}). What is done is kept in {args.mteb_cache}: check the network, and `hf auth "
+            "login` for data that is not open, and give the command again; or leave them out."
+        )
     return results
 
 

@@ -29,6 +29,7 @@ _RESULTS = {
     "claims": list,
 }
 _ROW = {"system": str, "dataset": str, "split": str, "metric": str, "value": (int, float)}
+_MAYBE = {"hub_dataset": str, "hub_revision": str, "mean_of_tasks": int, "tasks_of_benchmark": int}
 _NONE: dict[str, Any] = {"value": 0}
 _CLAIM = {"claim": str, "value": (int, float), "target": (int, float, type(None)), "met": (bool, type(None))}
 
@@ -39,7 +40,9 @@ def write_results(results: dict[str, Any], output: Path | None) -> str:
     Args:
         results: ``name, command, created, commit, hardware, versions, seeds, settings_tried, models {system:
             fingerprint}, rows, claims``. A row has ``system, dataset, split, metric, value`` and what applies of
-            ``interval, std, bytes_per_document, flops, active_dims, ...``. A claim has ``claim, value, target, met``
+            ``interval, std, bytes_per_document, flops, active_dims, ...``; ``hub_dataset`` and, where known,
+            ``hub_revision`` of a data set of the Hub; and a benchmark's mean ``mean_of_tasks, tasks_of_benchmark``.
+            With rows by MTEB, ``versions`` has ``mteb_version``. A claim has ``claim, value, target, met``
             (both None without a target) and, where it needs data, ``split``. Optionally ``axis``, the cost that the
             picture sets quality against (default ``bytes_per_document``); ``drawn``, the families of systems (what
             stands before a comma) that it shows, none for no picture; and ``gap``, two systems from which a second
@@ -69,6 +72,8 @@ def check_results(results: dict[str, Any]) -> None:
     for kind, layout in (("rows", _ROW), ("claims", _CLAIM)):
         for number, entry in enumerate(results[kind]):
             _check_fields(entry, layout, f"{kind}[{number}]")
+    for number, row in enumerate(results["rows"]):
+        _check_fields(row, {name: kind for name, kind in _MAYBE.items() if name in row}, f"rows[{number}]")
     for claim in results["claims"]:
         if (claim["target"] is None) != (claim["met"] is None):
             raise InputError(f"claim {claim['claim']!r}: target and met are both given or both null.")
@@ -86,8 +91,10 @@ def to_markdown(results: dict[str, Any]) -> str:
         table = [_table_cells(system, metrics) for system, metrics in best_first]
         columns = dict.fromkeys(column for cells in table for column in cells)
         used = [column for column in columns if any(cells.get(column) for cells in table)]
-        queries = next(iter(by_system.values())).get("nDCG@10", _NONE).get("queries")
-        lines += [f"## {dataset}, {split}" + (f" ({queries:,} queries)" if queries else ""), ""]
+        first = next(iter(by_system.values()))
+        queries = first.get("nDCG@10", _NONE).get("queries")
+        note = f" ({queries:,} queries)" if queries else _mean_note(next(iter(first.values())))
+        lines += [f"## {dataset}, {split}{note}", ""]
         lines += ["| " + " | ".join(used) + " |", "|" + "---|" * len(used)]
         lines += ["| " + " | ".join(cells.get(column, "") for column in used) + " |" for cells in table] + [""]
     if results["claims"]:
@@ -248,6 +255,14 @@ def _check_fields(entry: Any, layout: dict[str, Any], subject: str) -> None:
         if not isinstance(entry, dict) or name not in entry or not isinstance(entry[name], kind):
             found = repr(entry.get(name, "nothing")) if isinstance(entry, dict) else repr(entry)
             raise InputError(f"{subject}: field {name!r} is {found}; the layout of results needs {kind}.")
+
+
+def _mean_note(row: dict[str, Any]) -> str:
+    """What stands behind the name of a benchmark, whose number is a mean over its tasks."""
+    if "mean_of_tasks" not in row:
+        return ""
+    count, whole = row["mean_of_tasks"], row.get("tasks_of_benchmark", row["mean_of_tasks"])
+    return f" (mean of {count} tasks)" if count == whole else f" (mean of {count} of its {whole} tasks)"
 
 
 def _table_cells(system: str, metrics: dict[str, dict[str, Any]]) -> dict[str, str]:
