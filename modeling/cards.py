@@ -25,6 +25,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
 from . import ROOMS
+from .benchmarks import METRIC_NAMES
 from .errors import InputError
 from .hub import PREFIX, Encoder, shipped_folder
 from .report import to_markdown
@@ -50,9 +51,6 @@ VARIABLES = {
     "licences": "(what, licence) for code, backbone and each data set",
 }
 """Every variable of a template."""
-
-_METRICS = {"nDCG@10": "ndcg_at_10", "nDCG@3": "ndcg_at_3", "MRR@10": "mrr_at_10", "Recall@100": "recall_at_100"}
-"""Our names of metrics -> those of the Hub."""
 
 
 def render_card(
@@ -262,11 +260,6 @@ def _last_part(word: str) -> str:
     return word
 
 
-def hub_metric(metric: str) -> str:
-    """Name of a metric as the Hub and MTEB spell it, e.g. ``ndcg_at_10``."""
-    return _METRICS.get(metric, metric)
-
-
 def own_rows(result: Mapping[str, Any], fingerprints: Collection[str]) -> list[dict[str, Any]]:
     """The rows of results that were measured on the model with one of these fingerprints."""
     systems = {system for system, digest in result["models"].items() if digest in fingerprints}
@@ -301,7 +294,7 @@ def _metadata(
             dataset_name=row["dataset"],
             dataset_split=row["split"],
             dataset_revision=row.get("hub_revision"),
-            metric_type=hub_metric(row["metric"]),
+            metric_type=METRIC_NAMES.get(row["metric"], row["metric"]),
             metric_name=row["metric"],
             metric_value=round(row["value"], 5),
         )

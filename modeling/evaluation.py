@@ -181,7 +181,7 @@ def evaluate(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
     ]
     made = provenance(shlex.join(["python", prog, *argv] if prog.endswith(".py") else [*prog.split(), *argv]))
     if suites:
-        made["versions"]["mteb_version"] = mteb_package().__version__
+        made["versions"]["mteb"] = mteb_package().__version__
     results = {
         "name": args.name,
         **made,

@@ -534,7 +534,7 @@ def _eval_results(finished: Finished, hub_ids: Mapping[str, str], repo: str) -> 
                 date=result["created"],
                 source_url=f"https://huggingface.co/{repo}",
                 source_name="Model card",
-                notes=f"{row['metric']}, {row['split']} split, exact search",
+                notes=f"{row['metric']}, {row['split']} split",
             )
             entries.setdefault(identifier.replace("/", "--"), []).append(entry)
     return {name: eval_result_entries_to_yaml(some) for name, some in entries.items()}

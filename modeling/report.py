@@ -42,7 +42,7 @@ def write_results(results: dict[str, Any], output: Path | None) -> str:
             fingerprint}, rows, claims``. A row has ``system, dataset, split, metric, value`` and what applies of
             ``interval, std, bytes_per_document, flops, active_dims, ...``; ``hub_dataset`` and, where known,
             ``hub_revision`` of a data set of the Hub; and a benchmark's mean ``mean_of_tasks, tasks_of_benchmark``.
-            With rows by MTEB, ``versions`` has ``mteb_version``. A claim has ``claim, value, target, met``
+            With rows by MTEB, ``versions`` has ``mteb``. A claim has ``claim, value, target, met``
             (both None without a target) and, where it needs data, ``split``. Optionally ``axis``, the cost that the
             picture sets quality against (default ``bytes_per_document``); ``drawn``, the families of systems (what
             stands before a comma) that it shows, none for no picture; and ``gap``, two systems from which a second

@@ -150,7 +150,7 @@ def test_every_family_gets_the_numbers_of_our_own_evaluation(
     written = json.loads((out / "x.json").read_text(encoding="utf-8"))
     check_results(written)
     assert written == results
-    assert written["versions"]["mteb_version"] == sys.modules["mteb"].__version__
+    assert written["versions"]["mteb"] == sys.modules["mteb"].__version__
     for row in written["rows"]:
         named = row.get("hub_dataset"), row.get("hub_revision")
         assert named == (("nobody/Tiny", "0123abc") if row["dataset"] == "Tiny" else (None, None))
