@@ -87,8 +87,8 @@ def render_card(
     )
     results = list(results)
     _refuse_unknown_variables(environment, folder, template)
-    licences = licences_of(recipe)
-    known = licence or dict(licences).get("backbone weights")
+    licences = licences_of(recipe, licence)
+    known = dict(licences)["weights"]
     context = {
         "card_data": _metadata(
             model, template, model_id, recipe, results, fingerprints, hub_ids or {}, known
@@ -104,7 +104,7 @@ def render_card(
         "doors": doors(model, model_id),
         "results": "\n".join(_tables(result) for result in results),
         "picture": picture,
-        "licences": [(what, name or "not stated by its publisher") for what, name in licences],
+        "licences": [(what, name or "not stated") for what, name in licences],
     }
     try:
         text = environment.get_template(f"{template}.md").render(context)
@@ -191,11 +191,14 @@ def _is_ours(model: Any) -> bool:
     return isinstance(model, PreTrainedModel) and model.config.model_type.startswith(PREFIX)
 
 
-def licences_of(recipe: Mapping[str, Any] | None) -> list[tuple[str, str | None]]:
-    """What a model is made of, each part with its licence, None where its publisher states none."""
-    parts: list[tuple[str, str | None]] = [("code in this repository", "apache-2.0")]
+def licences_of(recipe: Mapping[str, Any] | None, own: str | None = None) -> list[tuple[str, str | None]]:
+    """What a model is made of, each part with its licence, None where its publisher states none.
+
+    The weights themselves have the licence that is given as ``own``, else their backbone's.
+    """
+    stated = (recipe or {}).get("licences") or {}
+    parts = [("code in this repository", "apache-2.0"), ("weights", own or stated.get("backbone"))]
     if recipe:
-        stated = recipe.get("licences") or {}
         parts.append(("backbone weights", stated.get("backbone")))
         if recipe.get("vision_id"):
             parts.append(("vision encoder's weights", stated.get("vision")))

@@ -463,7 +463,7 @@ def _open(folder: Path, trusted: bool) -> Encoder | PreTrainedModel:
     if foreign and not trusted:
         raise InputError(
             f"{foreign[0]}: is not the code of this polyrep, and opening the model would run it. Read it, then pass "
-            "--trust_remote_code; or save the model again with this polyrep."
+            "--trust_remote_code."
         )
     return load(folder, trust_remote_code=True, device="cpu")
 
