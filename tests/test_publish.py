@@ -50,6 +50,9 @@ RECIPE = {
 }
 
 
+ON_HUB = {"hub_dataset": "mteb/nano", "hub_revision": "a" * 40}  # as MTEB's tasks are
+
+
 def results_of(folder: Path, digest: str, name: str = "measured", **changes: Any) -> Path:
     """A results file with one row of a model and one of a baseline, as ``evaluate`` writes it."""
     row = {"dataset": "tiny", "split": "test", "metric": "nDCG@10", "queries": 3}
@@ -63,6 +66,7 @@ def results_of(folder: Path, digest: str, name: str = "measured", **changes: Any
             row | {"system": "model", "value": 0.61234, "bytes_per_document": 100},
             row | {"system": "model", "value": 0.5, "metric": "Recall@100"},
             row | {"system": "control", "value": 0.51234, "bytes_per_document": 100},
+            row | {"system": "model", "dataset": "NanoTiny", "value": 0.7} | ON_HUB,
         ],
         "claims": [{"claim": "gain", "value": 0.1, "target": 0.05, "met": True}],
     }
@@ -224,7 +228,8 @@ def test_a_repository_is_complete_and_made_in_one_commit(published, hub):
     commit, files = repository.commits[1]
     assert commit in published["first"][2], "the printed lines name the commit"
     assert set(files) == {
-        *(".gitattributes", "README.md", ".eval_results/someone--tiny.yaml", "results.png", "modeling_gaussian.py"),
+        *(".gitattributes", "README.md", "results.png", "modeling_gaussian.py"),
+        *(".eval_results/someone--tiny.yaml", ".eval_results/mteb--nano.yaml"),
         *("config.json", "config_sentence_transformers.json", "modules.json", "sentence_bert_config.json"),
         *("model.safetensors", "tokenizer.json", "tokenizer_config.json"),
     }
@@ -232,6 +237,9 @@ def test_a_repository_is_complete_and_made_in_one_commit(published, hub):
     assert settings["requirements"] == polyrep.hub.REQUIREMENTS
     entries = yaml.safe_load(files[".eval_results/someone--tiny.yaml"])
     assert [(e["dataset"], e["value"]) for e in entries] == [({"id": "someone/tiny", "task_id": "tiny"}, 0.61234)]
+    entries = yaml.safe_load(files[".eval_results/mteb--nano.yaml"])
+    nano = {"id": "mteb/nano", "task_id": "NanoTiny", "revision": "a" * 40}
+    assert [(e["dataset"], e["value"]) for e in entries] == [(nano, 0.7)]
     assert not hub.repositories["someone/gaussian"].private and hub.repositories["org/reinpool"].private
 
 
@@ -249,11 +257,21 @@ def test_the_card_says_what_the_model_is_made_of_and_scores(published, hub):
     (index,) = data["model-index"]
     assert index["name"] == "someone/gaussian"
     found = [(r["dataset"]["type"], m["type"], m["value"]) for r in index["results"] for m in r["metrics"]]
-    assert sorted(found) == [("someone/tiny", "ndcg_at_10", 0.61234), ("someone/tiny", "recall_at_100", 0.5)]
+    tiny = [("someone/tiny", "ndcg_at_10", 0.61234), ("someone/tiny", "recall_at_100", 0.5)]
+    assert sorted(found) == [("mteb/nano", "ndcg_at_10", 0.7), *tiny]
+    assert ".eval_results/someone--tiny.yaml" in files
     pinned = 'SentenceTransformer("someone/gaussian", revision="<commit>", trust_remote_code=True)'
     for words in (
         *(pinned, 'AutoModel.from_pretrained("someone/gaussian", revision', 'AutoTokenizer.from_pretrained("someone/'),
-        *("| model | 0.612 |", "| control | 0.512 |", "settings tried: 3", "![", "(results.png)", "| gain | 0.1 |"),
+        *(
+            "### NanoTiny",
+            "| model | 0.612 |",
+            "| control | 0.512 |",
+            "settings tried: 3",
+            "![",
+            "(results.png)",
+            "| gain | 0.1 |",
+        ),
         *(
             "training data tiny | cc-by-4.0",
             "training data big | not stated",
