@@ -101,7 +101,7 @@ def render_card(
         "opened": partial(opened, model_id),
         "opened_head": partial(_opened_head, model, model_id),
         "head_alone": isinstance(model, PreTrainedModel),
-        "doors": doors(model, model_id),
+        "doors": ways_to_open(model, model_id),
         "results": "\n".join(_tables(result) for result in results),
         "picture": picture,
         "licences": [(what, name or "not stated") for what, name in licences],
@@ -136,7 +136,7 @@ def opened(
     return f"{opener}({', '.join(arguments)})"
 
 
-def doors(model: Encoder | PreTrainedModel, model_id: str | None = None) -> list[tuple[str, str]]:
+def ways_to_open(model: Encoder | PreTrainedModel, model_id: str | None = None) -> list[tuple[str, str]]:
     """Every way to open a model, each as a name and a line of code."""
     line = partial(opened, model_id)
     if isinstance(model, PreTrainedModel):

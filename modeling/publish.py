@@ -18,35 +18,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    EvalResultEntry,
-    HfApi,
-    eval_result_entries_to_yaml,
-    get_token,
-)
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    RepositoryNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml, get_token
 from safetensors.torch import load_file
 from transformers import HfArgumentParser, PreTrainedModel
 
 from . import ROOMS, Room, doors
-from .cards import doors as lines_of
-from .cards import head_folders, own_rows, render_card
+from .cards import head_folders, own_rows, render_card, ways_to_open
 from .data import load_retrieval_dataset
 from .errors import InputError
 from .evaluation import evaluate
@@ -54,6 +37,7 @@ from .files import staged_folder, write_json, write_text
 from .hub import Encoder, check_folder, fetch, file_sha256, fingerprint, load, localize, read_json, without
 from .recipes import Plan
 from .report import check_results
+from .upload import check_repo_name, head_of, refuse_without_token, upload
 
 TOLERANCE = 1e-4
 """Largest difference between a vector here and through a door, as a share of the largest number: rounding is below."""
@@ -73,17 +57,6 @@ _CARRIED = (
 
 _LEFT_BEHIND = ("checkpoint-*", "runs", "trainer_state.json", "training_args.json", ".*")
 """What a trainer or an editor leaves, by the name of the file or of a folder above it."""
-
-_REPLACED = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "modeling_*.py",
-    "[0-9]*_*/*",
-    ".eval_results/*",
-    "onnx/*",
-    "results*.png",
-)
-"""What an earlier version may have in the repository that would be taken for part of this one."""
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 _ABSOLUTE = re.compile(r"(?<![\w.~:/<>*)\]}-])(?:/[A-Za-z_][\w.-]*(?:/[\w.-]+)+|[A-Z]:\\{1,2}\w+)")
@@ -168,7 +141,7 @@ def publish(argv: list[str], *, prog: str = "polyrep publish") -> str | None:
     finished = collect(Path(named.folder), args.results, args.card, hub_ids)
     if args.output and Path(args.output).exists():
         raise InputError(f"--output {args.output}: exists already. Name a new folder.")
-    head = None if args.dry_run else _head_of(args.repo, finished.folder)
+    head = None if args.dry_run else head_of(args.repo, finished.folder)
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(args.output) if args.output else Path(scratch) / "repository"
         with staged_folder(target) as staged:
@@ -176,7 +149,7 @@ def publish(argv: list[str], *, prog: str = "polyrep publish") -> str | None:
             _stage(finished, model, args, hub_ids, staged)
             refuse_secrets(staged)
             verify(staged, model)
-            lines = lines_of(model, args.repo)
+            lines = ways_to_open(model, args.repo)
             del model
         files = sorted(path for path in target.rglob("*") if path.is_file())
         size = sum(path.stat().st_size for path in files)
@@ -185,7 +158,7 @@ def publish(argv: list[str], *, prog: str = "polyrep publish") -> str | None:
                 print(f"{path.stat().st_size:>13,}  {path.relative_to(target)}")
             print(f"{args.repo}: {len(files)} files, {size:,} bytes, opens through every door. Nothing was uploaded.")
             return None
-        commit = _upload(args.repo, target, files, private=args.private, parent=head)
+        commit = upload(args.repo, target, files, private=args.private, parent=head)
     print(f"{args.repo}: {len(files)} files, {size:,} bytes, at commit {commit}. It opens by")
     for name, line in lines:
         print(f"  {name:<20} {line.replace('<commit>', commit)}")
@@ -237,43 +210,23 @@ def measure_and_publish(plan: Plan, folder: Path, repo: str, prog: str) -> None:
     if backbone != "minilm" and not Path(backbone).is_dir():
         pinned = fetch(backbone, revision=recipe.revision).name  # a snapshot is called by its commit
     verb = "evaluate.py" if prog.endswith(".py") else "polyrep evaluate"
-    command = [str(folder), "--dataset", *recipe.datasets, "--baselines", f"bm25,{backbone}", "--trust_remote_code"]
+    corpora = [load_retrieval_dataset(d, "test", keep_empty=recipe.keep_empty).corpus for d in recipe.datasets]
+    texts = all(isinstance(next(iter(corpus.values())), str) for corpus in corpora)
+    # BM25 reads no images, and neither does the text half of a dual encoder.
+    baselines = (["bm25"] if texts else []) + ([] if plan.head and plan.head.vision else [backbone])
+    command = [str(folder), "--dataset", *recipe.datasets, "--baselines", ",".join(baselines) or "none"]
+    command += ["--trust_remote_code"]
     command += ["--output", str(results), "--name", "test", *(["--revision", pinned] if pinned else [])]
     try:
         evaluate([*command, *(["--keep_empty"] if recipe.keep_empty else [])], prog=verb)
-        private = ["--private"] if plan.args.hub_private_repo else []
-        publish([str(folder), "--repo", repo, "--results", str(results / "test.json"), *private])
+        flags = ["--private"] if plan.args.hub_private_repo else []
+        flags += ["--trust_remote_code"] if recipe.trust_remote_code else []
+        publish([str(folder), "--repo", repo, "--results", str(results / "test.json"), *flags])
     except InputError as error:
         raise InputError(
             f"{folder} is trained and whole, but not published: {error} Go on with `polyrep publish {folder} --repo "
             f"{repo}`, after `evaluate` where results are missing."
         ) from error
-
-
-def check_repo_name(repo: str) -> None:
-    """Refuse a name that the Hub would refuse, before anything is done for it.
-
-    Raises:
-        InputError: The name, what is wrong with it and what is right.
-    """
-    try:
-        validate_repo_id(repo)
-        wrong = None if repo.count("/") == 1 else "it has no organisation or user before a slash"
-    except HFValidationError as error:
-        wrong = str(error).rstrip(".")
-    if wrong:
-        raise InputError(
-            f"--repo {repo}: the Hub would refuse this name: {wrong}. Use ORG/NAME of letters, digits, '-', '_', '.'."
-        )
-
-
-def refuse_without_token() -> None:
-    """Raise InputError unless there is a token, which only the Hub can tell the rights of."""
-    if not get_token():
-        raise InputError(
-            "no token for the Hub, so nothing can be uploaded. Run `hf auth login` with one that may write, or set "
-            "HF_TOKEN. Try everything else with --dry_run."
-        )
 
 
 def collect(
@@ -556,80 +509,3 @@ def _lines(file: Path) -> Iterator[str]:
     elif file.suffix not in (".png", ".onnx", ".data", ".model"):
         with file.open(encoding="utf-8", errors="replace") as lines:
             yield from lines
-
-
-@contextmanager
-def _asking_the_hub(repo: str, then: str) -> Iterator[None]:
-    """Say what the Hub refused, and what can be done about it."""
-    try:
-        yield
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        if status in (401, 403):
-            raise InputError(
-                f"{repo}: the Hub refused (HTTP {status}), so the token may not write there. {then} Take a token with "
-                "write access to that organisation or user: `hf auth login`, or HF_TOKEN."
-            ) from error
-        raise InputError(f"{repo}: the Hub answered {error}. {then} Run the same command again.") from error
-    except (HTTPError, OSError, RuntimeError) as error:
-        raise InputError(
-            f"{repo}: the connection failed ({type(error).__name__}: {error}). {then} Run the same command again; "
-            "files that have arrived are not sent twice."
-        ) from error
-
-
-def _head_of(repo: str, folder: Path) -> str | None:
-    """Commit of an existing repository, None if there is none; InputError if it holds another kind of model."""
-    refuse_without_token()
-    api = HfApi()
-    with _asking_the_hub(repo, "Nothing was changed."), tempfile.TemporaryDirectory() as scratch:
-        try:
-            info = api.model_info(repo)
-        except RepositoryNotFoundError:
-            return None
-        there = {sibling.rfilename for sibling in info.siblings or []}
-        if not there - {".gitattributes", "README.md", "LICENSE"}:
-            return info.sha
-        for name in ("config.json", "config_sentence_transformers.json", "modules.json"):
-            try:
-                if name in there:
-                    api.hf_hub_download(repo, name, revision=info.sha, local_dir=scratch)
-            except EntryNotFoundError:
-                continue
-        theirs, ours = _kind_of(Path(scratch)), _kind_of(folder)
-    if theirs != ours:
-        raise InputError(
-            f"{repo}: holds a model of another kind ({theirs}) than {folder} ({ours}), which would be replaced. "
-            "Refused; choose another --repo, or delete that one yourself."
-        )
-    return info.sha
-
-
-def _kind_of(folder: Path) -> str:
-    """Model type, family and own modules of a folder: what a repository's users rely on to stay the same."""
-    family = read_json(folder / "config_sentence_transformers.json").get("model_type")
-    modules = [module["type"].rpartition(".")[2] for module in read_json(folder / "modules.json") or []]
-    parts = [read_json(folder / "config.json").get("model_type"), family, " + ".join(modules)]
-    return ", ".join(part for part in parts if part) or "none that can be told"
-
-
-def _upload(repo: str, folder: Path, files: list[Path], *, private: bool, parent: str | None) -> str:
-    """One commit with all files, and without what they replace; return it."""
-    api = HfApi()
-    with _asking_the_hub(repo, "No commit was made, and the folder is as it was."):
-        if parent is None:
-            api.create_repo(repo, private=private, exist_ok=True)
-        info = api.model_info(repo)
-        names = {str(path.relative_to(folder)) for path in files}
-        there = {sibling.rfilename for sibling in info.siblings or []}
-        stale = sorted(n for n in there - names if any(fnmatch.fnmatch(n, pattern) for pattern in _REPLACED))
-        commit = api.create_commit(
-            repo,
-            [
-                *(CommitOperationAdd(str(path.relative_to(folder)), path) for path in files),
-                *(CommitOperationDelete(name) for name in stale),
-            ],
-            commit_message=f"Publish with polyrep: {len(names)} files",
-            parent_commit=info.sha,
-        )
-    return str(commit.oid)

@@ -23,7 +23,7 @@ from huggingface_hub import ModelCard
 from room_examples import gaussian_example, reinpool_example
 
 import polyrep
-from polyrep import InputError, cards, publish
+from polyrep import InputError, cards, publish, upload
 from polyrep.cli import main
 from polyrep.hub import fingerprint, load
 from polyrep.publish import refuse_secrets, verify
@@ -233,6 +233,8 @@ def test_a_repository_is_complete_and_made_in_one_commit(published, hub):
         *("config.json", "config_sentence_transformers.json", "modules.json", "sentence_bert_config.json"),
         *("model.safetensors", "tokenizer.json", "tokenizer_config.json"),
     }
+    for name, content in files.items():
+        assert b"/data/somewhere" not in content and str(Path.home()).encode() not in content, name
     settings = json.loads(files["config_sentence_transformers.json"])
     assert settings["requirements"] == polyrep.hub.REQUIREMENTS
     entries = yaml.safe_load(files[".eval_results/someone--tiny.yaml"])
@@ -537,7 +539,7 @@ def test_commands_and_licences_as_others_may_read_them(tmp_path):
     ],
 )
 def test_a_run_that_could_not_be_published_is_refused_before_it_trains(toy_run, capsys, monkeypatch, flags, words):
-    monkeypatch.setattr(publish, "get_token", lambda: None)
+    monkeypatch.setattr(upload, "get_token", lambda: None)
     assert main(["train", str(toy_run), "--push_to_hub", "true", *flags]) == 2
     assert words in capsys.readouterr().err
 
@@ -545,7 +547,7 @@ def test_a_run_that_could_not_be_published_is_refused_before_it_trains(toy_run, 
 def test_data_of_vectors_alone_cannot_be_measured(toy_run, tmp_path, capsys, monkeypatch):
     data = write_beir(tmp_path / "tiny")
     loaded = polyrep.data.load_retrieval_dataset(data)
-    monkeypatch.setattr(publish, "get_token", lambda: "hf_test")
+    monkeypatch.setattr(upload, "get_token", lambda: "hf_test")
     monkeypatch.setattr(publish, "load_retrieval_dataset", lambda *_, **__: replace(loaded, vectors={"query": None}))
     target = ["--push_to_hub", "true", "--hub_model_id", "a/b", "--datasets", str(data)]
     assert main(["train", str(toy_run), *target]) == 2
