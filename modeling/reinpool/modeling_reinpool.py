@@ -267,7 +267,7 @@ class ReinPoolModel(PreTrainedModel):
         if self.config.weights == "soft":
             return probability
         keep = probability > self.config.threshold
-        least = min(self.config.min_keep, logits.shape[1])
+        least = torch.sym_min(self.config.min_keep, logits.shape[1])
         likeliest = probability.masked_fill(~attention_mask, -1.0).topk(least, dim=1).indices
         return (keep.scatter(1, likeliest, True) & attention_mask).to(probability.dtype)
 
