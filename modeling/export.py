@@ -40,8 +40,11 @@ TOLERANCE = 1e-4
 TRACED = (3, 12)
 """Texts, and tokens of the longest, that a graph is made with; neither 1 nor equal, which would be taken for fixed."""
 
-CHECKED = ((1, 3), (2, 7), (3, 12), (5, 33))
-"""Sizes that it is compared at: one text without padding, and batches of which all but the longest are padded."""
+CHECKED = ((1, 3), (2, 7), (3, 12), (5, 33), (2, 200))
+"""Sizes that it is compared at: one text without padding, and batches of which all but the longest are padded.
+
+The last is longer than the windows and buckets of positions that encoders have, as far as the model takes it.
+"""
 
 ONE_FILE_BYTES = 1_500_000_000
 """Weights above which a graph refers to a second file, since one file of ONNX holds two gigabytes."""
@@ -109,7 +112,9 @@ def export_onnx(argv: list[str], *, prog: str = "polyrep export-onnx") -> Path:
     target = Path(args.output) if args.output else folder / "onnx"
     _refuse_missing_packages()
     part = _part_of_ours(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not args.overwrite:
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target}: is a file, and the graphs need a folder. Pass another --output.")
+    if target.exists() and any(target.iterdir()) and not args.overwrite:
         raise InputError(f"{target}: exists and would be replaced. Pass --overwrite, or another --output.")
     model = _open(part)
     doors = _doors(model, part)
@@ -214,7 +219,7 @@ def _doors(model: PreTrainedModel, part: Path) -> list[_Door]:
         if name not in ("model", "image"):
             raise InputError(f"{part}: reads {name}, and only texts and images can be exported. Save it without.")
         taken = _arguments(model, method)
-        example = _images(part) if name == "image" else _texts(part)
+        example = _images(part) if name == "image" else _texts(model, part)
         axes: dict[str, Axes] = {
             key: ("batch", *(None,) * (value.ndim - 1)) if name == "image" else ("batch", "tokens")
             for key, value in example(*TRACED, 0).items()
@@ -246,7 +251,7 @@ def _size(model: PreTrainedModel, axis: str) -> int | None:
     return len(value) if isinstance(value, list) else value
 
 
-def _texts(part: Path) -> Callable[[int, int, int], Inputs]:
+def _texts(model: PreTrainedModel, part: Path) -> Callable[[int, int, int], Inputs]:
     """What the folder's tokenizer makes of random words; the first text is the longest."""
     try:
         processor = AutoProcessor.from_pretrained(part, trust_remote_code=False)
@@ -258,6 +263,7 @@ def _texts(part: Path) -> Callable[[int, int, int], Inputs]:
             f"{part}: no tokenizer that can be opened ({_first_line(error)}), so there are no texts to compare with. "
             "Save the tokenizer of the model into the folder."
         ) from error
+    limit = min(tokenizer.model_max_length, *_positions(model.config.to_dict()), CHECKED[-1][1])
     special = set(tokenizer.all_special_ids)
     ids = [i for i in sorted(tokenizer.get_vocab().values()) if i not in special]
 
@@ -266,15 +272,28 @@ def _texts(part: Path) -> Callable[[int, int, int], Inputs]:
         lengths = [max(1, tokens - row * tokens // batch) for row in range(batch)]
         drawn = [[ids[i] for i in torch.randint(len(ids), (n,), generator=generator).tolist()] for n in lengths]
         texts = [tokenizer.decode(row) for row in drawn]
-        encoded = tokenizer(texts, padding=True, truncation=True, max_length=tokens, return_tensors="pt")
+        encoded = tokenizer(texts, padding=True, truncation=True, max_length=min(tokens, limit), return_tensors="pt")
         return dict(encoded)
 
     return example
 
 
+def _positions(config: dict[str, Any]) -> list[int]:
+    """How long a text may be, as a config and those in it say."""
+    own = config.get("max_position_embeddings")
+    found = [own] if isinstance(own, int) and own > 0 else []
+    return found + [limit for part in config.values() if isinstance(part, dict) for limit in _positions(part)]
+
+
 def _images(part: Path) -> Callable[[int, int, int], Inputs]:
     """What the folder's image processor makes of random pixels."""
-    processor: Any = AutoProcessor.from_pretrained(part, trust_remote_code=False)
+    try:
+        processor: Any = AutoProcessor.from_pretrained(part, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{part}: no image processor that can be opened ({_first_line(error)}), so there are no images to compare "
+            "with. Save the processor of the model into the folder."
+        ) from error
     processor = getattr(processor, "image_processor", processor)
 
     def example(batch: int, tokens: int, seed: int) -> Inputs:
@@ -309,22 +328,22 @@ class _Positional(nn.Module):
 
     def __init__(self, model: PreTrainedModel, door: _Door, task: str | None) -> None:
         super().__init__()
-        self.model, self.method, self.names = model, door.method, list(door.axes)
-        self.outputs = door.outputs
+        self.model, self.door = model, door
         self.fixed = dict(door.fixed) | ({} if task is None else {"task": task})
 
+    def answer(self, *values: Tensor) -> Any:
+        inputs = dict(zip(self.door.axes, values, strict=True))
+        return getattr(self.model, self.door.method)(**inputs, **self.fixed)
+
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        inputs = dict(zip(self.names, values, strict=True))
-        output = getattr(self.model, self.method)(**inputs, **self.fixed)
-        return tuple(output[name] for name in self.outputs)
+        output = self.answer(*values)
+        return tuple(output[name] for name in self.door.outputs)
 
 
 def _write(model: PreTrainedModel, door: _Door, staged: Path, part: Path) -> dict[str, Any]:
     """Trace, convert, save and compare one door: file name -> its entry in the manifest."""
     example = door.example(*TRACED, 0)
     values = tuple(example[name] for name in door.axes)
-    known = getattr(model, door.method)(**{name: example[name] for name in door.axes}, **door.fixed)
-    door.outputs = tuple(name for name in door.outputs if known.get(name) is not None)
     tasks = ("query", "document") if "task" in _arguments(model, door.method) else (None,)
     traced: dict[str | None, Any] = {}
     started = time.monotonic()
@@ -332,18 +351,27 @@ def _write(model: PreTrainedModel, door: _Door, staged: Path, part: Path) -> dic
         {i: torch.export.Dim.DYNAMIC for i, axis in enumerate(axes) if axis} for axes in door.axes.values()
     )
     wrapped = {task: _Positional(model, door, task).eval() for task in tasks}
+    refusals: list[ValueError] = []
     for task in tasks:
+        try:
+            output = wrapped[task].answer(*values)
+        except ValueError as error:  # of one task perhaps, as of images that are documents alone
+            refusals.append(error)
+            continue
+        door.outputs = tuple(name for name in door.outputs if output.get(name) is not None)
         try:
             traced[task] = torch.export.export(wrapped[task], values, dynamic_shapes={"values": dynamic}, strict=False)
         except Exception as error:  # torch raises many kinds
             raise _unsupported(part, model, error) from error
-    if len(tasks) == 2 and _same(*traced.values()):
-        traced = {None: traced[tasks[0]]}
+    if not traced:
+        raise InputError(f"{part}: the model refuses its inputs: {refusals[0]}")
+    if len(traced) == 2 and _same(*traced.values()):
+        traced = {None: traced["query"]}
     entries: dict[str, Any] = {}
     for task, program in traced.items():
         stem = "_".join(filter(None, (None if task and door.name == "model" else door.name, task)))
         file = staged / f"{stem}.onnx"
-        reference = wrapped[task] if task in wrapped else wrapped[tasks[0]]
+        reference = wrapped[task] if task in wrapped else wrapped["query"]
         opset = _convert(program, door, file, part, model)
         seconds = round(time.monotonic() - started, 1)
         entries[file.name] = {
@@ -409,13 +437,13 @@ def _compare(reference: nn.Module, door: _Door, file: Path, part: Path) -> dict[
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
         for seed, (batch, tokens) in enumerate(CHECKED, 1):
             example = door.example(batch, tokens, seed)
-            found = session.run(None, {door.label(name): example[name].numpy() for name in door.axes})
             expected = reference(*(example[name] for name in door.axes))
+            found = session.run(None, {door.label(name): example[name].numpy() for name in door.axes})
             for name, ours, theirs in zip(door.outputs, expected, found, strict=True):
                 difference[name] = max(difference[name], _difference(ours.numpy(), theirs))
     except Exception as error:  # onnxruntime's own kinds share no other base
         raise InputError(
-            f"{part}: onnxruntime does not run {file.name} ({_first_line(error)}). Nothing was written; serve "
+            f"{part}: {file.name} and the model cannot be compared ({_first_line(error)}). Nothing was written; serve "
             "the folder with torch."
         ) from error
     if not max(difference.values()) <= TOLERANCE:

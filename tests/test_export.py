@@ -260,6 +260,24 @@ def test_what_torch_cannot_trace_is_refused(head, capsys, monkeypatch):
     assert "no ONNX graph can be made of MultiLayerHead (" in refused(capsys, head)
 
 
+def test_a_task_that_the_model_refuses_has_no_graph(head, monkeypatch, capsys):
+    forward = MultiLayerHead.forward
+
+    def answers(*tasks: str) -> None:
+        def only(self: Any, layer_embeddings: torch.Tensor, task: str | None = None, **kwargs: Any) -> Any:
+            if task not in tasks:
+                raise ValueError(f"not for {task}")
+            return forward(self, layer_embeddings, task=task, **kwargs)
+
+        monkeypatch.setattr(MultiLayerHead, "forward", only)
+
+    answers()
+    assert "the model refuses its inputs: not for query" in refused(capsys, head)
+    answers("document")
+    assert main(["export-onnx", str(head)]) == 0
+    assert {f.name for f in (head / "onnx").iterdir()} == {"export.json", "document.onnx"}
+
+
 def test_an_export_is_replaced_only_on_request_and_leaves_no_stale_graph(head, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(export, "ONE_FILE_BYTES", 0)  # as if the weights were larger than one file holds
     assert main(["export-onnx", str(head)]) == 0
@@ -282,6 +300,8 @@ def test_folders_that_hold_nothing_to_export_are_refused(
     head, examples, sentence_model, capsys, monkeypatch, tmp_path
 ):
     assert "no such folder" in refused(capsys, tmp_path / "nowhere")
+    (tmp_path / "taken").write_text("mine")
+    assert "taken: is a file" in refused(capsys, head, "--output", str(tmp_path / "taken"), "--overwrite")
     assert "Stock modules need no export of ours" in refused(capsys, polyrep.save(sentence_model, tmp_path / "stock"))
     toy = next(iter(EXAMPLES))
     pipeline = polyrep.save(examples[toy].models["pipeline"], tmp_path / "toy")
