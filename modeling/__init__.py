@@ -6,6 +6,7 @@ Each method is a *room*: a sub-package whose ``modeling_<room>.py`` is also the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +16,28 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from .errors import InputError
 from .hub import load, localize, save
 
-__all__ = ["ROOMS", "InputError", "Room", "load", "localize", "register", "save"]
+__all__ = ["ROOMS", "Graph", "InputError", "Room", "load", "localize", "register", "save"]
 __version__ = "0.1.0"
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One ONNX graph of a model, where ``export-onnx`` cannot tell by itself; see :mod:`polyrep.export`.
+
+    A retriever needs none: its graphs read what its folder's tokenizer and image processor give.
+
+    Attributes:
+        inputs: Input -> its axes, each a field of the config, whose number or length is its size, or the name of a
+            size that varies: ``batch``, ``tokens``. Empty: what the tokenizer gives.
+        outputs: Fields of what the model returns; one that is None is left out.
+        method: Of the model.
+        fixed: Further arguments, the same in every call.
+    """
+
+    inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ("sentence_embedding",)
+    method: str = "forward"
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -29,6 +50,8 @@ class Room:
         module: The sentence-transformers module, if the room has one.
         objectives: Training objectives by class name; their typed constructor arguments become flags of ``train``.
         card: Name of the template in ``model_cards/``.
+        graphs: Model or head -> name -> what ``export-onnx`` writes of it: of a head all its graphs, of a retriever
+            what differs from the default. The graph that needs no name is ``model``.
     """
 
     model: type[PreTrainedModel]
@@ -36,6 +59,7 @@ class Room:
     module: type[Module] | None = None
     objectives: dict[str, type[Any]] = field(default_factory=dict)
     card: str | None = None
+    graphs: Mapping[type[PreTrainedModel], Mapping[str, Graph]] = field(default_factory=dict)
 
     @property
     def config(self) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: ``polyrep train``, ``evaluate``, ``publish``; the scripts at the repository's root call it too."""
+"""The command line, whose verbs are those of :data:`COMMANDS`; the scripts at the repository's root call it too."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from collections.abc import Sequence
 
 from .errors import InputError
 
-COMMANDS = {"train": "training", "evaluate": "evaluation", "publish": "publish"}
-"""Verb -> module of polyrep with a function of that name; imported only when it is asked for."""
+COMMANDS = {
+    "train": "training:train",
+    "evaluate": "evaluation:evaluate",
+    "export-onnx": "export:export_onnx",
+    "publish": "publish:publish",
+}
+"""Verb -> module of polyrep and its function; imported only when it is asked for."""
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
@@ -20,7 +25,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         print(f"usage: polyrep {{{','.join(COMMANDS)}}} ... (each takes --help)")
         return 0 if verb in ("-h", "--help") else 2
     try:
-        run = getattr(importlib.import_module(f".{COMMANDS[verb]}", __package__), verb)
+        module, _, function = COMMANDS[verb].partition(":")
+        run = getattr(importlib.import_module(f".{module}", __package__), function)
         run(arguments[1:], prog=prog or f"polyrep {verb}")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

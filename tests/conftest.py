@@ -21,7 +21,7 @@ from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
 from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 from tokenizers import Tokenizer
-from transformers import AutoModel, BertConfig, BertTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertTokenizer
 
 import polyrep
 from polyrep.hub import packaged_minilm
@@ -90,6 +90,18 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         attention_probs_dropout_prob=0.0,
     )
     AutoModel.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shallow_backbone(tmp_path_factory: pytest.TempPathFactory, backbone: Path) -> Path:
+    """The same with one layer, for tests whose time goes by the operations of a model."""
+    folder = tmp_path_factory.mktemp("shallow")
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(backbone)
+    config.num_hidden_layers = 1
+    AutoModel.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(backbone).save_pretrained(folder)
     return folder
 
 

@@ -101,13 +101,13 @@ def image_text_folder(model: Any, processor: Any, folder: Path, family: type[Enc
     return whole
 
 
-def dual_encoder(backbone: Path, scratch: Path) -> DualEncoderModel:
+def dual_encoder(backbone: Path, scratch: Path, vision: Path | None = None) -> DualEncoderModel:
     """Text and vision encoder with random maps between them."""
     texts = SentenceTransformer(modules=[Transformer(str(backbone)), Pooling(32, "mean"), Normalize()], device="cpu")
     texts.save_pretrained(str(scratch / "texts"))
-    vision = str(tiny_vision(scratch / "vision"))
+    vision = vision or tiny_vision(scratch / "vision")
     torch.manual_seed(9)
-    model = DualEncoderModel.from_encoder(str(scratch / "texts"), vision=vision, projection_dim=12, hidden_dim=8)
+    model = DualEncoderModel.from_encoder(str(scratch / "texts"), vision=str(vision), projection_dim=12, hidden_dim=8)
     with torch.no_grad():
         for parameter in model.head.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)

@@ -6,7 +6,7 @@ head to turn into words.
 
 from __future__ import annotations
 
-from .. import Room, register
+from .. import Graph, Room, register
 from .contrastive import DualEncoderLoss
 from .modeling_dense2sparse import (
     CheckedTransformer,
@@ -46,6 +46,17 @@ register(
         module=Dense2SparsePooling,
         objectives={"Dense2SparseLoss": Dense2SparseLoss},
         card="dense2sparse",
+        graphs={
+            Dense2SparseModel: {
+                "model": Graph(
+                    {
+                        "sentence_embedding": ("batch", "input_dim"),
+                        "input_ids": ("batch", "tokens"),
+                        "attention_mask": ("batch", "tokens"),
+                    }
+                )
+            }
+        },
     )
 )
 register(
@@ -54,5 +65,11 @@ register(
         head=DualEncoderHead,
         objectives={"DualEncoderLoss": DualEncoderLoss},
         card="dual_encoder",
+        graphs={
+            DualEncoderHead: {
+                "text": Graph({"sentence_embedding": ("batch", "text_dim")}),
+                "image": Graph({"sentence_embedding": ("batch", "image_dim")}, fixed={"modality": "image"}),
+            }
+        },
     )
 )

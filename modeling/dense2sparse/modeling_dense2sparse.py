@@ -357,7 +357,7 @@ class Dense2SparseModel(PreTrainedModel):
                 "modality='image' for those of images."
             )
         width = config.expansion_size if compact else config.vocab_size
-        weights = sentence_embedding.new_zeros(len(sentence_embedding), width)
+        weights = sentence_embedding.new_zeros(sentence_embedding.shape[0], width)
         if expanding:
             logits = self.vocabulary(self.hidden(sentence_embedding))
             expanded = torch.log1p(F.relu(logits))
@@ -384,7 +384,7 @@ class Dense2SparseModel(PreTrainedModel):
         """Own tokens of texts: times that each word occurs ``(batch, words)``, and length ``(batch, 1)``."""
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         special = torch.tensor(self.config.special_token_ids, device=input_ids.device, dtype=input_ids.dtype)
-        real = real & ~torch.isin(input_ids, special)
+        real = real & (input_ids[..., None] != special).all(-1)
         lengths, columns = real.sum(1, keepdim=True), input_ids
         if compact:  # vocabulary id -> column; words that cannot be expanded to have none
             column_of = input_ids.new_full((self.config.vocab_size,), -1)
@@ -392,7 +392,7 @@ class Dense2SparseModel(PreTrainedModel):
             columns = column_of[input_ids]
             real = real & (columns >= 0)
         width = self.config.expansion_size if compact else self.config.vocab_size
-        counts = torch.zeros(len(input_ids), width, device=input_ids.device)
+        counts = torch.zeros(input_ids.shape[0], width, device=input_ids.device)
         return counts.scatter_add_(1, columns.clamp(min=0), real.float()), lengths
 
     def saturate(self, counts: Tensor, lengths: Tensor, task: str | None) -> Tensor:
@@ -408,7 +408,10 @@ class Dense2SparseModel(PreTrainedModel):
         if config.min_weight:
             weights = weights * (weights >= config.min_weight)
         top_k = config.query_top_k if task == "query" else config.document_top_k
-        most = int((weights > 0).sum(1).max()) if len(weights) else 0
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a graph cannot look at how many there are
+            most = weights.shape[1]
+        else:
+            most = int((weights > 0).sum(1).max()) if len(weights) else 0
         if not most or (config.mass is None and (top_k is None or top_k >= most)):
             return weights
         values, terms = weights.topk(min(top_k or most, most), dim=1)  # heaviest first
@@ -996,7 +999,7 @@ def _pooled(states: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
         mask = attention_mask[..., None].to(states.dtype)  # (batch, tokens, 1)
         return (states * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
     last = (attention_mask * torch.arange(1, states.shape[1] + 1, device=states.device)).argmax(1)
-    rows = torch.arange(len(states), device=states.device)
+    rows = torch.arange(states.shape[0], device=states.device)
     return states[:, 0] if pooling == "cls" else states[rows, last]
 
 

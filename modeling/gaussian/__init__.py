@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .. import Room, register
+from .. import Graph, Room, register
 from ..scoring import kl as kl_divergence
 from .modeling_gaussian import (
     GaussianConfig,
@@ -38,5 +38,13 @@ register(
             "GaussianHeadObjective": GaussianHeadObjective,
         },
         card="gaussian",
+        graphs={
+            GaussianModel: {"model": Graph(outputs=("sentence_embedding", "uncertainty"))},
+            GaussianHead: {
+                "model": Graph(
+                    {"sentence_embedding": ("batch", "input_dim")}, outputs=("sentence_embedding", "uncertainty")
+                )
+            },
+        },
     )
 )

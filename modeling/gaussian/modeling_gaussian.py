@@ -472,12 +472,13 @@ class GaussianModel(PreTrainedModel):
             )
         inputs = {"attention_mask": mask} | ({} if token_type_ids is None else {"token_type_ids": token_type_ids})
         if hasattr(self, "var_embedding"):
-            order = mask.argsort(dim=1, descending=True, stable=True)  # of texts padded on the left, too, the first
-            input_ids = input_ids.gather(1, order)  # place is the text's own then
+            place = torch.arange(2 * tokens, device=mask.device)
+            order = torch.where(mask == 0, place[tokens:], place[:tokens]).argsort(dim=1)  # padding last: of texts
+            input_ids = input_ids.gather(1, order)  # padded on the left, too, the first place is the text's own then
             inputs = {name: value.gather(1, order) for name, value in inputs.items()}
             mask = inputs["attention_mask"]
             embedded = self.encoder.get_input_embeddings()(input_ids)
-            inserted = self.var_embedding.to(embedded.dtype).expand(len(embedded), 1, -1)
+            inserted = self.var_embedding.to(embedded.dtype).expand(embedded.shape[0], 1, -1)
             embedded = torch.cat([embedded[:, :1], inserted, embedded[:, 1:]], 1)  # (batch, tokens + 1, width)
             inputs = {name: torch.cat([value[:, :1], value], 1) for name, value in inputs.items()}
             states = self.encoder(inputs_embeds=embedded, **inputs).last_hidden_state
@@ -633,7 +634,7 @@ def _text_limit(encoder, inserted: bool) -> int:
 def _pool_tokens(states: Tensor, mask: Tensor, token: str) -> Tensor:
     """States ``(batch, tokens, dim)`` to a vector each, as the stock Pooling does."""
     if token == "cls":  # the first token that counts: not the first column where texts are padded on the left
-        return states[torch.arange(len(states), device=states.device), mask.to(torch.int32).argmax(1)]
+        return states[torch.arange(states.shape[0], device=states.device), mask.to(torch.int32).argmax(1)]
     weights = mask[..., None].to(states.dtype)  # (batch, tokens, 1)
     exact = torch.promote_types(states.dtype, torch.float32)
     total = (states * weights).sum(1, dtype=exact)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .. import Room, register
+from .. import Graph, Room, register
 from .modeling_multilayer import (
     MultiLayerConfig,
     MultiLayerHead,
@@ -36,5 +36,13 @@ register(
             "MultiLayerHeadObjective": MultiLayerHeadObjective,
         },
         card="multilayer",
+        graphs={
+            MultiLayerHead: {
+                "model": Graph(
+                    {"layer_embeddings": ("batch", "layers", "hidden_size")},
+                    outputs=("sentence_embedding", "token_embeddings"),
+                )
+            }
+        },
     )
 )

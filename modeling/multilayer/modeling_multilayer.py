@@ -588,7 +588,7 @@ def _of_backbone(model, config) -> dict:
 def _pool_tokens(states: Tensor, mask: Tensor, token: str) -> Tensor:
     """One layer's states ``(batch, tokens, dim)`` to a vector each, to the bit as the stock Pooling does."""
     if token == "cls":  # the first token that counts: not the first column where texts are padded on the left
-        return states[torch.arange(len(states), device=states.device), mask.to(torch.int32).argmax(1)]
+        return states[torch.arange(states.shape[0], device=states.device), mask.to(torch.int32).argmax(1)]
     weights = mask[..., None].to(states.dtype)  # (batch, tokens, 1)
     half = states.dtype in (torch.float16, torch.bfloat16)
     exact = torch.float32 if half else states.dtype

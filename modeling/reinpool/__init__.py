@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from .. import Room, register
+from .. import Graph, Room, register
 from .modeling_reinpool import ReinPoolConfig, ReinPoolModel, ReinPoolOutput, ReinPoolPooling, spherical_kmeans
 from .objective import ReinforceObjective, SoftGateObjective
 
@@ -19,11 +19,19 @@ __all__ = [
     "spherical_kmeans",
 ]
 
+_TOKENS = {"token_embeddings": ("batch", "tokens", "dim"), "attention_mask": ("batch", "tokens")}
+
 register(
     Room(
         model=ReinPoolModel,
         module=ReinPoolPooling,
         objectives={"SoftGateObjective": SoftGateObjective, "ReinforceObjective": ReinforceObjective},
         card="reinpool",
+        graphs={
+            ReinPoolModel: {  # the filter alone is enough for a pooling of one's own
+                "model": Graph(_TOKENS, outputs=("keep_probability",)),
+                "pooling": Graph(_TOKENS, outputs=("embeddings", "mask")),
+            }
+        },
     )
 )

@@ -192,7 +192,7 @@ class _Attention(nn.Module):
         """
         normed = self.norm(states)
         context = normed if context is None else self.context_norm(context)
-        split = (len(states), -1, self.heads, states.shape[-1] // self.heads)
+        split = (states.shape[0], -1, self.heads, states.shape[-1] // self.heads)
         query, key, value = (
             part(x).view(split).transpose(1, 2)  # (batch, heads, n or m, dim / heads)
             for part, x in ((self.query, normed), (self.key, context), (self.value, context))
@@ -267,7 +267,7 @@ class ReinPoolModel(PreTrainedModel):
         if self.config.weights == "soft":
             return probability
         keep = probability > self.config.threshold
-        least = min(self.config.min_keep, logits.shape[1])
+        least = torch.sym_min(self.config.min_keep, logits.shape[1])
         likeliest = probability.masked_fill(~attention_mask, -1.0).topk(least, dim=1).indices
         return (keep.scatter(1, likeliest, True) & attention_mask).to(probability.dtype)
 
@@ -373,6 +373,8 @@ class ReinPoolModel(PreTrainedModel):
             )
         if num_vectors > 1 and config.pooling == "mean":
             raise ValueError(f"{name}: pooling='mean' gives one vector, not {num_vectors}. Use pooling='kmeans'.")
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a graph cannot look at the numbers
+            return
         norms = tokens.float().norm(dim=-1)  # one pass finds NaN, infinity and zero
         bad = mask & ~((norms > 0) & norms.isfinite())
         empty = ~mask.any(1)
@@ -409,7 +411,7 @@ def spherical_kmeans(vectors: Tensor, weights: Tensor, num_vectors: int, iterati
     """
     iterations = max(1, 8 // num_vectors) if iterations is None else iterations
     vectors, weights = vectors.float(), weights.float()
-    rows = torch.arange(len(vectors), device=vectors.device)
+    rows = torch.arange(vectors.shape[0], device=vectors.device)
     # Lengths go into weights and scores, so that no unit copy of all vectors is made.
     lengths = vectors.norm(dim=-1).clamp(min=1e-12)
     pull = (weights / lengths)[:, None]  # (batch, 1, tokens)

@@ -1,0 +1,338 @@
+"""``export-onnx``: graphs give torch's vectors at any size, as recomputed here; what cannot be exported is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from room_examples import EXAMPLES, dual_encoder, image_text_folder, one_folder, tiny_vision
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SparseEncoder
+from torch.nn import functional as F
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, ViTConfig, ViTModel
+
+import polyrep
+from polyrep import export
+from polyrep.cli import main
+from polyrep.dense2sparse import Dense2SparseForRetrieval, Dense2SparseForRetrievalConfig, DualEncoderModel
+from polyrep.gaussian import GaussianConfig
+from polyrep.hub import fingerprint
+from polyrep.multilayer import MultiLayerConfig, MultiLayerHead, MultiLayerHeadConfig, MultiLayerModel
+from polyrep.reinpool import ReinPoolConfig
+
+SHORT = ["x"]
+MIXED = ["show open ports", "make an archive of a file", "q", "list a port file: a port file list a port"]
+SIZES = ((1, 1), (1, 6), (2, 9), (4, 40))
+
+# Of each room the folders whose graphs differ in kind: whole models, and heads of pipelines.
+KINDS = {
+    GaussianConfig.model_type: ["retriever"],
+    MultiLayerConfig.model_type: ["retriever", "multi"],
+    Dense2SparseForRetrievalConfig.model_type: ["images", "pipeline"],
+    ReinPoolConfig.model_type: ["single"],
+}
+RETRIEVERS = [(room, kind) for room, kinds in KINDS.items() for kind in kinds if kind in ("retriever", "images")]
+
+
+class Exported:
+    """A model of sentence-transformers, its folder, and the graphs that the command made of it.
+
+    The folder's own code would end the run: nothing of it may be read.
+    """
+
+    def __init__(self, model: Any, folder: Path) -> None:
+        self.model, self.folder = model, folder
+        assert main(["export-onnx", str(folder)]) == 0
+        self.manifest = json.loads((folder / "onnx" / "export.json").read_text())
+        self.graphs = {
+            name.removesuffix(".onnx"): onnxruntime.InferenceSession(str(folder / "onnx" / name))
+            for name in self.manifest["graphs"]
+        }
+
+    def run(self, graph: str, **inputs: torch.Tensor) -> dict[str, np.ndarray]:
+        session = self.graphs[graph]
+        found = session.run(None, {node.name: inputs[node.name].numpy() for node in session.get_inputs()})
+        return {node.name: value for node, value in zip(session.get_outputs(), found, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def examples(backbone: Path, shallow_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    deep = MultiLayerConfig.model_type  # which needs layers to choose from
+    return {
+        room: EXAMPLES[room](backbone if room == deep else shallow_backbone, tmp_path_factory.mktemp("example"))
+        for room in (*KINDS, next(iter(EXAMPLES)))
+    }
+
+
+def words_of_images(backbone: Path, scratch: Path) -> Any:
+    """A sparse retriever of texts and images whose vision tower has few operations."""
+    torch.manual_seed(11)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tiny_vision(scratch / "vision")  # for its processor
+    ViTModel(ViTConfig(**sizes, image_size=32, patch_size=16)).save_pretrained(scratch / "vision")
+    dual_encoder(backbone, scratch, scratch / "vision").save_pretrained(scratch / "towers")
+    processor = DualEncoderModel.load_processor(str(scratch / "texts"), str(scratch / "vision"))
+    processor.save_pretrained(scratch / "towers")
+    model = Dense2SparseForRetrieval.from_encoder(str(scratch / "towers"), average_length=5.0)
+    with torch.no_grad():
+        model.head.own_weight.uniform_(0.5, 2)
+    return image_text_folder(model, processor, scratch / "images", SparseEncoder, "expand")
+
+
+def two_encoders(backbone: Path, scratch: Path) -> Any:
+    torch.manual_seed(12)
+    model = MultiLayerModel.from_encoder(str(backbone), layers=[-1, 0], pooling="scalar_mix", tied=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return one_folder(model, backbone, scratch)
+
+
+OWN = {
+    (Dense2SparseForRetrievalConfig.model_type, "images"): words_of_images,
+    (MultiLayerConfig.model_type, "retriever"): two_encoders,
+}
+"""Models with fewer operations than the shared examples have."""
+
+
+@pytest.fixture(scope="module")
+def exported(examples, shallow_backbone, tmp_path_factory) -> dict[tuple[str, str], Exported]:
+    folder, made = tmp_path_factory.mktemp("exported"), {}
+    for room, kinds in KINDS.items():
+        for kind in kinds:
+            own = OWN.get((room, kind))
+            model = own(shallow_backbone, folder / f"{kind}-own") if own else examples[room].models[kind]
+            saved = polyrep.save(model, folder / room / kind)
+            for file in saved.rglob("*.py"):
+                file.write_text("raise SystemExit('the code of a folder was run')")
+            made[room, kind] = Exported(model, saved)
+    return made
+
+
+def close(ours: Any, theirs: Any, message: str = "") -> None:
+    np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=1e-4, atol=1e-4, err_msg=message)
+
+
+def vectors(model: Any, task: str, texts: list[Any]) -> np.ndarray:
+    found = getattr(model, f"encode_{task}")(texts, convert_to_tensor=True)
+    return (found.to_dense() if found.is_sparse else found).cpu().numpy()
+
+
+@pytest.mark.parametrize(("room", "kind"), RETRIEVERS)
+def test_graphs_of_a_retriever_give_the_vectors_of_encode(exported, room, kind):
+    it = exported[room, kind]
+    tokenizer = AutoTokenizer.from_pretrained(it.folder)
+    for texts in (SHORT, MIXED, [" ".join(MIXED), *MIXED, *SHORT]):
+        tokens = tokenizer(texts, padding=True, return_tensors="pt")
+        for task in ("query", "document"):
+            close(it.run(task, **tokens)["sentence_embedding"], vectors(it.model, task, texts), f"{task} {texts}")
+
+
+def test_queries_and_documents_are_two_graphs_unless_they_are_the_same(exported):
+    for (room, kind), it in exported.items():
+        alike = room == ReinPoolConfig.model_type
+        assert ("model" in it.graphs) == alike and ({"query", "document"} <= it.graphs.keys()) != alike, (room, kind)
+
+
+def test_a_query_says_how_uncertain_it_is(exported):
+    it = exported[GaussianConfig.model_type, "retriever"]
+    tokens = AutoTokenizer.from_pretrained(it.folder)(MIXED, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        variance = it.model[0].model(**tokens, task="query").variance.double()  # (batch, groups)
+    size = it.model[0].model.config.mean_dim // variance.shape[1]
+    close(it.run("query", **tokens)["uncertainty"], size * variance.log().sum(1) / 2)
+
+
+def test_images_have_a_graph_of_their_own(exported):
+    it = exported[Dense2SparseForRetrievalConfig.model_type, "images"]
+    assert set(it.graphs) == {"query", "document", "image"}, "images are the same to both tasks"
+    drawn = np.random.default_rng(0).integers(0, 256, (3, 40, 50, 3), dtype=np.uint8)
+    images = [Image.fromarray(pixels) for pixels in drawn]
+    pixels = AutoProcessor.from_pretrained(it.folder).image_processor(images=images, return_tensors="pt")
+    for count in (1, 3):
+        found = it.run("image", pixel_values=pixels["pixel_values"][:count])["sentence_embedding"]
+        close(found, vectors(it.model, "document", images[:count]))
+
+
+@pytest.mark.parametrize(("batch", "tokens"), SIZES)
+def test_heads_of_pipelines_give_torchs_numbers_at_any_size(exported, batch, tokens):
+    generator = torch.Generator().manual_seed(batch * 100 + tokens)
+    lengths = torch.randint(1, tokens + 1, (batch,), generator=generator)
+    mask = (torch.arange(tokens) < lengths[:, None]).long()
+
+    head = exported[ReinPoolConfig.model_type, "single"]
+    states = F.normalize(torch.randn(batch, tokens, 16, generator=generator), dim=-1)  # padding, too, is no zero
+    with torch.no_grad():
+        expected = head.model[-1].model(states, mask)
+    gate = head.run("model", token_embeddings=states, attention_mask=mask)["keep_probability"]
+    close(gate, expected.keep_probability)
+    assert gate.shape == (batch, tokens) and not gate[mask.numpy() == 0].any() and gate[mask.numpy() == 1].all()
+    pooled = head.run("pooling", token_embeddings=states, attention_mask=mask)
+    close(pooled["embeddings"], expected.embeddings)
+    assert (pooled["mask"] == expected.mask.numpy()).all()
+
+    head = exported[MultiLayerConfig.model_type, "multi"]
+    states = torch.randn(batch, 2, 32, generator=generator)
+    for task, count in (("query", 1), ("document", 2)):
+        with torch.no_grad():
+            expected = head.model[-1].model(states, task=task).token_embeddings
+        found = head.run(task, layer_embeddings=states)["token_embeddings"]
+        assert found.shape == (batch, count, 32)
+        close(found, expected)
+
+    head = exported[Dense2SparseForRetrievalConfig.model_type, "pipeline"]
+    states = F.normalize(torch.randn(batch, 32, generator=generator), dim=-1)
+    ids = torch.randint(5, head.model[-1].model.config.vocab_size, (batch, tokens), generator=generator)
+    for task in ("query", "document"):
+        with torch.no_grad():
+            expected = head.model[-1].model(states, ids, mask, task=task).sentence_embedding
+        found = head.run(task, input_sentence_embedding=states, input_ids=ids, attention_mask=mask)
+        close(found["sentence_embedding"], expected)
+
+
+def test_the_manifest_says_what_was_made_of_what(exported):
+    for (room, kind), it in exported.items():
+        assert it.manifest["fingerprint"] == fingerprint(it.folder)
+        part = it.folder / it.manifest["part"]
+        assert json.loads((part / "config.json").read_text())["architectures"] == [it.manifest["model"]]
+        assert list(it.folder.glob("modeling_*.py")), "a folder that carries code"
+        assert (part == it.folder) == (kind in ("retriever", "images")), room
+        assert it.manifest["versions"]["onnx"] == onnx.__version__
+        assert it.manifest["versions"]["torch"] == torch.__version__
+        assert {f.name for f in (it.folder / "onnx").iterdir()} == {"export.json", *it.manifest["graphs"]}
+        for name, entry in it.manifest["graphs"].items():
+            graph = onnx.load(it.folder / "onnx" / name)
+            assert entry["opset"] == next(o.version for o in graph.opset_import if not o.domain)
+            assert {node.name for node in graph.graph.input} == set(entry["inputs"])
+            assert set(entry["outputs"]) == set(entry["difference"])
+            assert all(node["shape"][0] == "batch" for kind in ("inputs", "outputs") for node in entry[kind].values())
+            assert max(entry["difference"].values()) < 1e-4
+        assert not [f.name for f in it.folder.iterdir() if f.name.endswith(".partial")]
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Path:
+    """The folder of a head whose graph is made in a second."""
+    torch.manual_seed(0)
+    model = MultiLayerHead(MultiLayerHeadConfig(layers=[-1, 0], pooling="linear", hidden_size=8, num_hidden_layers=2))
+    with torch.no_grad():
+        model.map.weight.normal_()
+    model.save_pretrained(tmp_path / "head")
+    return tmp_path / "head"
+
+
+def refused(capsys: pytest.CaptureFixture[str], folder: Path, *flags: str) -> str:
+    """What the command says on refusing; nothing of an export may be left."""
+    before = {p: p.read_bytes() for p in folder.parent.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert main(["export-onnx", str(folder), *flags]) == 2
+    assert {p: p.read_bytes() for p in folder.parent.rglob("*") if p.is_file()} == before
+    return capsys.readouterr().err
+
+
+def test_a_graph_with_other_numbers_is_refused_with_the_numbers(head, capsys, monkeypatch):
+    convert = export._convert
+
+    def then_change_the_model(program: Any, door: Any, file: Path, part: Path, model: Any) -> int:
+        opset = convert(program, door, file, part, model)
+        model.map.weight.mul_(1.01)
+        return opset
+
+    monkeypatch.setattr(export, "_convert", then_change_the_model)
+    assert "sentence_embedding 9.9e-03 off, where 1e-04 is allowed" in refused(capsys, head)
+
+
+def test_what_torch_cannot_trace_is_refused(head, capsys, monkeypatch):
+    forward = MultiLayerHead.forward
+
+    def looks_at_numbers(self: Any, layer_embeddings: torch.Tensor, **kwargs: Any) -> Any:
+        return forward(self, layer_embeddings if float(layer_embeddings.sum()) > 0 else -layer_embeddings, **kwargs)
+
+    monkeypatch.setattr(MultiLayerHead, "forward", looks_at_numbers)
+    assert "no ONNX graph can be made of MultiLayerHead (" in refused(capsys, head)
+
+
+def test_a_task_that_the_model_refuses_has_no_graph(head, monkeypatch, capsys):
+    forward = MultiLayerHead.forward
+
+    def answers(*tasks: str) -> None:
+        def only(self: Any, layer_embeddings: torch.Tensor, task: str | None = None, **kwargs: Any) -> Any:
+            if task not in tasks:
+                raise ValueError(f"not for {task}")
+            return forward(self, layer_embeddings, task=task, **kwargs)
+
+        monkeypatch.setattr(MultiLayerHead, "forward", only)
+
+    answers()
+    assert "the model refuses its inputs: not for query" in refused(capsys, head)
+    answers("document")
+    assert main(["export-onnx", str(head)]) == 0
+    assert {f.name for f in (head / "onnx").iterdir()} == {"export.json", "document.onnx"}
+
+
+def test_an_export_is_replaced_only_on_request_and_leaves_no_stale_graph(head, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(export, "ONE_FILE_BYTES", 0)  # as if the weights were larger than one file holds
+    assert main(["export-onnx", str(head)]) == 0
+    files = {"export.json", "model.onnx", "model.onnx.data"}
+    assert {f.name for f in (head / "onnx").iterdir()} == files
+    shutil.copytree(head / "onnx", tmp_path / "elsewhere")  # the graph finds its weights wherever both are
+    session = onnxruntime.InferenceSession(str(tmp_path / "elsewhere" / "model.onnx"))
+    states = torch.randn(3, 2, 8)
+    expected = AutoModel.from_pretrained(head)(states).sentence_embedding.detach()
+    close(session.run(None, {"layer_embeddings": states.numpy()})[0], expected)
+    shutil.rmtree(tmp_path / "elsewhere")
+    assert "exists and would be replaced. Pass --overwrite" in refused(capsys, head)
+    (head / "onnx" / "notes.txt").write_text("mine")
+    monkeypatch.undo()
+    assert main(["export-onnx", str(head), "--overwrite"]) == 0
+    assert {f.name for f in (head / "onnx").iterdir()} == {"export.json", "model.onnx", "notes.txt"}
+
+
+def test_folders_that_hold_nothing_to_export_are_refused(
+    head, examples, sentence_model, capsys, monkeypatch, tmp_path
+):
+    assert "no such folder" in refused(capsys, tmp_path / "nowhere")
+    (tmp_path / "taken").write_text("mine")
+    assert "taken: is a file" in refused(capsys, head, "--output", str(tmp_path / "taken"), "--overwrite")
+    assert "Stock modules need no export of ours" in refused(capsys, polyrep.save(sentence_model, tmp_path / "stock"))
+    toy = next(iter(EXAMPLES))
+    pipeline = polyrep.save(examples[toy].models["pipeline"], tmp_path / "toy")
+    assert "ToyHead reads no text, and its room does not say what it reads" in refused(capsys, pipeline)
+
+    config = json.loads((head / "config.json").read_text())
+    (head / "config.json").write_text(json.dumps(config | {"model_type": "polyrep_unheard_of"}))
+    assert "an export runs installed code only" in refused(capsys, head)
+    (head / "vocab.txt").write_text("[UNK]")
+    (head / "config.json").write_text(json.dumps(config | {"model_type": "bert", "auto_map": {"AutoModel": "x.Y"}}))
+    assert "an export runs installed code only" in refused(capsys, head)
+    (head / "config.json").write_text(json.dumps(config))
+
+    weights = load_file(head / "model.safetensors")
+    save_file({"mix": weights["mix"]}, head / "model.safetensors", metadata={"format": "pt"})
+    assert "lacks map.weight" in refused(capsys, head)
+    (head / "model.safetensors").unlink()
+    assert "the model has no weights" in refused(capsys, head)
+
+    found = export.importlib.util.find_spec
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else found(name))
+    assert "onnxscript not installed" in (said := refused(capsys, head)) and 'pip install "polyrep[export]"' in said
+
+
+def test_differences_are_relative_to_large_numbers_and_ties_at_a_cut_are_none():
+    kept = np.array([[0.9, 0.5, 0.0, 0.0], [0.3, 0.0, 0.2, 0.0]])
+    tied = np.array([[0.9, 0.0, 0.5, 0.0], [0.3, 0.0, 0.2, 0.0]])
+    assert export._difference(kept, kept) == export._difference(kept, tied) == 0
+    assert export._difference(kept, tied * [[1, 1, 0, 1]] * 1.0) == 0.5, "one word fewer is no tie"
+    assert export._difference(kept, np.array([[0.0, 0.5, 0.9, 0.0], kept[1]])) == 0.9, "nor is a heavier one"
+    assert export._difference(np.array([[1000.0, 0.5]]), np.array([[1001.0, 0.5]])) == pytest.approx(1e-3)
+    assert export._difference(kept[None], kept[None, ::-1]) == 0, "the vectors of a text are a set"
+    assert export._difference(kept, kept[::-1]) > 0.1, "texts are not"
+    assert export._difference(kept, kept[:1]) == export._difference(kept, kept * np.nan) == float("inf")
