@@ -25,10 +25,10 @@ test-min:
 	grep -vE '^(transformers|sentence-transformers|huggingface-hub)==' constraints.txt > $(VENV)-min/constraints.txt
 	$(VENV)-min/bin/python -m pip install -q -c $(VENV)-min/constraints.txt -e ".[dev]" \
 		transformers==5.17.0 sentence-transformers==6.0.1 huggingface-hub==1.33.0
-	$(VENV)-min/bin/python -m pytest tests/test_rooms.py tests/test_hub.py tests/test_training.py tests/test_dense2sparse.py \
-		tests/test_dense2sparse_images.py tests/test_captions.py \
+	$(VENV)-min/bin/python -m pytest -n 2 --dist loadfile tests/test_rooms.py tests/test_hub.py tests/test_training.py \
+		tests/test_dense2sparse.py tests/test_dense2sparse_images.py tests/test_captions.py \
 		tests/test_reinpool.py tests/test_reinpool_pages.py tests/test_multilayer.py \
-		tests/test_gaussian.py
+		tests/test_gaussian.py tests/test_publish.py
 
 # Everything in results/ that a CPU can make again, about eight hours on 2 cores.
 results: $(VENV)/.dev

@@ -7,6 +7,7 @@ and compares what comes out with the model that it is about to publish. So this 
 from __future__ import annotations
 
 import importlib.abc
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -79,9 +80,24 @@ def through_transformers(folder: Path) -> dict[str, Any]:
     return found
 
 
-def weights_of(head: Any) -> dict[str, Any]:
-    """Every tensor of a head, by which two openings of one are compared: what it computes follows from them."""
-    return {f"weight/{name}": tensor.detach().cpu().clone() for name, tensor in head.state_dict().items()}
+def tried(head: Any, trials: list[dict[str, Any]]) -> dict[str, Any]:
+    """Every weight of a head, and what it gives.
+
+    Args:
+        head: The model.
+        trials: Of each call the ``inputs``, the ``method``, ``fixed`` arguments and the ``outputs`` to keep.
+    """
+    import torch
+
+    found = {f"weight/{name}": tensor.detach().cpu().clone() for name, tensor in head.state_dict().items()}
+    for number, trial in enumerate(trials):
+        call = getattr(head.eval(), trial["method"])
+        for task in ("query", "document") if "task" in inspect.signature(call).parameters else (None,):
+            with torch.no_grad():
+                output = call(**trial["inputs"], **trial["fixed"], **({"task": task} if task else {}))
+            kept = {name: output.get(name) for name in trial["outputs"]}
+            found |= {f"{number}/{task}/{n}": v.float().clone() for n, v in kept.items() if v is not None}
+    return found
 
 
 def main(job: Path) -> None:
@@ -89,15 +105,18 @@ def main(job: Path) -> None:
 
     The file holds ``folder``, and ``doors``: lists of a kind, and of what that kind needs. ``family`` takes the class
     of sentence-transformers, ``transformers`` nothing, ``head`` a subfolder, ``module`` that and a class reference.
+    ``trials`` are those of :func:`tried` by subfolder, with the name of a file beside this one for ``inputs``.
     """
     sys.meta_path.insert(0, Absent())
     import sentence_transformers
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
     from transformers import AutoModel
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     wanted = json.loads(job.read_text(encoding="utf-8"))
-    folder = Path(wanted["folder"])
+    folder, trials = Path(wanted["folder"]), wanted["trials"]
+    for trial in (trial for some in trials.values() for trial in some):
+        trial["inputs"] = load_file(job.parent / trial["inputs"])
     for number, (kind, *how) in enumerate(wanted["doors"]):
         if kind == "family":
             options = {"trust_remote_code": True, "device": "cpu"}
@@ -105,10 +124,10 @@ def main(job: Path) -> None:
         elif kind == "transformers":
             found = through_transformers(folder)
         elif kind == "head":
-            found = weights_of(AutoModel.from_pretrained(folder, subfolder=how[0], trust_remote_code=True))
+            found = tried(AutoModel.from_pretrained(folder, subfolder=how[0], trust_remote_code=True), trials[how[0]])
         else:
             module: Any = get_class_from_dynamic_module(how[1], folder)
-            found = weights_of(module.from_pretrained(str(folder), subfolder=how[0]).model)
+            found = tried(module.from_pretrained(str(folder), subfolder=how[0]).model, trials[how[0]])
         save_file(found, job.parent / f"{number}.safetensors")
 
 

@@ -303,6 +303,15 @@ def _images(part: Path) -> Callable[[int, int, int], Inputs]:
     return example
 
 
+def trials(head: PreTrainedModel) -> list[tuple[Graph, Inputs]]:
+    """Random inputs for each graph that a head's room tells of, to compare two openings of it by."""
+    # By the model type: the class may be the folder's own copy of the room's.
+    graphs = {owner.config_class.model_type: told for room in ROOMS.values() for owner, told in room.graphs.items()}  # type: ignore[union-attr]
+    told = [graph for graph in graphs.get(head.config.model_type, {}).values() if graph.inputs]
+    drawn = [(graph, _random(head, graph)(*TRACED, 0)) for graph in told]
+    return [(g, {n: v.to(head.dtype) if v.is_floating_point() else v for n, v in x.items()}) for g, x in drawn]
+
+
 def _random(model: PreTrainedModel, graph: Graph) -> Callable[[int, int, int], Inputs]:
     """Random inputs of a head: vectors of unit length, token ids, and a mask that pads all texts but the first."""
 

@@ -25,16 +25,16 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml, get_token
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import HfArgumentParser, PreTrainedModel
 
-from . import ROOMS, Room, doors
+from . import ROOMS, Room, doors, export
 from .cards import head_folders, own_rows, render_card, ways_to_open
 from .data import load_retrieval_dataset
 from .errors import InputError
 from .evaluation import evaluate
 from .files import staged_folder, write_json, write_text
-from .hub import Encoder, check_folder, fetch, file_sha256, fingerprint, load, localize, read_json, without
+from .hub import PREFIX, Encoder, check_folder, fetch, file_sha256, fingerprint, load, localize, read_json, without
 from .recipes import Plan
 from .report import check_results
 from .upload import check_repo_name, head_of, refuse_without_token, upload
@@ -332,25 +332,38 @@ def verify(folder: Path, model: Encoder | PreTrainedModel) -> None:
     Raises:
         InputError: A door does not open, or gives something else.
     """
+    heads: dict[str, tuple[PreTrainedModel, type | None]] = {}  # subfolder -> the head and its module's class
     wanted: list[tuple[list[str], dict[str, torch.Tensor]]] = []
     if isinstance(model, PreTrainedModel):
-        wanted.append((["head", ""], doors.weights_of(model)))
         room = next((room for room in ROOMS.values() if isinstance(model, room.head or room.model)), None)
-        if room and room.module:
-            wanted.append((["module", "", _reference(room.module)], doors.weights_of(model)))
+        heads[""] = model, room.module if room else None
     else:
         vectors = doors.encoded(model)
         wanted.append((["family", type(model).__name__], vectors))
-        if read_json(folder / "config.json").get("model_type", "").startswith("polyrep_"):
+        if read_json(folder / "config.json").get("model_type", "").startswith(PREFIX):
             wanted.append((["transformers"], vectors))
-        modules = dict(model.named_children())
+        modules: dict[str, Any] = dict(model.named_children())
         for subfolder in head_folders(model):
             module = modules[subfolder.partition("_")[0]]
-            wanted.append((["head", subfolder], doors.weights_of(module.model)))
-            wanted.append((["module", subfolder, _reference(type(module))], doors.weights_of(module.model)))
+            heads[subfolder] = module.model, type(module)
     with tempfile.TemporaryDirectory() as scratch:
+        trials: dict[str, list[dict[str, Any]]] = {}
+        for subfolder, (head, owner) in heads.items():
+            calls: list[dict[str, Any]] = [
+                {"inputs": inputs, "method": graph.method, "fixed": dict(graph.fixed), "outputs": list(graph.outputs)}
+                for graph, inputs in export.trials(head)
+            ]
+            expected = doors.tried(head, calls)
+            wanted.append((["head", subfolder], expected))
+            if owner:
+                wanted.append((["module", subfolder, _reference(owner)], expected))
+            for number, call in enumerate(calls):
+                name = f"{subfolder}-{number}.inputs.safetensors"
+                save_file(call["inputs"], Path(scratch) / name)
+                call["inputs"] = name
+            trials[subfolder] = calls
         job = Path(scratch) / "job.json"
-        write_json(job, {"folder": str(folder.resolve()), "doors": [door for door, _ in wanted]})
+        write_json(job, {"folder": str(folder.resolve()), "doors": [door for door, _ in wanted], "trials": trials})
         secret = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # what opens a model needs none
         environment = {name: value for name, value in os.environ.items() if name not in secret}
         environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch, "CUDA_VISIBLE_DEVICES": ""}

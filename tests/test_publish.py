@@ -23,7 +23,7 @@ from huggingface_hub import ModelCard
 from room_examples import gaussian_example, reinpool_example
 
 import polyrep
-from polyrep import InputError, cards, publish, upload
+from polyrep import InputError, cards, doors, export, publish, upload
 from polyrep.cli import main
 from polyrep.hub import fingerprint, load
 from polyrep.publish import refuse_secrets, verify
@@ -441,6 +441,23 @@ def test_a_folder_that_others_would_open_as_another_model_is_not_uploaded(models
         model[-1].model.project.weight.add_(0.5)  # as if the folder held other weights than what was measured
     with pytest.raises(InputError, match="family MultiVectorEncoder: opened without polyrep, document/text/0 differs"):
         verify(folder, model)
+
+
+def test_heads_are_compared_by_what_they_give_too(models):
+    head = models["reinpool"][-1].model
+    calls = [
+        {"inputs": inputs, "method": graph.method, "fixed": dict(graph.fixed), "outputs": graph.outputs}
+        for graph, inputs in export.trials(head)
+    ]
+    before = doors.tried(head, calls)
+    assert {"0/None/keep_probability", "1/None/embeddings", "weight/keep.weight"} <= set(before)
+    publish._compare("head", doors.tried(head, calls), before)
+    head.config.quantization, kept = "binary", head.config.quantization
+    try:
+        with pytest.raises(InputError, match="1/None/embeddings differs"):
+            publish._compare("head", doors.tried(head, calls), before)
+    finally:
+        head.config.quantization = kept
 
 
 @pytest.mark.parametrize(
