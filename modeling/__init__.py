@@ -79,6 +79,14 @@ def register(room: Room) -> None:
     ROOMS[room.config.model_type] = room
 
 
+def room_of(model_type: str | None) -> Room | None:
+    """The room that a config's ``model_type`` belongs to, of its model or of its head; None for a stock model."""
+    for room in ROOMS.values():
+        if model_type in {part.config_class.model_type for part in (room.model, room.head) if part}:  # type: ignore[union-attr]
+            return room
+    return None
+
+
 from . import dense2sparse as dense2sparse  # noqa: E402  registers itself, for which it needs what is above
 from . import gaussian as gaussian  # noqa: E402
 from . import multilayer as multilayer  # noqa: E402

@@ -13,7 +13,6 @@ import importlib
 import json
 import logging
 import math
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from .cache import cache_key, kind_of
 from .errors import InputError
-from .hub import Encoder
+from .hub import Encoder, is_hub_id
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +196,7 @@ def measure(
 
 def hub_source(path: str, revision: str | None = None) -> dict[str, str]:
     """Fields of a row that name its data set on the Hub; none for a folder."""
-    if Path(path).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if not is_hub_id(path):
         return {}
     return {"hub_dataset": path} | ({"hub_revision": revision} if revision else {})
 
@@ -314,7 +313,7 @@ def _run(wrapped: Any, task: Any, cache: Any, batch_size: int) -> Any:
 def _task_rows(system: str, label: str, task: Any, result: Any) -> list[dict[str, Any]]:
     """The main score by MTEB's mean over languages and splits; beside nDCG@10 also the metrics of our other tables."""
     metadata = task.metadata
-    shared = {"system": system, "dataset": label, "split": ", ".join(task.eval_splits)}
+    shared = {"system": system, "dataset": label, "split": ", ".join(task.eval_splits), "task_type": metadata.type}
     source = {} if task.is_aggregate else hub_source(metadata.dataset["path"], metadata.revision)
     measures = {_metric(metadata.main_score): "main_score"}
     if metadata.main_score == METRIC_NAMES["nDCG@10"]:

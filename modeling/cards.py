@@ -21,16 +21,18 @@ import jinja2.meta
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
-from . import ROOMS
+from . import room_of
 from .benchmarks import METRIC_NAMES
 from .errors import InputError
-from .hub import PREFIX, Encoder, shipped_folder
+from .hub import PREFIX, Encoder, is_hub_id, shipped_folder
 from .report import to_markdown
 
 logger = logging.getLogger(__name__)
+
+ABSOLUTE_PATH = re.compile(r"(?<![\w.~<>*)\]}-])(?:/[A-Za-z_][\w.@-]*(?:/[\w.@-]+)+|[A-Z]:\\{1,2}\w[\w\\.-]*)")
+"""A path from the root, of two parts or more; no part of an address, once those are taken out."""
 
 PINNED = "<commit>"
 """Stands for the 40 digits of a commit: a card cannot know those of the commit that it is part of."""
@@ -39,6 +41,8 @@ VARIABLES = {
     "card_data": "metadata of the card, as YAML",
     "title": "last part of the repository's name, or None",
     "model_id": "ORG/NAME, or None before it is published",
+    "backbone": "the backbone as code opens it: its id on the Hub, or a path to be filled in",
+    "prompts": "what sentence-transformers puts before texts: name -> text; empty for most",
     "recipe": "what train recorded (command, backbone, pairs, config, ...), or None",
     "config": "config of the room's part of the model; empty for stock modules",
     "pipeline": "whether the room's part is a module behind the backbone's own",
@@ -70,31 +74,27 @@ def render_card(
     Args:
         model: The model that the card is of.
         template: Name of the template.
-        recipe: What ``train`` recorded of the run, see ``training.json``; None where a model was made otherwise.
+        recipe: What ``train`` recorded of the run, see ``training.json``; None where there is no such record.
         model_id: ``ORG/NAME`` of the repository, where it has one.
         results: Results in the layout of :func:`polyrep.report.write_results`, measured on this model.
         fingerprints: The model's, by which its rows are known among them; a head also has that of the whole model.
         hub_ids: Data set -> its id on the Hub, where the results do not say it.
         picture: File name of a picture of the results in the model's folder.
-        licence: Licence of the model as the Hub spells it; default: the backbone's, where that is known.
+        licence: Licence of the weights as the Hub spells it; default: none is stated.
 
     Raises:
         InputError: There is no such template, or it asks for a variable that no card has.
     """
-    folder = shipped_folder("model_cards")
-    environment = jinja2.Environment(  # Markdown, not HTML: nothing is escaped
-        loader=jinja2.FileSystemLoader(folder), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
-    )
+    environment = check_template(template)
     results = list(results)
-    _refuse_unknown_variables(environment, folder, template)
-    licences = licences_of(recipe, licence)
-    known = dict(licences)["weights"]
     context = {
         "card_data": _metadata(
-            model, template, model_id, recipe, results, fingerprints, hub_ids or {}, known
+            model, template, model_id, recipe, results, fingerprints, hub_ids or {}, licence
         ).to_yaml(),
         "title": model_id.rpartition("/")[2] if model_id else None,
         "model_id": model_id,
+        "backbone": _backbone(recipe),
+        "prompts": {name: text for name, text in (getattr(model, "prompts", None) or {}).items() if text},
         "recipe": recipe,
         "config": _config_of(model),
         "pipeline": not isinstance(model, PreTrainedModel) and bool(head_folders(model)),
@@ -104,7 +104,7 @@ def render_card(
         "doors": ways_to_open(model, model_id),
         "results": "\n".join(_tables(result) for result in results),
         "picture": picture,
-        "licences": [(what, name or "not stated") for what, name in licences],
+        "licences": [(what, name or "not stated") for what, name in licences_of(model, recipe, licence)],
     }
     try:
         text = environment.get_template(f"{template}.md").render(context)
@@ -140,7 +140,8 @@ def ways_to_open(model: Encoder | PreTrainedModel, model_id: str | None = None) 
     """Every way to open a model, each as a name and a line of code."""
     line = partial(opened, model_id)
     if isinstance(model, PreTrainedModel):
-        module = next((room.module for room in ROOMS.values() if isinstance(model, room.head or room.model)), None)
+        room = room_of(model.config.model_type)
+        module = room.module if room else None
         ways = [("transformers", line("AutoModel.from_pretrained"))]
         if module:
             ways.append((f"{module.__name__} of polyrep", line(f"{module.__name__}.from_pretrained", code=False)))
@@ -191,13 +192,17 @@ def _is_ours(model: Any) -> bool:
     return isinstance(model, PreTrainedModel) and model.config.model_type.startswith(PREFIX)
 
 
-def licences_of(recipe: Mapping[str, Any] | None, own: str | None = None) -> list[tuple[str, str | None]]:
+def licences_of(
+    model: Encoder | PreTrainedModel, recipe: Mapping[str, Any] | None, own: str | None = None
+) -> list[tuple[str, str | None]]:
     """What a model is made of, each part with its licence, None where its publisher states none.
 
-    The weights themselves have the licence that is given as ``own``, else their backbone's.
+    What the weights as a whole may be used for is ``own``, the publisher's word: it does not follow from the parts.
     """
     stated = (recipe or {}).get("licences") or {}
-    parts = [("code in this repository", "apache-2.0"), ("weights", own or stated.get("backbone"))]
+    parts = [("these weights", own)]
+    if _config_of(model):
+        parts.append(("code in this repository", "apache-2.0"))
     if recipe:
         parts.append(("backbone weights", stated.get("backbone")))
         if recipe.get("vision_id"):
@@ -215,7 +220,7 @@ def stated_licence(folder: Path) -> str | None:
     except yaml.YAMLError as error:
         logger.warning("%s: its metadata cannot be read (%s), so its licence is not known.", readme, error)
         return None
-    licence = data.get("license")
+    licence = data.get("license") if isinstance(data, dict) else None
     if licence == "other":
         licence = data.get("license_name") or "other"
     return ", ".join(licence) if isinstance(licence, list) else licence
@@ -248,7 +253,10 @@ def public_command(command: str) -> str:
     return shlex.join(shown)
 
 
-_WHERE = ("--output_dir", "--output", "--cache_dir", "--mined_cache", "--mteb_cache", "--hub_model_id")
+_WHERE = (
+    *("--output_dir", "--output", "--cache_dir", "--mined_cache", "--mteb_cache"),
+    *("--hub_model_id", "--hub_token"),
+)
 _SWITCHES = ("--overwrite", "--push_to_hub", "--hub_private_repo")
 """Flags that a card leaves out, with a value and without."""
 
@@ -260,7 +268,7 @@ def _last_part(word: str) -> str:
     path = Path(word)
     if path.is_absolute() or ".." in path.parts or word.startswith("~"):
         return path.parent.name if path.name == "final" and path.parent.name else path.name
-    return word
+    return ABSOLUTE_PATH.sub(lambda match: Path(match[0]).name, word)  # inside JSON, say
 
 
 def own_rows(result: Mapping[str, Any], fingerprints: Collection[str]) -> list[dict[str, Any]]:
@@ -286,13 +294,18 @@ def _metadata(
     base = datasets = None
     if recipe:
         tags += [f"loss:{recipe['objective']}", f"dataset_size:{sum(recipe['pairs'].values())}"]
-        base = [i for i in (recipe["backbone_id"], recipe.get("vision_id")) if i and _is_hub_id(i)] or None
+        base = [i for i in (recipe["backbone_id"], recipe.get("vision_id")) if i and is_hub_id(i)] or None
         datasets = [source for source in recipe.get("datasets", {}).values() if source] or None
-    measured = [(result, row) for result in results for row in own_rows(result, fingerprints)]
+    # Of one number measured twice, the latest.
+    measured = {
+        (row["dataset"], row["split"], row["metric"]): row
+        for result in results
+        for row in own_rows(result, fingerprints)
+    }
     entries = [
         EvalResult(
-            task_type="information-retrieval",
-            task_name="Retrieval",
+            task_type="information-retrieval" if kind == "Retrieval" else kind.lower(),
+            task_name=kind,
             dataset_type=row.get("hub_dataset") or hub_ids.get(row["dataset"]) or row["dataset"],
             dataset_name=row["dataset"],
             dataset_split=row["split"],
@@ -301,9 +314,9 @@ def _metadata(
             metric_name=row["metric"],
             metric_value=round(row["value"], 5),
         )
-        for _, row in measured
+        for row in measured.values()
+        for kind in [row.get("task_type", "Retrieval")]
     ]
-    known = licence if licence and re.fullmatch(r"[a-z0-9.-]+", licence) else None
     index: dict[str, Any] = {"model_name": model_id or template, "eval_results": entries} if entries else {}
     return ModelCardData(
         library_name="sentence-transformers" if stock else "transformers",
@@ -311,17 +324,14 @@ def _metadata(
         tags=list(dict.fromkeys(tags)),
         base_model=base[0] if base and len(base) == 1 else base,
         datasets=datasets,
-        license=known,
+        license=licence,
         **index,
     )
 
 
-def _is_hub_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except ValueError:
-        return False
-    return name.count("/") == 1
+def _backbone(recipe: Mapping[str, Any] | None) -> str:
+    name = recipe["backbone_id"] if recipe else "the/same/backbone"
+    return name if is_hub_id(name) or not recipe else f"path/to/{name}"
 
 
 def _tables(result: Mapping[str, Any]) -> str:
@@ -330,13 +340,21 @@ def _tables(result: Mapping[str, Any]) -> str:
     return re.sub(r"^# .*\n+", "", markdown).replace("\n## ", "\n### ").replace("## ", "### ", 1).strip() + "\n"
 
 
-def _refuse_unknown_variables(environment: jinja2.Environment, folder: Path, template: str) -> None:
-    """Look at a template and at the parts it includes before any of it is filled."""
+def check_template(template: str) -> jinja2.Environment:
+    """Look at a template and at the parts it includes before any of it is filled; return what fills it.
+
+    Raises:
+        InputError: There is no such template, it cannot be parsed, or it asks for a variable that no card has.
+    """
+    folder = shipped_folder("model_cards")
+    environment = jinja2.Environment(  # Markdown, not HTML: nothing is escaped
+        loader=jinja2.FileSystemLoader(folder), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )
     pending, seen = [f"{template}.md"], set()
     while pending:
         name = pending.pop()
         seen.add(name)
-        if not (folder / name).is_file():
+        if not (folder / name).is_file() or template.startswith("_"):
             there = sorted(path.stem for path in folder.glob("[!_]*.md"))
             raise InputError(f"model_cards/{name}: no such template. There are {', '.join(there)}.")
         try:
@@ -350,3 +368,4 @@ def _refuse_unknown_variables(environment: jinja2.Environment, folder: Path, tem
                 + (f"Did you mean {near[0]!r}?" if near else f"Variables: {', '.join(VARIABLES)}.")
             )
         pending += [part for part in jinja2.meta.find_referenced_templates(tree) if part and part not in seen]
+    return environment

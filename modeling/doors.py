@@ -66,9 +66,14 @@ def through_transformers(folder: Path) -> dict[str, Any]:
     model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
     calls = json.loads((folder / "sentence_bert_config.json").read_text(encoding="utf-8"))["modality_config"]
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    settings = json.loads((folder / "config_sentence_transformers.json").read_text(encoding="utf-8"))
+    prompts = settings.get("prompts") or {}
+    usual = prompts.get(settings.get("default_prompt_name"), "")
+    names = {"query": ("query",), "document": ("document", "passage", "corpus")}  # as encode_query and _document do
     found = {}
     for task in ("query", "document"):
-        inputs = {"text": tokenizer(TEXTS, padding=True, return_tensors="pt")}
+        prompt = next((prompts[name] for name in names[task] if name in prompts), usual)
+        inputs = {"text": tokenizer([prompt + text for text in TEXTS], padding=True, return_tensors="pt")}
         if task == "document" and "image" in calls:
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
             inputs["image"] = processor(images=[picture()], return_tensors="pt")

@@ -79,8 +79,13 @@ class EvaluationArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
 
 
-def evaluate(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, Any]:
+def evaluate(argv: list[str], *, prog: str = "polyrep evaluate", untrusted: Collection[str] = ()) -> dict[str, Any]:
     """Measure the models named in ``argv`` and print the table; write JSON, Markdown and PNG with ``--output``.
+
+    Args:
+        argv: Models and flags.
+        prog: How it was called.
+        untrusted: Models whose code does not run whatever the flag says.
 
     Returns:
         The results, in the layout of :func:`polyrep.report.write_results`.
@@ -113,20 +118,24 @@ def evaluate(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
         baselines = [name for name in baselines if name != "bm25"]
     systems = list(dict.fromkeys([*baselines, *named.models]))
     # Whatever can be refused is refused before hours of encoding.
-    names = [_display_name(system) for system in systems]
+    names = [display_name(system) for system in systems]
     _refuse_doubles(systems, names)
     tasks = [name for name in dict.fromkeys(label for suite in suites for label in (*suite.tasks, suite.name))]
     _refuse_doubles([*args.dataset, *tasks], [*(dataset.name for dataset in datasets), *tasks])
-    reference = args.reference or _display_name(baselines[-1] if baselines else systems[0])
+    reference = args.reference or display_name(baselines[-1] if baselines else systems[0])
     _refuse_unknown(reference.partition(", ")[0], names)  # a comma and what follows name a pooling
     weights = fastest_dtype(args.model_dtype)
-    remote: dict[str, Any] = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    folders = {system: fetch(system, **remote) for system in systems if system != "bm25"}
+    trusted = {system: args.trust_remote_code and system not in untrusted for system in systems}
+    folders = {
+        system: fetch(system, revision=args.revision, trust_remote_code=trusted[system])
+        for system in systems
+        if system != "bm25"
+    }
     if args.token_pooling and MultiVectorEncoder not in map(family_of, folders.values()):
         raise InputError(f"--token_pooling {' '.join(args.token_pooling)}: no model here has several vectors a text.")
 
     def opened(system: str) -> Encoder:
-        model = load(folders[system], trust_remote_code=args.trust_remote_code, dtype=weights)
+        model = load(folders[system], trust_remote_code=trusted[system], dtype=weights)
         if not isinstance(model, Encoder):
             raise InputError(
                 f"{system}: the folder of a head, which encodes no text. Name the folder that has it on top."
@@ -398,7 +407,7 @@ def _refuse_unknown(reference: str, systems: Collection[str]) -> None:
         raise InputError(f"--reference {reference!r}: no such system; there are {', '.join(map(repr, systems))}.")
 
 
-def _display_name(system: str) -> str:
+def display_name(system: str) -> str:
     """Row name: the folder's, with its parent where that says more (``late-interaction-minilm`` for ``.../final``)."""
     if system == "bm25":
         return "BM25"

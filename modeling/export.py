@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, HfArgumentParser, PreTrainedModel
 
-from . import ROOMS, Graph, __version__
+from . import ROOMS, Graph, __version__, room_of
 from .errors import InputError
 from .files import staged_folder, write_json
 from .hub import PREFIX, check_folder, fingerprint, read_json
@@ -144,12 +144,6 @@ def _refuse_missing_packages() -> None:
         )
 
 
-def _known() -> dict[str, type[PreTrainedModel]]:
-    """Installed classes by the ``model_type`` of their configs."""
-    models = [model for room in ROOMS.values() for model in (room.model, room.head) if model is not None]
-    return {model.config_class.model_type: model for model in models}  # type: ignore[union-attr]
-
-
 def _part_of_ours(folder: Path) -> Path:
     """The folder itself if it holds a model of ours, else the module folder that holds the head of a pipeline."""
     if not folder.is_dir():
@@ -157,13 +151,13 @@ def _part_of_ours(folder: Path) -> Path:
     check_folder(folder)
     modules = [folder / module.get("path", "") for module in read_json(folder / "modules.json") or []] or [folder]
     kinds = {part: read_json(part / "config.json").get("model_type") or "" for part in modules}
-    ours = [part for part, kind in kinds.items() if kind in _known()]
+    ours = [part for part, kind in kinds.items() if room_of(kind)]
     if not ours:
         foreign = sorted(kind for kind in kinds.values() if kind.startswith(PREFIX))
         code = foreign or read_json(folder / "config.json").get("auto_map") or any(folder.glob("modeling_*.py"))
         raise InputError(
             f"{folder}: its model ({', '.join(foreign or sorted(filter(None, kinds.values()))) or 'no type'}) is none "
-            f"of polyrep's ({', '.join(sorted(_known()))}). "
+            f"of polyrep's ({', '.join(ROOMS)}). "
             + (
                 "Its class is in code that the folder carries, and an export runs installed code only: install the "
                 "package that has the class."
@@ -206,8 +200,7 @@ def _open(part: Path) -> PreTrainedModel:
 
 def _doors(model: PreTrainedModel, part: Path) -> list[_Door]:
     """Ways into a model: what its room says, and for a retriever what its folder does."""
-    told = [room.graphs[type(model)] for room in ROOMS.values() if type(model) in room.graphs]
-    graphs: Mapping[str, Graph] = told[0] if told else {}
+    graphs = _graphs(model)
     settings: dict[str, Any] = {}
     if not any(graph.inputs for graph in graphs.values()) and "input_ids" in _arguments(model, "forward"):
         settings = read_json(part / "sentence_bert_config.json").get("modality_config") or {"text": {}}
@@ -305,11 +298,15 @@ def _images(part: Path) -> Callable[[int, int, int], Inputs]:
 
 def trials(head: PreTrainedModel) -> list[tuple[Graph, Inputs]]:
     """Random inputs for each graph that a head's room tells of, to compare two openings of it by."""
-    # By the model type: the class may be the folder's own copy of the room's.
-    graphs = {owner.config_class.model_type: told for room in ROOMS.values() for owner, told in room.graphs.items()}  # type: ignore[union-attr]
-    told = [graph for graph in graphs.get(head.config.model_type, {}).values() if graph.inputs]
-    drawn = [(graph, _random(head, graph)(*TRACED, 0)) for graph in told]
+    drawn = [(graph, _random(head, graph)(*TRACED, 0)) for graph in _graphs(head).values() if graph.inputs]
     return [(g, {n: v.to(head.dtype) if v.is_floating_point() else v for n, v in x.items()}) for g, x in drawn]
+
+
+def _graphs(model: PreTrainedModel) -> Mapping[str, Graph]:
+    """What a model's room tells of it; by the model type, since the class may be a folder's own copy of the room's."""
+    room = room_of(model.config.model_type)
+    told = room.graphs.items() if room else ()
+    return next((graphs for owner, graphs in told if owner.config_class.model_type == model.config.model_type), {})  # type: ignore[union-attr]
 
 
 def _random(model: PreTrainedModel, graph: Graph) -> Callable[[int, int, int], Inputs]:
@@ -418,9 +415,25 @@ def _convert(program: Any, door: _Door, file: Path, part: Path, model: PreTraine
     except Exception as error:
         raise _unsupported(part, model, error) from error
     assert converted is not None
+    _forget_sources(converted.model)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     converted.save(file, external_data=weights > ONE_FILE_BYTES)
     return converted.model.opset_imports[""]
+
+
+def _forget_sources(model: Any) -> None:
+    """Drop what the exporter notes of each operation: the line of code it came from, with its path on this machine."""
+    model.doc_string = None
+    model.metadata_props.clear()
+    for graph in (model.graph, *model.functions.values()):
+        graph.doc_string = None
+        graph.metadata_props.clear()
+        for node in graph.all_nodes():
+            node.doc_string = None
+            for noted in (node, *node.outputs):
+                noted.metadata_props.clear()
+        for value in (*graph.inputs, *getattr(graph, "initializers", {}).values()):
+            value.metadata_props.clear()
 
 
 def _unsupported(part: Path, model: PreTrainedModel, error: Exception) -> InputError:

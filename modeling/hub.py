@@ -13,12 +13,14 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from transformers import AutoModel, PreTrainedModel
@@ -80,7 +82,7 @@ def load(
     folder = fetch(model, revision=revision, trust_remote_code=trust_remote_code)
     if trust_remote_code and (foreign := _foreign_code(folder)):
         raise InputError(
-            f"{folder}/config.json: takes its code from another repository ({foreign}), at whatever that holds today. "
+            f"{foreign[0]}: takes its code from another repository ({foreign[1]}), at whatever that holds today. "
             "Refused; copy the code into the folder, or open the model without --trust_remote_code."
         )
     if _is_head(folder):
@@ -226,13 +228,14 @@ def localize(folder: str | Path) -> None:
     file to the folder's root, and restores the version requirements that saving drops.
     """
     folder = Path(folder)
+    for config in [*folder.rglob("config.json"), *folder.rglob("tokenizer_config.json")]:
+        content = read_json(config)
+        if (public := without(content, ("_name_or_path", "name_or_path"))) != content:
+            write_json(config, public)  # the builder's path is nobody's business
     modules_file = folder / "modules.json"
     if not modules_file.is_file():
         return
     modules = read_json(modules_file)
-    for config in folder.rglob("config.json"):
-        if (content := read_json(config)).get("model_type", "").startswith(PREFIX):
-            write_json(config, without(content, ("_name_or_path",)))  # the builder's path is nobody's business
     for module in modules:
         name, _, class_name = module["type"].rpartition(".")
         stem = name.rpartition(".")[2]
@@ -277,10 +280,49 @@ def without(content: Any, keys: tuple[str, ...]) -> Any:
     return [without(v, keys) for v in content] if isinstance(content, list) else content
 
 
-def _foreign_code(folder: Path) -> str | None:
-    """A reference ``OTHER/REPOSITORY--file.Class`` to code that the folder does not carry itself, if there is one."""
-    references = read_json(folder / "config.json").get("auto_map") or {}
-    return next((str(r) for r in references.values() if "--" in str(r)), None)
+def _foreign_code(folder: Path) -> tuple[Path, str] | None:
+    """The first reference ``OTHER/REPOSITORY--file.Class`` to code that the folder does not carry, and its file.
+
+    Such a reference may stand in the config of anything (model, tokenizer, processor, part, module) and at any depth.
+    """
+    for file in sorted(folder.rglob("*config*.json")):
+        if found := next(filter(_is_elsewhere, _references(read_json(file))), None):
+            return file, found
+    for module in read_json(folder / "modules.json") or []:
+        if _is_elsewhere(module["type"]):
+            return folder / "modules.json", module["type"]
+    return None
+
+
+def _is_elsewhere(reference: str) -> bool:
+    return "--" in reference
+
+
+def _references(content: Any) -> Iterator[str]:
+    """Every reference to code in the ``auto_map`` of a config or of one inside it."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from _texts_in(value) if key == "auto_map" else _references(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _references(value)
+
+
+def _texts_in(content: Any) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, dict | list):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from _texts_in(value)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is ORG/NAME as the Hub has them, and no folder here."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1 and not Path(name).is_dir()
 
 
 def file_sha256(path: Path) -> str:

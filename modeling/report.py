@@ -29,7 +29,13 @@ _RESULTS = {
     "claims": list,
 }
 _ROW = {"system": str, "dataset": str, "split": str, "metric": str, "value": (int, float)}
-_MAYBE = {"hub_dataset": str, "hub_revision": str, "mean_of_tasks": int, "tasks_of_benchmark": int}
+_MAYBE = {
+    "hub_dataset": str,
+    "hub_revision": str,
+    "task_type": str,
+    "mean_of_tasks": int,
+    "tasks_of_benchmark": int,
+}
 _NONE: dict[str, Any] = {"value": 0}
 _CLAIM = {"claim": str, "value": (int, float), "target": (int, float, type(None)), "met": (bool, type(None))}
 
@@ -41,9 +47,11 @@ def write_results(results: dict[str, Any], output: Path | None) -> str:
         results: ``name, command, created, commit, hardware, versions, seeds, settings_tried, models {system:
             fingerprint}, rows, claims``. A row has ``system, dataset, split, metric, value`` and what applies of
             ``interval, std, bytes_per_document, flops, active_dims, ...``; ``hub_dataset`` and, where known,
-            ``hub_revision`` of a data set of the Hub; and a benchmark's mean ``mean_of_tasks, tasks_of_benchmark``.
+            ``hub_revision`` of a data set of the Hub; ``task_type`` of MTEB, without which it is Retrieval; and a
+            benchmark's mean ``mean_of_tasks, tasks_of_benchmark``.
             With rows by MTEB, ``versions`` has ``mteb``. A claim has ``claim, value, target, met``
-            (both None without a target) and, where it needs data, ``split``. Optionally ``axis``, the cost that the
+            (both None without a target), where it needs data ``split``, and where several models were measured the
+            ``system`` it is of. Optionally ``axis``, the cost that the
             picture sets quality against (default ``bytes_per_document``); ``drawn``, the families of systems (what
             stands before a comma) that it shows, none for no picture; and ``gap``, two systems from which a second
             axis counts 0 and 1.

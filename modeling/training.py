@@ -32,12 +32,24 @@ from sentence_transformers.util.misc import import_from_string
 from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback, set_seed
 
 from .adapters import AdapterTrainerMixin, add_adapters, merge_adapters
-from .cards import data_licence, public_command, stated_licence
+from .cards import check_template, data_licence, public_command, stated_licence
 from .data import RetrievalDataset, inverse_cloze, load_corpus, load_retrieval_dataset
 from .errors import InputError
 from .files import staged_folder, write_json
 from .heads import HeadData, HeadTrainer
-from .hub import MINILM_ID, Encoder, family_of, fastest_dtype, fetch, fingerprint, load, localize, read_json, save
+from .hub import (
+    MINILM_ID,
+    Encoder,
+    family_of,
+    fastest_dtype,
+    fetch,
+    fingerprint,
+    is_hub_id,
+    load,
+    localize,
+    read_json,
+    save,
+)
 from .mining import Miner, RemineCallback
 from .publish import measure_and_publish, refuse_unpublishable
 from .recipes import TRAINERS, HeadArguments, Plan, RecipeArguments, resolve
@@ -65,6 +77,9 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
             f"one process sees {args.n_gpu} GPUs, which would train with another batch size than the recipe's. Start "
             "with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES."
         )
+    card = recipe.card or (plan.room.card if plan.room else None)
+    if card:
+        check_template(card)
     push_to = refuse_unpublishable(plan) if args.push_to_hub else None
     args.push_to_hub = False  # the trainer would push checkpoints, without card or results
     resume = _checkpoint_to_resume(output, args.resume_from_checkpoint)
@@ -121,6 +136,7 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
                 f"{sum(counts.values())} pairs make no batch of {args.train_batch_size}, so there is no step. Lower "
                 "--per_device_train_batch_size, name more --datasets, or take another --batch_sampler."
             )
+        context = _card_context(plan, counts)
         for path in earlier:  # only now that nothing of the new run can be refused any more
             shutil.rmtree(path)
         started = time.perf_counter()
@@ -136,8 +152,6 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
         return None
     if recipe.lora_rank:
         merge_adapters(model)
-    card = recipe.card or (plan.room.card if plan.room else None)
-    context = _card_context(plan, counts)
     made: dict[str, Path] = {}
     if plan.head:
         final = made["head"] = save(model, output / "head")
@@ -544,17 +558,18 @@ def _card_context(plan: Plan, counts: dict[str, int]) -> dict[str, Any]:
     """What the card says of a run: nothing of the machine that made it, and whose weights and data went into it."""
     recipe = plan.recipe
     vision = plan.head.vision if plan.head else ""
-    sources = {Path(source).resolve().name: source for source in recipe.datasets}
+    sources = {Path(source).name or Path(source).resolve().name: source for source in recipe.datasets}
     names = {name: sources.get(name) or sources[name.removesuffix("-cloze")] for name in counts}
+    backbone = fetch(recipe.backbone, revision=recipe.revision)
     licences = {
-        "backbone": stated_licence(fetch(recipe.backbone, revision=recipe.revision)),
+        "backbone": stated_licence(backbone),
         "vision": stated_licence(fetch_vision(vision, plan.head.vision_revision)) if plan.head and vision else None,
         "data": {name: data_licence(source) for name, source in names.items()},
     }
     return {
         "command": public_command(plan.command),
         "backbone_id": _base_id(recipe.backbone),
-        "backbone_revision": recipe.revision,
+        "backbone_revision": backbone.name if is_hub_id(recipe.backbone) else None,  # of a snapshot, its commit
         "vision_id": _base_id(vision) if vision else None,
         "labels": plan.objective_arguments.get("label_weight", 1) > 0,
         "objective": recipe.objective,

@@ -24,16 +24,17 @@ from huggingface_hub.utils import validate_repo_id
 from .errors import InputError
 from .hub import read_json
 
-_REPLACED = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "modeling_*.py",
-    "[0-9]*_*/*",
-    ".eval_results/*",
-    "onnx/*",
-    "results*.png",
+_CARRIED = (
+    *("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "onnx/*.onnx", "onnx/*.data"),
+    *(".eval_results/*.yaml", "results.png"),
 )
-"""What an earlier version may have in the repository that would be taken for part of this one."""
+"""What a model's repository holds, at any depth: nothing else is uploaded, and what an earlier version had of it and
+this one has not is removed, lest it be taken for part of this one."""
+
+
+def is_carried(name: str) -> bool:
+    """Whether a file of this name, relative to the folder, is part of a model."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in _CARRIED)
 
 
 def check_repo_name(repo: str) -> None:
@@ -62,8 +63,17 @@ def refuse_without_token() -> None:
         )
 
 
-def head_of(repo: str, folder: Path) -> str | None:
-    """Commit of an existing repository, None if there is none; InputError if it holds another kind of model."""
+def head_of(repo: str, kind: str | None, *, private: bool) -> str | None:
+    """Commit of an existing repository that may be replaced, None if there is none.
+
+    Args:
+        repo: Its name.
+        kind: Of the model that would replace it, see :func:`kind_of`; None while that is not known.
+        private: Whether it must not be seen by others.
+
+    Raises:
+        InputError: There is no token, the Hub refuses, the repository is public, or holds another kind of model.
+    """
     refuse_without_token()
     api = HfApi()
     with _asking_the_hub(repo, "Nothing was changed."), tempfile.TemporaryDirectory() as scratch:
@@ -71,8 +81,13 @@ def head_of(repo: str, folder: Path) -> str | None:
             info = api.model_info(repo)
         except RepositoryNotFoundError:
             return None
+        if private and not info.private:
+            raise InputError(
+                f"{repo}: exists and is public, so --private cannot be kept. Refused; make it private on its page, or "
+                "choose another --repo."
+            )
         there = {sibling.rfilename for sibling in info.siblings or []}
-        if not there - {".gitattributes", "README.md", "LICENSE"}:
+        if kind is None or not there - {".gitattributes", "README.md", "LICENSE"}:
             return info.sha
         for name in ("config.json", "config_sentence_transformers.json", "modules.json"):
             try:
@@ -80,25 +95,36 @@ def head_of(repo: str, folder: Path) -> str | None:
                     api.hf_hub_download(repo, name, revision=info.sha, local_dir=scratch)
             except EntryNotFoundError:
                 continue
-        theirs, ours = _kind_of(Path(scratch)), _kind_of(folder)
-    if theirs != ours:
+        theirs = kind_of(Path(scratch))
+    if theirs != kind:
         raise InputError(
-            f"{repo}: holds a model of another kind ({theirs}) than {folder} ({ours}), which would be replaced. "
+            f"{repo}: holds a model of another kind ({theirs}) than this one ({kind}), which would be replaced. "
             "Refused; choose another --repo, or delete that one yourself."
         )
     return info.sha
 
 
 def upload(repo: str, folder: Path, files: list[Path], *, private: bool, parent: str | None) -> str:
-    """One commit with all files, and without what they replace; return it."""
+    """One commit with all files, and without what they replace, upon the one that was looked at; return it.
+
+    Args:
+        repo: Name of the repository.
+        folder: Where the files are.
+        files: All of them.
+        private: Whether to make a new repository private.
+        parent: What :func:`head_of` gave; None makes the repository.
+
+    Raises:
+        InputError: The Hub refuses, somebody else was faster, or the connection fails.
+    """
     api = HfApi()
-    with _asking_the_hub(repo, "No commit was made, and the folder is as it was."):
+    with _asking_the_hub(repo, "Unless only its last answer was lost, no commit was made; the folder is as it was."):
         if parent is None:
-            api.create_repo(repo, private=private, exist_ok=True)
-        info = api.model_info(repo)
+            api.create_repo(repo, private=private)
+        info = api.model_info(repo, revision=parent)
         names = {path.relative_to(folder).as_posix() for path in files}
         there = {sibling.rfilename for sibling in info.siblings or []}
-        stale = sorted(n for n in there - names if any(fnmatch.fnmatch(n, pattern) for pattern in _REPLACED))
+        stale = sorted(name for name in there - names if is_carried(name) and not name.startswith("LICENSE"))
         commit = api.create_commit(
             repo,
             [
@@ -111,7 +137,7 @@ def upload(repo: str, folder: Path, files: list[Path], *, private: bool, parent:
     return str(commit.oid)
 
 
-def _kind_of(folder: Path) -> str:
+def kind_of(folder: Path) -> str:
     """Model type, family and own modules of a folder: what a repository's users rely on to stay the same."""
     family = read_json(folder / "config_sentence_transformers.json").get("model_type")
     modules = [module["type"].rpartition(".")[2] for module in read_json(folder / "modules.json") or []]
@@ -126,6 +152,11 @@ def _asking_the_hub(repo: str, then: str) -> Iterator[None]:
         yield
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
+        if status in (409, 412):
+            raise InputError(
+                f"{repo}: was made or changed by somebody else meanwhile (HTTP {status}). {then} Look at it, then run "
+                "the same command again."
+            ) from error
         if status in (401, 403):
             raise InputError(
                 f"{repo}: the Hub refused (HTTP {status}), so the token may not write there. {then} Take a token with "
@@ -136,4 +167,8 @@ def _asking_the_hub(repo: str, then: str) -> Iterator[None]:
         raise InputError(
             f"{repo}: the connection failed ({type(error).__name__}: {error}). {then} Run the same command again; "
             "files that have arrived are not sent twice."
+        ) from error
+    except ValueError as error:  # of the card's metadata, which the Hub checks before anything is sent
+        raise InputError(
+            f"{repo}: the Hub refuses the card: {error} {then} Mend --license, or the template."
         ) from error

@@ -95,7 +95,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.large.clear()  # what has arrived is not sent again
             return self._answer(200, {})
         if path == "/api/validate-yaml":
-            return self._answer(200, {"errors": [], "warnings": []})
+            wrong = "license: nonsense" in json.loads(body)["content"]
+            errors = [{"message": '"license" must be one of [apache-2.0, ...]'}] if wrong else []
+            return self._answer(400 if wrong else 200, {"errors": errors, "warnings": []})
         if self._right() != "write":
             return self._answer(403 if self._right() else 401, {"error": "You may not write here."})
         if path == "/api/repos/create":

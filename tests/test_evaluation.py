@@ -450,7 +450,7 @@ def test_the_command_line_says_what_is_wrong_and_returns_2(capsys, beir):
     ],
 )
 def test_a_row_is_called_like_its_folder(system, name):
-    assert evaluation._display_name(system) == name
+    assert evaluation.display_name(system) == name
 
 
 @pytest.mark.parametrize("capability", ["avx512_bf16", "amx_bf16", None])

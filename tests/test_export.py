@@ -209,6 +209,9 @@ def test_the_manifest_says_what_was_made_of_what(exported):
         assert it.manifest["versions"]["torch"] == torch.__version__
         assert {f.name for f in (it.folder / "onnx").iterdir()} == {"export.json", *it.manifest["graphs"]}
         for name, entry in it.manifest["graphs"].items():
+            written = (it.folder / "onnx" / name).read_bytes()
+            for place in (b"site-packages", b"/modeling/", b"stack_trace", str(Path.home()).encode()):
+                assert place not in written, "where the code lay when it was traced is nobody's business"
             graph = onnx.load(it.folder / "onnx" / name)
             assert entry["opset"] == next(o.version for o in graph.opset_import if not o.domain)
             assert {node.name for node in graph.graph.input} == set(entry["inputs"])

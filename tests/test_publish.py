@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,13 +22,14 @@ import yaml
 from conftest import QUERIES, RUN_CLI, run_python, write_beir
 from hub_server import HubServer, Repository, running_hub
 from huggingface_hub import ModelCard
-from room_examples import gaussian_example, reinpool_example
+from room_examples import EXAMPLES, gaussian_example, reinpool_example
+from transformers import PreTrainedModel
 
 import polyrep
-from polyrep import InputError, cards, doors, export, publish, upload
+from polyrep import InputError, cards, doors, export, inspection, publish, upload
 from polyrep.cli import main
 from polyrep.hub import fingerprint, load
-from polyrep.publish import refuse_secrets, verify
+from polyrep.inspection import refuse_secrets, verify
 from polyrep.report import provenance, write_results
 
 TEXTS = list(QUERIES.values())
@@ -50,6 +53,7 @@ RECIPE = {
 }
 
 
+CARD = ["--card", "late_interaction"]
 ON_HUB = {"hub_dataset": "mteb/nano", "hub_revision": "a" * 40}  # as MTEB's tasks are
 
 
@@ -68,7 +72,7 @@ def results_of(folder: Path, digest: str, name: str = "measured", **changes: Any
             row | {"system": "control", "value": 0.51234, "bytes_per_document": 100},
             row | {"system": "model", "dataset": "NanoTiny", "value": 0.7} | ON_HUB,
         ],
-        "claims": [{"claim": "gain", "value": 0.1, "target": 0.05, "met": True}],
+        "claims": [{"claim": "gain", "value": 0.1, "target": 0.05, "met": True, "system": "model"}],
     }
     write_results(results | changes, folder)
     return folder / f"{name}.json"
@@ -89,6 +93,7 @@ def finish(model: Any, output: Path, name: str = "final", recipe: dict[str, Any]
 def models(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     scratch = tmp_path_factory.mktemp("examples")
     gaussian, reinpool = (build(backbone, scratch) for build in (gaussian_example, reinpool_example))
+    gaussian.models["retriever"].prompts = {"query": "port: ", "passage": "file: "}
     return {"gaussian": gaussian.models["retriever"], "reinpool": reinpool.models["pipeline"]}
 
 
@@ -112,10 +117,13 @@ import json, os, sys, time, urllib.request
 time.sleep = lambda seconds: None  # what the client waits before it tries again
 from polyrep import publish
 from polyrep.cli import main
+from polyrep.publish import verify
 
 for step in json.loads(sys.argv[1]):
     if step.get("trusting"):
         publish.verify = lambda folder, model: None
+    else:
+        publish.verify = verify
     if "drops" in step:
         urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/drops/{step['drops']}", data=b"")
     os.environ["HF_TOKEN"] = step.get("token", "hf_test")
@@ -147,7 +155,8 @@ for name, (family, repo, revision) in jobs.items():
     for task, encode in (("query", model.encode_query), ("document", model.encode_document)):
         report[f"{name} {task}"] = [np.asarray(vector).tolist() for vector in encode(texts)]
     if name == "gaussian":
-        tokens = AutoTokenizer.from_pretrained(repo, **pinned)(texts, padding=True, return_tensors="pt")
+        prompted = [model.prompts["query"] + text for text in texts]
+        tokens = AutoTokenizer.from_pretrained(repo, **pinned)(prompted, padding=True, return_tensors="pt")
         with torch.no_grad():
             output = AutoModel.from_pretrained(repo, **pinned)(**tokens, task="query")
         report["auto query"] = output.sentence_embedding.tolist()
@@ -190,18 +199,24 @@ def published(
     root = tmp_path_factory.mktemp("published")
     gaussian = finish(models["gaussian"], root / "gaussian", recipe=RECIPE)
     (gaussian / "optimizer.pt").write_bytes(b"a pickle")
+    (gaussian / "added_tokens.json").write_text("{}")
     reinpool = finish(models["reinpool"], root / "reinpool")
+    older = shutil.copytree(root / "gaussian", root / "older")
+    (gaussian / "added_tokens.json").unlink()
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
     def step(name: str, folder: Path, repo: str, **options: Any) -> dict[str, Any]:
         flags = options.pop("flags", [])
         return {"name": name, "arguments": ["publish", str(folder), "--repo", repo, *flags], **options}
 
+    first = ["--hub_dataset", "tiny=someone/tiny:default", "--license", "apache-2.0"]
     steps = [
-        step("first", gaussian, "someone/gaussian", flags=["--hub_dataset", "tiny=someone/tiny"]),
+        step("first", older / "final", "someone/gaussian", flags=first),
         step("pipeline", reinpool, "org/reinpool", flags=["--private"]),
-        step("again", gaussian, "someone/gaussian", flags=["--hub_dataset", "tiny=someone/tiny"], trusting=True),
+        step("again", older / "final", "someone/gaussian", flags=first, trusting=True),
         step("other results", gaussian, "someone/gaussian", trusting=True),
+        step("now private", gaussian, "someone/gaussian", flags=["--private"]),
+        step("no such licence", gaussian, "someone/gaussian", flags=["--license", "nonsense"], trusting=True),
         step("another kind", reinpool, "someone/gaussian"),
         step("no token", gaussian, "someone/gaussian", token=""),
         step("read only", gaussian, "someone/new", token="hf_read"),
@@ -231,14 +246,14 @@ def test_a_repository_is_complete_and_made_in_one_commit(published, hub):
         *(".gitattributes", "README.md", "results.png", "modeling_gaussian.py"),
         *(".eval_results/someone--tiny.yaml", ".eval_results/mteb--nano.yaml"),
         *("config.json", "config_sentence_transformers.json", "modules.json", "sentence_bert_config.json"),
-        *("model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        *("model.safetensors", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"),
     }
     for name, content in files.items():
         assert b"/data/somewhere" not in content and str(Path.home()).encode() not in content, name
     settings = json.loads(files["config_sentence_transformers.json"])
     assert settings["requirements"] == polyrep.hub.REQUIREMENTS
     entries = yaml.safe_load(files[".eval_results/someone--tiny.yaml"])
-    assert [(e["dataset"], e["value"]) for e in entries] == [({"id": "someone/tiny", "task_id": "tiny"}, 0.61234)]
+    assert [(e["dataset"], e["value"]) for e in entries] == [({"id": "someone/tiny", "task_id": "default"}, 0.61234)]
     entries = yaml.safe_load(files[".eval_results/mteb--nano.yaml"])
     nano = {"id": "mteb/nano", "task_id": "NanoTiny", "revision": "a" * 40}
     assert [(e["dataset"], e["value"]) for e in entries] == [(nano, 0.7)]
@@ -247,13 +262,15 @@ def test_a_repository_is_complete_and_made_in_one_commit(published, hub):
 
 def test_what_a_new_version_no_longer_has_is_removed(published, hub):
     _, files = hub.repositories["someone/gaussian"].commits[-1]
-    assert ".eval_results/someone--tiny.yaml" not in files and "model.safetensors" in files
+    assert not {".eval_results/someone--tiny.yaml", "added_tokens.json"} & set(files)
+    assert {"model.safetensors", ".gitattributes", ".eval_results/mteb--nano.yaml"} < set(files)
 
 
 def test_the_card_says_what_the_model_is_made_of_and_scores(published, hub):
     _, files = hub.repositories["someone/gaussian"].commits[1]
     card = ModelCard(files["README.md"].decode())
     data = card.data.to_dict()
+    assert "these weights | apache-2.0 |" in card.text
     assert data["license"] == "apache-2.0" and data["base_model"] == RECIPE["backbone_id"]
     assert data["datasets"] == ["someone/big"] and "gaussian" in data["tags"]
     (index,) = data["model-index"]
@@ -309,8 +326,10 @@ def test_others_open_it_at_that_commit_without_polyrep(published, hub, models, t
         ("another kind", "holds a model of another kind (polyrep_gaussian, SentenceTransformer"),
         ("a stranger's", "holds a model of another kind (none that can be told)"),
         ("no token", "no token for the Hub"),
+        ("now private", "exists and is public, so --private cannot be kept"),
+        ("no such licence", 'the Hub refuses the card: Invalid metadata in README.md.\n- "license" must be one of'),
         ("read only", "the Hub refused (HTTP 403), so the token may not write there"),
-        ("lost", "No commit was made, and the folder is as it was. Run the same command again"),
+        ("lost", "no commit was made; the folder is as it was. Run the same command again"),
     ],
 )
 def test_what_the_hub_or_the_network_refuses_is_said_with_the_way_on(published, step, words):
@@ -383,9 +402,11 @@ def test_a_name_that_the_hub_would_refuse_is_refused_first(name, tmp_path, capsy
 
 def test_flags_that_lead_nowhere_are_refused(finished, capsys, tmp_path):
     assert "no such template. There are dense2sparse," in refused(finished, capsys, "--card", "nothing")
+    assert "no such template" in refused(finished, capsys, "--card", "_doors")
     assert "expected NAME=ORG/NAME" in refused(finished, capsys, "--hub_dataset", "tiny")
     assert "the results have no such data set" in refused(finished, capsys, "--hub_dataset", "x=a/b")
-    assert "exists already" in refused(finished, capsys, "--output", str(tmp_path))
+    for output in (tmp_path, finished / "hub"):
+        assert "exists, or is in the model's folder" in refused(finished, capsys, "--output", str(output))
 
 
 def test_code_that_is_not_ours_runs_only_with_the_users_word(finished, capsys):
@@ -398,6 +419,9 @@ def test_an_export_of_other_weights_is_refused(finished, capsys):
     (finished / "onnx").mkdir()
     (finished / "onnx" / "export.json").write_text(json.dumps({"fingerprint": "2" * 64}))
     assert "exported from other weights" in refused(finished, capsys)
+    (finished / "onnx" / "export.json").unlink()
+    (finished / "onnx" / "model.onnx").write_bytes(b"of unknown weights")
+    assert "by something that does not say from which" in refused(finished, capsys)
 
 
 @pytest.mark.parametrize(
@@ -410,20 +434,79 @@ def test_an_export_of_other_weights_is_refused(finished, capsys):
         ),
         ("config_extra.json", '{"data": "C:\\\\Users\\\\me"}', "holds the path C:"),
         ("notes.txt", "one\nlog in with hf_abcdefghijklmnopqrst\n", "notes.txt:2: holds a token"),
-        ("notes.txt", "ask somebody@host\n", "holds the user somebody"),
+        ("notes.txt", "ask somebody@host\n", "holds the user name somebody"),
+        ("config_extra.json", '{"author": "somebody"}', "holds the user name somebody"),
+        (
+            "README.md",
+            "somebody may read this\n\n| run by | somebody |\n",
+            "README.md:3: holds the user name somebody",
+        ),
+        ("notes.txt", "file:///home/me/data", "holds the path /home/me/data"),
+        ("notes.txt", "path:/home/me/data", "holds the path /home/me/data"),
+        ("notes.txt", "//server/share", "holds the path /server/share"),
+        ("notes.txt", f"-I{Path(__file__).parent.parent}/x", f"holds the path {Path(__file__).parent.parent}"),
+        ("model.onnx", "\x00\x01at /opt/me/polyrep/export.py\x00", "holds the path /opt/me/polyrep/export.py"),
         ("tokenizer.json", '{"x": "hf_abcdefghijklmnopqrst"}', "holds a token"),
         ("notes.txt", "see https://host/a/b and a/b/c, 1/2, ~/x and <a></a>; somebodyelse\n", None),
         ("tokenizer.json", '{"vocab": {"/usr/bin": 1}}', None),
     ],
 )
 def test_nothing_tells_of_the_machine_that_made_it(tmp_path, monkeypatch, file, text, words):
-    monkeypatch.setattr(publish.getpass, "getuser", lambda: "somebody")
+    monkeypatch.setattr(inspection.getpass, "getuser", lambda: "somebody")
+    monkeypatch.chdir(Path(__file__).parent.parent)
     (tmp_path / file).write_text(text)
     if words is None:
         return refuse_secrets(tmp_path)
     with pytest.raises(InputError) as caught:
         refuse_secrets(tmp_path)
     assert words in str(caught.value) and "hf_abcdef" not in str(caught.value)
+
+
+def test_a_name_that_is_public_anyway_is_none_to_hide(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"author": "somebody", "for": "root"}')
+    monkeypatch.setattr(inspection.getpass, "getuser", lambda: "somebody")
+    refuse_secrets(tmp_path, "somebody/model")
+    for user in (lambda: "root", lambda: {}["no passwd entry"]):  # everybody's, and nobody's
+        monkeypatch.setattr(inspection.getpass, "getuser", user)
+        refuse_secrets(tmp_path)
+
+
+def test_claims_of_another_model_are_refused(finished, capsys):
+    results, digest = finished.parent / "results", fingerprint(finished)
+    claim = {"claim": "gain", "value": 0.1, "target": None, "met": None}
+    results_of(results, digest, claims=[claim | {"system": "control"}])
+    assert "claims 'gain' of control, and the card is of model" in refused(finished, capsys)
+    results_of(results, digest, claims=[claim])
+    assert "claims 'gain' of one of several models without saying which" in refused(finished, capsys)
+    results_of(results, digest, claims=[claim], models={"model": digest})
+    assert publish.collect(finished, []).results[0]["claims"] == [claim]
+
+
+def test_of_one_number_measured_twice_the_latest_counts(finished, models):
+    results_of(finished.parent / "results", fingerprint(finished), "earlier", created="2020-01-01T00:00:00Z")
+    rows = [{"system": "model", "dataset": "tiny", "split": "dev", "metric": "nDCG@10", "value": 0.9}]
+    later = results_of(finished.parent / "results", fingerprint(finished), "later", created="2999-01-01T00:00:00Z")
+    content = json.loads(later.read_text())
+    content["rows"][0]["value"] = 0.75
+    later.write_text(json.dumps(content | {"rows": content["rows"] + rows}))
+    found = publish.collect(finished, [])
+    assert [result["name"] for result in found.results] == ["earlier", "measured", "later"]
+    entries = publish._eval_results(found, {"tiny": publish.HubId("a/tiny", "x")}, "a/b")
+    assert [entry["value"] for entry in entries["a--tiny"]] == [0.75], "and dev is for choosing"
+    card = cards.render_card(
+        models["gaussian"], "gaussian", results=found.results, fingerprints=found.fingerprints, model_id="a/b"
+    )
+    index = card.data.to_dict()["model-index"][0]["results"]
+    values = [(r["dataset"]["split"], m["value"]) for r in index for m in r["metrics"] if m["type"] == "ndcg_at_10"]
+    assert sorted(values) == [("dev", 0.9), ("test", 0.7), ("test", 0.75)]
+
+
+def test_code_of_another_repository_is_not_run(finished, capsys):
+    tokenizer = finished / "tokenizer_config.json"
+    content = json.loads(tokenizer.read_text())
+    reference = {"auto_map": {"AutoTokenizer": ["someone/else--code.Tokenizer", None]}}
+    tokenizer.write_text(json.dumps(content | reference))
+    assert "takes its code from another repository (someone/else--code.Tokenizer)" in refused(finished, capsys)
 
 
 def test_the_header_of_weights_is_read_too(tmp_path, monkeypatch):
@@ -451,11 +534,11 @@ def test_heads_are_compared_by_what_they_give_too(models):
     ]
     before = doors.tried(head, calls)
     assert {"0/None/keep_probability", "1/None/embeddings", "weight/keep.weight"} <= set(before)
-    publish._compare("head", doors.tried(head, calls), before)
+    inspection._compare("head", doors.tried(head, calls), before)
     head.config.quantization, kept = "binary", head.config.quantization
     try:
         with pytest.raises(InputError, match="1/None/embeddings differs"):
-            publish._compare("head", doors.tried(head, calls), before)
+            inspection._compare("head", doors.tried(head, calls), before)
     finally:
         head.config.quantization = kept
 
@@ -473,7 +556,7 @@ def test_heads_are_compared_by_what_they_give_too(models):
 def test_vectors_agree_but_for_rounding(theirs, words):
     found = {} if theirs is None else {"x": theirs}
     with pytest.raises(InputError, match=words) if words else nullcontext():
-        publish._compare("a door", found, {"x": torch.tensor([1.0, 2.0])})
+        inspection._compare("a door", found, {"x": torch.tensor([1.0, 2.0])})
 
 
 def test_a_head_alone_is_published_by_the_whole_models_results(models, tmp_path, capsys):
@@ -494,18 +577,54 @@ def test_a_head_alone_is_published_by_the_whole_models_results(models, tmp_path,
 # --- cards -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("recipe", [RECIPE, None], ids=["trained", "by hand"])
-def test_every_template_makes_a_card_of_every_kind_of_model(template, recipe, models):
-    whole = models["reinpool" if template == "reinpool" else "gaussian"]
-    kinds = [whole, whole[-1].model] if template in ("reinpool", "gaussian") else [whole]
-    for model in kinds if template != "multilayer" else []:
-        for model_id in ("someone/model", None):
-            card = cards.render_card(model, template, recipe=recipe, model_id=model_id)
-            assert "{{" not in card.content and "{%" not in card.content and "## Licences" in card.content
-            assert ("tiny 4,881" in card.content) == bool(recipe)
-            assert ('revision="<commit>"' in card.content) == bool(model_id)
-            assert ("path/to/this/folder" in card.content) == (model_id is None)
+@pytest.fixture(scope="module")
+def examples(backbone: Path, multi_vector_model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A model of every kind that a template may be of: ``template/kind`` -> model."""
+    found: dict[str, Any] = {"late_interaction/stock": multi_vector_model}
+    for room_type, build in EXAMPLES.items():
+        template = polyrep.ROOMS[room_type].card
+        if template is None:
+            continue
+        for kind, model in build(backbone, tmp_path_factory.mktemp("example")).models.items():
+            images = "_images" if kind == "images" else ""
+            found[f"{template}{images}/{kind}"] = model
+            last = model[len(model) - 1].model
+            if len(model) > 1:
+                found[f"{template}/head of {kind}"] = last
+            elif isinstance(last.head, PreTrainedModel):
+                found[f"{template}{images}/head in {kind}"] = last.head
+    return found
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, None], ids=["trained", "not recorded"])
+@pytest.mark.parametrize("model_id", ["someone/model", None], ids=["published", "local"])
+def test_cards_of_every_kind_of_model_show_code_that_fits_it(recipe, model_id, examples):
+    assert {name.partition("/")[0] for name in examples} == set(TEMPLATES)
+    for name, model in examples.items():
+        template, _, kind = name.partition("/")
+        text = cards.render_card(model, template, recipe=recipe, model_id=model_id).content
+        assert not {"{{", "{%", "\n\n\n"} & {text[i : i + n] for n in (2, 3) for i in range(len(text))}, name
+        for heading in ("## Use", "## Licences", "## Citation", "## Limits", "## Deviations from the paper"):
+            assert heading in text, (name, heading)
+        assert ("tiny 4,881" in text) == bool(recipe) and ("is not recorded here" in text) != bool(recipe), name
+        assert ("code in this repository" in text) == (name != "late_interaction/stock"), name
+        assert ('revision="<commit>"' in text) == ("stands for the 40 digits" in text) == bool(model_id), name
+        snippets = re.findall(r"```python\n(.*?)```", text, re.S)
+        assert snippets, name
+        for snippet in snippets:
+            ast.parse(snippet)
+            # A head has no family to open it by, and a folder without a head of its own no place to open one from.
+            family = re.search(
+                r"(SentenceTransformer|SparseEncoder|MultiVectorEncoder)\(\"(someone|path/to/this)", snippet
+            )
+            assert not (kind.startswith("head") and family), (name, snippet)
+            assert "path/to/head" not in snippet, (name, snippet)
+
+
+def test_a_card_says_what_stands_before_texts(models):
+    model = models["gaussian"]
+    assert "has to:\nquery `port: `, passage `file: `." in cards.render_card(model, "gaussian").content
+    assert "has to:" not in cards.render_card(models["reinpool"], "reinpool").content
 
 
 @pytest.mark.parametrize(
@@ -529,9 +648,10 @@ def test_a_template_with_a_hole_is_refused(text, words, models, tmp_path, monkey
 def test_commands_and_licences_as_others_may_read_them(tmp_path):
     command = "accelerate launch train.py hub_configs/x --backbone /home/me/models/late/final --output_dir=/tmp/x"
     command += " --datasets ../data/a /mnt/b data/c --overwrite --cache_dir /tmp/y --push_to_hub true --seed 3"
-    command += " --baselines bm25,/mnt/models/other/final"
+    command += " --baselines bm25,/mnt/models/other/final --hub_token hf_secret"
+    command += """ --prompts '{"query": "/home/me/x"}'"""
     public = "accelerate launch train.py hub_configs/x --backbone late --datasets a b data/c --seed 3"
-    public += " --baselines bm25,other"
+    public += """ --baselines bm25,other --prompts '{"query": "x"}'"""
     assert cards.public_command(command) == public
     for metadata, licence in (
         ("license: mit", "mit"),
@@ -539,6 +659,7 @@ def test_commands_and_licences_as_others_may_read_them(tmp_path):
         ("license: other\nlicense_name: ours", "ours"),
         ("tags: [a]", None),
         ("license: [", None),
+        ("- a\n- list", None),
     ):
         (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n\n# x\n")
         assert cards.stated_licence(tmp_path) == licence
@@ -552,21 +673,23 @@ def test_commands_and_licences_as_others_may_read_them(tmp_path):
         (["--hub_model_id", "toy"], "the Hub would refuse this name"),
         (["--hub_model_id", "a/toy", "--hub_token", "hf_x"], "--hub_token: command lines are kept"),
         (["--hub_model_id", "a/toy"], "no token for the Hub"),
-        (["--hub_model_id", "a/toy", "--dry_run", "true"], "no judgments for split 'test'"),
+        (["--hub_model_id", "a/toy", "--dry_run", "true"], "this run makes no card"),
+        (["--hub_model_id", "a/toy", "--dry_run", "true", *CARD], "(?s)on the test split of its data.*split 'test'"),
+        (["--hub_model_id", "a/toy", "--dry_run", "true", *CARD, "--output_dir", "backbone0"], "like its backbone"),
+        (["--hub_model_id", "a/toy", "--card", "nothing"], "no such template"),
     ],
 )
 def test_a_run_that_could_not_be_published_is_refused_before_it_trains(toy_run, capsys, monkeypatch, flags, words):
     monkeypatch.setattr(upload, "get_token", lambda: None)
     assert main(["train", str(toy_run), "--push_to_hub", "true", *flags]) == 2
-    assert words in capsys.readouterr().err
+    assert re.search(words, capsys.readouterr().err)
 
 
 def test_data_of_vectors_alone_cannot_be_measured(toy_run, tmp_path, capsys, monkeypatch):
     data = write_beir(tmp_path / "tiny")
     loaded = polyrep.data.load_retrieval_dataset(data)
-    monkeypatch.setattr(upload, "get_token", lambda: "hf_test")
     monkeypatch.setattr(publish, "load_retrieval_dataset", lambda *_, **__: replace(loaded, vectors={"query": None}))
-    target = ["--push_to_hub", "true", "--hub_model_id", "a/b", "--datasets", str(data)]
+    target = ["--push_to_hub", "true", "--hub_model_id", "a/b", "--datasets", str(data), "--dry_run", "true", *CARD]
     assert main(["train", str(toy_run), *target]) == 2
     assert "brings vectors, not what they were made of" in capsys.readouterr().err
 
@@ -575,7 +698,7 @@ def test_the_door_opener_imports_nothing_of_ours():
     ran = run_python(
         "-P",
         "-c",
-        f"import runpy; runpy.run_path({publish.doors.__file__!r}); import sys; "
+        f"import runpy; runpy.run_path({doors.__file__!r}); import sys; "
         "print([name for name in sys.modules if name.startswith('polyrep')])",
     )
     assert ran.stdout.strip() == "[]", ran.stderr

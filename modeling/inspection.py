@@ -1,0 +1,174 @@
+"""What must hold of a repository before it is uploaded: it tells nothing of this machine, and others can open it."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import mmap
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import get_token
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from . import doors, export, room_of
+from .cards import ABSOLUTE_PATH, head_folders
+from .errors import InputError
+from .files import write_json
+from .hub import PREFIX, Encoder, read_json
+
+TOLERANCE = 1e-4
+"""Largest difference between a number here and through a door, relative to the largest of its vector if above one."""
+
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+_ADDRESS = re.compile(r"\b(?:https?|ftp|git|ssh|hf|s3|gs)://\S+")
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
+"""Where any piece of any text may be a word."""
+
+_NOBODY = {"root", "user", "admin", "ubuntu", "debian", "runner", "docker", "jovyan", "app", "test", "model", "data"}
+"""Names of accounts that are words of every config, and tell of nobody."""
+
+
+def refuse_secrets(folder: Path, repo: str = "") -> None:
+    """Refuse a folder that tells of this machine: a token, a path, a user.
+
+    A user's name is looked for as a word where names of places and people come from, in configs and in the tables and
+    commands of a card: in its prose, and in vocabularies, it is more likely a word.
+
+    Args:
+        folder: The repository to be.
+        repo: Its name, which is public and may be the user's.
+
+    Raises:
+        InputError: File, line and what was found; a token is not repeated.
+    """
+    token, user = get_token(), _user()
+    here = [place for place in (str(Path.home()), os.getcwd(), tempfile.gettempdir()) if place.count("/") > 1]
+    tells = user and len(user) > 2 and user not in _NOBODY | set(repo.split("/"))
+    name = re.compile(rf"(?<![\w-]){re.escape(user)}(?![\w-])") if tells else None
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        for number, line in _lines(file):
+            text = _ADDRESS.sub("", line)
+            found = None
+            if _TOKEN.search(line) or token and token in line:
+                found = "a token of the Hub"
+            elif file.name in _VOCABULARIES:
+                continue
+            elif match := ABSOLUTE_PATH.search(text):
+                found = f"the path {match[0]}"
+            elif place := next((place for place in here if place in text), None):
+                found = f"the path {place}"
+            elif name and (file.suffix != ".md" or line.startswith(("|", "Made by"))) and name.search(text):
+                found = f"the user name {user}"
+            if found:
+                source = "training.json or the results" if file.suffix in (".md", ".yaml") else "the model's folder"
+                raise InputError(
+                    f"{file.relative_to(folder)}{f':{number}' if number else ''}: holds {found} of the machine it was "
+                    f"made on, for everybody to read. Nothing was uploaded; it comes from {source}: mend it there."
+                )
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # as in a container, whose users have no names
+        return ""
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Numbered texts of a file: of weights their header, of graphs whatever looks like the place of a source file."""
+    if file.suffix == ".safetensors":
+        with file.open("rb") as weights:
+            header = json.loads(weights.read(int.from_bytes(weights.read(8), "little")))
+        yield 0, json.dumps(header.get("__metadata__", {}))
+    elif file.suffix in (".onnx", ".data") and file.stat().st_size:
+        with file.open("rb") as graph, mmap.mmap(graph.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for match in re.finditer(rb"[\x20-\x7e]{3,}\.py\b", content):
+                yield 0, match[0].decode()
+    elif file.suffix not in (".png", ".model"):
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            yield from enumerate(lines, start=1)
+
+
+def verify(folder: Path, model: Encoder | PreTrainedModel) -> None:
+    """Open a folder through every door in a process without polyrep, and compare with the model it was made of.
+
+    Raises:
+        InputError: A door does not open, or gives something else.
+    """
+    heads: dict[str, tuple[PreTrainedModel, type | None]] = {}  # subfolder -> the head and its module's class
+    wanted: list[tuple[list[str], dict[str, torch.Tensor]]] = []
+    if isinstance(model, PreTrainedModel):
+        room = room_of(model.config.model_type)
+        heads[""] = model, room.module if room else None
+    else:
+        vectors = doors.encoded(model)
+        wanted.append((["family", type(model).__name__], vectors))
+        if read_json(folder / "config.json").get("model_type", "").startswith(PREFIX):
+            wanted.append((["transformers"], vectors))
+        modules: dict[str, Any] = dict(model.named_children())
+        for subfolder in head_folders(model):
+            module = modules[subfolder.partition("_")[0]]
+            heads[subfolder] = module.model, type(module)
+    with tempfile.TemporaryDirectory() as scratch:
+        trials: dict[str, list[dict[str, Any]]] = {}
+        for subfolder, (head, owner) in heads.items():
+            calls: list[dict[str, Any]] = [
+                {"inputs": inputs, "method": graph.method, "fixed": dict(graph.fixed), "outputs": list(graph.outputs)}
+                for graph, inputs in export.trials(head)
+            ]
+            expected = doors.tried(head, calls)
+            wanted.append((["head", subfolder], expected))
+            if owner:
+                wanted.append((["module", subfolder, _reference(owner)], expected))
+            for number, call in enumerate(calls):
+                name = f"{subfolder}-{number}.inputs.safetensors"
+                save_file(call["inputs"], Path(scratch) / name)
+                call["inputs"] = name
+            trials[subfolder] = calls
+        job = Path(scratch) / "job.json"
+        write_json(job, {"folder": str(folder.resolve()), "doors": [door for door, _ in wanted], "trials": trials})
+        secret = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # what opens a model needs none
+        environment = {name: value for name, value in os.environ.items() if name not in secret}
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch, "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        script = [sys.executable, "-P", str(Path(doors.__file__).resolve()), str(job)]
+        ran = subprocess.run(script, capture_output=True, text=True, env=environment, cwd=scratch, check=False)
+        for number, (door, expected) in enumerate(wanted):
+            file = Path(scratch) / f"{number}.safetensors"
+            if not file.is_file():
+                said = (ran.stderr.strip() or "it says nothing").splitlines()[-1].rstrip(".")
+                raise InputError(
+                    f"{' '.join(filter(None, door))}: does not open in a process without polyrep: "
+                    f"{said}. Nothing was uploaded; mend the folder."
+                )
+            _compare(" ".join(filter(None, door)), load_file(file), expected)
+
+
+def _compare(door: str, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    if missing := sorted(set(expected) ^ set(found)):
+        raise InputError(f"{door}: gives other parts than the model, e.g. {missing[0]}. Nothing was uploaded.")
+    for name, ours in expected.items():
+        theirs = found[name]
+        scale = max(1.0, float(ours.abs().max())) if ours.numel() else 1.0
+        same = theirs.shape == ours.shape
+        largest = float((theirs - ours).abs().max()) if same and ours.numel() else 0.0
+        if not same or not largest <= TOLERANCE * scale:  # NaN is not at most anything
+            difference = f"differs by {largest:.3g}" if same else f"has shape {tuple(theirs.shape)}"
+            raise InputError(
+                f"{door}: opened without polyrep, {name} {difference} from the folder's own {tuple(ours.shape)}, so "
+                "users would get another model. Nothing was uploaded; save the model again."
+            )
+
+
+def _reference(module: type) -> str:
+    """A module's class as folders name it: ``modeling_room.Class``."""
+    return f"{module.__module__.rpartition('.')[2]}.{module.__name__}"
