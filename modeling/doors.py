@@ -58,7 +58,14 @@ def encoded(model: Any) -> dict[str, Any]:
     return found
 
 
-def through_transformers(folder: Path) -> dict[str, Any]:
+def prompts_of(model: Any) -> dict[str, str]:
+    """Task -> what ``encode_query`` and ``encode_document`` put before a text."""
+    usual = model.prompts.get(model.default_prompt_name, "")
+    names = {"query": ["query"], "document": ["document", "passage", "corpus"]}
+    return {task: next((model.prompts[n] for n in some if n in model.prompts), usual) for task, some in names.items()}
+
+
+def through_transformers(folder: Path, prompts: dict[str, str]) -> dict[str, Any]:
     """The same by AutoModel and the tokenizer or processor alone, as the folder's own settings say to call them."""
     import torch
     from transformers import AutoModel, AutoProcessor, AutoTokenizer
@@ -66,14 +73,9 @@ def through_transformers(folder: Path) -> dict[str, Any]:
     model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
     calls = json.loads((folder / "sentence_bert_config.json").read_text(encoding="utf-8"))["modality_config"]
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    settings = json.loads((folder / "config_sentence_transformers.json").read_text(encoding="utf-8"))
-    prompts = settings.get("prompts") or {}
-    usual = prompts.get(settings.get("default_prompt_name"), "")
-    names = {"query": ("query",), "document": ("document", "passage", "corpus")}  # as encode_query and _document do
     found = {}
     for task in ("query", "document"):
-        prompt = next((prompts[name] for name in names[task] if name in prompts), usual)
-        inputs = {"text": tokenizer([prompt + text for text in TEXTS], padding=True, return_tensors="pt")}
+        inputs = {"text": tokenizer([prompts[task] + text for text in TEXTS], padding=True, return_tensors="pt")}
         if task == "document" and "image" in calls:
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
             inputs["image"] = processor(images=[picture()], return_tensors="pt")
@@ -122,12 +124,14 @@ def main(job: Path) -> None:
     folder, trials = Path(wanted["folder"]), wanted["trials"]
     for trial in (trial for some in trials.values() for trial in some):
         trial["inputs"] = load_file(job.parent / trial["inputs"])
+    prompts = {"query": "", "document": ""}
     for number, (kind, *how) in enumerate(wanted["doors"]):
         if kind == "family":
             options = {"trust_remote_code": True, "device": "cpu"}
-            found = encoded(getattr(sentence_transformers, how[0])(str(folder), **options))
+            model = getattr(sentence_transformers, how[0])(str(folder), **options)
+            found, prompts = encoded(model), prompts_of(model)
         elif kind == "transformers":
-            found = through_transformers(folder)
+            found = through_transformers(folder, prompts)
         elif kind == "head":
             found = tried(AutoModel.from_pretrained(folder, subfolder=how[0], trust_remote_code=True), trials[how[0]])
         else:

@@ -93,7 +93,7 @@ def finish(model: Any, output: Path, name: str = "final", recipe: dict[str, Any]
 def models(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     scratch = tmp_path_factory.mktemp("examples")
     gaussian, reinpool = (build(backbone, scratch) for build in (gaussian_example, reinpool_example))
-    gaussian.models["retriever"].prompts = {"query": "port: ", "passage": "file: "}
+    gaussian.models["retriever"].prompts = {"query": "port: ", "document": "file: "}
     return {"gaussian": gaussian.models["retriever"], "reinpool": reinpool.models["pipeline"]}
 
 
@@ -623,7 +623,7 @@ def test_cards_of_every_kind_of_model_show_code_that_fits_it(recipe, model_id, e
 
 def test_a_card_says_what_stands_before_texts(models):
     model = models["gaussian"]
-    assert "has to:\nquery `port: `, passage `file: `." in cards.render_card(model, "gaussian").content
+    assert "has to:\nquery `port: `, document `file: `." in cards.render_card(model, "gaussian").content
     assert "has to:" not in cards.render_card(models["reinpool"], "reinpool").content
 
 
