@@ -19,7 +19,8 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The rules for rooms at the lower bounds that pyproject.toml declares.
+# The rules for rooms at the lower bounds that pyproject.toml declares, in one process: how several train together is
+# torch's business, whose version is the same.
 test-min:
 	test -d $(VENV)-min || $(PYTHON) -m venv $(VENV)-min
 	grep -vE '^(transformers|sentence-transformers|huggingface-hub)==' constraints.txt > $(VENV)-min/constraints.txt
@@ -28,7 +29,7 @@ test-min:
 	$(VENV)-min/bin/python -m pytest -n 2 --dist loadfile tests/test_rooms.py tests/test_hub.py tests/test_training.py \
 		tests/test_dense2sparse.py tests/test_dense2sparse_images.py tests/test_captions.py \
 		tests/test_reinpool.py tests/test_reinpool_pages.py tests/test_multilayer.py \
-		tests/test_gaussian.py tests/test_publish.py
+		tests/test_gaussian.py tests/test_publish.py -k "not two_processes"
 
 # Everything in results/ that a CPU can make again, about eight hours on 2 cores.
 results: $(VENV)/.dev
