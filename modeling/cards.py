@@ -110,8 +110,8 @@ def render_card(
         text = environment.get_template(f"{template}.md").render(context)
     except jinja2.UndefinedError as error:
         raise InputError(
-            f"model_cards/{template}.md: {error.message}, so the card would have a hole. A model that `train` did not "
-            "make has no recipe, and fields of one must stand inside `{% if recipe %}`."
+            f"model_cards/{template}.md: {error.message}, so the card would have a hole. A model without a "
+            "record of its training has no recipe, and fields of one must stand inside `{% if recipe %}`."
         ) from None
     return ModelCard(re.sub(r"\n{3,}", "\n\n", text))  # what an empty part leaves behind
 

@@ -71,7 +71,7 @@ class PublishArguments:
     )
     card: str = field(default="", metadata={"help": "Template in model_cards/; default: that of the method."})
     license: str | None = field(
-        default=None, metadata={"help": "Licence of the weights as the Hub spells it; default: the backbone's."}
+        default=None, metadata={"help": "Licence of the weights as the Hub spells it; default: none is stated."}
     )
     hub_dataset: list[str] = field(
         default_factory=list,
@@ -100,7 +100,7 @@ class Finished:
     Attributes:
         folder: Where it is.
         fingerprints: Its own, and those of what was trained together with it (a head and the whole model).
-        recipe: What its card says of the training; None where it was made by hand.
+        recipe: What its card says of the training; None where that is not recorded.
         template: Name of the card's template.
         results: What was measured on it, in the layout of results, oldest first.
         picture: Picture of the latest of them that has one.
@@ -147,8 +147,8 @@ def publish(argv: list[str], *, prog: str = "polyrep publish") -> str | None:
             verify(staged, model)
             lines = ways_to_open(model, args.repo)
             del model
-        if not args.license:
-            print("No --license: the card says that none is stated for the weights, and what it knows of their parts.")
+        for note in _what_is_missing(finished, args):
+            print(f"Note: {note}")
         files = sorted(path for path in target.rglob("*") if path.is_file())
         size = sum(path.stat().st_size for path in files)
         if args.dry_run:
@@ -238,6 +238,25 @@ def read_results(file: Path) -> dict[str, Any]:
     except InputError as error:
         raise InputError(f"{file}: no results of `evaluate`: {error}") from None
     return result
+
+
+def _what_is_missing(finished: Finished, args: PublishArguments) -> list[str]:
+    """What a reader of the card would ask for in vain."""
+    notes = []
+    if not args.license:
+        notes.append("no --license, so the card states none for the weights, only what it knows of their parts.")
+    if finished.recipe is None:
+        notes.append(
+            f"{finished.folder.parent / 'training.json'} is of other weights, of an older polyrep or not there, so the "
+            "card does not say how the model was trained."
+        )
+    measured = {system for result in finished.results for system in {row["system"] for row in result["rows"]}}
+    own = {row["system"] for result in finished.results for row in own_rows(result, finished.fingerprints)}
+    if measured == own:
+        notes.append(
+            "nothing was measured beside the model, so its numbers say little: add its control and a baseline."
+        )
+    return notes
 
 
 def _refuse_others_claims(file: Path, result: Mapping[str, Any], fingerprints: Collection[str]) -> None:

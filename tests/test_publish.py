@@ -391,7 +391,13 @@ def test_a_retrained_model_does_not_keep_its_numbers_or_its_recipe(finished, mod
         polyrep.save(models["gaussian"], finished)
         models["gaussian"][0].model.head.mean_map.sub_(0.25)
     assert "another model's" in refused(finished, capsys)
-    assert publish.collect(finished, [str(results_of(finished.parent / "r", fingerprint(finished)))]).recipe is None
+    again = publish.collect(finished, [str(results_of(finished.parent / "r", fingerprint(finished)))])
+    assert again.recipe is None
+    notes = publish._what_is_missing(again, publish.PublishArguments("a/b"))
+    assert ["no --license" in notes[0], "training.json is of other weights" in notes[1], len(notes)] == [True, True, 2]
+    alone = replace(again, recipe=RECIPE, results=[again.results[0] | {"rows": again.results[0]["rows"][:1]}])
+    (note,) = publish._what_is_missing(alone, publish.PublishArguments("a/b", license="mit"))
+    assert "nothing was measured beside the model" in note
 
 
 @pytest.mark.parametrize("name", ["model", "a/b/c", "so me/model", "a/-b", "a/b--c", "a/b.git", "a/" + "b" * 100])
