@@ -247,8 +247,8 @@ def _what_is_missing(finished: Finished, args: PublishArguments) -> list[str]:
         notes.append("no --license, so the card states none for the weights, only what it knows of their parts.")
     if finished.recipe is None:
         notes.append(
-        notes.append("nothing was measured beside the model, so its numbers say little: add its control, a baseline.")
-            "card does not say how the model was trained."
+            f"{finished.folder.parent / 'training.json'} is of other weights, of an older polyrep or not there, so "
+            "the card does not say how the model was trained."
         )
     measured = {system for result in finished.results for system in {row["system"] for row in result["rows"]}}
     own = {row["system"] for result in finished.results for row in own_rows(result, finished.fingerprints)}
