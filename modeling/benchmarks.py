@@ -196,7 +196,7 @@ def measure(
 
 def hub_source(path: str, revision: str | None = None) -> dict[str, str]:
     """Fields of a row that name its data set on the Hub; none for a folder."""
-    if not is_hub_id(path):
+    if Path(path).is_dir() or not is_hub_id(path):
         return {}
     return {"hub_dataset": path} | ({"hub_revision": revision} if revision else {})
 

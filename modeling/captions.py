@@ -33,7 +33,7 @@ import pyarrow.parquet
 from safetensors import SafetensorError, safe_open
 from transformers.image_utils import load_image
 
-from .data import RetrievalDataset
+from .data import RetrievalDataset, dataset_name
 from .errors import InputError
 
 
@@ -99,7 +99,7 @@ def load_captions(folder: Path, split: str, *, restval: str = "train") -> Retrie
         corpus = ImageFiles({row.identifier: folder / "images" / row.file for row in chosen}, folder / "images")
     else:
         vectors = _vectors(folder, rows, chosen)
-    name = folder.name or folder.resolve().name
+    name = dataset_name(folder)
     return RetrievalDataset(name, split, corpus, queries, qrels, vectors=vectors)
 
 

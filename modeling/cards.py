@@ -11,6 +11,7 @@ import logging
 import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 
 from . import room_of
 from .benchmarks import METRIC_NAMES
+from .doors import prompts_of
 from .errors import InputError
 from .hub import PREFIX, Encoder, is_hub_id, shipped_folder
 from .report import to_markdown
@@ -42,7 +44,7 @@ VARIABLES = {
     "title": "last part of the repository's name, or None",
     "model_id": "ORG/NAME, or None before it is published",
     "backbone": "the backbone as code opens it: its id on the Hub, or a path to be filled in",
-    "prompts": "what sentence-transformers puts before texts: name -> text; empty for most",
+    "prompts": "what sentence-transformers puts before queries and documents, where it puts something",
     "recipe": "what train recorded (command, backbone, pairs, config, ...), or None",
     "config": "config of the room's part of the model; empty for stock modules",
     "pipeline": "whether the room's part is a module behind the backbone's own",
@@ -57,6 +59,15 @@ VARIABLES = {
 """Every variable of a template."""
 
 
+@dataclass(frozen=True)
+class HubId:
+    """A data set of the Hub, its task there, by which leaderboards go, and its commit where that is known."""
+
+    dataset: str
+    task: str
+    revision: str | None = None
+
+
 def render_card(
     model: Encoder | PreTrainedModel,
     template: str,
@@ -65,7 +76,7 @@ def render_card(
     model_id: str | None = None,
     results: Iterable[Mapping[str, Any]] = (),
     fingerprints: Collection[str] = (),
-    hub_ids: Mapping[str, str] | None = None,
+    hub_ids: Mapping[str, HubId] | None = None,
     picture: str | None = None,
     licence: str | None = None,
 ) -> ModelCard:
@@ -94,7 +105,7 @@ def render_card(
         "title": model_id.rpartition("/")[2] if model_id else None,
         "model_id": model_id,
         "backbone": _backbone(recipe),
-        "prompts": {name: text for name, text in (getattr(model, "prompts", None) or {}).items() if text},
+        "prompts": _prompts(model),
         "recipe": recipe,
         "config": _config_of(model),
         "pipeline": not isinstance(model, PreTrainedModel) and bool(head_folders(model)),
@@ -176,6 +187,10 @@ def _opened_head(model: Encoder | PreTrainedModel, model_id: str | None, name: s
         if module == name:
             return opened(model_id, f"{name}.from_pretrained", subfolder, code=False, settings=settings)
     return f'{name}.from_pretrained("path/to/head"{", " + settings if settings else ""})'
+
+
+def _prompts(model: Encoder | PreTrainedModel) -> dict[str, str]:
+    return {} if isinstance(model, PreTrainedModel) else {t: p for t, p in prompts_of(model).items() if p}
 
 
 def _modalities(model: Encoder) -> list[str]:
@@ -271,6 +286,13 @@ def _last_part(word: str) -> str:
     return ABSOLUTE_PATH.sub(lambda match: Path(match[0]).name, word)  # inside JSON, say
 
 
+def hub_place(row: Mapping[str, Any], hub_ids: Mapping[str, HubId]) -> HubId | None:
+    """Where on the Hub the data set of a row is, by the publisher's word or by the row's; None if it is not there."""
+    if known := hub_ids.get(row["dataset"]):
+        return known
+    return HubId(row["hub_dataset"], row["dataset"], row.get("hub_revision")) if "hub_dataset" in row else None
+
+
 def own_rows(result: Mapping[str, Any], fingerprints: Collection[str]) -> list[dict[str, Any]]:
     """The rows of results that were measured on the model with one of these fingerprints."""
     systems = {system for system, digest in result["models"].items() if digest in fingerprints}
@@ -284,7 +306,7 @@ def _metadata(
     recipe: Mapping[str, Any] | None,
     results: list[Mapping[str, Any]],
     fingerprints: Collection[str],
-    hub_ids: Mapping[str, str],
+    hub_ids: Mapping[str, HubId],
     licence: str | None,
 ) -> ModelCardData:
     """What the Hub reads: library, task, tags, base model, data, licence, and the results as a model index."""
@@ -306,16 +328,16 @@ def _metadata(
         EvalResult(
             task_type="information-retrieval" if kind == "Retrieval" else kind.lower(),
             task_name=kind,
-            dataset_type=row.get("hub_dataset") or hub_ids.get(row["dataset"]) or row["dataset"],
+            dataset_type=place.dataset if place else row["dataset"],
             dataset_name=row["dataset"],
             dataset_split=row["split"],
-            dataset_revision=row.get("hub_revision"),
+            dataset_revision=place.revision if place else None,
             metric_type=METRIC_NAMES.get(row["metric"], row["metric"]),
             metric_name=row["metric"],
             metric_value=round(row["value"], 5),
         )
         for row in measured.values()
-        for kind in [row.get("task_type", "Retrieval")]
+        for kind, place in [(row.get("task_type", "Retrieval"), hub_place(row, hub_ids))]
     ]
     index: dict[str, Any] = {"model_name": model_id or template, "eval_results": entries} if entries else {}
     return ModelCardData(

@@ -93,6 +93,11 @@ class RetrievalDataset:
         return [float(score) for score in value]
 
 
+def dataset_name(source: str | Path) -> str:
+    """What tables and caches call a data set: the last part of its folder or of its id."""
+    return Path(source).name or Path(source).resolve().name
+
+
 def load_retrieval_dataset(
     path_or_id: str | Path,
     split: str = "test",
@@ -157,9 +162,7 @@ def load_retrieval_dataset(
     if not qrels:
         raise InputError(f"{source}: split {split!r} judges no query, so there is nothing to train on or to measure.")
     queries = {q: text for q, text in all_queries.items() if q in qrels}
-    return RetrievalDataset(
-        folder.name or folder.resolve().name, split, corpus, queries, {q: qrels[q] for q in queries}
-    )
+    return RetrievalDataset(dataset_name(folder), split, corpus, queries, {q: qrels[q] for q in queries})
 
 
 def load_corpus(path_or_id: str | Path, *, revision: str | None = None, keep_empty: bool = False) -> RetrievalDataset:
@@ -188,7 +191,7 @@ def load_corpus(path_or_id: str | Path, *, revision: str | None = None, keep_emp
                     f"({type(error).__name__}: {error}). Check the path, the id and the network."
                 ) from error
         corpus = _index(rows, f"{source} corpus", keep_empty, _text_of_document)
-    return RetrievalDataset(folder.name or folder.resolve().name, "corpus", corpus, {}, {})
+    return RetrievalDataset(dataset_name(folder), "corpus", corpus, {}, {})
 
 
 def inverse_cloze(dataset: RetrievalDataset, sentences: int = 3, seed: int = 0) -> RetrievalDataset:

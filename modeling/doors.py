@@ -60,9 +60,7 @@ def encoded(model: Any) -> dict[str, Any]:
 
 def prompts_of(model: Any) -> dict[str, str]:
     """Task -> what ``encode_query`` and ``encode_document`` put before a text."""
-    usual = model.prompts.get(model.default_prompt_name, "")
-    names = {"query": ["query"], "document": ["document", "passage", "corpus"]}
-    return {task: next((model.prompts[n] for n in some if n in model.prompts), usual) for task, some in names.items()}
+    return {task: model.prompts.get(task) or "" for task in ("query", "document")}
 
 
 def through_transformers(folder: Path, prompts: dict[str, str]) -> dict[str, Any]:
@@ -112,7 +110,8 @@ def main(job: Path) -> None:
 
     The file holds ``folder``, and ``doors``: lists of a kind, and of what that kind needs. ``family`` takes the class
     of sentence-transformers, ``transformers`` nothing, ``head`` a subfolder, ``module`` that and a class reference.
-    ``trials`` are those of :func:`tried` by subfolder, with the name of a file beside this one for ``inputs``.
+    ``trusted`` says whether code in the folder may run: without it, only stock models open, by ``family``. ``trials``
+    are those of :func:`tried` by subfolder, with the name of a file beside this one for ``inputs``.
     """
     sys.meta_path.insert(0, Absent())
     import sentence_transformers
@@ -127,7 +126,7 @@ def main(job: Path) -> None:
     prompts = {"query": "", "document": ""}
     for number, (kind, *how) in enumerate(wanted["doors"]):
         if kind == "family":
-            options = {"trust_remote_code": True, "device": "cpu"}
+            options = {"trust_remote_code": wanted["trusted"], "device": "cpu"}
             model = getattr(sentence_transformers, how[0])(str(folder), **options)
             found, prompts = encoded(model), prompts_of(model)
         elif kind == "transformers":

@@ -80,11 +80,8 @@ def load(
         InputError: The folder is incomplete or damaged, or remote code was asked for without a revision.
     """
     folder = fetch(model, revision=revision, trust_remote_code=trust_remote_code)
-    if trust_remote_code and (foreign := _foreign_code(folder)):
-        raise InputError(
-            f"{foreign[0]}: takes its code from another repository ({foreign[1]}), at whatever that holds today. "
-            "Refused; copy the code into the folder, or open the model without --trust_remote_code."
-        )
+    if trust_remote_code:
+        refuse_foreign_code(folder)
     if _is_head(folder):
         head = AutoModel.from_pretrained(folder, trust_remote_code=trust_remote_code, dtype=dtype or "auto")
         return head.to(device) if device else head
@@ -280,6 +277,15 @@ def without(content: Any, keys: tuple[str, ...]) -> Any:
     return [without(v, keys) for v in content] if isinstance(content, list) else content
 
 
+def refuse_foreign_code(folder: Path) -> None:
+    """Raise InputError if a folder takes code from elsewhere: it would change without anybody's looking at it."""
+    if foreign := _foreign_code(folder):
+        raise InputError(
+            f"{foreign[0]}: takes its code from another repository ({foreign[1]}), at whatever that holds today. "
+            "Refused; copy the code into the folder, or open the model without --trust_remote_code."
+        )
+
+
 def _foreign_code(folder: Path) -> tuple[Path, str] | None:
     """The first reference ``OTHER/REPOSITORY--file.Class`` to code that the folder does not carry, and its file.
 
@@ -316,13 +322,18 @@ def _texts_in(content: Any) -> Iterator[str]:
             yield from _texts_in(value)
 
 
+def local(model: str) -> bool:
+    """Whether a model is a folder here, or the packaged one, rather than a repository of the Hub."""
+    return model == "minilm" or Path(model).is_dir()
+
+
 def is_hub_id(name: str) -> bool:
-    """Whether a name is ORG/NAME as the Hub has them, and no folder here."""
+    """Whether a name is ORG/NAME as the Hub has them; a folder here may be called so, too."""
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return name.count("/") == 1 and not Path(name).is_dir()
+    return name.count("/") == 1
 
 
 def file_sha256(path: Path) -> str:

@@ -23,7 +23,7 @@ from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from transformers import HfArgumentParser, PreTrainedModel
 
 from . import ROOMS, room_of
-from .cards import PINNED, check_template, own_rows, render_card, ways_to_open
+from .cards import PINNED, HubId, check_template, hub_place, own_rows, render_card, ways_to_open
 from .data import load_retrieval_dataset
 from .errors import InputError
 from .evaluation import display_name, evaluate
@@ -36,14 +36,16 @@ from .hub import (
     fingerprint,
     is_hub_id,
     load,
+    local,
     localize,
     read_json,
+    refuse_foreign_code,
     shipped_folder,
 )
 from .inspection import refuse_secrets, verify
 from .recipes import Plan
 from .report import check_results
-from .upload import check_repo_name, head_of, is_carried, kind_of, upload
+from .upload import check_repo_name, head_of, is_carried, kind_of, source_of, upload
 
 _LEFT_BEHIND = ("checkpoint-*", "runs", "trainer_state.json", "training_args.json", ".*")
 """What a trainer or an editor leaves, by the name of the file or of a folder above it."""
@@ -83,14 +85,6 @@ class PublishArguments:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run code in the folder that is not this polyrep's, which you have read."}
     )
-
-
-@dataclass(frozen=True)
-class HubId:
-    """A data set of the Hub, and its task there, by which leaderboards go."""
-
-    dataset: str
-    task: str
 
 
 @dataclass(frozen=True)
@@ -141,10 +135,10 @@ def publish(argv: list[str], *, prog: str = "polyrep publish") -> str | None:
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(args.output) if args.output else Path(scratch) / "repository"
         with staged_folder(target) as staged:
-            model = _open(finished.folder, args.trust_remote_code)
+            model, trusted = _open(finished.folder, args.trust_remote_code)
             _stage(finished, model, args, hub_ids, staged)
             refuse_secrets(staged, args.repo)
-            verify(staged, model)
+            verify(staged, model, trusted)
             lines = ways_to_open(model, args.repo)
             del model
         for note in _what_is_missing(finished, args):
@@ -297,8 +291,9 @@ def _hub_ids(named: list[str]) -> dict[str, HubId]:
     return found
 
 
-def _open(folder: Path, trusted: bool) -> Encoder | PreTrainedModel:
-    """The model, on the CPU; code that is not the installed one's needs the user's word."""
+def _open(folder: Path, trusted: bool) -> tuple[Encoder | PreTrainedModel, bool]:
+    """The model, on the CPU, and whether its code may run; what is not the installed one's needs the user's word."""
+    refuse_foreign_code(folder)
     shipped = {file_sha256(Path(str(sys.modules[room.model.__module__].__file__))) for room in ROOMS.values()}
     code = sorted(folder.rglob("*.py"))
     foreign = [file for file in code if file_sha256(file) not in shipped]
@@ -307,7 +302,8 @@ def _open(folder: Path, trusted: bool) -> Encoder | PreTrainedModel:
             f"{foreign[0]}: is not the code of this polyrep, and opening the model would run it. Read it, then pass "
             "--trust_remote_code."
         )
-    return load(folder, trust_remote_code=bool(code) or trusted, device="cpu")
+    trusted = bool(code) or trusted
+    return load(folder, trust_remote_code=trusted, device="cpu"), trusted
 
 
 def _stage(
@@ -349,7 +345,7 @@ def _stage(
         model_id=args.repo,
         results=finished.results,
         fingerprints=finished.fingerprints,
-        hub_ids={name: hub_id.dataset for name, hub_id in hub_ids.items()},
+        hub_ids=hub_ids,
         picture=picture,
         licence=args.license,
     )
@@ -365,19 +361,20 @@ def _eval_results(finished: Finished, hub_ids: Mapping[str, HubId], repo: str) -
     """
     entries: dict[tuple[str, str], EvalResultEntry] = {}
     for result in finished.results:
-        rows = [row for row in own_rows(result, finished.fingerprints) if row["split"] not in ("train", "dev", "val")]
+        # MTEB's tasks have splits of their own.
+        rows = [r for r in own_rows(result, finished.fingerprints) if r["split"] == "test" or "task_type" in r]
         ranked = {row["dataset"] for row in rows if row["metric"] == "nDCG@10"}
         for row in rows:
-            known = hub_ids.get(row["dataset"]) or HubId(row.get("hub_dataset", ""), row["dataset"])
-            if not known.dataset or row["dataset"] in ranked and row["metric"] != "nDCG@10":
+            known = hub_place(row, hub_ids)
+            if known is None or row["dataset"] in ranked and row["metric"] != "nDCG@10":
                 continue
             entries[known.dataset, known.task] = EvalResultEntry(
                 dataset_id=known.dataset,
                 task_id=known.task,
                 value=round(row["value"], 5),
-                dataset_revision=row.get("hub_revision"),
+                dataset_revision=known.revision,
                 date=result["created"],
-                source_url=f"https://huggingface.co/{repo}",
+                source_url=source_of(repo),
                 source_name="Model card",
                 notes=f"{row['metric']}, {row['split']} split",
             )
@@ -394,8 +391,12 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def refuse_unpublishable(plan: Plan) -> str:
+def refuse_unpublishable(plan: Plan, card: str | None) -> str:
     """What can be known before training of whether a run can be published: return the repository's name.
+
+    Args:
+        plan: The run.
+        card: Template of its card.
 
     Raises:
         InputError: No name, token or card, a repository that may not be replaced, a head alone, or data on whose test
@@ -412,7 +413,7 @@ def refuse_unpublishable(plan: Plan) -> str:
     check_repo_name(args.hub_model_id)
     if not recipe.dry_run:
         head_of(args.hub_model_id, None, private=bool(args.hub_private_repo))
-    if not recipe.card and not (plan.room and plan.room.card):
+    if not card:
         raise InputError("--push_to_hub: this run makes no card. Name a template with --card.")
     if plan.head and plan.head.head_only:
         raise InputError(
@@ -450,7 +451,7 @@ def measure_and_publish(plan: Plan, folder: Path, repo: str, prog: str) -> None:
     """
     recipe, results = plan.recipe, folder.parent / "results"
     backbone, pinned = recipe.backbone, recipe.revision
-    if is_hub_id(backbone):
+    if not local(backbone):
         pinned = fetch(backbone, revision=recipe.revision).name  # a snapshot is called by its commit
     corpora = [load_retrieval_dataset(d, "test", keep_empty=recipe.keep_empty).corpus for d in recipe.datasets]
     texts = all(isinstance(next(iter(corpus.values())), str) for corpus in corpora)

@@ -33,7 +33,7 @@ from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback, set_se
 
 from .adapters import AdapterTrainerMixin, add_adapters, merge_adapters
 from .cards import check_template, data_licence, public_command, stated_licence
-from .data import RetrievalDataset, inverse_cloze, load_corpus, load_retrieval_dataset
+from .data import RetrievalDataset, dataset_name, inverse_cloze, load_corpus, load_retrieval_dataset
 from .errors import InputError
 from .files import staged_folder, write_json
 from .heads import HeadData, HeadTrainer
@@ -44,8 +44,8 @@ from .hub import (
     fastest_dtype,
     fetch,
     fingerprint,
-    is_hub_id,
     load,
+    local,
     localize,
     read_json,
     save,
@@ -80,7 +80,7 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
     card = recipe.card or (plan.room.card if plan.room else None)
     if card:
         check_template(card)
-    push_to = refuse_unpublishable(plan) if args.push_to_hub else None
+    push_to = refuse_unpublishable(plan, card) if args.push_to_hub else None
     args.push_to_hub = False  # the trainer would push checkpoints, without card or results
     resume = _checkpoint_to_resume(output, args.resume_from_checkpoint)
     started_from = {"backbone": recipe.backbone, "objective": recipe.objective, **plan.config}
@@ -558,7 +558,7 @@ def _card_context(plan: Plan, counts: dict[str, int]) -> dict[str, Any]:
     """What the card says of a run: nothing of the machine that made it, and whose weights and data went into it."""
     recipe = plan.recipe
     vision = plan.head.vision if plan.head else ""
-    sources = {Path(source).name or Path(source).resolve().name: source for source in recipe.datasets}
+    sources = {dataset_name(source): source for source in recipe.datasets}
     names = {name: sources.get(name) or sources[name.removesuffix("-cloze")] for name in counts}
     backbone = fetch(recipe.backbone, revision=recipe.revision)
     licences = {
@@ -569,7 +569,8 @@ def _card_context(plan: Plan, counts: dict[str, int]) -> dict[str, Any]:
     return {
         "command": public_command(plan.command),
         "backbone_id": _base_id(recipe.backbone),
-        "backbone_revision": backbone.name if is_hub_id(recipe.backbone) else None,  # of a snapshot, its commit
+        # A snapshot is called by its commit.
+        "backbone_revision": None if local(recipe.backbone) else backbone.name,
         "vision_id": _base_id(vision) if vision else None,
         "labels": plan.objective_arguments.get("label_weight", 1) > 0,
         "objective": recipe.objective,

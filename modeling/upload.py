@@ -24,12 +24,15 @@ from huggingface_hub.utils import validate_repo_id
 from .errors import InputError
 from .hub import read_json
 
-_CARRIED = (
-    *("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "onnx/*.onnx", "onnx/*.data"),
-    *(".eval_results/*.yaml", "results.png"),
+_CARRIED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "onnx/*.onnx", "onnx/*.data")
+"""What of a folder belongs to a model, at any depth; nothing else is uploaded."""
+
+_REPLACED = (
+    *("*.safetensors", "*config*.json", "*.index.json", "modules.json", "modeling_*.py", "*.jinja", "*.model"),
+    *("tokenizer.json", "added_tokens.json", "special_tokens_map.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("onnx/*", "results.png"),
 )
-"""What a model's repository holds, at any depth: nothing else is uploaded, and what an earlier version had of it and
-this one has not is removed, lest it be taken for part of this one."""
+"""What an earlier version may have had and this one has not: removed, lest it be taken for part of this one."""
 
 
 def is_carried(name: str) -> bool:
@@ -124,7 +127,13 @@ def upload(repo: str, folder: Path, files: list[Path], *, private: bool, parent:
         info = api.model_info(repo, revision=parent)
         names = {path.relative_to(folder).as_posix() for path in files}
         there = {sibling.rfilename for sibling in info.siblings or []}
-        stale = sorted(name for name in there - names if is_carried(name) and not name.startswith("LICENSE"))
+        stale = sorted(n for n in there - names if any(fnmatch.fnmatch(n, pattern) for pattern in _REPLACED))
+        for name in sorted(n for n in there - names if fnmatch.fnmatch(n, ".eval_results/*.yaml")):
+            with tempfile.TemporaryDirectory() as scratch:  # others may have added theirs
+                entry = api.hf_hub_download(repo, name, revision=info.sha, local_dir=scratch)
+                stale += [name] if source_of(repo) in Path(entry).read_text(encoding="utf-8") else []
+        if stale:
+            print(f"Removed, since this version has them not: {', '.join(stale)}")
         commit = api.create_commit(
             repo,
             [
@@ -135,6 +144,11 @@ def upload(repo: str, folder: Path, files: list[Path], *, private: bool, parent:
             parent_commit=info.sha,
         )
     return str(commit.oid)
+
+
+def source_of(repo: str) -> str:
+    """Where evaluation results of ours say that they come from."""
+    return f"https://huggingface.co/{repo}"
 
 
 def kind_of(folder: Path) -> str:
@@ -150,6 +164,8 @@ def _asking_the_hub(repo: str, then: str) -> Iterator[None]:
     """Say what the Hub refused, and what can be done about it."""
     try:
         yield
+    except InputError:  # ours, and a ValueError
+        raise
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         if status in (409, 412):

@@ -121,7 +121,7 @@ from polyrep.publish import verify
 
 for step in json.loads(sys.argv[1]):
     if step.get("trusting"):
-        publish.verify = lambda folder, model: None
+        publish.verify = lambda *arguments: None
     else:
         publish.verify = verify
     if "drops" in step:
@@ -262,6 +262,7 @@ def test_a_repository_is_complete_and_made_in_one_commit(published, hub):
 
 def test_what_a_new_version_no_longer_has_is_removed(published, hub):
     _, files = hub.repositories["someone/gaussian"].commits[-1]
+    assert "Removed, since this version has them not: added_tokens.json, .eval_results/s" in published["first"][2]
     assert not {".eval_results/someone--tiny.yaml", "added_tokens.json"} & set(files)
     assert {"model.safetensors", ".gitattributes", ".eval_results/mteb--nano.yaml"} < set(files)
 
@@ -334,6 +335,7 @@ def test_others_open_it_at_that_commit_without_polyrep(published, hub, models, t
 )
 def test_what_the_hub_or_the_network_refuses_is_said_with_the_way_on(published, step, words):
     status, error, _ = published[step]
+    assert ("refuses the card" in error) == (step == "no such licence"), error
     assert status == "2" and words in error, error
 
 
@@ -449,6 +451,8 @@ def test_an_export_of_other_weights_is_refused(finished, capsys):
         ),
         ("notes.txt", "file:///home/me/data", "holds the path /home/me/data"),
         ("notes.txt", "path:/home/me/data", "holds the path /home/me/data"),
+        ("notes.txt", '{"a":"https://x.y/z","b":"/home/me/data"}', "holds the path /home/me/data"),
+        ("modeling_x.py", "somebody = max(1, 2)", None),
         ("notes.txt", "//server/share", "holds the path /server/share"),
         ("notes.txt", f"-I{Path(__file__).parent.parent}/x", f"holds the path {Path(__file__).parent.parent}"),
         ("model.onnx", "\x00\x01at /opt/me/polyrep/export.py\x00", "holds the path /opt/me/polyrep/export.py"),
@@ -497,7 +501,7 @@ def test_of_one_number_measured_twice_the_latest_counts(finished, models):
     later.write_text(json.dumps(content | {"rows": content["rows"] + rows}))
     found = publish.collect(finished, [])
     assert [result["name"] for result in found.results] == ["earlier", "measured", "later"]
-    entries = publish._eval_results(found, {"tiny": publish.HubId("a/tiny", "x")}, "a/b")
+    entries = publish._eval_results(found, {"tiny": cards.HubId("a/tiny", "x")}, "a/b")
     assert [entry["value"] for entry in entries["a--tiny"]] == [0.75], "and dev is for choosing"
     card = cards.render_card(
         models["gaussian"], "gaussian", results=found.results, fingerprints=found.fingerprints, model_id="a/b"
@@ -513,6 +517,9 @@ def test_code_of_another_repository_is_not_run(finished, capsys):
     reference = {"auto_map": {"AutoTokenizer": ["someone/else--code.Tokenizer", None]}}
     tokenizer.write_text(json.dumps(content | reference))
     assert "takes its code from another repository (someone/else--code.Tokenizer)" in refused(finished, capsys)
+    for file in finished.glob("*.py"):  # no code of its own, so no flag is asked for
+        file.unlink()
+    assert "takes its code from another repository" in refused(finished, capsys)
 
 
 def test_the_header_of_weights_is_read_too(tmp_path, monkeypatch):
@@ -625,11 +632,14 @@ def test_cards_of_every_kind_of_model_show_code_that_fits_it(recipe, model_id, e
             )
             assert not (kind.startswith("head") and family), (name, snippet)
             assert "path/to/head" not in snippet, (name, snippet)
+            assert not re.search(r"\b(opened|opened_head|head_alone|pipeline|backbone_id)\b", snippet), (name, snippet)
+        if kind.startswith("head of") or kind in ("pipeline", "single", "multi"):
+            assert re.search(r"\w+Pooling\.from_pretrained\(\"(someone|path/to/this)", "".join(snippets)), name
 
 
 def test_a_card_says_what_stands_before_texts(models):
     model = models["gaussian"]
-    assert "has to:\nquery `port: `, document `file: `." in cards.render_card(model, "gaussian").content
+    assert 'has to: query `"port: "`, document `"file: "`.' in cards.render_card(model, "gaussian").content
     assert "has to:" not in cards.render_card(models["reinpool"], "reinpool").content
 
 
