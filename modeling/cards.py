@@ -45,7 +45,7 @@ VARIABLES = {
     "model_id": "ORG/NAME, or None before it is published",
     "backbone": "the backbone as code opens it: its id on the Hub, or a path to be filled in",
     "prompts": "what sentence-transformers puts before queries and documents, where it puts something",
-    "recipe": "what train recorded (command, backbone, pairs, config, ...), or None",
+    "recipe": "what train recorded (command, pairs, licences, ...), or None",
     "config": "config of the room's part of the model; empty for stock modules",
     "pipeline": "whether the room's part is a module behind the backbone's own",
     "opened": "function: what to call -> the line of code that opens the model with it",

@@ -39,7 +39,7 @@ def encoded(model: Any) -> dict[str, Any]:
     """What a sentence-transformers model gives for :data:`TEXTS` and, where it takes images, for :func:`picture`.
 
     Returns:
-        ``task/number`` -> the vector, or vectors, of that text in float32.
+        ``task/kind/number`` -> the vector, or vectors, of that text or image in float32.
     """
     import torch
 

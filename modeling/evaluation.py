@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytrec_eval
 from sentence_transformers import MultiVectorEncoder
-from transformers import HfArgumentParser
 
 from .benchmarks import hub_source, left_out, measure, mteb_package, open_suites, refuse_unfit
+from .cli import parse
 from .data import RetrievalDataset, load_retrieval_dataset
 from .errors import InputError
 from .hub import Encoder, family_of, fastest_dtype, fetch, fingerprint, load
@@ -93,14 +93,9 @@ def evaluate(argv: list[str], *, prog: str = "polyrep evaluate", untrusted: Coll
     Raises:
         InputError: A model, data set or flag cannot be used.
     """
-    parser = HfArgumentParser(
-        [EvaluationArguments],  # type: ignore[list-item]
-        prog=prog,
-        allow_abbrev=False,
-        description="Measure MODELs and print the table; write it as JSON, Markdown and PNG with --output.",
-    )
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="Folders, Hub ids, or minilm; bm25 needs no model.")
-    args, named = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    about = "Measure MODELs and print the table; write it as JSON, Markdown and PNG with --output."
+    wanted = "Folders, Hub ids, or minilm; bm25 needs no model."
+    args, models = parse(EvaluationArguments, argv, prog, about, "MODEL", wanted, nargs="+")
     if not args.dataset and not args.mteb:
         raise InputError(
             "neither --dataset nor --mteb, so there is nothing to measure on. Name data sets or benchmarks."
@@ -109,18 +104,18 @@ def evaluate(argv: list[str], *, prog: str = "polyrep evaluate", untrusted: Coll
     suites = open_suites(args.mteb) if args.mteb else []
     baselines = [name for name in args.baselines.split(",") if name and name != "none"]
     if not datasets:
-        if "bm25" in named.models:
+        if "bm25" in models:
             raise InputError(
                 "bm25: has no part in --mteb, which runs embedding models. Leave it out or add --dataset."
             )
         if args.token_pooling:
             raise InputError(f"--token_pooling {' '.join(args.token_pooling)}: rows of --dataset alone. Add one.")
         baselines = [name for name in baselines if name != "bm25"]
-    systems = list(dict.fromkeys([*baselines, *named.models]))
+    systems = list(dict.fromkeys([*baselines, *models]))
     # Whatever can be refused is refused before hours of encoding.
     names = [display_name(system) for system in systems]
     _refuse_doubles(systems, names)
-    tasks = [name for name in dict.fromkeys(label for suite in suites for label in (*suite.tasks, suite.name))]
+    tasks = list(dict.fromkeys(label for suite in suites for label in (*suite.tasks, suite.name)))
     _refuse_doubles([*args.dataset, *tasks], [*(dataset.name for dataset in datasets), *tasks])
     reference = args.reference or display_name(baselines[-1] if baselines else systems[0])
     _refuse_unknown(reference.partition(", ")[0], names)  # a comma and what follows name a pooling

@@ -27,9 +27,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel, AutoProcessor, AutoTokenizer, HfArgumentParser, PreTrainedModel
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from . import ROOMS, Graph, __version__, room_of
+from .cli import parse
 from .errors import InputError
 from .files import staged_folder, write_json
 from .hub import PREFIX, check_folder, fingerprint, read_json
@@ -100,15 +101,10 @@ def export_onnx(argv: list[str], *, prog: str = "polyrep export-onnx") -> Path:
         InputError: A package is missing, the folder holds no model of ours, a graph cannot be made of it or gives
             other numbers, or there is an export already.
     """
-    parser = HfArgumentParser(
-        [ExportArguments],  # type: ignore[list-item]
-        prog=prog,
-        allow_abbrev=False,
-        description="Write a model folder as ONNX graphs, each compared with torch in onnxruntime first.",
-    )
-    parser.add_argument("folder", metavar="FOLDER", help="Of a retriever, of a head, or of a pipeline with a head.")
-    args, named = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    folder = Path(named.folder)
+    about = "Write a model folder as ONNX graphs, each compared with torch in onnxruntime first."
+    wanted = "Of a retriever, of a head, or of a pipeline with a head."
+    args, given = parse(ExportArguments, argv, prog, about, "FOLDER", wanted)
+    folder = Path(given)
     target = Path(args.output) if args.output else folder / "onnx"
     _refuse_missing_packages()
     part = _part_of_ours(folder)

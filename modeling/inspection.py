@@ -145,11 +145,8 @@ def verify(folder: Path, model: Encoder | PreTrainedModel, trusted: bool = True)
                 call["inputs"] = name
             trials[subfolder] = calls
         job = Path(scratch) / "job.json"
-        write_json(
-            job,
-            {"folder": str(folder.resolve()), "doors": [door for door, _ in wanted], "trials": trials}
-            | {"trusted": trusted},
-        )
+        opened_by = [door for door, _ in wanted]
+        write_json(job, {"folder": str(folder.resolve()), "trusted": trusted, "doors": opened_by, "trials": trials})
         secret = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # what opens a model needs none
         environment = {name: value for name, value in os.environ.items() if name not in secret}
         environment |= {
@@ -157,8 +154,9 @@ def verify(folder: Path, model: Encoder | PreTrainedModel, trusted: bool = True)
             "HF_HUB_OFFLINE": "1",
             "HF_MODULES_CACHE": scratch,
             "CUDA_VISIBLE_DEVICES": "",
+            "TRANSFORMERS_VERBOSITY": "error",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }
-        environment |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         script = [sys.executable, "-P", str(Path(doors.__file__).resolve()), str(job)]
         ran = subprocess.run(script, capture_output=True, text=True, env=environment, cwd=scratch, check=False)
         for number, (door, expected) in enumerate(wanted):

@@ -20,10 +20,11 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import PreTrainedModel
 
 from . import ROOMS, room_of
 from .cards import PINNED, HubId, check_template, hub_place, own_rows, render_card, ways_to_open
+from .cli import parse
 from .data import load_retrieval_dataset
 from .errors import InputError
 from .evaluation import display_name, evaluate
@@ -93,7 +94,8 @@ class Finished:
 
     Attributes:
         folder: Where it is.
-        fingerprints: Its own, and those of what was trained together with it (a head and the whole model).
+        fingerprint: Its own.
+        fingerprints: Also those of what was trained together with it (a head and the whole model).
         recipe: What its card says of the training; None where that is not recorded.
         template: Name of the card's template.
         results: What was measured on it, in the layout of results, oldest first.
@@ -101,6 +103,7 @@ class Finished:
     """
 
     folder: Path
+    fingerprint: str
     fingerprints: Collection[str]
     recipe: Mapping[str, Any] | None
     template: str
@@ -118,17 +121,11 @@ def publish(argv: list[str], *, prog: str = "polyrep publish") -> str | None:
         InputError: The folder is not finished, its results are another model's, it opens to other vectors, it tells
             what is nobody's business, or the Hub refuses. Nothing is uploaded then, and the folder is as it was.
     """
-    parser = HfArgumentParser(
-        [PublishArguments],  # type: ignore[list-item]
-        prog=prog,
-        allow_abbrev=False,
-        description="Publish FOLDER, a trained and measured model, as the repository ORG/NAME on the Hub.",
-    )
-    parser.add_argument("folder", metavar="FOLDER", help="A model that is trained and measured.")
-    args, named = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    about = "Publish FOLDER, a trained and measured model, as the repository ORG/NAME on the Hub."
+    args, given = parse(PublishArguments, argv, prog, about, "FOLDER", "A model that is trained and measured.")
     check_repo_name(args.repo)
     hub_ids = _hub_ids(args.hub_dataset)
-    finished = collect(Path(named.folder), args.results, args.card, hub_ids)
+    finished = collect(Path(given), args.results, args.card, hub_ids)
     if args.output and (Path(args.output).exists() or finished.folder in Path(args.output).resolve().parents):
         raise InputError(f"--output {args.output}: exists, or is in the model's folder. Name a new one elsewhere.")
     head = None if args.dry_run else head_of(args.repo, kind_of(finished.folder), private=args.private)
@@ -217,7 +214,9 @@ def collect(
         raise InputError(f"--hub_dataset {unknown[0]}: the results have no such data set; they have {sorted(known)}.")
     pictures = [file.with_suffix(".png") for file in kept if file.with_suffix(".png").is_file()]
     measurements = [ours[file] for file in kept]
-    return Finished(folder, fingerprints, record.get("card"), name, measurements, pictures[-1] if pictures else None)
+    return Finished(
+        folder, digest, fingerprints, record.get("card"), name, measurements, pictures[-1] if pictures else None
+    )
 
 
 def read_results(file: Path) -> dict[str, Any]:
@@ -327,9 +326,8 @@ def _stage(
         else:
             shutil.copyfile(file, staged / name)
     localize(staged)
-    if any(staged.glob("onnx/*")) and read_json(staged / "onnx" / "export.json").get("fingerprint") != fingerprint(
-        source
-    ):
+    exported_from = read_json(staged / "onnx" / "export.json").get("fingerprint")
+    if any(staged.glob("onnx/*")) and exported_from != finished.fingerprint:
         raise InputError(
             f"{source / 'onnx'}: exported from other weights, or by something that does not say from which, so they "
             "may be another model. Export them again with `polyrep export-onnx --overwrite`, or remove the folder."
@@ -391,12 +389,15 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def refuse_unpublishable(plan: Plan, card: str | None) -> str:
-    """What can be known before training of whether a run can be published: return the repository's name.
+def refuse_unpublishable(plan: Plan, card: str | None) -> tuple[str, bool]:
+    """What can be known before training of whether a run can be published.
 
     Args:
         plan: The run.
         card: Template of its card.
+
+    Returns:
+        The repository's name, and whether all data are texts.
 
     Raises:
         InputError: No name, token or card, a repository that may not be replaced, a head alone, or data on whose test
@@ -424,6 +425,7 @@ def refuse_unpublishable(plan: Plan, card: str | None) -> str:
             f"--output_dir {args.output_dir}: called like its backbone, beside which the model is measured. Choose "
             "another name."
         )
+    texts = True
     for source in recipe.datasets:
         try:
             dataset = load_retrieval_dataset(source, "test", keep_empty=recipe.keep_empty)
@@ -437,24 +439,24 @@ def refuse_unpublishable(plan: Plan, card: str | None) -> str:
                 f"--push_to_hub: {source} brings vectors, not what they were made of, so the model could not be "
                 "measured on it. Train without, measure on a data set with images, then `polyrep publish`."
             )
-    return str(args.hub_model_id)
+        texts &= isinstance(next(iter(dataset.corpus.values())), str)
+    return str(args.hub_model_id), texts
 
 
-def measure_and_publish(plan: Plan, folder: Path, repo: str, prog: str) -> None:
+def measure_and_publish(plan: Plan, folder: Path, repo: str, texts: bool, prog: str) -> None:
     """Measure a trained model beside its untouched backbone and BM25, on the test split of its data; publish it.
 
     Args:
         plan: The run.
         folder: What it made.
         repo: Where it goes.
+        texts: Whether all data are texts.
         prog: How ``train`` was called, so that the recorded command is one of the same kind.
     """
     recipe, results = plan.recipe, folder.parent / "results"
     backbone, pinned = recipe.backbone, recipe.revision
     if not local(backbone):
         pinned = fetch(backbone, revision=recipe.revision).name  # a snapshot is called by its commit
-    corpora = [load_retrieval_dataset(d, "test", keep_empty=recipe.keep_empty).corpus for d in recipe.datasets]
-    texts = all(isinstance(next(iter(corpus.values())), str) for corpus in corpora)
     # BM25 reads no images, and neither does the text half of a dual encoder.
     baselines = (["bm25"] if texts else []) + ([] if plan.head and plan.head.vision else [backbone])
     measure = [str(folder), "--dataset", *recipe.datasets, "--baselines", ",".join(baselines) or "none"]

@@ -51,7 +51,6 @@ from .hub import (
     save,
 )
 from .mining import Miner, RemineCallback
-from .publish import measure_and_publish, refuse_unpublishable
 from .recipes import TRAINERS, HeadArguments, Plan, RecipeArguments, resolve
 from .report import provenance
 from .teachers import open_teacher
@@ -80,8 +79,12 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
     card = recipe.card or (plan.room.card if plan.room else None)
     if card:
         check_template(card)
-    push_to = refuse_unpublishable(plan, card) if args.push_to_hub else None
-    args.push_to_hub = False  # the trainer would push checkpoints, without card or results
+    push_to = None
+    if args.push_to_hub:
+        from .publish import measure_and_publish, refuse_unpublishable  # with all that measures: others need not wait
+
+        push_to = refuse_unpublishable(plan, card)
+        args.push_to_hub = False  # the trainer would push checkpoints, without card or results
     resume = _checkpoint_to_resume(output, args.resume_from_checkpoint)
     started_from = {"backbone": recipe.backbone, "objective": recipe.objective, **plan.config}
     # What older runs did not write down.
@@ -159,6 +162,7 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
             model = _with_backbone(plan, model, backbone)
     if not (plan.head and plan.head.head_only):
         final = made["final"] = save(model, output / "final", card=card, recipe=context)
+    fingerprints = {name: fingerprint(folder) for name, folder in made.items()}
     write_json(
         output / "training.json",
         provenance(plan.command)
@@ -169,8 +173,8 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
             "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
             "seed": args.seed,
             "backbone_fingerprint": fingerprint(fetch(recipe.backbone, revision=recipe.revision)),
-            "fingerprint": fingerprint(final),
-            "fingerprints": {name: fingerprint(folder) for name, folder in made.items()},
+            "fingerprint": fingerprints[final.name],
+            "fingerprints": fingerprints,
             "template": card,
             "card": context,
             "pairs": counts,
@@ -179,7 +183,7 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
         },
     )
     if push_to:
-        measure_and_publish(plan, final, push_to, prog)
+        measure_and_publish(plan, final, *push_to, prog)
     return final
 
 
