@@ -89,5 +89,6 @@ def room_of(model_type: str | None) -> Room | None:
 
 from . import dense2sparse as dense2sparse  # noqa: E402  registers itself, for which it needs what is above
 from . import gaussian as gaussian  # noqa: E402
+from . import lemur as lemur  # noqa: E402
 from . import multilayer as multilayer  # noqa: E402
 from . import reinpool as reinpool  # noqa: E402

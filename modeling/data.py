@@ -237,6 +237,31 @@ def inverse_cloze(dataset: RetrievalDataset, sentences: int = 3, seed: int = 0) 
     return replace(dataset, name=f"{dataset.name}-cloze", split="cloze", corpus=corpus, queries=queries, qrels=qrels)
 
 
+def texts_as_queries(dataset: RetrievalDataset, most: int = 2048) -> RetrievalDataset:
+    """A data set whose queries are documents as they are, for what a head can learn of the query encoder alone.
+
+    Args:
+        dataset: The corpus.
+        most: Of a larger corpus, so many documents, by their hashed ids.
+
+    Raises:
+        InputError: The documents are images.
+    """
+    if most < 1:
+        raise InputError(f"--query_texts {most}: at least 1, else there is no query.")
+    ids = list(dataset.corpus)
+    if len(ids) > most:
+        kept = set(sorted(ids, key=lambda i: hashlib.md5(i.encode(), usedforsecurity=False).hexdigest())[:most])
+        ids = [identifier for identifier in ids if identifier in kept]
+    queries = {identifier: dataset.corpus[identifier] for identifier in ids}
+    if not isinstance(queries[ids[0]], str):
+        raise InputError(
+            f"{dataset.name}: its documents are images, which no query encoder reads. Use judged queries."
+        )
+    qrels = {identifier: {identifier: 1} for identifier in ids}
+    return replace(dataset, split="texts", queries=queries, qrels=qrels)
+
+
 class _Pages(Mapping[str, Any]):
     """Document id -> page image, decoded when it is asked for: a corpus of pages does not fit into memory."""
 

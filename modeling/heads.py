@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_model
+from safetensors.torch import load_file, load_model, save_file
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -33,6 +33,9 @@ from .scoring import exact_search, tie_ranks
 from .teachers import Teacher, score_pairs
 
 Features = dict[str, Tensor]
+
+OWN_WEIGHTS = "objective.safetensors"
+"""File of a checkpoint with what the objective itself learns."""
 
 
 @dataclass(frozen=True)
@@ -708,10 +711,26 @@ class HeadTrainer(Trainer):
         return self.optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        self.objective.model.save_pretrained(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.args.output_dir)
+        self.finish()
+        self.objective.model.save_pretrained(folder)
+        if own := self._own_weights():
+            save_file(own, folder / OWN_WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_model(self.objective.model, Path(resume_from_checkpoint) / "model.safetensors")
+        folder = Path(resume_from_checkpoint)
+        load_model(self.objective.model, folder / "model.safetensors")
+        if own := self._own_weights():
+            self.objective.load_state_dict(own | load_file(folder / OWN_WEIGHTS), strict=False)
+
+    def finish(self) -> None:
+        """Bring what follows from the trained weights up to date, for objectives that have such a part."""
+        getattr(self.objective, "finish", lambda: None)()
+
+    def _own_weights(self) -> dict[str, Tensor]:
+        """What the objective learns beside the model, which it needs to go on and nobody needs afterwards."""
+        weights = self.objective.state_dict()
+        return {name: value.contiguous() for name, value in weights.items() if not name.startswith("model.")}
 
 
 def encode_sparse(encode: Callable[[Features], Tensor], side: Side, *, show_progress: bool = True) -> Embeddings:

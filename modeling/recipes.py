@@ -121,6 +121,10 @@ class RecipeArguments:
     dry_run: bool = field(default=False, metadata={"help": "Print the resolved plan and stop."})
 
 
+QUERIES = ("judged", "inverse_cloze", "both", "texts", "judged+texts")
+"""Where a head's training queries come from."""
+
+
 @dataclass
 class HeadArguments:
     """How the frozen backbone's embeddings are cached, what a step sees of them, and what the head goes into."""
@@ -137,9 +141,11 @@ class HeadArguments:
         default="judged",
         metadata={
             "help": "judged: those of the data set. inverse_cloze: sentences of the documents, removed from them, "
-            "for a corpus without queries. both: the two of a data set, each about as often."
+            "for a corpus without queries. both: the two of a data set, each about as often. texts: documents as they "
+            "are, read by the query encoder, for a head that learns from tokens. judged+texts: again the two."
         },
     )
+    query_texts: int = field(default=2048, metadata={"help": "With texts: how many documents at most, by their ids."})
     cloze_sentences: int = field(default=3, metadata={"help": "Sentences taken of a document, at most a third."})
     negatives: int = field(default=2, metadata={"help": "Documents drawn per query from the backbone's nearest."})
     depth: int = field(default=100, metadata={"help": "How many of the nearest they are drawn from."})

@@ -33,7 +33,14 @@ from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback, set_se
 
 from .adapters import AdapterTrainerMixin, add_adapters, merge_adapters
 from .cards import check_template, data_licence, public_command, stated_licence
-from .data import RetrievalDataset, dataset_name, inverse_cloze, load_corpus, load_retrieval_dataset
+from .data import (
+    RetrievalDataset,
+    dataset_name,
+    inverse_cloze,
+    load_corpus,
+    load_retrieval_dataset,
+    texts_as_queries,
+)
 from .errors import InputError
 from .files import staged_folder, write_json
 from .heads import HeadData, HeadTrainer
@@ -51,7 +58,7 @@ from .hub import (
     save,
 )
 from .mining import Miner, RemineCallback
-from .recipes import TRAINERS, HeadArguments, Plan, RecipeArguments, resolve
+from .recipes import QUERIES, TRAINERS, HeadArguments, Plan, RecipeArguments, resolve
 from .report import provenance
 from .teachers import open_teacher
 from .vision import VisionEncoder, fetch_vision
@@ -92,7 +99,16 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
     started_from |= {name: getattr(recipe, name) for name in later} | plan.objective_arguments
     if plan.head:  # what the corpus and the objective make of the head before the first step
         started_from |= {"datasets": recipe.datasets, "split": recipe.split}
-        seen = ("queries", "cloze_sentences", "max_length", "vocabulary", "negatives", "depth", "vision")
+        seen = (
+            "queries",
+            "cloze_sentences",
+            "query_texts",
+            "max_length",
+            "vocabulary",
+            "negatives",
+            "depth",
+            "vision",
+        )
         started_from |= {name: getattr(plan.head, name) for name in seen}
     earlier = [] if resume or recipe.dry_run else [output / "final", output / "head", *output.glob("checkpoint-*")]
     earlier = [path for path in earlier if path.exists()] if args.process_index == 0 else []
@@ -144,7 +160,10 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
             shutil.rmtree(path)
         started = time.perf_counter()
         try:
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            if any(parameter.requires_grad for parameter in trainer.model.parameters()):
+                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            if plan.head:
+                trainer.finish()
         except KeyboardInterrupt:
             last = _last_checkpoint(output)
             how = "Go on with --resume_from_checkpoint last." if last else "There is no checkpoint yet (--save_steps)."
@@ -342,10 +361,10 @@ def _datasets(recipe: RecipeArguments, head: HeadArguments | None = None) -> Ite
     """The data sets of a run, one at a time; two of one name are refused, since counts and caches go by name."""
     seen = set()
     queries = head.queries if head else "judged"
-    if queries not in ("judged", "inverse_cloze", "both"):
-        raise InputError(f"--queries {queries!r}: use judged, inverse_cloze or both.")
+    if queries not in QUERIES:
+        raise InputError(f"--queries {queries!r}: use one of {', '.join(QUERIES)}.")
     for source in recipe.datasets:
-        if queries == "inverse_cloze":
+        if queries in ("inverse_cloze", "texts"):
             dataset = load_corpus(source, keep_empty=recipe.keep_empty)
         else:
             dataset = load_retrieval_dataset(
@@ -354,10 +373,12 @@ def _datasets(recipe: RecipeArguments, head: HeadArguments | None = None) -> Ite
         if dataset.name in seen:
             raise InputError(f"--datasets: two are called {dataset.name!r}; rename one folder.")
         seen.add(dataset.name)
-        if queries != "inverse_cloze":
+        if queries not in ("inverse_cloze", "texts"):
             yield dataset
-        if head and queries != "judged":
+        if head and queries in ("inverse_cloze", "both"):
             yield inverse_cloze(dataset, head.cloze_sentences)
+        if head and queries in ("texts", "judged+texts"):
+            yield texts_as_queries(dataset, head.query_texts)
 
 
 def _freeze(patterns: list[str], model: torch.nn.Module) -> None:
@@ -374,10 +395,10 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], Encoder]:
     """A trainer of the room's head over cached embeddings, the number of pairs in each data set, and the backbone."""
     recipe, settings = plan.recipe, plan.head
     assert plan.room and settings
-    if settings.queries == "both" and getattr(plan.objective, "one_corpus", False):
+    if settings.queries in ("both", "judged+texts") and getattr(plan.objective, "one_corpus", False):
         raise InputError(
-            f"--queries both: {plan.objective.__name__} ranks all texts as one corpus, in which every document would "
-            "be twice, whole and without its sentences, and count against itself. Use judged or inverse_cloze."
+            f"--queries {settings.queries}: {plan.objective.__name__} ranks all texts as one corpus, in which every "
+            "document would be twice and count against itself. Use judged or inverse_cloze."
         )
     head_class: Any = plan.room.head or plan.room.model
     remote: dict[str, Any] = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
@@ -410,6 +431,8 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], Encoder]:
         "base_revision": recipe.revision,
         "base_fingerprint": fingerprint(folder),
     }
+    if "seed" in inspect.signature(head_class.config_class).parameters:
+        base["seed"] = plan.args.seed
     images = None
     if "image_dim" in inspect.signature(head_class.config_class).parameters:
         if not settings.vision:
@@ -456,9 +479,10 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], Encoder]:
     counts = {}
     for dataset in _datasets(recipe, settings):
         judged = sum(score > 0 for documents in dataset.qrels.values() for score in documents.values())
-        counts[dataset.name] = judged if data.labels else len(dataset.queries)
+        pairs = judged if data.labels else len(dataset.queries)
+        counts[dataset.name] = counts.get(dataset.name, 0) + pairs
         if recipe.dry_run:
-            part = np.full((counts[dataset.name], 3), len(counts) - 1)
+            part = np.full((pairs, 3), len(counts) - 1)
             data.pairs = np.concatenate([data.pairs, part])  # for the number of steps
         else:
             with plan.args.main_process_first(desc="encode"):
@@ -471,14 +495,17 @@ def _head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], Encoder]:
         if settings.queries == "both" and dataset.split == "cloze":
             data.even_out(len(counts) - 2)  # this data set's judged queries and its sentences
     started = time.perf_counter()
+    rows: Any = None  # what the trainer goes through; None: the pairs
     if not recipe.dry_run:
-        objective.prepare(data)
+        rows = objective.prepare(data)
+    elif hasattr(objective, "planned_rows"):
+        rows = range(objective.planned_rows)
     prepared = time.perf_counter() - started
     trainer = HeadTrainer(
         objective=objective,
         args=plan.args,
-        train_dataset=data,
-        data_collator=data.collate,
+        train_dataset=data if rows is None else rows,
+        data_collator=getattr(rows, "collate", data.collate),
         callbacks=[CheckpointCallback()],
         remine=recipe.remine,
     )

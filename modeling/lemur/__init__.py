@@ -1,0 +1,29 @@
+"""LEMUR: read ``modeling_lemur.py`` for what it is, then ``objective.py`` for how it is learned."""
+
+from __future__ import annotations
+
+from .. import Graph, Room, register
+from .modeling_lemur import LemurConfig, LemurModel, LemurOutput, LemurPooling, ridge_solution, token_maxima
+from .objective import LemurObjective
+
+__all__ = [
+    "LemurConfig",
+    "LemurModel",
+    "LemurObjective",
+    "LemurOutput",
+    "LemurPooling",
+    "ridge_solution",
+    "token_maxima",
+]
+
+_TOKENS = {"token_embeddings": ("batch", "tokens", "token_dim"), "attention_mask": ("batch", "tokens")}
+
+register(
+    Room(
+        model=LemurModel,
+        module=LemurPooling,
+        objectives={"LemurObjective": LemurObjective},
+        card="lemur",
+        graphs={LemurModel: {"model": Graph(_TOKENS)}},
+    )
+)

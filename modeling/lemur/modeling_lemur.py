@@ -1,0 +1,578 @@
+"""LEMUR: late interaction served by any index of single vectors, which ranks documents nearly as MaxSim would.
+
+After Jaasaari, Hyvonen and Roos, "LEMUR: Learned Multi-Vector Retrieval" (ICML 2026, arXiv 2601.21853). MaxSim of a
+query and a document is a sum over the query's token vectors x of g(x), the largest inner product of x with any of the
+document's. LEMUR writes the function g of each document as psi(x) . w: psi, a small network, is the same for all
+documents and learned once; w, the document's vector, follows from psi by least squares on a sample of token vectors,
+the anchors. A query is then the sum of psi over its tokens, and the inner product of two vectors stands for MaxSim.
+
+Where this differs from the paper and its code:
+
+- The anchors are part of the model, so that a document added years later is regressed on what all others were.
+- The least squares are ridge regression, without which 16-bit vectors would hold large numbers that cancel.
+- ``rank`` directions are kept in which the documents differ most, seen with the eyes of queries: a singular value
+  decomposition in the metric of query vectors. Its first ``embedding_dim`` are the vectors that an index holds, a
+  quarter of the numbers and fewer for little loss.
+- Queries have one definition, the masked sum over ``query_scale``, and everything that is random has a seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PretrainedConfig, PreTrainedModel, initialization
+from transformers.utils import ModelOutput, cached_file
+
+try:
+    from sentence_transformers.base.modules.module import Module
+except ImportError:  # AutoModel works without sentence-transformers
+    Module = nn.Module
+
+logger = logging.getLogger(__name__)
+
+_BLOCK = 2**25
+"""Numbers in the largest intermediate: 128 MiB."""
+
+_ANCHORS_AT_ONCE = 1024
+
+
+class LemurConfig(PretrainedConfig):
+    """Everything that the head needs to encode.
+
+    Args:
+        token_dim (int): Width of the token vectors.
+        latent_dim (int): Features of psi.
+        feature_type (str): mlp: psi is learned. elm: psi is drawn at random, which takes no training and two to four
+            times the candidates.
+        query_scale (float): What sums over a query's tokens are divided by. It moves no ranking, and keeps 16-bit
+            numbers in range.
+        num_anchors (int): Token vectors that a document's vector is regressed on. A fit on fewer tokens keeps those.
+        ridge (float): Share of the features' mean square that is added to it in the regression; 0 is plain least
+            squares.
+        rank (int): Directions kept in which documents differ most for queries; 0 keeps none. A fit on fewer documents
+            keeps fewer.
+        embedding_dim (int): Numbers of a vector: up to rank, the first of those directions; or latent_dim, the
+            features as they are, which is the default.
+        seed (int): Of the fit.
+        base_model_id (str): The encoder whose token vectors the head was fitted to, with revision and fingerprint.
+        base_revision (str): Its commit on the Hub.
+        base_fingerprint (str): SHA-256 over its weight files and module configs.
+    """
+
+    model_type = "polyrep_lemur"
+    derived = ("token_dim", "seed", "base_model_id", "base_revision", "base_fingerprint")
+
+    def __init__(
+        self,
+        token_dim: int = 128,
+        latent_dim: int = 2048,
+        feature_type: str = "mlp",
+        query_scale: float = 32.0,
+        num_anchors: int = 8192,
+        ridge: float = 0.01,
+        rank: int = 512,
+        embedding_dim: int | None = None,
+        seed: int = 0,
+        base_model_id: str | None = None,
+        base_revision: str | None = None,
+        base_fingerprint: str | None = None,
+        **kwargs,
+    ):
+        name = type(self).__name__
+        embedding_dim = latent_dim if embedding_dim is None else embedding_dim
+        for field, value, low in (
+            ("token_dim", token_dim, 1),
+            ("latent_dim", latent_dim, 1),
+            ("num_anchors", num_anchors, 1),
+            ("rank", rank, 0),
+            ("embedding_dim", embedding_dim, 1),
+            ("seed", seed, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"{name}: {field}={value!r} is no count. Use a whole number from {low} on.")
+        if feature_type not in ("mlp", "elm"):
+            raise ValueError(f"{name}: feature_type={feature_type!r} is unknown. Use one of mlp, elm.")
+        if not 0 < query_scale < math.inf:
+            raise ValueError(f"{name}: query_scale={query_scale!r} divides sums. Use a positive number, e.g. 32.")
+        if not 0 <= ridge < math.inf:
+            raise ValueError(f"{name}: ridge={ridge!r} is no share. Use 0 or more, e.g. 0.01.")
+        if rank > latent_dim:
+            raise ValueError(
+                f"{name}: rank={rank} directions of a space of latent_dim={latent_dim}. Use {latent_dim} or fewer."
+            )
+        if embedding_dim != latent_dim and embedding_dim > rank:
+            raise ValueError(
+                f"{name}: embedding_dim={embedding_dim}, but only rank={rank} directions are kept. Use up to {rank}, "
+                f"or latent_dim={latent_dim} for the features themselves."
+            )
+        self.token_dim, self.latent_dim, self.feature_type = token_dim, latent_dim, feature_type
+        self.query_scale, self.num_anchors, self.ridge = query_scale, num_anchors, ridge
+        self.rank, self.embedding_dim, self.seed = rank, embedding_dim, seed
+        self.base_model_id, self.base_revision, self.base_fingerprint = base_model_id, base_revision, base_fingerprint
+        super().__init__(**kwargs)
+
+
+@dataclass
+class LemurOutput(ModelOutput):
+    """What the head returns.
+
+    Attributes:
+        sentence_embedding: ``(texts, embedding_dim)`` in float32, to be compared by the inner product.
+    """
+
+    sentence_embedding: Tensor | None = None
+
+
+def token_maxima(points: Tensor, token_embeddings: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Largest inner product of each point with any token vector of each document: g in the paper.
+
+    Args:
+        points: ``(points, dim)``.
+        token_embeddings: ``(documents, tokens, dim)``, padded.
+        attention_mask: ``(documents, tokens)``, True where there is a token; default: all, which is faster.
+
+    Returns:
+        ``(documents, points)``.
+    """
+    found = []
+    for part in points.split(_ANCHORS_AT_ONCE):
+        products = (token_embeddings.flatten(0, 1) @ part.T).unflatten(0, token_embeddings.shape[:2])
+        if attention_mask is not None:
+            products.masked_fill_(~attention_mask[..., None], -math.inf)
+        found.append(products.amax(1))  # (documents, part)
+    return torch.cat(found, 1)
+
+
+def ridge_solution(features: Tensor, ridge: float) -> Tensor:
+    """The matrix S that takes values y at the anchors to the weights w = y S of their ridge regression on features.
+
+    w minimises |Z w - y|^2 + e |w|^2 for features Z, with e the ridge times the mean square of a column of Z. It is
+    solved by Cholesky's factors in float64, of Z'Z or, where there are fewer anchors than features, of ZZ', which
+    give the same w; there w interpolates y as the ridge goes to 0.
+
+    Args:
+        features: ``(anchors, features)``.
+        ridge: See LemurConfig.
+
+    Returns:
+        ``(anchors, features)`` in float64.
+
+    Raises:
+        ValueError: The system is singular.
+    """
+    features = features.double()
+    wide = features.shape[0] < features.shape[1]
+    gram = features @ features.T if wide else features.T @ features
+    gram.diagonal().add_(ridge * features.square().sum() / features.shape[1])
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    pivots = factor.diagonal()
+    if int(failed) or not bool(pivots.min() > 1e-7 * pivots.max()):
+        raise ValueError(
+            f"LemurModel: the features of {features.shape[0]} anchors are linearly dependent (ridge={ridge:g}), so "
+            "least squares have no one solution. Use a ridge above 0, e.g. 0.01, or more and different anchors."
+        )
+    if wide:
+        return torch.cholesky_solve(features, factor)
+    return torch.cholesky_solve(features.T, factor).T
+
+
+class LemurModel(PreTrainedModel):
+    """The head: token vectors of a query or of a document become one vector."""
+
+    config_class = LemurConfig
+    _supports_sdpa = _supports_flash_attn = True  # so that it may sit behind any backbone
+    _keep_in_fp32_modules_strict = {"linear", "norm", "anchors", "target", "document", "query"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.linear, self.norm = nn.Linear(config.token_dim, config.latent_dim), nn.LayerNorm(config.latent_dim)
+        self.register_buffer("anchors", torch.zeros(config.num_anchors, config.token_dim))
+        self.register_buffer("target_mean", torch.zeros(()))
+        self.register_buffer("target_std", torch.ones(()))
+        if config.rank:
+            self.register_buffer("document_mean", torch.zeros(config.latent_dim))
+            self.register_buffer("document_map", torch.zeros(config.latent_dim, config.rank))
+            self.register_buffer("query_map", torch.zeros(config.latent_dim, config.rank))
+        self._solved: tuple[object, Tensor] | None = None
+        self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if module is self.linear:
+            scale = (3 * self.config.token_dim) ** -0.5  # as torch's own, but a bias that counts as much as a vector
+            initialization.normal_(module.weight, std=scale)
+            initialization.normal_(module.bias, std=scale)
+
+    def _apply(self, fn, recurse=True):
+        """Move to another device, but never to another type: of rounded features, an index is another solution."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        return super()._apply(moved, recurse)
+
+    @classmethod
+    def from_backbone(cls, model, **config) -> LemurModel:
+        """A head that is not fitted yet, for the token vectors of a MultiVectorEncoder."""
+        return cls(LemurConfig(token_dim=model.get_embedding_dimension(), **config))
+
+    def features(self, token_embeddings: Tensor) -> Tensor:
+        """Psi: ``(..., token_dim)`` to ``(..., latent_dim)``."""
+        return F.gelu(self.norm(self.linear(token_embeddings)))
+
+    def encode_query_tokens(self, values, offsets) -> Tensor:
+        """Queries whose token vectors lie under one another, a block at a time.
+
+        Args:
+            values: ``(tokens of all queries, token_dim)``, an array, memory-mapped or not, or a tensor.
+            offsets: ``(queries + 1,)`` bounds of each query's tokens.
+
+        Returns:
+            ``(queries, embedding_dim)`` in float32.
+        """
+        return self._encode_ragged(values, offsets, "query")
+
+    def encode_document_tokens(self, values, offsets) -> Tensor:
+        """Documents likewise: those of a corpus, or one that is added to an index later.
+
+        Args:
+            values: ``(tokens of all documents, token_dim)``.
+            offsets: ``(documents + 1,)``.
+
+        Returns:
+            ``(documents, embedding_dim)`` in float32.
+        """
+        return self._encode_ragged(values, offsets, "document")
+
+    @torch.inference_mode()
+    def _encode_ragged(self, values, offsets, task) -> Tensor:
+        offsets = torch.tensor(offsets) if not isinstance(offsets, Tensor) else offsets
+        lengths = offsets.diff()
+        if not bool(lengths.all()):
+            raise ValueError(_no_token(task, int(lengths.argmin())))
+        order = lengths.argsort(stable=True)  # equal lengths side by side: little padding
+        made = torch.empty(len(lengths), self.config.embedding_dim, device=self.device)
+        start = 0
+        while start < len(order):
+            # As many as fit, at the width of the longest among them.
+            sizes = torch.arange(1, len(order) - start + 1) * lengths[order[start:]] * _ANCHORS_AT_ONCE
+            rows = order[start : start + max(1, int(torch.searchsorted(sizes, _BLOCK, right=True)))]
+            columns = torch.arange(int(lengths[rows[-1]]))
+            mask = columns < lengths[rows][:, None]  # (texts, tokens)
+            places = torch.minimum(offsets[rows][:, None] + columns, offsets[rows + 1][:, None] - 1)
+            tokens = torch.as_tensor(values[places.numpy()]).to(self.device)
+            # Shorter texts repeat their last token, which changes no maximum, so that documents need no mask.
+            mask = mask.to(self.device) if task == "query" else None
+            made[rows] = self(tokens, mask, task=task).sentence_embedding
+            start += len(rows)
+        return made
+
+    def forward(
+        self, token_embeddings: Tensor, attention_mask: Tensor | None = None, task: str | None = None, **kwargs
+    ) -> LemurOutput:
+        """Encode queries or documents.
+
+        Args:
+            token_embeddings: ``(texts, tokens, token_dim)``, padded.
+            attention_mask: ``(texts, tokens)``, True where there is a token; default: all.
+            task: ``query`` or ``document``; the two are encoded in different ways.
+            kwargs: Ignored.
+
+        Raises:
+            ValueError: No task, another width than the config's, a text without a token, a vector that is not finite,
+                or documents for a head that is not fitted.
+        """
+        mask = None if attention_mask is None else attention_mask.bool()
+        self._check(token_embeddings, mask, task)
+        # In float32 whatever stands before it: rounding errors of the maxima would go into a regression.
+        with torch.autocast(token_embeddings.device.type, enabled=False):
+            tokens = token_embeddings.float()
+            if mask is not None:
+                tokens = torch.where(mask[..., None], tokens, 0)
+            if task == "query":
+                seen = self.features(tokens)
+                made = (seen if mask is None else seen * mask[..., None]).sum(1) / self.config.query_scale
+                if self.config.embedding_dim < self.config.latent_dim:
+                    made = made @ self.query_map[:, : self.config.embedding_dim]
+            else:
+                solution, constant = self._solution()
+                values = (token_maxima(self.anchors, tokens, mask) - self.target_mean) / self.target_std
+                made = values @ solution - constant
+        return LemurOutput(sentence_embedding=made)
+
+    def _solution(self) -> tuple[Tensor, Tensor]:
+        """What takes standardised maxima at the anchors to a document's vector, made anew after any change.
+
+        It is not saved: solving takes a second or two, and the file would be ten times as large.
+        """
+        if not torch.compiler.is_compiling():
+            of = [self.linear.weight, self.linear.bias, self.norm.weight, self.norm.bias, self.anchors]
+            maps = [self.document_map, self.document_mean] if self.config.rank else []
+            key = [(t.data_ptr(), t.device, 0 if t.is_inference() else t._version) for t in of + maps]
+            key = (key, self.config.ridge, self.config.embedding_dim)
+            if self._solved is None or self._solved[0] != key:
+                with torch.inference_mode(False), torch.no_grad():  # to be used outside it, too
+                    self._solved = (key, self._solve())
+        return self._solved[1]
+
+    def _solve(self) -> tuple[Tensor, Tensor]:
+        solution, size = self.solve(), self.config.embedding_dim
+        constant = solution.new_zeros(size)
+        if size < self.config.latent_dim:
+            onto = self.document_map[:, :size].to(solution)
+            solution, constant = solution @ onto, self.document_mean.to(solution) @ onto
+        return solution.to(self.anchors), constant.to(self.anchors)
+
+    def solve(self) -> Tensor:
+        """:func:`ridge_solution` of the anchors' features: ``(anchors, latent_dim)`` in float64, on the CPU if need be.
+
+        Raises:
+            ValueError: The head is not fitted, or the system is singular.
+        """
+        if not bool(self.anchors.any()):
+            raise ValueError(
+                "LemurModel: the head has no anchors yet, so documents have nothing to be regressed on. Fit it with "
+                "`train.py hub_configs/lemur-minilm`, or open one that is fitted."
+            )
+        features = torch.cat([self.features(part) for part in self.anchors.split(_ANCHORS_AT_ONCE)])
+        if features.device.type == "mps":  # which knows no float64
+            return ridge_solution(features.cpu(), self.config.ridge)
+        return ridge_solution(features, self.config.ridge)
+
+    def _check(self, tokens: Tensor, mask: Tensor | None, task: str | None) -> None:
+        config, name = self.config, type(self).__name__
+        if task not in ("query", "document"):
+            raise ValueError(
+                f"{name}: task={task!r}, but queries and documents are encoded in different ways. Use task='query' or "
+                "'document'; in sentence-transformers encode_query and encode_document, which pass it."
+            )
+        if tokens.ndim != 3 or tokens.shape[-1] != config.token_dim:
+            raise ValueError(
+                f"{name}: token vectors of shape {tuple(tokens.shape)}, but the head was made for (texts, tokens, "
+                f"{config.token_dim}). Use the encoder it was fitted to ({config.base_model_id or 'not recorded'}), or "
+                "fit a head to this one."
+            )
+        if mask is not None and mask.shape != tokens.shape[:2]:
+            raise ValueError(f"{name}: a mask of shape {tuple(mask.shape)} for tokens {tuple(tokens.shape)}.")
+        if torch.compiler.is_compiling():  # what looks at values would break the graph
+            return
+        if tokens.shape[0] and not tokens.shape[1]:
+            raise ValueError(_no_token(task, 0))
+        broken = ~torch.isfinite(tokens).all(2)  # (texts, tokens)
+        if mask is not None:
+            if not bool(mask.any(1).all()):
+                raise ValueError(_no_token(task, int((~mask.any(1)).int().argmax())))
+            broken &= mask
+        broken = broken.any(1)
+        if bool(broken.any()):
+            raise ValueError(
+                f"{name}: {task} {int(broken.int().argmax())} of the batch has a token vector that is not finite, so "
+                "every score with it would be meaningless. Mend the encoder, or use float32."
+            )
+
+
+def _no_token(task: str, place: int) -> str:
+    return (
+        f"LemurModel: {task} {place} has no token, so there is no MaxSim to stand for. Remove it, or loosen the "
+        "encoder's skiplist."
+    )
+
+
+class LemurPooling(Module):
+    """The head as last module behind a late-interaction model: a SentenceTransformer scored by the dot product.
+
+    By itself, :meth:`pool` encodes token vectors that are there already.
+    """
+
+    forward_kwargs = {"task"}
+
+    def __init__(self, model: LemurModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, features, task=None):
+        """Add ``sentence_embedding`` to what the encoder gives for a batch."""
+        output = self.model(features["token_embeddings"], features["attention_mask"], task=task)
+        features["sentence_embedding"] = output.sentence_embedding
+        return features
+
+    def pool(self, embeddings, *, task, fingerprint=None):
+        """Encode token vectors.
+
+        Args:
+            embeddings: A list of ``(tokens, token_dim)``, tensors or arrays, one a text.
+            task: ``query`` or ``document``.
+            fingerprint: Of the encoder that made them (:func:`polyrep.hub.fingerprint`), where it is known.
+
+        Returns:
+            ``(texts, embedding_dim)`` in float32.
+
+        Raises:
+            ValueError: They are of another encoder than the head was fitted to, by fingerprint or by width; a text has
+                no token; the task is neither.
+        """
+        self._check_fingerprint(fingerprint, "these token vectors are of an encoder with")
+        config, rows = self.model.config, [torch.as_tensor(text) for text in embeddings]
+        for place, row in enumerate(rows):
+            if row.ndim != 2 or row.shape[1] != config.token_dim:
+                raise ValueError(
+                    f"LemurPooling: {task} {place} has shape {tuple(row.shape)}, but the head was made for (tokens, "
+                    f"{config.token_dim}). Use the encoder it was fitted to ({config.base_model_id or 'not recorded'}),"
+                    " or fit a head to this one."
+                )
+        if not rows:
+            return torch.empty(0, config.embedding_dim)
+        lengths = torch.tensor([len(row) for row in rows])
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        return self.model._encode_ragged(torch.cat(rows), offsets, task)
+
+    def check_backbone(self, model):
+        """Refuse a model whose token vectors are not those that the head was fitted to.
+
+        A pipeline does this by itself when it is put together.
+
+        Args:
+            model: A MultiVectorEncoder, or a SentenceTransformer of its modules with this one in it or without.
+        """
+        config, modules = self.model.config, list(model)
+        before = modules[: modules.index(self)] if self in modules else modules
+        dims = [module.get_embedding_dimension() for module in before if hasattr(module, "get_embedding_dimension")]
+        if dims and dims[-1] and dims[-1] != config.token_dim:
+            raise ValueError(
+                f"LemurPooling: the encoder's vectors have width {dims[-1]}, but the head was made for "
+                f"token_dim={config.token_dim}. Use the encoder it was fitted to "
+                f"({config.base_model_id or 'not recorded'}), or fit a head to this one."
+            )
+        found = _fingerprint_of(before[0]) if before and config.base_fingerprint else None
+        self._check_fingerprint(found, "the encoder before it has")
+
+    def _check_fingerprint(self, found, subject):
+        config = self.model.config
+        if found and config.base_fingerprint and found != config.base_fingerprint:
+            raise ValueError(
+                f"LemurPooling: {subject} fingerprint {found[:16]}, but the head was fitted to {config.base_model_id} "
+                f"(fingerprint {config.base_fingerprint[:16]}), so scores would mean nothing. Use that encoder, fit a "
+                "head to this one, or open the head with base_fingerprint=None to go unchecked."
+            )
+
+    def on_model_ready(self, model):
+        """Check the encoder before it and how the model scores; the inner product is set where nothing is."""
+        self.check_backbone(model)
+        if list(model)[-1] is not self:
+            raise ValueError(
+                f"LemurPooling: {type(list(model)[-1]).__name__} stands behind it and would change the vectors, so "
+                "that their product is no MaxSim. Put this module last."
+            )
+        if type(model).__name__ != "SentenceTransformer":
+            raise ValueError(
+                f"LemurPooling: gives one vector a text, which a {type(model).__name__} does not read. Use "
+                "SentenceTransformer(modules=[*encoder.children(), LemurPooling.from_pretrained(head)])."
+            )
+        if model._similarity_fn_name is None:
+            model.similarity_fn_name = "dot"
+        elif str(model.similarity_fn_name) != "dot":
+            raise ValueError(
+                f"LemurPooling: similarity {model.similarity_fn_name!r}, but the inner product is what stands for "
+                "MaxSim, and cosine loses quality. Use similarity_fn_name='dot'."
+            )
+        if model.truncate_dim is not None:
+            raise ValueError(
+                f"LemurPooling: truncate_dim={model.truncate_dim} would cut features off at random. Open the head "
+                f"with embedding_dim={model.truncate_dim} instead, which keeps the directions that matter."
+            )
+
+    def get_embedding_dimension(self):
+        """Width of the vectors."""
+        return self.model.config.embedding_dim
+
+    def save(self, output_path, *args, **kwargs):
+        """Write the head as a folder of its own, and this code to the folder above, where it is looked for."""
+        self.model.save_pretrained(output_path)
+        shutil.copy(sys.modules[type(self).__module__].__file__, Path(output_path).parent)
+
+    @classmethod
+    def load(cls, model_name_or_path, subfolder="", **kwargs):
+        """Open a head's folder or repository, or the module folder of a saved pipeline.
+
+        Args:
+            model_name_or_path: Folder or Hub id.
+            subfolder: Of the head in it.
+            kwargs: ``revision, token, local_files_only, cache_folder``; and ``embedding_dim``, ``ridge`` or
+                ``base_fingerprint`` to change what the head was saved with.
+        """
+        kept = {k: v for k, v in kwargs.items() if k in ("revision", "token", "local_files_only")}
+        kept["cache_dir"] = kwargs.get("cache_folder")
+        content, _ = PretrainedConfig.get_config_dict(model_name_or_path, subfolder=subfolder, **kept)
+        if content.get("model_type") != LemurConfig.model_type:
+            raise ValueError(
+                f"LemurPooling: {model_name_or_path} holds a model of type {content.get('model_type')!r}, not a "
+                f"{LemurConfig.model_type} head. Name the head's own folder; of a saved pipeline that is its last "
+                "module: subfolder='4_LemurPooling', or whichever number it has in modules.json."
+            )
+        model = LemurModel.from_pretrained(model_name_or_path, subfolder=subfolder, **kept)
+        fields = model.config.to_dict()
+        changes = {k: v for k, v in kwargs.items() if k in fields and fields[k] != v and k not in kept}
+        if fixed := sorted(set(changes) - {"embedding_dim", "ridge", "base_fingerprint"}):
+            raise ValueError(
+                f"LemurPooling: {fixed[0]}={changes[fixed[0]]!r}, but the head was fitted with {fixed[0]}="
+                f"{fields[fixed[0]]!r}, and its weights fit nothing else. Change only embedding_dim, ridge or "
+                "base_fingerprint, or fit another head."
+            )
+        model.config = LemurConfig(**(fields | changes))
+        return cls(model)
+
+    from_pretrained = load
+
+
+def _fingerprint_of(module) -> str | None:
+    """SHA-256 over weight files and module configs of the folder a module came from; None if that is not to be known.
+
+    None, too, for a folder that holds a head already: there it was put together with its encoder on purpose.
+    """
+    source = getattr(getattr(module, "model", None), "name_or_path", None)
+    if not source:
+        return None
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            commit = getattr(module.model.config, "_commit_hash", None)
+            folder = Path(cached_file(source, "config.json", local_files_only=True, revision=commit)).parent
+        except OSError:
+            return None
+    configs = []
+    for name in ("config.json", "sentence_bert_config.json"):
+        configs += [(file, json.loads(file.read_text(encoding="utf-8"))) for file in sorted(folder.rglob(name))]
+    if any(content.get("model_type", "").startswith("polyrep_") for _, content in configs):
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        if not {"onnx", "openvino"} & set(file.relative_to(folder).parts):
+            with file.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest.update(f"{file.relative_to(folder)}:{content}\n".encode())
+    for file, content in configs:
+        digest.update(f"{file.relative_to(folder)}:{json.dumps(_stable(content), sort_keys=True)}\n".encode())
+    return digest.hexdigest()
+
+
+def _stable(content):
+    """Parsed JSON without version stamps and places, at every depth."""
+    if isinstance(content, dict):
+        volatile = ("transformers_version", "_name_or_path", "__version__")
+        return {k: _stable(v) for k, v in content.items() if k not in volatile}
+    return [_stable(v) for v in content] if isinstance(content, list) else content
+
+
+LemurConfig.register_for_auto_class()
+LemurModel.register_for_auto_class("AutoModel")
