@@ -43,7 +43,7 @@ CASES = [
 @pytest.mark.parametrize("kind,similarity", CASES)
 def test_a_ready_index_finds_what_exact_search_finds(monkeypatch, kind, similarity, in_memory):
     monkeypatch.setattr(ready, "MEMORY", 2**20 if in_memory else 0)
-    monkeypatch.setattr(ready, "CHUNK_ELEMENTS", 100)  # several blocks of documents
+    monkeypatch.setattr(ready, "SIMILARITIES", 100)  # several blocks of documents
     monkeypatch.setattr(ready, "QUERY_VECTORS", 8)
     queries, documents = sides(kind)
     index = ReadyIndex(documents, RANKS, similarity)
