@@ -99,7 +99,11 @@ class Method:
 
     def digest(self) -> str:
         """Hash of the code that its rows depend on."""
-        return code_digest(*COMMON, *self.code)
+        return code_digest(*COMMON, "fitting.py", *self.code)
+
+    def fit_digest(self) -> str:
+        """Hash of the code that what it fits depends on."""
+        return code_digest("fitting.py", *self.code)
 
 
 class Once(Generic[T]):
@@ -142,7 +146,7 @@ def hierarchical(on: Subject) -> Iterator[Candidate]:
 
 def reinpool(on: Subject) -> Iterator[Candidate]:
     """A ReinPool head, at several numbers of vectors, in half precision and one bit."""
-    code = METHODS["reinpool"].digest()
+    code = METHODS["reinpool"].fit_digest()
 
     def make() -> tuple[dict[int, Embeddings], dict[str, float]]:
         folder = fit_run(on, "reinpool-minilm", [], code)
@@ -163,7 +167,7 @@ def reinpool(on: Subject) -> Iterator[Candidate]:
 
 def lemur(on: Subject) -> Iterator[Candidate]:
     """A LEMUR head: one wide vector whose inner product follows MaxSim."""
-    code = METHODS["lemur"].digest()
+    code = METHODS["lemur"].fit_digest()
     for dim in (2048, 512):
 
         def make(dim: int = dim) -> Encoded:
@@ -196,7 +200,7 @@ def muvera(on: Subject) -> Iterator[Candidate]:
 
 def dense2sparse(on: Subject) -> Iterator[Candidate]:
     """A Dense2Sparse head at its two operating points."""
-    code = METHODS["dense2sparse"].digest()
+    code = METHODS["dense2sparse"].fit_digest()
 
     def make() -> tuple[Embeddings, Embeddings, dict[str, float]]:
         half = ["--bf16", str(fastest_dtype("auto") == torch.bfloat16)]
@@ -217,7 +221,7 @@ def dense2sparse(on: Subject) -> Iterator[Candidate]:
 
 def csr_rows(on: Subject) -> Iterator[Candidate]:
     """The stock sparse auto-encoder at several numbers of active dimensions."""
-    code = METHODS["csr"].digest()
+    code = METHODS["csr"].fit_digest()
     for size in CSR_SIZES:
 
         def make(size: int = size) -> Encoded:
@@ -261,7 +265,7 @@ def quantization(on: Subject) -> Iterator[Candidate]:
 PRECISIONS = {"int8": "int8", "one-bit": "binary"}
 """Name in tables -> name in sentence-transformers."""
 
-COMMON = ("candidates.py", "fitting.py", "ready.py", "retrievers.py", "scoring.py")
+COMMON = ("candidates.py", "ready.py", "retrievers.py", "scoring.py")
 
 METHODS = {
     "mean": Method(mean, ("tokens",)),

@@ -97,7 +97,7 @@ def evaluate(argv: list[str], *, prog: str = "polyrep evaluate", untrusted: Coll
     Raises:
         InputError: A model, data set or flag cannot be used.
     """
-    if "--frontier" in argv:
+    if any(word.partition("=")[0] == "--frontier" for word in argv):
         from .frontier import frontier  # with all that fits heads: an ordinary table need not wait for it
 
         return frontier(argv, prog=prog, untrusted=untrusted)

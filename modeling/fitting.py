@@ -323,5 +323,5 @@ def digest(content: Any) -> str:
 def code_digest(*names: str) -> str:
     """Hash of files of the package, by name in it; a folder stands for all its Python files."""
     root = Path(__file__).parent
-    files = [file for name in names for file in (sorted((root / name).glob("*.py")) or [root / name])]
+    files = [file for name in names for file in [root / name, *sorted((root / name).glob("*.py"))] if file.is_file()]
     return digest([file.read_text(encoding="utf-8") for file in files])

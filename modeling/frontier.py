@@ -29,7 +29,7 @@ from .hub import Encoder, fastest_dtype, fetch, fingerprint, load
 from .ready import DEPTH, held, rank_in_two_stages, rank_when_ready, timed_rows
 from .recommendation import Budget, fronts, parse_budget, recommend
 from .report import provenance, write_results
-from .retrievers import Ranking, keep_ranking, latency, rank_with_bm25
+from .retrievers import Ranking, costs_of, keep_ranking, latency, rank_with_bm25
 
 STAGE_DEPTHS = (50, 200)
 BUDGETS = ["bytes=256", "bytes=1024", "bytes=4096"]
@@ -263,7 +263,9 @@ def _bm25(on: Subject) -> Ranking:
     rows = timed_rows(len(ranking.seconds))
     seconds = np.full(len(ranking.seconds), np.nan)
     seconds[rows] = ranking.seconds[rows]
-    return replace(ranking, seconds=seconds, costs=ranking.costs | latency(seconds[rows].tolist()))
+    costs = ranking.costs | latency(seconds[rows].tolist())
+    costs.pop("encode_docs_per_s")  # which no other row has: their texts were encoded once, perhaps on another day
+    return replace(ranking, seconds=seconds, costs=costs)
 
 
 def _second_stage(on: Subject, first: Ranking, depth: int, depends: Any, full: list[Embeddings]) -> Job:
@@ -272,7 +274,8 @@ def _second_stage(on: Subject, first: Ranking, depth: int, depends: Any, full: l
     def make() -> Ranking:
         if not full:  # in memory from the first row that reads it on
             full.append(held(on.documents))
-        options: dict[str, Any] = {"similarity": on.similarity, "device": on.model.device}
+        size = costs_of(on.queries, on.documents)["bytes_per_document"]
+        options: dict[str, Any] = {"similarity": on.similarity, "device": on.model.device, "full_bytes": size}
         return rank_in_two_stages(system, first, depth, on.queries, full[0], on.ranks, **options)
 
     return Job(system, [depends, code_digest("ready.py", "scoring.py")], make)

@@ -13,7 +13,7 @@ SIZES = (0.5, 5.0, 50.0)
 
 def area(milliseconds: float) -> float:
     """Area of a marker in square points: by the logarithm of the time, since rows differ a thousandfold."""
-    return float(14 + 26 * np.clip(np.log10(max(milliseconds, 1e-3) / 0.1), 0, 4))
+    return float(10 + 40 * np.clip(np.log10(max(milliseconds, 1e-3) / 0.1), 0, 4))
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -32,7 +32,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     datasets = list(dict.fromkeys(row["dataset"] for row in rows))
     families = list(dict.fromkeys(_family(row) for row in rows if row["system"] not in across))
     colors = {name: f"C{number}" for number, name in enumerate(families)}
-    figure, axes = plt.subplots(len(datasets), 1, figsize=(6.25, 0.9 + 3.9 * len(datasets)), squeeze=False)
+    figure, axes = plt.subplots(len(datasets), 1, figsize=(6.25, 0.5 + 4.1 * len(datasets)), squeeze=False)
     for axis, dataset in zip(axes[:, 0], datasets, strict=True):
         mine = [row for row in rows if row["dataset"] == dataset]
         for row in mine:
@@ -40,8 +40,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 style, shade = across[row["system"]]
                 axis.axhline(row["value"], ls=style, color=shade, lw=1, zorder=1)
                 name = f"{row['system']}, {_bytes(row['bytes_per_document'])}"
-                where: dict[str, Any] = {"transform": axis.get_yaxis_transform(), "ha": "right", "va": "bottom"}
-                axis.text(0.995, row["value"], name, fontsize=7, **where)
+                where: dict[str, Any] = {"transform": axis.get_yaxis_transform(), "ha": "left", "va": "bottom"}
+                axis.text(0.006, row["value"], name, fontsize=7, **where)
                 continue
             staged = "rerank" in row["system"]
             low, high = row.get("interval", [row["value"]] * 2)
@@ -80,7 +80,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     ]
     handles += [Line2D([], [], marker="o", label=f"{ms:g} ms", ms=area(ms) ** 0.5, **grey) for ms in SIZES]
     figure.legend(handles=handles, loc="upper center", ncols=5, frameon=False, fontsize=7.5, handletextpad=0.3)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.68 / figure.get_figheight()))
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.5 / figure.get_figheight()))
     figure.savefig(path, dpi=144)
     plt.close(figure)
 

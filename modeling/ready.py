@@ -169,6 +169,7 @@ def rank_in_two_stages(
     ranks: np.ndarray,
     *,
     similarity: str,
+    full_bytes: float,
     device: str | torch.device = "cpu",
 ) -> Ranking:
     """The best ``depth`` documents of a first stage, ordered by the full model's own score.
@@ -181,6 +182,7 @@ def rank_in_two_stages(
         documents: Encoded by the full model, best :func:`held` in memory.
         ranks: What decides ties.
         similarity: The full model's.
+        full_bytes: Bytes a document of the full vectors as an index stores them.
         device: Where to compute.
 
     Returns:
@@ -202,6 +204,6 @@ def rank_in_two_stages(
     costs: dict[str, float] = {name: first.costs[name] for name in fit if name in first.costs}
     costs |= {
         "first_stage_bytes": own,
-        "bytes_per_document": own + costs_of(queries, documents)["bytes_per_document"],
+        "bytes_per_document": own + full_bytes,
     }
     return Ranking(system, positions, scores, costs | latency(seconds[~np.isnan(seconds)].tolist()), seconds)

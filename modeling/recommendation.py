@@ -157,9 +157,13 @@ def _against(row: Mapping[str, Any], full: Mapping[str, Any]) -> str:
     """What a row keeps of the full model's quality, and at which share of its costs."""
     size, full_size = row[COSTS["bytes"]], full[COSTS["bytes"]]
     time, full_time = row[COSTS["ms"]], full[COSTS["ms"]]
-    kept = f"It keeps {row['value'] / full['value']:.0%} of" if full["value"] else "Beside"
+    kept = f"It keeps {100 * row['value'] / full['value']:.0f} % of" if full["value"] else "Beside"
     ratio = full_size / size
-    bytes_ = f"1/{ratio:.0f} of the bytes" if ratio >= 1.5 else f"{1 / ratio:.2g} times the bytes"
+    bytes_ = f"1/{ratio:.0f} of the bytes" if ratio >= 1.5 else f"{_times(1 / ratio)} times the bytes"
     speed = full_time / time
-    pace = f"{speed:.2g} times as fast" if speed >= 1 else f"taking {1 / speed:.2g} times as long"
+    pace = f"{_times(speed)} times as fast" if speed >= 1 else f"taking {_times(1 / speed)} times as long"
     return f"{kept} the full model's {full['value']:.3f} at {bytes_}, {pace}"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"

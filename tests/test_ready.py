@@ -127,8 +127,9 @@ def test_two_stages_cost_what_both_cost():
     rng = np.random.default_rng(0)
     first = rank_when_ready("first", *(vectors_of(rng, [1] * n) for n in (3, 12)), RANKS, similarity="maxsim")
     first = replace(first, seconds=np.array([5.0, np.nan, 7.0]), costs=first.costs | {"fit_seconds": 3.0})
-    both = rank_in_two_stages("both", first, 4, queries, documents, RANKS, similarity="maxsim")
     own, full = first.costs["bytes_per_document"], costs_of(queries, documents)["bytes_per_document"]
+    options = {"similarity": "maxsim", "full_bytes": full}
+    both = rank_in_two_stages("both", first, 4, queries, ready.held(documents), RANKS, **options)
     assert both.costs["first_stage_bytes"] == own and both.costs["bytes_per_document"] == own + full
     assert both.costs["fit_seconds"] == 3 and 6000 < both.costs["search_ms_p50"] < 6500  # the mean of 5 and 7 seconds
     for found, candidates in zip(both.positions, first.positions, strict=True):
