@@ -112,7 +112,7 @@ class Once(Generic[T]):
     def __init__(self, make: Callable[[], T]):
         self.make = make
         self.made: list[T] = []
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def __call__(self) -> T:
         """The thing."""
@@ -121,7 +121,7 @@ class Once(Generic[T]):
         if not self.made:
             try:
                 self.made.append(self.make())
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self.error = error
                 raise
         return self.made[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -141,7 +142,7 @@ class Subject:
             tokens = self.encoded(dataset, task)
             vectors = (sum_of_tokens if task == "query" else mean_of_tokens)(tokens).values
             store(model, texts, vectors, task=task, name=name, cache_dir=self.cache_dir)
-        return encode_side(model, dict(texts), task, name, cache_dir=self.cache_dir, batch_size=self.batch_size)
+        return encode_side(model, texts, task, name, cache_dir=self.cache_dir, batch_size=self.batch_size)
 
 
 def _texts_of(dataset: RetrievalDataset, task: str) -> tuple[Any, str]:
@@ -167,8 +168,8 @@ def judged(source: str, split: str, *, keep_empty: bool = False) -> tuple[Retrie
     try:
         train = load_retrieval_dataset(source, "train", keep_empty=keep_empty)
     except InputError as error:
-        if "train" not in str(error):
-            raise
+        if not re.search(r"no (judgments for )?split 'train'|split 'train' judges no query", str(error)):
+            raise  # a train split that is there and damaged
         note = f"{dataset.name} has no train split, so heads learned from sentences of its documents (inverse cloze)."
         sentences = inverse_cloze(load_corpus(source, keep_empty=keep_empty))
         return dataset, Lessons(sentences, source, [*flags, "--queries", "inverse_cloze"], note)

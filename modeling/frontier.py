@@ -217,7 +217,7 @@ def measure(on: Subject, methods: list[str]) -> Measured:
             key = digest([job.system, data, job.depends])
             try:
                 ranking = keep_ranking(_place(on, key), job.system, job.make, DEPTH)
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # the latter is how a parser refuses a flag
                 if job.system == FULL:
                     raise
                 reason = " ".join(f"{type(error).__name__}: {error}".split())

@@ -66,8 +66,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
         for row, place, value, size in zip(front, places, values, areas, strict=True):
             marker = "D" if "rerank" in row["system"] else "o"
             axis.scatter(place, value, s=size, marker=marker, facecolors="none", edgecolors="0.1", lw=1, zorder=3)
+            name = row["system"].partition(", ")[2]  # the colour says what stands before
+            axis.annotate(name, (place, value), (0, -13), textcoords="offset points", fontsize=6, ha="center")
         axis.set_xscale("log")
-        axis.set_title(f"{dataset}, {mine[0]['split']}", fontsize=9)
+        axis.set_title(f"{dataset}, {mine[0]['split']}", fontsize=9, loc="left", pad=4)
         axis.set_ylabel("nDCG@10 (95 % interval)", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25, which="major")

@@ -321,6 +321,9 @@ def test_without_a_train_split_heads_learn_from_sentences(tmp_path, pages):
     assert dataset.split == "test" and lessons.dataset.split == "cloze"
     assert lessons.flags[-2:] == ["--queries", "inverse_cloze"] and "no train split" in lessons.note
     assert judged(str(pages), "test")[1].dataset.split == "train"
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nnobody\tnothing\t1\n")
+    with pytest.raises(InputError, match="judges query 'nobody'"):  # damaged is not absent
+        judged(str(folder), "test")
 
 
 def test_one_vector_from_the_cache_is_what_the_model_would_encode(tmp_path, pages, models):
