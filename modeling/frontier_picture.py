@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+COLORS = [f"C{number}" for number in range(10) if number != 7]
+"""Of methods: those of matplotlib without the grey, which the legend uses."""
 
 SIZES = (0.5, 5.0, 50.0)
 """Milliseconds that the legend shows."""
@@ -31,7 +35,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     across = {"full model": ("-", "0.25"), "BM25": ("--", "0.5")}
     datasets = list(dict.fromkeys(row["dataset"] for row in rows))
     families = list(dict.fromkeys(_family(row) for row in rows if row["system"] not in across))
-    colors = {name: f"C{number}" for number, name in enumerate(families)}
+    colors = dict(zip(families, itertools.cycle(COLORS), strict=False))
     figure, axes = plt.subplots(len(datasets), 1, figsize=(6.25, 0.5 + 4.1 * len(datasets)), squeeze=False)
     for axis, dataset in zip(axes[:, 0], datasets, strict=True):
         mine = [row for row in rows if row["dataset"] == dataset]
@@ -67,8 +71,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
             marker = "D" if "rerank" in row["system"] else "o"
             axis.scatter(place, value, s=size, marker=marker, facecolors="none", edgecolors="0.1", lw=1, zorder=3)
             name = row["system"].partition(", ")[2]  # the colour says what stands before
-            axis.annotate(name, (place, value), (0, -13), textcoords="offset points", fontsize=6, ha="center")
+            above: dict[str, Any] = {"textcoords": "offset points", "ha": "right"}  # where no row of a front can lie
+            axis.annotate(name, (place, value), (-(size**0.5) / 2, 4), fontsize=6.5, **above)
         axis.set_xscale("log")
+        axis.margins(x=0.1)
         axis.set_title(f"{dataset}, {mine[0]['split']}", fontsize=9, loc="left", pad=4)
         axis.set_ylabel("nDCG@10 (95 % interval)", fontsize=8)
         axis.tick_params(labelsize=8)

@@ -27,6 +27,7 @@ from polyrep.cli import main
 from polyrep.data import load_retrieval_dataset
 from polyrep.evaluation import evaluate
 from polyrep.fitting import REHEARSED, SHARE, Lessons, Subject, cloze, fit_within, in_measured_fifth, judged
+from polyrep.frontier_picture import area, draw
 from polyrep.hub import load
 from polyrep.recommendation import fronts, parse_budget, recommend
 from polyrep.report import write_results
@@ -482,6 +483,28 @@ def test_results_go_to_the_picture_that_is_given(tmp_path, late):
     drawn = []
     write_results(late[1], tmp_path, picture=lambda results, path: drawn.append(path.name))
     assert drawn == ["frontier-pages.png"]
+
+
+def test_the_picture_joins_the_front_and_rings_its_rows(tmp_path, monkeypatch):
+    rows, _ = table()
+    rows += [{"system": "BM25", "value": 0.4, "bytes_per_document": 5, "search_ms_p50": 0.1}]
+    rows += [{"system": "poor, rerank 50", "value": 0.81, "bytes_per_document": 1010, "search_ms_p50": 3.0}]
+    for row, found in zip(rows, fronts(rows), strict=True):
+        row |= {"pareto": found, "metric": "nDCG@10", "dataset": "d", "split": "test"}
+    figures = []
+    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
+    draw({"rows": rows}, tmp_path / "x.png")
+    monkeypatch.undo()
+    (axis,) = figures[0].axes
+    joined = [line for line in axis.lines if line.get_drawstyle() == "steps-post"]
+    front = sorted((r for r in rows if "bytes" in r["pareto"]), key=lambda r: r["bytes_per_document"])
+    expected = [[r["bytes_per_document"], r["value"]] for r in front]
+    assert [line.get_xydata().tolist() for line in joined] == [expected] and len(front) == 6
+    rings = [part for part in axis.collections if not len(part.get_facecolors())]
+    assert [ring.get_offsets()[0].tolist() for ring in rings] == expected
+    across = [line.get_ydata()[0] for line in axis.lines if list(line.get_xdata()) == [0, 1]]
+    assert across == [0.8, 0.4]  # the full model and BM25
+    assert area(0.2) < area(2) < area(200)
 
 
 def test_two_data_sets_have_rows_of_their_own(tmp_path, pages, models):
