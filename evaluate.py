@@ -1,6 +1,7 @@
 """Measure models: ``python evaluate.py MODEL --dataset PATH_OR_ID --mteb NAME [--flag value ...]``.
 
-The same as ``polyrep evaluate``; one of ``--dataset`` and ``--mteb`` is enough.
+The same as ``polyrep evaluate``; one of ``--dataset`` and ``--mteb`` is enough. With ``--frontier`` it compares every
+way to make the index of one MODEL smaller.
 """
 
 import sys

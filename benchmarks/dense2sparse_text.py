@@ -22,26 +22,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model
 from scipy.sparse import csr_matrix
-from sentence_transformers import SentenceTransformer, SparseEncoder
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
-from sentence_transformers.sparse_encoder.losses import CSRLoss
-from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 from tqdm import tqdm
 from transformers import AutoModel, HfArgumentParser, set_seed
 
 from polyrep.cache import Embeddings
 from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.evaluation import per_query_metrics, table_rows
-from polyrep.files import staged_folder, write_json
-from polyrep.heads import HeadData, HeadTrainer, Side, encode_side, encode_sparse
+from polyrep.heads import HeadData, Side, encode_side
 from polyrep.hub import fastest_dtype, fetch, fingerprint, load, read_json
 from polyrep.objectives import info_nce
-from polyrep.recipes import HeadTrainingArguments
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import Ranking, rank_embeddings, rank_with_bm25
 from polyrep.scoring import tie_ranks
+from polyrep.sparsify import (
+    CSR_BATCH,
+    CSR_RATE,
+    CSR_SIZES,
+    CSR_STEPS,
+    OPERATING_POINTS,
+    csr,
+    fit_module,
+    pruned,
+    with_csr,
+    with_head,
+)
 from polyrep.training import train as train_run
 
 ROOT = Path(__file__).parent.parent
@@ -51,14 +59,11 @@ CODE = [*sorted((ROOT / "modeling" / "dense2sparse").glob("*.py")), ROOT / "mode
 
 CONTROL = ["--control", "caption"]
 LABELS = ["--label_weight", "0.5"]
-OPERATING_POINTS = {"48/128 words": (48, 128), "12/128 words": (12, 128)}
-"""Words kept of a query and of a document: the best on dev with FLOPs of at most 5 and of at most 1 on every set."""
 WIDE, NARROW = OPERATING_POINTS
 
 SETTINGS_TRIED = 90
 """On dev: 30 first sketches, the levers below, 46 operating points; and 14 settings of CSR, 4 of the adapter."""
 
-CSR_SIZES = (32, 64, 128)
 HYBRID_WEIGHTS = np.arange(0.1, 1.0, 0.1)
 
 ABLATIONS: dict[str, dict[str, list[str]]] = {
@@ -134,7 +139,7 @@ class Bench:
     """One data set with its cached vectors, and everything that can be fitted to them."""
 
     run = RUN
-    rival_steps, rival_batch = 300, 128
+    rival_steps, rival_batch = CSR_STEPS, CSR_BATCH
 
     def __init__(self, args: Arguments, source: str, model: SentenceTransformer):
         self.args, self.source, self.model = args, source, model
@@ -205,44 +210,20 @@ class Bench:
             model: Any = SentenceTransformer(modules=[module], device="cpu")
             objective: Any = MaskedContrastiveLoss(model)
         else:
-            # As the library's own, but normalised inside, since vectors of unit length hardly move it, and without its
-            # contrastive part, which cost quality on dev; its scores are cosines for the same reason.
-            module = SparseAutoEncoder(dim, hidden_dim=4 * dim, k=size, k_aux=dim, normalize=True)
-            model = SparseEncoder(modules=[module], device="cpu")
-            objective = CSRLoss(model, gamma=0.0)
+            module, objective = csr(dim, size)
         steps = (
             self.rival_steps
             if "--max_steps" not in self.flags
             else int(self.flags[self.flags.index("--max_steps") + 1])
         )
-        rate = 3e-4 if kind == "adapter" else 1e-2  # the best on dev of 1e-4 to 1e-3, and of 1e-3 to 3e-2
+        rate = 3e-4 if kind == "adapter" else CSR_RATE  # the former the best on dev of 1e-4 to 1e-3
 
         def fit(folder: Path) -> None:
             set_seed(seed)
             data = HeadData(labels=labels)
             data.add(self.model, self.split("train"), **self.options)
-            with staged_folder(folder) as staged:
-                arguments = HeadTrainingArguments(
-                    output_dir=str(staged / "trainer"),
-                    max_steps=steps,
-                    per_device_train_batch_size=min(self.rival_batch, len(data)),
-                    learning_rate=rate,
-                    warmup_steps=20,
-                    max_grad_norm=5.0,
-                    save_strategy="no",
-                    logging_steps=100,
-                    report_to="none",
-                    use_cpu=True,
-                    seed=seed,
-                    remove_unused_columns=False,
-                    dataloader_drop_last=True,
-                )
-                trainer = HeadTrainer(
-                    objective=objective, args=arguments, train_dataset=data, data_collator=data.collate
-                )
-                trainer.train()
-                save_model(module, str(staged / "module.safetensors"))
-                write_json(staged / "training.json", {"log": trainer.state.log_history})
+            options = {"steps": steps, "rate": rate, "batch": self.rival_batch, "seed": seed}
+            fit_module(module, objective, data, folder, **options)
 
         folder = self.fitted(kind, {"seed": seed, "size": size, "labels": labels, "rate": rate, "steps": steps}, fit)
         load_model(module, folder / "module.safetensors")
@@ -254,42 +235,6 @@ class Bench:
         """Exact search, with further figures for the row."""
         ranking = rank_embeddings(system, queries, documents, self.ranks, similarity=similarity)
         return replace(ranking, costs=ranking.costs | extra)
-
-
-def with_head(head: Any, side: Side, task: str, expand: bool = True) -> Embeddings:
-    """Encode with a Dense2Sparse head, keeping every word that a document can hold, a third of the vocabulary."""
-    config = head.config
-    config.document_top_k = config.query_top_k = config.mass = config.min_weight = None
-    ids = ("input_ids", "attention_mask")
-    what: dict[str, Any] = {"modality": "text" if side.tokens is not None else "image", "compact": True}
-    compact = encode_sparse(
-        lambda f: head(f["sentence_embedding"], *map(f.get, ids), task, expand=expand, **what).sentence_embedding, side
-    )
-    terms = head.expansion_terms.numpy().astype(np.int32)
-    return replace(compact, indices=terms[compact.indices], dim=config.vocab_size)
-
-
-def pruned(embeddings: Embeddings, words: int | None = None, mass: float | None = None) -> Embeddings:
-    """What the head's own pruning leaves (a test holds both to the same result), without encoding again."""
-    lengths = embeddings.lengths
-    text_of = np.repeat(np.arange(len(embeddings)), lengths)
-    heaviest_first = np.lexsort((-embeddings.values.astype(np.float32), text_of))
-    values = embeddings.values[heaviest_first].astype(np.float64)
-    place = np.arange(len(values)) - np.repeat(embeddings.offsets[:-1], lengths)
-    keep = place < (words or embeddings.dim)
-    if mass is not None:
-        before = np.cumsum(values) - values
-        before -= np.repeat(before[np.minimum(embeddings.offsets[:-1], len(values) - 1)], lengths)
-        total = np.bincount(text_of, values, minlength=len(embeddings))
-        keep &= before < mass * total[text_of]
-    kept = heaviest_first[keep]
-    counts = np.bincount(text_of[keep], minlength=len(embeddings))
-    return replace(
-        embeddings,
-        values=embeddings.values[kept],
-        indices=embeddings.indices[kept],
-        offsets=np.concatenate([[0], np.cumsum(counts)]),
-    )
 
 
 def readability(side: Side, documents: Embeddings, special: list[int]) -> dict[str, float]:
@@ -460,12 +405,7 @@ def measure(args: Arguments, bench: Bench, split: str, weights: dict[str, float]
             hybrid("dense + Dense2Sparse", all_scores(*best), out.cost(f"{variant}, {WIDE}", "bytes_per_document"))
         for size in sizes if seed == args.seeds[0] else []:
             module = bench.rival("csr", seed, size, labels=False)
-            sides = [
-                encode_sparse(
-                    lambda f, m=module: m({"sentence_embedding": f["sentence_embedding"]})["sentence_embedding"], side
-                )
-                for side in (queries, documents)
-            ]
+            sides = [with_csr(module, side) for side in (queries, documents)]
             add(bench.ranking(f"CSR, {size} dims", *sides, similarity="cosine"))
         if not args.quick:
             adapter: Any = bench.rival("adapter", seed)

@@ -24,25 +24,21 @@ from typing import Any
 import numpy as np
 import torch
 from bundle import bundle
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from scipy.cluster import hierarchy
-from scipy.spatial.distance import squareform
 from sentence_transformers import MultiVectorEncoder
-from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling
 from tqdm import tqdm
 from transformers import AutoModel, HfArgumentParser, set_seed
 
 from polyrep.cache import Embeddings, embed
 from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.evaluation import per_query_metrics, table_rows
-from polyrep.files import staged_folder, write_json
+from polyrep.files import write_json
 from polyrep.heads import HeadData, HeadTrainer, TokenSide, encode_tokens
 from polyrep.hub import fastest_dtype, fetch, fingerprint, load, read_json
+from polyrep.pooling import LADDER, Pool, by_head, hierarchical_clusters, hierarchical_shares, hierarchically, pooled
 from polyrep.recipes import HeadTrainingArguments, resolve
 from polyrep.reinpool import ReinPoolConfig, ReinPoolModel, SoftGateObjective
 from polyrep.report import provenance, write_results
-from polyrep.retrievers import Ranking, mean_of_tokens, rank_embeddings, sum_of_tokens
+from polyrep.retrievers import Ranking, keep_ranking, mean_of_tokens, rank_embeddings, sum_of_tokens
 from polyrep.scoring import tie_ranks
 from polyrep.training import train as train_run
 
@@ -51,7 +47,6 @@ THREADS = torch.get_num_threads()  # now: training may raise it
 RUN = ROOT / "hub_configs" / "reinpool-minilm"
 CODE = [*sorted((ROOT / "modeling" / "reinpool").glob("[mo]*.py")), ROOT / "modeling" / "heads.py"]
 
-LADDER = (1, 2, 4, 8, 16, 32)
 BINARY = (1, 4, 16, 32)
 KEPT_DEPTH = 100
 """Documents of a ranking that are kept: as many as the metrics read."""
@@ -137,7 +132,8 @@ class HierarchicalProjection(SoftGateObjective):
         index, mask = features[1]["index"].cpu().numpy(), features[1]["attention_mask"].cpu()
 
         def assign(tokens: torch.Tensor, weights: torch.Tensor, number: int) -> torch.Tensor:
-            return self.bench.hierarchical_shares(index, mask, number).to(tokens.device)
+            shares = hierarchical_shares(self.bench.documents, self.bench.hierarchical_clusters, index, mask, number)
+            return shares.to(tokens.device)
 
         self.model.assign = assign  # type: ignore[method-assign]
         return super().forward(features, labels)
@@ -265,103 +261,25 @@ class Bench:
 
     @cached_property
     def hierarchical_clusters(self) -> dict[int, np.ndarray]:
-        """Cluster of every token at every number of vectors, by the linkage that HierarchicalTokenPooling uses.
-
-        Its own ``pool_one`` makes the linkage anew for each number; one linkage cut at all of them gives the same,
-        which is checked on documents spread over the corpus.
-        """
+        """Cluster of every token at every number of vectors, by the linkage that HierarchicalTokenPooling uses."""
         folder = Path(self.args.cache_dir) / "clusters" / f"{self.documents.path.name}"
-        numbers = [k for k in LADDER if k > 1]
-        if not folder.exists():
-            tokens, offsets = self.documents.values, self.documents.offsets
-            found = {k: np.zeros(len(tokens), np.int8) for k in numbers}
-            checked = set(np.linspace(0, len(self.documents) - 1, 20).astype(int).tolist())
-            for i in tqdm(range(len(self.documents)), desc=f"{self.name}, hierarchical"):
-                part = slice(offsets[i], offsets[i + 1])
-                vectors = torch.from_numpy(np.array(tokens[part], np.float32))
-                if len(vectors) == 1:
-                    continue
-                distances = (1 - vectors @ vectors.T).clamp_(0, 2).numpy()
-                tree = hierarchy.linkage(squareform(distances, checks=False), method="ward")
-                for k in numbers:
-                    cut = hierarchy.fcluster(tree, t=k, criterion="maxclust") - 1
-                    found[k][part] = np.unique(cut, return_inverse=True)[1]
-                    if i in checked and len(vectors) > k:
-                        factor = len(vectors) / (k + 0.5)
-                        stock = HierarchicalTokenPooling(factor, num_protected_tokens=0).pool_one(vectors)
-                        members = torch.from_numpy(found[k][part]) == torch.arange(k)[:, None]  # (clusters, tokens)
-                        ours = torch.nn.functional.normalize(members.float() @ vectors, dim=-1)
-                        assert torch.allclose(stock, ours[: len(stock)], atol=1e-4), (i, k)
-            with staged_folder(folder) as staged:
-                save_file({str(k): torch.from_numpy(v) for k, v in found.items()}, staged / "clusters.safetensors")
-        stored = load_file(folder / "clusters.safetensors")
-        return {int(k): v.numpy() for k, v in stored.items()}
-
-    def hierarchical_shares(self, rows: np.ndarray, mask: torch.Tensor, number: int) -> torch.Tensor:
-        """1 where a token is in a cluster: ``(documents, number, tokens)``, for documents by their place."""
-        clusters = torch.full(mask.shape, -1)
-        if number == 1:
-            clusters[mask] = 0
-        else:
-            offsets = self.documents.offsets
-            parts = [self.hierarchical_clusters[number][offsets[i] : offsets[i + 1]] for i in rows]
-            clusters[mask] = torch.from_numpy(np.concatenate(parts)).long()
-        return (clusters[:, None] == torch.arange(number)[:, None]).float()
+        return hierarchical_clusters(self.documents, LADDER, folder)
 
     # Pooling: each gives every document's vectors, for some numbers of vectors
 
-    def _batches(self) -> Iterable[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
-        side = TokenSide(self.documents)
-        order = np.argsort(self.documents.lengths, kind="stable")
-        for start in range(0, len(order), 256):
-            features = side.features(order[start : start + 256])
-            yield order[start : start + 256], features["token_embeddings"], features["attention_mask"]
-
-    def pooled(
-        self, pool: Callable[..., dict[int, tuple[torch.Tensor, torch.Tensor]]], binary: bool = False
-    ) -> dict[int, Embeddings]:
+    def pooled(self, pool: Pool, binary: bool = False) -> dict[int, Embeddings]:
         """Run ``pool(rows, tokens, mask)`` over the corpus: number of vectors -> embeddings of kind tokens."""
-        found: dict[int, list[tuple[np.ndarray, torch.Tensor, torch.Tensor]]] = {}
-        with torch.inference_mode():
-            for rows, tokens, mask in tqdm(self._batches(), desc=f"{self.name}, pool", leave=False):
-                for number, (vectors, there) in pool(rows, tokens, mask).items():
-                    if binary:
-                        vectors = torch.where(vectors >= 0, 1.0, -1.0) * vectors.shape[-1] ** -0.5
-                    found.setdefault(number, []).append((rows, vectors.half(), there))
-        result = {}
-        for number, parts in found.items():
-            rows = np.concatenate([rows for rows, _, _ in parts])
-            back = torch.from_numpy(np.argsort(rows))
-            vectors = torch.cat([v for _, v, _ in parts])[back]
-            there = torch.cat([t for _, _, t in parts])[back]
-            offsets = np.concatenate([[0], there.sum(1).cumsum(0).numpy()])
-            result[number] = replace(self.documents, values=vectors[there].numpy(), offsets=offsets)
-        return result
+        return pooled(self.documents, pool, binary=binary, desc=f"{self.name}, pool")
 
     def by_head(self, folder: Path, numbers: Iterable[int], **kwargs: Any) -> dict[int, Embeddings]:
         """Pooled by a fitted head."""
-        head: ReinPoolModel = AutoModel.from_pretrained(folder).eval()
-
-        def pool(rows: np.ndarray, tokens: torch.Tensor, mask: torch.Tensor) -> dict:
-            weights = head.decide(head.keep_logits(tokens, mask), mask)
-            pools = {k: head.pool(tokens, weights, k) for k in numbers}
-            return {k: (head.fold(vectors), there) for k, (vectors, there) in pools.items()}
-
-        return self.pooled(pool, **kwargs)
+        return self.pooled(by_head(AutoModel.from_pretrained(folder).eval(), numbers), **kwargs)
 
     def hierarchical(self, numbers: Iterable[int], folder: Path | None = None, **kwargs: Any) -> dict[int, Embeddings]:
         """HierarchicalTokenPooling without a protected token, and through the projection of a head where given."""
         head: ReinPoolModel | None = AutoModel.from_pretrained(folder).eval() if folder else None
-
-        def pool(rows: np.ndarray, tokens: torch.Tensor, mask: torch.Tensor) -> dict:
-            result = {}
-            for k in numbers:
-                shares = self.hierarchical_shares(rows, mask, k)
-                vectors, there = torch.nn.functional.normalize(shares @ tokens, dim=-1), shares.any(-1)
-                result[k] = (head.fold(vectors) if head else vectors, there)
-            return result
-
-        return self.pooled(pool, **kwargs)
+        clusters = self.hierarchical_clusters
+        return self.pooled(hierarchically(self.documents, clusters, numbers, head), **kwargs)
 
     def random(self, numbers: Iterable[int], seed: int) -> dict[int, Embeddings]:
         """Token vectors drawn at random."""
@@ -398,7 +316,8 @@ class Bench:
         dataset = self.split(split)
         depends = {"key": key, "split": split, "documents": self.documents.path.name, "data": dataset.qrels}
         path = Path(self.args.cache_dir) / "rankings" / f"{self.name}-{_digest(depends)}.safetensors"
-        if not path.is_file():
+
+        def make() -> Ranking:
             queries, found = self.queries(split), documents()
             if single:
                 queries = sum_of_tokens(queries)
@@ -407,17 +326,9 @@ class Bench:
             costs = made.costs | {"vectors_per_document": float(found.lengths.mean())}
             if bits:
                 costs["bytes_per_document"] = costs["vectors_per_document"] * found.dim / 8 + (0 if single else 8)
-            with staged_folder(path.parent / f"{path.stem}-new") as staged:
-                tensors = {
-                    "positions": torch.from_numpy(made.positions[:, :KEPT_DEPTH].copy()),
-                    "scores": torch.from_numpy(made.scores[:, :KEPT_DEPTH].copy()),
-                }
-                save_file(tensors, staged / "ranking", metadata={"costs": json.dumps(costs)})
-            (path.parent / f"{path.stem}-new" / "ranking").replace(path)
-            (path.parent / f"{path.stem}-new").rmdir()
-        with safe_open(path, framework="numpy") as stored:
-            costs = json.loads(stored.metadata()["costs"])
-            return Ranking(system, stored.get_tensor("positions"), stored.get_tensor("scores"), costs)
+            return replace(made, costs=costs)
+
+        return keep_ranking(path, system, make, KEPT_DEPTH)
 
 
 def _digest(content: Any) -> str:

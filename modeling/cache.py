@@ -142,6 +142,46 @@ def embed(
     return embeddings
 
 
+def store(
+    model: Encoder,
+    texts: Mapping[str, Any],
+    vectors: np.ndarray,
+    *,
+    task: Literal["query", "document"],
+    cache_dir: str | Path,
+    name: str = "texts",
+    dtype: str = "float16",
+) -> Embeddings:
+    """Put vectors that are known already where :func:`embed` looks for those of ``model``, so that nothing is encoded.
+
+    Args:
+        model: A model with one vector a text, which would give these vectors.
+        texts: Id -> text, in the order of the vectors.
+        vectors: ``(texts, dim)``.
+        task: As for :func:`embed`.
+        cache_dir: Likewise.
+        name: Likewise.
+        dtype: Likewise.
+
+    Raises:
+        InputError: There are not as many vectors as texts, or one is not finite in ``dtype``.
+    """
+    if len(vectors) != len(texts):
+        raise InputError(f"{name}: {len(vectors)} vectors for {len(texts)} texts. Pass one for each.")
+    key = cache_key(model, texts, task=task, kind="sentence", dtype=dtype)
+    path = Path(cache_dir) / f"{name}-{task}-sentence-{_digest(key)[:12]}"
+    if not path.exists():
+        with np.errstate(over="ignore"):  # refused below, by the id of its text
+            values = np.ascontiguousarray(vectors, dtype)
+        _refuse_not_finite(values, None, list(texts), dtype)
+        with staged_folder(path) as staged:
+            (staged / "values.bin").write_bytes(values.data)
+            arrays = {"values": (dtype, list(values.shape))}
+            manifest = {"format": FORMAT, "key": key, "dim": values.shape[1], "arrays": arrays, "seconds": 0.0}
+            write_json(staged / "manifest.json", manifest)
+    return open_cache(path, key)
+
+
 def open_cache(path: str | Path, key: dict[str, Any] | None = None) -> Embeddings:
     """Open a cache folder, refusing one that is foreign, truncated, or made for another ``key``.
 

@@ -46,6 +46,10 @@ class EvaluationArguments:
             "bm25 nor --token_pooling, --dtype, --reference have a part in them."
         },
     )
+    frontier: bool = field(
+        default=False,
+        metadata={"help": "Instead: every way to make one MODEL's index smaller; `MODEL --frontier --help` has more."},
+    )
     split: str = field(default="test", metadata={"help": "Split of the judgments; choose settings on dev, not test."})
     baselines: str = field(default="bm25", metadata={"help": "Comma-separated: bm25, minilm, any model; or none."})
     token_pooling: list[str] = field(
@@ -93,6 +97,10 @@ def evaluate(argv: list[str], *, prog: str = "polyrep evaluate", untrusted: Coll
     Raises:
         InputError: A model, data set or flag cannot be used.
     """
+    if any(word.partition("=")[0] == "--frontier" for word in argv):
+        from .frontier import frontier  # with all that fits heads: an ordinary table need not wait for it
+
+        return frontier(argv, prog=prog, untrusted=untrusted)
     about = "Measure MODELs and print the table; write it as JSON, Markdown and PNG with --output."
     wanted = "Folders, Hub ids, or minilm; bm25 needs no model."
     args, models = parse(EvaluationArguments, argv, prog, about, "MODEL", wanted, nargs="+")
@@ -114,9 +122,9 @@ def evaluate(argv: list[str], *, prog: str = "polyrep evaluate", untrusted: Coll
     systems = list(dict.fromkeys([*baselines, *models]))
     # Whatever can be refused is refused before hours of encoding.
     names = [display_name(system) for system in systems]
-    _refuse_doubles(systems, names)
+    refuse_doubles(systems, names)
     tasks = list(dict.fromkeys(label for suite in suites for label in (*suite.tasks, suite.name)))
-    _refuse_doubles([*args.dataset, *tasks], [*(dataset.name for dataset in datasets), *tasks])
+    refuse_doubles([*args.dataset, *tasks], [*(dataset.name for dataset in datasets), *tasks])
     reference = args.reference or display_name(baselines[-1] if baselines else systems[0])
     _refuse_unknown(reference.partition(", ")[0], names)  # a comma and what follows name a pooling
     weights = fastest_dtype(args.model_dtype)
@@ -387,8 +395,8 @@ def _resampled_means(values: np.ndarray, seed: int, resamples: int) -> np.ndarra
     return np.concatenate([values[generator.integers(len(values), size=(n, len(values)))].mean(axis=1) for n in sizes])
 
 
-def _refuse_doubles(sources: Sequence[str], names: Sequence[str]) -> None:
-    """Rows are told apart by name: of two sources with one name, both rows would show the numbers of one of them."""
+def refuse_doubles(sources: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse two sources of one name: rows are told apart by it, so both would show the numbers of one of them."""
     for name in names:
         if names.count(name) > 1:
             twins = [source for source, other in zip(sources, names, strict=True) if other == name]

@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ _NONE: dict[str, Any] = {"value": 0}
 _CLAIM = {"claim": str, "value": (int, float), "target": (int, float, type(None)), "met": (bool, type(None))}
 
 
-def write_results(results: dict[str, Any], output: Path | None) -> str:
+def write_results(
+    results: dict[str, Any], output: Path | None, picture: Callable[[dict[str, Any], Path], None] | None = None
+) -> str:
     """Check results against the shared layout and write ``<name>.json``, ``.md`` and, where there are sizes, ``.png``.
 
     Args:
@@ -54,8 +57,11 @@ def write_results(results: dict[str, Any], output: Path | None) -> str:
             ``system`` it is of. Optionally ``axis``, the cost that the
             picture sets quality against (default ``bytes_per_document``); ``drawn``, the families of systems (what
             stands before a comma) that it shows, none for no picture; and ``gap``, two systems from which a second
-            axis counts 0 and 1.
+            axis counts 0 and 1. Also optional: ``recommendations``, each with a ``text`` and its ``dataset``;
+            ``failures``, each a ``system``, its ``dataset`` and the ``reason`` why it has no row; ``notes``, sentences
+            below the tables.
         output: Folder to write to; None writes nothing.
+        picture: Draws results into a file; default: :func:`draw`.
 
     Returns:
         The Markdown.
@@ -70,7 +76,7 @@ def write_results(results: dict[str, Any], output: Path | None) -> str:
             write_json(staged / f"{results['name']}.json", results)
             write_text(staged / f"{results['name']}.md", markdown)
             if results.get("drawn") != [] and _points(results):
-                draw(results, staged / f"{results['name']}.png")
+                (picture or draw)(results, staged / f"{results['name']}.png")
     return markdown
 
 
@@ -97,6 +103,8 @@ def to_markdown(results: dict[str, Any]) -> str:
                 by_system.setdefault(row["system"], {})[row["metric"]] = row
         best_first = sorted(by_system.items(), key=lambda item: item[1].get("nDCG@10", _NONE)["value"], reverse=True)
         table = [_table_cells(system, metrics) for system, metrics in best_first]
+        failed = [entry for entry in results.get("failures", []) if entry["dataset"] == dataset]
+        table += [{"system": e["system"], "nDCG@10": f"failed: {e['reason'][:200]}".replace("|", "/")} for e in failed]
         columns = dict.fromkeys(column for cells in table for column in cells)
         used = [column for column in columns if any(cells.get(column) for cells in table)]
         first = next(iter(by_system.values()))
@@ -105,6 +113,8 @@ def to_markdown(results: dict[str, Any]) -> str:
         lines += [f"## {dataset}, {split}{note}", ""]
         lines += ["| " + " | ".join(used) + " |", "|" + "---|" * len(used)]
         lines += ["| " + " | ".join(cells.get(column, "") for column in used) + " |" for cells in table] + [""]
+        advice = [entry["text"] for entry in results.get("recommendations", []) if entry["dataset"] == dataset]
+        lines += [f"- {text}" for text in advice] + [""] * bool(advice)
     if results["claims"]:
         lines += ["| claim | value | target | met |", "|---|---|---|---|"]
         lines += [
@@ -120,6 +130,8 @@ def to_markdown(results: dict[str, Any]) -> str:
             f"{', '.join(sorted(references))}; p: paired two-sided bootstrap, Holm-corrected within each table.",
             "",
         ]
+    for note in results.get("notes", []):
+        lines += [note, ""]
     lines += [
         f"Made by `{results['command']}` on {results['hardware']}, commit {commit}, {versions}; "
         f"seeds {results['seeds']}, settings tried: {results['settings_tried']}.",
@@ -303,7 +315,11 @@ def _table_cells(system: str, metrics: dict[str, dict[str, Any]]) -> dict[str, s
         "std of log variance": _or(main.get("log_variance_std"), ".3f"),
         "top 10 moved": _or(main.get("test_rank_change"), ".0%"),
         "encode docs/s": _or(main.get("encode_docs_per_s"), ",.0f"),
-        "search ms (p50 / p99)": " / ".join(latency) if all(latency) else "",
+        "search ms (p50 / p99)": " / ".join(latency) + (" from disk" if main.get("from_memory_map") else "")
+        if all(latency)
+        else "",
+        "fit s": _or(main.get("fit_seconds"), ".0f"),
+        "front": ", ".join(main.get("pareto", [])),
     }
 
 

@@ -5,13 +5,19 @@ Each returns a :class:`Ranking`: what it found for every query, and what that co
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling
 from tqdm import tqdm
 
@@ -27,6 +33,8 @@ DEPTH = 1000
 TIMED_QUERIES = 32
 TIMED_DOCUMENTS = 128
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Ranking:
@@ -38,12 +46,14 @@ class Ranking:
         scores: ``(queries, depth)`` their scores.
         costs: Figures for the table; see :func:`costs_of`. ``search_ms`` is one query alone through exact search,
             reading the index from its memory map included; with ``encode_docs_per_s`` it depends on the machine.
+        seconds: ``(queries,)`` what each query took alone, NaN where it was not timed; None where nobody asked.
     """
 
     system: str
     positions: np.ndarray
     scores: np.ndarray
     costs: dict[str, float] = field(default_factory=dict)
+    seconds: np.ndarray | None = None
 
 
 def bytes_per_document(
@@ -156,9 +166,9 @@ def rank_embeddings(
     timed = []
     for row in np.linspace(0, len(queries) - 1, min(TIMED_QUERIES, len(queries))).astype(int):
         started = time.perf_counter()
-        exact_search(_row(queries, int(row)), documents, ranks, **options)
+        exact_search(row_of(queries, int(row)), documents, ranks, **options)
         timed.append(time.perf_counter() - started)
-    return Ranking(system, positions, scores, costs_of(queries, documents) | _latency(timed))
+    return Ranking(system, positions, scores, costs_of(queries, documents) | latency(timed))
 
 
 def rank_with_bm25(dataset: RetrievalDataset, depth: int | None = None) -> Ranking:
@@ -197,7 +207,39 @@ def rank_with_bm25(dataset: RetrievalDataset, depth: int | None = None) -> Ranki
         "flops": flops(askings / len(queries), postings / len(dataset.corpus)),
         "encode_docs_per_s": len(dataset.corpus) / seconds,
     }
-    return Ranking("BM25", np.stack(positions), np.stack(scores), costs | _latency(timed))
+    return Ranking("BM25", np.stack(positions), np.stack(scores), costs | latency(timed), np.array(timed))
+
+
+def keep_ranking(path: Path, system: str, make: Callable[[], Ranking], depth: int) -> Ranking:
+    """A ranking from the file ``path``, made and kept there first if it is missing or cannot be read.
+
+    Args:
+        path: A ``.safetensors`` file, which appears once it is whole.
+        system: Name of the row.
+        make: Makes the ranking.
+        depth: Documents of a query that are kept.
+    """
+    if path.is_file():
+        try:
+            with safe_open(path, framework="numpy") as stored:
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+                costs = json.loads(stored.metadata()["costs"])
+            return Ranking(system, tensors["positions"], tensors["scores"], costs, tensors.get("seconds"))
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            logger.warning("%s is damaged (%s), so its row is made again.", path, error)
+    made = make()
+    positions, scores = (np.ascontiguousarray(part[:, :depth]) for part in (made.positions, made.scores))
+    tensors = {"positions": positions, "scores": scores}
+    if made.seconds is not None:
+        tensors["seconds"] = made.seconds
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(tensors, partial, metadata={"costs": json.dumps(made.costs, allow_nan=False)})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return replace(made, system=system, positions=positions, scores=scores)
 
 
 def costs_of(queries: Embeddings, documents: Embeddings) -> dict[str, float]:
@@ -223,7 +265,7 @@ def costs_of(queries: Embeddings, documents: Embeddings) -> dict[str, float]:
     return {"bytes_per_document": bytes_per_document("dense", dtype, dims=documents.dim)}
 
 
-def _row(embeddings: Embeddings, row: int) -> Embeddings:
+def row_of(embeddings: Embeddings, row: int) -> Embeddings:
     """One text of a cache as a cache of its own."""
     if embeddings.offsets is None:
         return replace(embeddings, values=embeddings.values[row : row + 1])
@@ -269,7 +311,8 @@ def _hierarchical(documents: Embeddings, vectors: int) -> Embeddings:
     return replace(documents, values=np.concatenate(pooled).astype(documents.values.dtype), offsets=offsets)
 
 
-def _latency(seconds: list[float]) -> dict[str, float]:
+def latency(seconds: Sequence[float]) -> dict[str, float]:
+    """Median and 99th percentile of seconds, in milliseconds."""
     return {
         "search_ms_p50": 1000 * float(np.percentile(seconds, 50)),
         "search_ms_p99": 1000 * float(np.percentile(seconds, 99)),

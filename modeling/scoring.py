@@ -150,13 +150,114 @@ def exact_search(
                     raise InputError(
                         "a score is not finite, so no ranking exists. The embeddings are damaged or overflow."
                     )
-                best = torch.cat([best, _sort_keys(scores.cpu(), rank_of[members])], dim=1)
+                best = torch.cat([best, sort_keys(scores.cpu(), rank_of[members])], dim=1)
                 best = best.topk(min(k, best.shape[1]), dim=1).values
             found.append(best)
             progress.update(stop - start)
     best = torch.cat(found)
-    scores = _scores_of(best)
+    scores = scores_of(best)
     return position_of[0xFFFFFFFF - (best & 0xFFFFFFFF)].numpy(), scores.numpy()
+
+
+def rescore(
+    queries: Embeddings,
+    documents: Embeddings,
+    positions: np.ndarray,
+    ranks: np.ndarray,
+    *,
+    similarity: str,
+    device: str | torch.device = "cpu",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Order the documents that a first stage found for each query by the model's own score.
+
+    All documents of a query are scored at once, from their vectors side by side, without padding.
+
+    Args:
+        queries: Encoded queries, of kind ``sentence`` or ``tokens``.
+        documents: Encoded documents of the same kind; of these only what ``positions`` names is read.
+        positions: ``(queries, candidates)`` places of documents in the corpus.
+        ranks: ``(documents,)`` what decides ties; see :func:`tie_ranks`.
+        similarity: As for :func:`exact_search`.
+        device: Where to compute.
+
+    Returns:
+        Positions and scores, each ``(queries, candidates)``, best first.
+
+    Raises:
+        InputError: The two sides do not fit together, or a score is not finite.
+    """
+    if (queries.kind, queries.dim) != (documents.kind, documents.dim) or queries.kind == "sparse":
+        raise InputError(
+            f"rescore: queries are {queries.kind} of width {queries.dim}, documents {documents.kind} of width "
+            f"{documents.dim}. Pass both sides of one model that has dense vectors."
+        )
+    found = torch.empty(positions.shape, device=device)
+    for row, candidates in enumerate(positions):
+        found[row] = _score_candidates(queries, documents, row, candidates, similarity, device)
+    if not torch.isfinite(found).all():
+        raise InputError("a score is not finite, so no ranking exists. The embeddings are damaged or overflow.")
+    keys = sort_keys(found.cpu(), torch.from_numpy(ranks[positions]))
+    order = keys.argsort(dim=1, descending=True)
+    return positions[np.arange(len(positions))[:, None], order.numpy()], scores_of(keys.gather(1, order)).numpy()
+
+
+def _score_candidates(
+    queries: Embeddings,
+    documents: Embeddings,
+    row: int,
+    candidates: np.ndarray,
+    similarity: str,
+    device: str | torch.device,
+) -> Tensor:
+    """Scores ``(candidates,)`` of some documents for the query at ``row``."""
+    if queries.offsets is None or documents.offsets is None:
+        pairwise = SimilarityFunction.to_similarity_pairwise_fn(similarity)
+        query, vectors = (
+            torch.from_numpy(np.asarray(values, np.float32)).to(device)
+            for values in (queries.values[row : row + 1], documents.values[candidates])
+        )
+        return pairwise(query.expand(len(vectors), -1), vectors)
+    query = torch.from_numpy(np.asarray(queries.values[slice(*queries.offsets[row : row + 2])], np.float32))
+    lengths = documents.lengths[candidates]
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    # Places of all tokens of all candidates, side by side: (tokens,)
+    places = np.repeat(documents.offsets[candidates] - bounds[:-1], lengths) + np.arange(bounds[-1])
+    tokens = torch.from_numpy(np.asarray(documents.values[places], np.float32)).to(device)
+    return maxsim_of_flat(query.to(device), tokens, torch.from_numpy(bounds), similarity)[:, 0]
+
+
+def maxsim_of_flat(
+    query: Tensor, tokens: Tensor, bounds: Tensor, similarity: str, owner: Tensor | None = None
+) -> Tensor:
+    """MaxSim of queries and documents whose vectors lie side by side, without padding.
+
+    Args:
+        query: ``(vectors of all queries, dim)``.
+        tokens: ``(vectors of all documents, dim)``.
+        bounds: ``(documents + 1,)`` where each document's vectors start and end.
+        similarity: ``maxsim`` or ``meanmaxsim``.
+        owner: ``(vectors of all queries,)`` number of the query that each belongs to; default: one query.
+
+    Returns:
+        ``(documents, queries)`` in float32.
+    """
+    _refuse_similarity(similarity)
+    owner = torch.zeros(len(query), dtype=torch.int64) if owner is None else owner
+    count = int(owner[-1]) + 1 if len(owner) else 1
+    best = torch.segment_reduce(tokens @ query.T, "max", offsets=bounds.to(tokens.device), axis=0)
+    owner = owner.to(tokens.device)
+    scores = torch.zeros(len(best), count, device=tokens.device).index_add_(1, owner, best)  # (documents, queries)
+    if similarity == "meanmaxsim":
+        scores = scores / owner.bincount(minlength=count).clamp(min=1)
+    empty = (bounds.diff() == 0).to(tokens.device)
+    return scores.masked_fill(empty[:, None], EMPTY_DOCUMENT_SCORE)
+
+
+def _refuse_similarity(similarity: str) -> None:
+    if similarity not in ("maxsim", "meanmaxsim"):
+        raise InputError(
+            f"similarity {similarity!r} is for one vector a text; several vectors take maxsim or meanmaxsim."
+        )
 
 
 def tie_ranks(document_ids: list[str]) -> np.ndarray:
@@ -166,7 +267,7 @@ def tie_ranks(document_ids: list[str]) -> np.ndarray:
     return ranks
 
 
-def _sort_keys(scores: Tensor, ranks: Tensor) -> Tensor:
+def sort_keys(scores: Tensor, ranks: Tensor) -> Tensor:
     """Pack score and tie rank into one integer that sorts as the pair does, so that one top-k decides both.
 
     Bits of a float32 read as an integer sort like the float if it is positive and backwards if it is negative.
@@ -176,7 +277,8 @@ def _sort_keys(scores: Tensor, ranks: Tensor) -> Tensor:
     return (ordered.long() << 32) | (0xFFFFFFFF - ranks)
 
 
-def _scores_of(keys: Tensor) -> Tensor:
+def scores_of(keys: Tensor) -> Tensor:
+    """The scores that were packed by :func:`sort_keys`, in float32."""
     ordered = (keys >> 32).int()
     return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
 
@@ -218,10 +320,7 @@ def _score_tokens(
     similarity: str,
     device: str | torch.device,
 ) -> _Scored:
-    if similarity not in ("maxsim", "meanmaxsim"):
-        raise InputError(
-            f"similarity {similarity!r} is for one vector a text; several vectors take maxsim or meanmaxsim."
-        )
+    _refuse_similarity(similarity)
     assert queries.offsets is not None
     bounds = queries.offsets[start : stop + 1]
     batch = torch.from_numpy(queries.values[bounds[0] : bounds[-1]].astype(np.float32)).to(device)

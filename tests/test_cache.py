@@ -523,3 +523,26 @@ def test_only_leftovers_of_this_machine_and_of_dead_processes_are_removed(tmp_pa
     with files.staged_folder(tmp_path / "x"):
         pass
     assert names(tmp_path) == sorted([*kept, "x"])
+
+
+# Vectors that are known already
+
+
+def test_stored_vectors_are_found_instead_of_encoded(tmp_path, monkeypatch, sentence_model):
+    texts = {"a": "one file", "b": "two ports"}
+    vectors = np.arange(64, dtype=np.float32).reshape(2, 32)
+    where = {"task": "document", "cache_dir": tmp_path, "name": "known"}
+    stored = cache.store(sentence_model, texts, vectors, **where)
+    monkeypatch.setitem(cache._ENCODERS, "sentence", None)  # nothing can be encoded any more
+    found = embed(sentence_model, texts, **where)
+    assert found.path == stored.path and found.dim == 32 and found.values.dtype == np.float16
+    np.testing.assert_array_equal(found.values, vectors)
+
+
+@pytest.mark.parametrize(
+    "vectors,message", [(np.ones((3, 4)), "3 vectors for 2 texts"), (np.array([[1.0], [1e9]]), "'b'.*not finite")]
+)
+def test_vectors_that_cannot_be_stored_are_refused(tmp_path, sentence_model, vectors, message):
+    with pytest.raises(InputError, match=message):
+        cache.store(sentence_model, {"a": "x", "b": "y"}, vectors, task="document", cache_dir=tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -46,12 +46,16 @@ def texts_of(embeddings: Embeddings) -> list[np.ndarray]:
 
 def brute_force(query: np.ndarray, document: np.ndarray, similarity: str) -> float:
     if similarity in ("maxsim", "meanmaxsim"):
+        if not len(document):
+            return scoring.EMPTY_DOCUMENT_SCORE
         total = sum(max(float(q @ d) for d in document) for q in query)
         return total / (len(query) if similarity == "meanmaxsim" else 1)
     if similarity == "cosine":
         return float(query @ document / (np.linalg.norm(query) * np.linalg.norm(document)))
     if similarity == "euclidean":
         return -float(np.linalg.norm(query - document))
+    if similarity == "manhattan":
+        return -float(np.abs(query - document).sum())
     return float(query @ document)
 
 
@@ -102,9 +106,9 @@ def test_ties_go_to_the_higher_document_id_also_at_the_cut(monkeypatch):
 
 def test_sort_keys_keep_the_order_of_every_sign_and_the_score_itself():
     scores = torch.tensor([[-torch.finfo(torch.float32).max, -2.0, -1e-30, 0.0, 1e-30, 1.5, 3e38]])
-    keys = scoring._sort_keys(scores, torch.arange(7))
+    keys = scoring.sort_keys(scores, torch.arange(7))
     assert (keys.diff() > 0).all()
-    torch.testing.assert_close(scoring._scores_of(keys), scores, rtol=0, atol=0)
+    torch.testing.assert_close(scoring.scores_of(keys), scores, rtol=0, atol=0)
 
 
 def test_a_document_without_vectors_comes_last():

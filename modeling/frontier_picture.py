@@ -1,0 +1,102 @@
+"""The picture of the frontier command: quality against bytes, with the time of a query as the area of a marker."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+COLORS = [f"C{number}" for number in range(10) if number != 7]
+"""Of methods: those of matplotlib without the grey, which the legend uses."""
+
+SIZES = (0.5, 5.0, 50.0)
+"""Milliseconds that the legend shows."""
+
+
+def area(milliseconds: float) -> float:
+    """Area of a marker in square points: by the logarithm of the time, since rows differ a thousandfold."""
+    return float(10 + 40 * np.clip(np.log10(max(milliseconds, 1e-3) / 0.1), 0, 4))
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """A panel per data set: a colour per method, diamonds for two stages, rings on the front, which a line joins.
+
+    The full model and BM25 are lines across, since every row is to be read against them.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
+
+    rows = [row for row in results["rows"] if row["metric"] == "nDCG@10"]
+    across = {"full model": ("-", "0.25"), "BM25": ("--", "0.5")}
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    families = list(dict.fromkeys(_family(row) for row in rows if row["system"] not in across))
+    colors = dict(zip(families, itertools.cycle(COLORS), strict=False))
+    figure, axes = plt.subplots(len(datasets), 1, figsize=(6.25, 0.5 + 4.1 * len(datasets)), squeeze=False)
+    for axis, dataset in zip(axes[:, 0], datasets, strict=True):
+        mine = [row for row in rows if row["dataset"] == dataset]
+        for row in mine:
+            if row["system"] in across:
+                style, shade = across[row["system"]]
+                axis.axhline(row["value"], ls=style, color=shade, lw=1, zorder=1)
+                name = f"{row['system']}, {_bytes(row['bytes_per_document'])}"
+                where: dict[str, Any] = {"transform": axis.get_yaxis_transform(), "ha": "left", "va": "bottom"}
+                axis.text(0.006, row["value"], name, fontsize=7, **where)
+                continue
+            staged = "rerank" in row["system"]
+            low, high = row.get("interval", [row["value"]] * 2)
+            place, color = row["bytes_per_document"], colors[_family(row)]
+            axis.plot([place, place], [low, high], color=color, lw=0.6, alpha=0.35, zorder=1)
+            axis.scatter(
+                place,
+                row["value"],
+                s=area(row["search_ms_p50"]),
+                marker="D" if staged else "o",
+                color=color,
+                alpha=0.8,
+                linewidths=0,
+                zorder=2,
+            )
+        front = sorted(
+            (row for row in mine if "bytes" in row.get("pareto", [])), key=lambda row: row["bytes_per_document"]
+        )
+        places, values = [row["bytes_per_document"] for row in front], [row["value"] for row in front]
+        axis.step(places, values, where="post", color="0.2", lw=0.8, zorder=1.5)
+        areas = [area(row["search_ms_p50"]) + 14 for row in front]
+        for row, place, value, size in zip(front, places, values, areas, strict=True):
+            marker = "D" if "rerank" in row["system"] else "o"
+            axis.scatter(place, value, s=size, marker=marker, facecolors="none", edgecolors="0.1", lw=1, zorder=3)
+            name = row["system"].partition(", ")[2]  # the colour says what stands before
+            above: dict[str, Any] = {"textcoords": "offset points", "ha": "right"}  # where no row of a front can lie
+            axis.annotate(name, (place, value), (-(size**0.5) / 2, 4), fontsize=6.5, **above)
+        axis.set_xscale("log")
+        axis.margins(x=0.1)
+        axis.set_title(f"{dataset}, {mine[0]['split']}", fontsize=9, loc="left", pad=4)
+        axis.set_ylabel("nDCG@10 (95 % interval)", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25, which="major")
+    axes[-1, 0].set_xlabel("bytes per document", fontsize=8)
+    grey: dict[str, Any] = {"color": "0.45", "ls": "none"}
+    handles = [Line2D([], [], marker="o", ls="none", color=colors[name], label=name, ms=5) for name in families]
+    handles += [
+        Line2D([], [], marker="D", label="two stages", ms=4.5, **grey),
+        Line2D([], [], marker="o", mfc="none", mec="0.1", ls="-", color="0.2", lw=0.8, label="front", ms=6.5),
+    ]
+    handles += [Line2D([], [], marker="o", label=f"{ms:g} ms", ms=area(ms) ** 0.5, **grey) for ms in SIZES]
+    figure.legend(handles=handles, loc="upper center", ncols=5, frameon=False, fontsize=7.5, handletextpad=0.3)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.5 / figure.get_figheight()))
+    figure.savefig(path, dpi=144)
+    plt.close(figure)
+
+
+def _family(row: dict[str, Any]) -> str:
+    """What stands before the first comma: the method."""
+    return str(row["system"].partition(", ")[0])
+
+
+def _bytes(size: float) -> str:
+    return f"{size:,.0f} bytes"
