@@ -711,7 +711,7 @@ class HeadTrainer(Trainer):
         return self.optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         self.finish()
         self.objective.model.save_pretrained(folder)
         if own := self._own_weights():

@@ -208,9 +208,11 @@ def save(model: Encoder | PreTrainedModel, folder: str | Path, *, card: str | No
     """
     folder = Path(folder)
     with staged_folder(folder, merge=True) as staged:
-        # The library's own card would run the model for its examples, only to be replaced.
-        plain = {"create_model_card": False} if card is not None and isinstance(model, Encoder) else {}
-        model.save_pretrained(str(staged), **plain)
+        if isinstance(model, Encoder) and card is not None:
+            # The library's own card would run the model for its examples, only to be replaced.
+            model.save_pretrained(str(staged), create_model_card=False)
+        else:
+            model.save_pretrained(str(staged))
         localize(staged)
         if card is not None:
             from .cards import render_card  # which needs what is above

@@ -160,7 +160,7 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
             shutil.rmtree(path)
         started = time.perf_counter()
         try:
-            if any(parameter.requires_grad for parameter in trainer.model.parameters()):
+            if not plan.head or any(part.requires_grad for part in trainer.objective.parameters()):
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
             if plan.head:
                 trainer.finish()

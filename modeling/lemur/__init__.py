@@ -1,13 +1,15 @@
-"""LEMUR: read ``modeling_lemur.py`` for what it is, then ``objective.py`` for how it is learned."""
+"""LEMUR: read ``modeling_lemur.py`` for what it is, ``objective.py`` for how it is learned, then ``index.py``."""
 
 from __future__ import annotations
 
 from .. import Graph, Room, register
+from .index import LemurIndex
 from .modeling_lemur import LemurConfig, LemurModel, LemurOutput, LemurPooling, ridge_solution, token_maxima
 from .objective import LemurObjective
 
 __all__ = [
     "LemurConfig",
+    "LemurIndex",
     "LemurModel",
     "LemurObjective",
     "LemurOutput",

@@ -203,7 +203,7 @@ class LemurModel(PreTrainedModel):
             self.register_buffer("document_mean", torch.zeros(config.latent_dim))
             self.register_buffer("document_map", torch.zeros(config.latent_dim, config.rank))
             self.register_buffer("query_map", torch.zeros(config.latent_dim, config.rank))
-        self._solved: tuple[object, Tensor] | None = None
+        self._solved: tuple[object, tuple[Tensor, Tensor]] | None = None
         self.post_init()
 
     def _init_weights(self, module):
@@ -303,13 +303,31 @@ class LemurModel(PreTrainedModel):
             if task == "query":
                 seen = self.features(tokens)
                 made = (seen if mask is None else seen * mask[..., None]).sum(1) / self.config.query_scale
-                if self.config.embedding_dim < self.config.latent_dim:
-                    made = made @ self.query_map[:, : self.config.embedding_dim]
+                made = self.reduce(made, task, self.config.embedding_dim)
             else:
                 solution, constant = self._solution()
                 values = (token_maxima(self.anchors, tokens, mask) - self.target_mean) / self.target_std
                 made = values @ solution - constant
         return LemurOutput(sentence_embedding=made)
+
+    def reduce(self, vectors: Tensor, task: str, embedding_dim: int) -> Tensor:
+        """Vectors of all features as the first of the directions that matter.
+
+        A head with that ``embedding_dim`` gives the same at once.
+
+        Args:
+            vectors: ``(texts, latent_dim)`` of queries or of documents.
+            task: Of which.
+            embedding_dim: How many directions, up to the config's rank; or latent_dim for no change.
+
+        Returns:
+            ``(texts, embedding_dim)``.
+        """
+        if embedding_dim == self.config.latent_dim:
+            return vectors
+        if task == "query":
+            return vectors @ self.query_map[:, :embedding_dim]
+        return (vectors - self.document_mean) @ self.document_map[:, :embedding_dim]
 
     def _solution(self) -> tuple[Tensor, Tensor]:
         """What takes standardised maxima at the anchors to a document's vector, made anew after any change.
@@ -335,7 +353,7 @@ class LemurModel(PreTrainedModel):
         return solution.to(self.anchors), constant.to(self.anchors)
 
     def solve(self) -> Tensor:
-        """:func:`ridge_solution` of the anchors' features: ``(anchors, latent_dim)`` in float64, on the CPU if need be.
+        """:func:`ridge_solution` of the anchors' features: ``(anchors, latent_dim)`` in float64.
 
         Raises:
             ValueError: The head is not fitted, or the system is singular.
@@ -360,8 +378,8 @@ class LemurModel(PreTrainedModel):
         if tokens.ndim != 3 or tokens.shape[-1] != config.token_dim:
             raise ValueError(
                 f"{name}: token vectors of shape {tuple(tokens.shape)}, but the head was made for (texts, tokens, "
-                f"{config.token_dim}). Use the encoder it was fitted to ({config.base_model_id or 'not recorded'}), or "
-                "fit a head to this one."
+                f"{config.token_dim}). Use the encoder it was fitted to ({config.base_model_id or 'not recorded'}), "
+                "or fit a head to this one."
             )
         if mask is not None and mask.shape != tokens.shape[:2]:
             raise ValueError(f"{name}: a mask of shape {tuple(mask.shape)} for tokens {tuple(tokens.shape)}.")
@@ -427,9 +445,9 @@ class LemurPooling(Module):
         for place, row in enumerate(rows):
             if row.ndim != 2 or row.shape[1] != config.token_dim:
                 raise ValueError(
-                    f"LemurPooling: {task} {place} has shape {tuple(row.shape)}, but the head was made for (tokens, "
-                    f"{config.token_dim}). Use the encoder it was fitted to ({config.base_model_id or 'not recorded'}),"
-                    " or fit a head to this one."
+                    f"LemurPooling: {task} {place} has shape {tuple(row.shape)}, not (tokens, "
+                    f"{config.token_dim}). Use the encoder it was fitted to "
+                    f"({config.base_model_id or 'not recorded'}), or fit a head to this one."
                 )
         if not rows:
             return torch.empty(0, config.embedding_dim)

@@ -1,11 +1,11 @@
 """How LEMUR is fitted to cached token vectors: psi by gradient descent, everything else in closed form.
 
 Psi learns what MaxSim needs of a token vector x by predicting, for a sample of documents at once, the largest inner
-product of x with any of the document's vectors (section 3 of the paper). The layer that makes the predictions, one row a
-document, is then thrown away: the same rows, better ones and for all documents, follow from psi by least squares.
+product of x with any of the document's vectors (section 3 of the paper). The layer that makes the predictions, a row
+a document, is then thrown away: the same rows, better ones and for all documents, follow from psi by least squares.
 
-Token vectors to learn from are those that the query encoder gives, since it is queries that psi will see: of queries if
-there are any, and of the corpus read as if it were queries (``--queries texts``).
+Token vectors to learn from are those that the query encoder gives, since it is queries that psi will see: of queries
+if there are any, and of the corpus read as if it were queries (``--queries texts``).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class LemurObjective(nn.Module):
         for name, value in self.settings.items():
             if value < 2:
                 raise InputError(f"--{name} {value}: nothing can be learned from that. Use 2 or more.")
-        self.model = model
+        self.model: Any = model  # whose buffers are typed as Tensor | Module
         self.readout: nn.Linear | None = None
         self.samples: tuple[Tensor, Tensor, Tensor] | None = None
         if model.config.feature_type == "elm":
@@ -113,8 +113,8 @@ class LemurObjective(nn.Module):
         if rank < config.rank:
             if config.embedding_dim not in (config.latent_dim, *range(1, rank + 1)):
                 raise InputError(
-                    f"--embedding_dim {config.embedding_dim}: {len(documents)} documents differ in {rank} directions at "
-                    f"most. Use --embedding_dim {rank} or fewer, or leave it out."
+                    f"--embedding_dim {config.embedding_dim}: {len(documents)} documents differ in {rank} directions "
+                    f"at most. Use --embedding_dim {rank} or fewer, or {config.latent_dim}."
                 )
             logger.warning(
                 "%s directions were asked for, but %s documents have %s.", config.rank, len(documents), rank
