@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_model
 from sentence_transformers.util import quantize_embeddings
+from torch import Tensor
 from transformers import AutoModel, set_seed
 
 from .cache import Embeddings
 from .fitting import Subject, code_digest, costs_of_fit, fit_run, fitted
 from .heads import HeadData
 from .hub import fastest_dtype
+from .lemur import LemurModel, LemurPooling
 from .muvera import Muvera
 from .pooling import LADDER, by_head, hierarchical_clusters, hierarchically, pooled
 from .retrievers import bytes_per_document, mean_of_tokens, sum_of_tokens
@@ -42,6 +44,9 @@ FULL = "full model"
 ONE_BIT = (1, 4, 16, 32)
 STAGES = (1, 8)
 """Numbers of vectors at which pooled documents are a first stage, too."""
+
+LEMUR_DIMS = (2048, 512, 256, 128)
+"""Of the features themselves, and of the directions that matter most."""
 
 BLOCK = 2**18
 """Vectors that are quantised at a time."""
@@ -166,21 +171,33 @@ def reinpool(on: Subject) -> Iterator[Candidate]:
 
 
 def lemur(on: Subject) -> Iterator[Candidate]:
-    """A LEMUR head: one wide vector whose inner product follows MaxSim."""
+    """A LEMUR head: one vector whose inner product follows MaxSim, at several widths."""
     code = METHODS["lemur"].fit_digest()
-    for dim in (2048, 512):
 
-        def make(dim: int = dim) -> Encoded:
-            from .lemur import LemurModel  # type: ignore[import-not-found,unused-ignore]
+    def make() -> tuple[LemurModel, dict[str, Tensor], dict[str, float]]:
+        folder = fit_run(on, "lemur-minilm", [], code)
+        head = LemurPooling.from_pretrained(str(folder), embedding_dim=LEMUR_DIMS[0]).model.eval()
+        sides = {
+            "query": head.encode_query_tokens(on.queries.values, on.queries.offsets),
+            "document": head.encode_document_tokens(on.documents.values, on.documents.offsets),
+        }
+        return head, sides, costs_of_fit(folder.parent)
 
-            folder = fit_run(on, "lemur-minilm", ["--latent_dim", str(dim)], code)
-            head = LemurModel.from_pretrained(folder).eval()
-            with torch.inference_mode():
-                queries = _as_vectors(on.queries, head.encode_query_tokens, np.float32)
-                documents = _as_vectors(on.documents, head.encode_document_tokens)
-            return Encoded(queries, documents, "dot", costs_of_fit(folder.parent))
+    made = Once(make)
 
-        yield from _precisions(f"LEMUR, {dim}", Once(make))
+    def row(dim: int, precision: str | None) -> Encoded:
+        head, sides, costs = made()
+        with torch.inference_mode():
+            queries, documents = (head.reduce(vectors, task, dim).cpu().numpy() for task, vectors in sides.items())
+        found = replace(on.documents, kind="sentence", values=documents.astype(np.float16), offsets=None, dim=dim)
+        asked = replace(on.queries, kind="sentence", values=queries, offsets=None, dim=dim)
+        return quantised(Encoded(asked, found, "dot", costs), precision)
+
+    for dim in LEMUR_DIMS:
+        yield Candidate(f"LEMUR, {dim}", partial(row, dim, None), dim != 256)
+        for name, precision in PRECISIONS.items():
+            if precision == "int8" or dim == 512:
+                yield Candidate(f"LEMUR, {dim}, {name}", partial(row, dim, precision), (dim, name) == (512, "int8"))
 
 
 def muvera(on: Subject) -> Iterator[Candidate]:
@@ -317,13 +334,6 @@ def quantised(row: Encoded, precision: str | None) -> Encoded:
 
 def _lazily_quantised(make: Callable[[], Encoded], precision: str) -> Encoded:
     return quantised(make(), precision)
-
-
-def _precisions(system: str, made: Once[Encoded]) -> Iterator[Candidate]:
-    """A vector in half precision, one byte and one bit."""
-    yield Candidate(system, made, True)
-    for name, precision in PRECISIONS.items():
-        yield Candidate(f"{system}, {name}", partial(_lazily_quantised, made, precision), True)
 
 
 def _one_vector(on: Subject, documents: Embeddings, costs: dict[str, float] | None = None) -> Encoded:

@@ -389,7 +389,7 @@ def test_a_fit_learns_and_its_folder_opens_as_one_dense_model(fitted, run):
     assert found.shape == (len(DOCUMENTS), 3)
     encoder = MultiVectorEncoder(run[1][2], device="cpu")
     pooling = LemurPooling.from_pretrained(str(fitted / "head"))
-    assert pooling.model.config.base_fingerprint == fingerprint(run[1][2])
+    assert pooling.model.config.base_fingerprint == fingerprint(Path(run[1][2]))
     tokens = encoder.encode_document(list(DOCUMENTS.values()))
     np.testing.assert_allclose(pooling.pool(tokens, task="document").numpy(), found, atol=1e-4)
     asked = encoder.encode_query(list(QUERIES.values()))
