@@ -20,6 +20,9 @@ COSTS = {"bytes": "bytes_per_document", "ms": "search_ms_p50"}
 LEVEL = 0.05
 """A difference with a corrected p-value below this is called significant."""
 
+NEAR = 0.05
+"""Costs within this share of each other are called about the same."""
+
 
 def parse_budget(text: str) -> Budget:
     """Read ``bytes=256``, ``ms=5``, or both with a comma between.
@@ -159,10 +162,14 @@ def _against(row: Mapping[str, Any], full: Mapping[str, Any]) -> str:
     time, full_time = row[COSTS["ms"]], full[COSTS["ms"]]
     kept = f"It keeps {100 * row['value'] / full['value']:.0f} % of" if full["value"] else "Beside"
     ratio = full_size / size
-    bytes_ = f"1/{ratio:.0f} of the bytes" if ratio >= 1.5 else f"{_times(1 / ratio)} times the bytes"
     speed = full_time / time
+    bytes_ = f"at 1/{ratio:.0f} of the bytes" if ratio >= 1.5 else f"at {_times(1 / ratio)} times the bytes"
     pace = f"{_times(speed)} times as fast" if speed >= 1 else f"taking {_times(1 / speed)} times as long"
-    return f"{kept} the full model's {full['value']:.3f} at {bytes_}, {pace}"
+    if abs(ratio - 1) < NEAR:
+        bytes_ = "with about as many bytes"
+    if abs(speed - 1) < NEAR:
+        pace = "about as fast"
+    return f"{kept} the full model's {full['value']:.3f} {bytes_}, {pace}"
 
 
 def _times(ratio: float) -> str:

@@ -444,6 +444,16 @@ def test_the_best_row_within_a_budget_is_named_with_what_it_loses_and_saves():
         assert words in found["text"], words
 
 
+def test_costs_that_are_about_the_same_are_called_so():
+    rows, per_query = table()
+    rows[1] |= {"bytes_per_document": 1030, "search_ms_p50": 10.3}
+    (found,) = recommend(rows[1:2] + rows[:1], per_query, [{"ms": 10.4}], full=FULL)
+    assert found["system"] == FULL
+    rows[1]["value"] = 0.81
+    (found,) = recommend(rows[:2], per_query, [{"ms": 10.4}], full=FULL)
+    assert "with about as many bytes, about as fast" in found["text"]
+
+
 def test_a_significant_loss_is_called_one():
     found = advice("bytes=50")
     assert found["system"] == "fair" and found["as_good_as_full"] is None and found["cheapest"] is None
