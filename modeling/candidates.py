@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -41,7 +42,12 @@ from .sparsify import (
 )
 
 FULL = "full model"
-ONE_BIT = (1, 4, 16, 32)
+LEARNED = ("ReinPool", "LEMUR", "Dense2Sparse")
+"""Methods of this package that learn, by what stands before a comma in their rows."""
+
+QUANTISED = (1, 4, 16, 32)
+"""Numbers of vectors that are quantised, too."""
+
 STAGES = (1, 8)
 """Numbers of vectors at which pooled documents are a first stage, too."""
 
@@ -138,19 +144,25 @@ def mean(on: Subject) -> Iterator[Candidate]:
 
 
 def hierarchical(on: Subject) -> Iterator[Candidate]:
-    """Ward clusters of a document's vectors."""
+    """Ward clusters of a document's vectors, in half precision, one byte and one bit."""
 
     def make() -> dict[int, Embeddings]:
         clusters = hierarchical_clusters(on.documents, LADDER, on.kept / "clusters" / on.documents.path.name)
         return pooled(on.documents, hierarchically(on.documents, clusters, LADDER))
 
     made = Once(make)
-    for k in LADDER:  # at one, the clusters are the mean, which is a first stage already
-        yield Candidate(f"hierarchical, {k}", partial(lambda k: _few_vectors(on, made()[k], {}), k), k in STAGES[1:])
+
+    def row(k: int, precision: str | None) -> Encoded:
+        return quantised(_few_vectors(on, made()[k], {}), precision)
+
+    for k in LADDER:  # at one, the clusters are the mean, which has rows of its own
+        yield Candidate(f"hierarchical, {k}", partial(row, k, None), k in STAGES[1:])
+    for k, (name, precision) in product(QUANTISED[1:], PRECISIONS.items()):
+        yield Candidate(f"hierarchical, {k}, {name}", partial(row, k, precision))
 
 
 def reinpool(on: Subject) -> Iterator[Candidate]:
-    """A ReinPool head, at several numbers of vectors, in half precision and one bit."""
+    """A ReinPool head, at several numbers of vectors, in half precision, one byte and one bit."""
     code = METHODS["reinpool"].fit_digest()
 
     def make() -> tuple[dict[int, Embeddings], dict[str, float]]:
@@ -166,8 +178,8 @@ def reinpool(on: Subject) -> Iterator[Candidate]:
 
     for k in LADDER:
         yield Candidate(f"ReinPool, {k}", partial(row, k, None), k in STAGES)
-    for k in ONE_BIT:
-        yield Candidate(f"ReinPool, {k}, one-bit", partial(row, k, "binary"), k == 1)
+    for k, (name, precision) in product(QUANTISED, PRECISIONS.items()):
+        yield Candidate(f"ReinPool, {k}, {name}", partial(row, k, precision), (k, name) == (1, "one-bit"))
 
 
 def lemur(on: Subject) -> Iterator[Candidate]:
@@ -193,7 +205,7 @@ def lemur(on: Subject) -> Iterator[Candidate]:
         asked = replace(on.queries, kind="sentence", values=queries, offsets=None, dim=dim)
         return quantised(Encoded(asked, found, "dot", costs), precision)
 
-    for dim in LEMUR_DIMS:
+    for dim in (dim for dim in LEMUR_DIMS if dim < len(on.documents) or dim == LEMUR_DIMS[0]):
         yield Candidate(f"LEMUR, {dim}", partial(row, dim, None), dim != 256)
         for name, precision in PRECISIONS.items():
             if precision == "int8" or dim == 512:
@@ -210,7 +222,7 @@ def muvera(on: Subject) -> Iterator[Candidate]:
             return Encoded(queries, _as_vectors(on.documents, encoder.documents), "dot")
 
         made, width = Once(make), settings["repetitions"] * 2 ** settings["k_sim"] * 16
-        yield Candidate(f"MUVERA, {width}", made, True)
+        yield Candidate(f"MUVERA, {width}", made, settings["k_sim"] == 5)
         if settings["k_sim"] == 5:
             yield Candidate(f"MUVERA, {width}, one-bit", partial(_lazily_quantised, made, "binary"), True)
 
@@ -262,7 +274,7 @@ def csr_rows(on: Subject) -> Iterator[Candidate]:
             queries, documents = (with_csr(module.eval(), side) for side in sides)
             return Encoded(queries, documents, "cosine", costs_of_fit(folder))
 
-        yield Candidate(f"CSR, {size}", Once(make), True)
+        yield Candidate(f"CSR, {size}", Once(make), size == CSR_SIZES[-1])
 
 
 def quantization(on: Subject) -> Iterator[Candidate]:
@@ -274,7 +286,7 @@ def quantization(on: Subject) -> Iterator[Candidate]:
     if on.kind == "tokens":
         averaged = Once(lambda: _one_vector(on, mean_of_tokens(on.documents)))
         for name, precision in PRECISIONS.items():
-            yield Candidate(f"mean, {name}", partial(_lazily_quantised, averaged, precision), True)
+            yield Candidate(f"mean, {name}", partial(_lazily_quantised, averaged, precision), name == "one-bit")
     for name, precision in PRECISIONS.items():
         yield Candidate(f"{FULL}, {name}", partial(_lazily_quantised, whole, precision), on.kind == "sentence")
 

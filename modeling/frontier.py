@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .benchmarks import hub_source
 from .cache import Embeddings, kind_of
-from .candidates import FULL, METHODS, Candidate, Encoded
+from .candidates import FULL, LEARNED, METHODS, Candidate, Encoded
 from .cli import parse
 from .errors import InputError
 from .evaluation import METRICS, display_name, metric_rows, per_query_metrics, refuse_doubles
@@ -27,7 +27,7 @@ from .fitting import Lessons, Subject, cloze, code_digest, digest, judged
 from .frontier_picture import draw
 from .hub import Encoder, fastest_dtype, fetch, fingerprint, load
 from .ready import DEPTH, held, rank_in_two_stages, rank_when_ready, timed_rows
-from .recommendation import Budget, fronts, parse_budget, recommend
+from .recommendation import Budget, fronts, learned_margins, parse_budget, recommend
 from .report import provenance, write_results
 from .retrievers import Ranking, costs_of, keep_ranking, latency, rank_with_bm25
 
@@ -137,6 +137,7 @@ def frontier(argv: list[str], *, prog: str = "polyrep evaluate", untrusted: Coll
         model.max_seq_length = args.max_length
     rows: list[dict[str, Any]] = []
     recommendations: list[dict[str, Any]] = []
+    claims: list[dict[str, Any]] = []
     failures: list[dict[str, str]] = []
     for path, (dataset, lessons) in zip(args.dataset, parts, strict=True):
         on = Subject(
@@ -154,9 +155,10 @@ def frontier(argv: list[str], *, prog: str = "polyrep evaluate", untrusted: Coll
             trusted,
         )
         measured = measure(on, methods)
-        found, advice = tabulate(on, measured.rankings, budgets)
+        found, advice, margins = tabulate(on, measured.rankings, budgets)
         rows += [row | hub_source(path) for row in found]
         recommendations += advice
+        claims += margins
         failures += measured.failures
     results = {
         "name": args.name or f"frontier-{'-'.join(dataset.name for dataset, _ in parts)}",
@@ -165,7 +167,7 @@ def frontier(argv: list[str], *, prog: str = "polyrep evaluate", untrusted: Coll
         "settings_tried": args.settings_tried,
         "models": {display_name(source): fingerprint(folder)},
         "rows": rows,
-        "claims": [],
+        "claims": claims,
         "recommendations": recommendations,
         "failures": failures,
         "notes": [NOTE, *(lessons.note for _, lessons in parts if lessons.note)],
@@ -283,8 +285,8 @@ def _second_stage(on: Subject, first: Ranking, depth: int, depends: Any, full: l
 
 def tabulate(
     on: Subject, rankings: list[Ranking], budgets: list[Budget]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of one data set with intervals, tests against the full model and fronts; and what fits each budget."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of one data set with intervals, tests against the full model and fronts; advice for each budget; claims."""
     values = {ranking.system: per_query_metrics(on.dataset, ranking) for ranking in rankings}
     stacked = {system: {metric: of[metric][None] for metric in METRICS} for system, of in values.items()}
     costs = {ranking.system: ranking.costs for ranking in rankings}
@@ -295,7 +297,9 @@ def tabulate(
     per_query = {system: of["nDCG@10"] for system, of in values.items()}
     advice = recommend(main, per_query, budgets, full=FULL, seed=on.seed)
     same = f" Rows were chosen and measured on the same {len(on.dataset.queries):,} queries."
-    return rows, [entry | {"dataset": on.dataset.name, "text": entry["text"] + same} for entry in advice]
+    advice = [entry | {"dataset": on.dataset.name, "text": entry["text"] + same} for entry in advice]
+    margins = learned_margins(main, per_query, LEARNED, seed=on.seed)
+    return rows, advice, [entry | {"dataset": on.dataset.name} for entry in margins]
 
 
 def _read(args: FrontierArguments, path: str) -> tuple[Any, Lessons]:

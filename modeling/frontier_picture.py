@@ -11,6 +11,9 @@ import numpy as np
 COLORS = [f"C{number}" for number in range(10) if number != 7]
 """Of methods: those of matplotlib without the grey, which the legend uses."""
 
+APART = 1.15
+"""Two labels on the front stand at least so far apart, as the ratio of their bytes."""
+
 SIZES = (0.5, 5.0, 50.0)
 """Milliseconds that the legend shows."""
 
@@ -67,14 +70,22 @@ def draw(results: dict[str, Any], path: Path) -> None:
         places, values = [row["bytes_per_document"] for row in front], [row["value"] for row in front]
         axis.step(places, values, where="post", color="0.2", lw=0.8, zorder=1.5)
         areas = [area(row["search_ms_p50"]) + 14 for row in front]
+        named = labelled(front)
         for row, place, value, size in zip(front, places, values, areas, strict=True):
-            marker = "D" if "rerank" in row["system"] else "o"
+            staged = "rerank" in row["system"]
+            marker = "D" if staged else "o"
             axis.scatter(place, value, s=size, marker=marker, facecolors="none", edgecolors="0.1", lw=1, zorder=3)
-            name = row["system"].partition(", ")[2]  # the colour says what stands before
-            above: dict[str, Any] = {"textcoords": "offset points", "ha": "right"}  # where no row of a front can lie
-            axis.annotate(name, (place, value), (-(size**0.5) / 2, 4), fontsize=6.5, **above)
+            if row["system"] in named:
+                name = row["system"] if staged else row["system"].partition(", ")[2]  # else the colour says the rest
+                above: dict[str, Any] = {"textcoords": "offset points", "ha": "right"}  # where no row can lie
+                axis.annotate(name, (place, value), (-(size**0.5) / 2, 14 if staged else 4), fontsize=6.5, **above)
         axis.set_xscale("log")
-        axis.margins(x=0.1)
+        axis.margins(x=0.14)
+        floor = _floor(mine, front)
+        if below := [f"{row['system']} {row['value']:.3f}" for row in mine if row["value"] < floor]:
+            axis.set_ylim(bottom=floor)
+            where = {"transform": axis.transAxes, "ha": "right", "va": "bottom", "fontsize": 6.5, "color": "0.3"}
+            axis.text(0.994, 0.01, f"below: {', '.join(below)}", **where)
         axis.set_title(f"{dataset}, {mine[0]['split']}", fontsize=9, loc="left", pad=4)
         axis.set_ylabel("nDCG@10 (95 % interval)", fontsize=8)
         axis.tick_params(labelsize=8)
@@ -91,6 +102,30 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.5 / figure.get_figheight()))
     figure.savefig(path, dpi=144)
     plt.close(figure)
+
+
+def labelled(front: list[dict[str, Any]]) -> set[str]:
+    """Systems of a front that get a label: of those too near to one another for two, the better.
+
+    Args:
+        front: Its rows, in order of their bytes.
+    """
+    kept: list[dict[str, Any]] = []
+    for row in front:  # each better than the one before
+        if kept and row["bytes_per_document"] < APART * kept[-1]["bytes_per_document"]:
+            kept.pop()
+        kept.append(row)
+    return {row["system"] for row in kept}
+
+
+def _floor(rows: list[dict[str, Any]], front: list[dict[str, Any]]) -> float:
+    """Where the vertical axis begins: below all that lies on the front, and below BM25.
+
+    A row far below these would press the others together.
+    """
+    wanted = [*front, *(row for row in rows if row["system"] == "BM25")] or rows
+    low = min(row.get("interval", [row["value"]])[0] for row in wanted)
+    return float(low - 0.1 * (max(row["value"] for row in rows) - low))
 
 
 def _family(row: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .errors import InputError
-from .evaluation import compare
+from .evaluation import bootstrap_interval, compare
 
 Budget = dict[str, float]
 """``bytes`` of a document in the index, ``ms`` of a query alone, or both -> the most that it may be."""
@@ -125,6 +125,41 @@ def recommend(
                 f"{row['value']:.3f} at {amount(unit, row[COSTS[unit]])}."
             )
         found.append(entry | {"text": " ".join(sentences)})
+    return found
+
+
+def learned_margins(
+    rows: Sequence[Mapping[str, Any]],
+    per_query: Mapping[str, np.ndarray],
+    learned: Sequence[str],
+    *,
+    limits: Sequence[int] = (16, 64, 256, 1024, 4096, 16384),
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """What the best learned row within so many bytes gains over the best other row within them.
+
+    Args:
+        rows: As for :func:`recommend`.
+        per_query: Likewise.
+        learned: Methods that count as learned, by what stands before a comma in a system.
+        limits: Bytes of a document. Where none of the two kinds fits, there is no entry.
+        seed: Of the resampling.
+
+    Returns:
+        For each limit a claim: points of nDCG@10 with their interval; met if they are not negative, since that row is
+        then on the front.
+    """
+    found = []
+    for limit in limits:
+        fitting = [row for row in rows if row["bytes_per_document"] <= limit]
+        ours = [row for row in fitting if row["system"].partition(", ")[0] in learned]
+        others = [row for row in fitting if row not in ours]
+        if ours and others:
+            best, rival = (max(part, key=lambda row: row["value"]) for part in (ours, others))
+            gains = 100 * (per_query[best["system"]] - per_query[rival["system"]])
+            entry = {"claim": f"frontier.learned_margin_{limit}", "value": float(gains.mean()), "target": 0.0}
+            entry |= {"interval": list(bootstrap_interval(gains, seed)), "met": bool(gains.mean() >= 0)}
+            found.append(entry | {"learned": best["system"], "rival": rival["system"], "split": best["split"]})
     return found
 
 

@@ -111,14 +111,15 @@ class LemurObjective(nn.Module):
             )
         rank = min(config.rank, len(documents) - 1)
         if rank < config.rank:
-            if config.embedding_dim not in (config.latent_dim, *range(1, rank + 1)):
-                raise InputError(
-                    f"--embedding_dim {config.embedding_dim}: {len(documents)} documents differ in {rank} directions "
-                    f"at most. Use --embedding_dim {rank} or fewer, or {config.latent_dim}."
-                )
             logger.warning(
-                "%s directions were asked for, but %s documents have %s.", config.rank, len(documents), rank
+                "%s directions were asked for, but %s documents differ in %s: so many are kept%s.",
+                config.rank,
+                len(documents),
+                rank,
+                ", and are the vectors" if rank < config.embedding_dim < config.latent_dim else "",
             )
+            if config.embedding_dim < config.latent_dim:
+                config.embedding_dim = min(config.embedding_dim, rank)
         self._resize(len(anchors), rank)
         model = self.model
         model.anchors.copy_(tokens[anchors])
