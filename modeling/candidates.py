@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import AutoModel, set_seed
 
 from .cache import Embeddings
-from .fitting import Subject, code_digest, costs_of_fit, fit_run, fitted
+from .fitting import Subject, code_digest, costs_of_fit, digest, fit_run, fitted
 from .heads import HeadData
-from .hub import fastest_dtype
+from .hub import fastest_dtype, shipped_folder
 from .lemur import LemurModel, LemurPooling
 from .muvera import Muvera
 from .pooling import LADDER, by_head, hierarchical_clusters, hierarchically, pooled
@@ -100,17 +100,20 @@ class Method:
         rows: Lists its rows.
         kinds: Of the models that it applies to.
         code: Files of the package that its rows depend on.
-        fits: Whether it learns from the lessons.
+        run: What is fitted by it: the name of a shipped run, or anything else that tells its settings.
     """
 
     rows: Callable[[Subject], Iterator[Candidate]]
     kinds: tuple[str, ...]
     code: tuple[str, ...] = ()
-    fits: bool = False
+    run: str = ""
 
     def digest(self) -> str:
-        """Hash of the code that its rows depend on."""
-        return code_digest(*COMMON, "fitting.py", *self.code)
+        """Hash of the code and of the recipe that its rows depend on."""
+        recipe = shipped_folder("hub_configs") / self.run
+        files = sorted(recipe.glob("*.*")) if self.run else []
+        learned = ("fitting.py", "training.py", "data.py") if self.run else ()
+        return digest([code_digest(*COMMON, *learned, *self.code), [file.read_text("utf-8") for file in files]])
 
     def fit_digest(self) -> str:
         """Hash of the code that what it fits depends on."""
@@ -147,7 +150,9 @@ def hierarchical(on: Subject) -> Iterator[Candidate]:
     """Ward clusters of a document's vectors, in half precision, one byte and one bit."""
 
     def make() -> dict[int, Embeddings]:
-        clusters = hierarchical_clusters(on.documents, LADDER, on.kept / "clusters" / on.documents.path.name)
+        clusters = hierarchical_clusters(
+            on.documents, LADDER, on.kept / "clusters" / f"{on.documents.path.name}-{LADDER[-1]}"
+        )
         return pooled(on.documents, hierarchically(on.documents, clusters, LADDER))
 
     made = Once(make)
@@ -187,7 +192,9 @@ def lemur(on: Subject) -> Iterator[Candidate]:
     code = METHODS["lemur"].fit_digest()
 
     def make() -> tuple[LemurModel, dict[str, Tensor], dict[str, float]]:
-        folder = fit_run(on, "lemur-minilm", [], code)
+        # MaxSim is its teacher, so that a corpus without queries of its own needs no sentences taken from it.
+        flags = [] if on.lessons.has_queries else ["--queries", "texts"]
+        folder = fit_run(on, "lemur-minilm", flags, code)
         head = LemurPooling.from_pretrained(str(folder), embedding_dim=LEMUR_DIMS[0]).model.eval()
         sides = {
             "query": head.encode_query_tokens(on.queries.values, on.queries.offsets),
@@ -299,11 +306,13 @@ COMMON = ("candidates.py", "ready.py", "retrievers.py", "scoring.py")
 METHODS = {
     "mean": Method(mean, ("tokens",)),
     "hierarchical": Method(hierarchical, ("tokens",), ("pooling.py",)),
-    "reinpool": Method(reinpool, ("tokens",), ("pooling.py", "heads.py", "reinpool"), True),
-    "lemur": Method(lemur, ("tokens",), ("heads.py", "lemur"), True),
+    "reinpool": Method(reinpool, ("tokens",), ("pooling.py", "heads.py", "reinpool"), "reinpool-minilm"),
+    "lemur": Method(lemur, ("tokens",), ("heads.py", "lemur"), "lemur-minilm"),
     "muvera": Method(muvera, ("tokens",), ("muvera.py",)),
-    "dense2sparse": Method(dense2sparse, ("tokens", "sentence"), ("sparsify.py", "heads.py", "dense2sparse"), True),
-    "csr": Method(csr_rows, ("tokens", "sentence"), ("sparsify.py", "heads.py"), True),
+    "dense2sparse": Method(
+        dense2sparse, ("tokens", "sentence"), ("sparsify.py", "heads.py", "dense2sparse"), "dense2sparse-minilm"
+    ),
+    "csr": Method(csr_rows, ("tokens", "sentence"), ("sparsify.py", "heads.py"), "csr"),
     "quantization": Method(quantization, ("tokens", "sentence")),
 }
 """Name of ``--methods`` -> method."""

@@ -55,6 +55,11 @@ class Lessons:
     flags: list[str] = field(default_factory=list)
     note: str = ""
 
+    @property
+    def has_queries(self) -> bool:
+        """Whether the queries are there as a split of the source, not made of its documents."""
+        return "inverse_cloze" not in self.flags
+
 
 @dataclass
 class Subject:
@@ -293,7 +298,9 @@ def fit_run(on: Subject, run: str, flags: list[str], code: str, *, single: bool 
     argv += ["--trust_remote_code", str(on.trust_remote_code or backbone != on.folder)]
     plan = resolve([*argv, "--output_dir", str(on.kept)], prog="polyrep train")
     pairs = len(on.lessons.dataset.queries)
-    batch = min(plan.args.per_device_train_batch_size, pairs)
+    batch = plan.args.per_device_train_batch_size
+    if not hasattr(plan.objective, "planned_rows"):  # else it does not go through pairs
+        batch = min(batch, pairs)
     most = plan.args.max_steps
     if most < 1:
         most = math.ceil(plan.args.num_train_epochs * (pairs // batch))

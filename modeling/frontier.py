@@ -36,10 +36,11 @@ BUDGETS = ["bytes=256", "bytes=1024", "bytes=4096"]
 BM25 = "BM25"
 
 NOTE = (
-    "Search ms: one query alone on an index held ready, in float32 in memory unless the row says otherwise; int8 and "
-    "one-bit rows are timed as they are computed here, after dequantising. Two stages store both and take the time of "
-    "both; they return no more documents than they score again, which bounds their Recall@100. Front: no other row is "
-    "as good at as few bytes (or milliseconds) and better in one of the two."
+    "Search ms: one query alone on an index held ready, in float32 in memory unless the row says otherwise; making "
+    "the query's vectors is no part of it. int8 and one-bit rows are timed as they are computed here, after "
+    "dequantising. Two stages store both and take the time of both; they return no more documents than they score "
+    "again, which bounds their Recall@100. Front: no other row is as good at as few bytes (or milliseconds) and better "
+    "in one of the two."
 )
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,6 @@ class FrontierArguments:
     )
     keep_empty: bool = field(default=False, metadata={"help": "Accept empty texts instead of refusing the data set."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens per text; default: the model's own."})
-    dtype: str = field(default="float16", metadata={"help": "Numbers in the index: float16 or float32."})
     model_dtype: str = field(
         default="auto", metadata={"help": "Weights in memory: float32, bfloat16, float16, or auto for the fastest."}
     )
@@ -149,7 +149,7 @@ def frontier(argv: list[str], *, prog: str = "polyrep evaluate", untrusted: Coll
             Path(args.frontier_cache),
             args.fit_seconds,
             args.seed,
-            args.dtype,
+            "float16",  # as heads give it
             weights,
             args.batch_size,
             trusted,
@@ -206,8 +206,10 @@ def measure(on: Subject, methods: list[str]) -> Measured:
     Raises:
         Exception: Whatever stopped the full model's own row.
     """
-    data = [on.queries.path.name, on.documents.path.name, on.dataset.qrels, on.seed]
-    learned = [on.lessons.dataset.queries, on.lessons.dataset.qrels, on.fit_seconds]
+    # Times are of the machine, the device and the number of threads, and so are fits within a time.
+    machine = [provenance("")["hardware"], str(on.model.device)]
+    data = [on.queries.path.name, on.documents.path.name, on.dataset.qrels, on.seed, machine]
+    learned = [on.lessons.dataset.queries, on.lessons.dataset.qrels, on.lessons.flags, on.fit_seconds]
     jobs = list(_jobs(on, methods, learned))
     out = Measured()
     full: list[Embeddings] = []
@@ -243,11 +245,11 @@ def _jobs(on: Subject, methods: list[str], learned: Any) -> Iterator[Job]:
     whole = Candidate(FULL, lambda: Encoded(on.queries, on.documents, on.similarity))
     yield Job(FULL, code_digest("ready.py", "scoring.py", "retrievers.py"), lambda: _ranked(on, whole))
     if isinstance(next(iter(on.dataset.corpus.values())), str):  # images have no words to find them by
-        yield Job(BM25, code_digest("retrievers.py"), lambda: _bm25(on), True)
+        yield Job(BM25, code_digest("retrievers.py", "ready.py"), lambda: _bm25(on), True)
     for name in methods:
         method = METHODS[name]
         for candidate in method.rows(on):
-            depends = [method.digest(), learned if method.fits else None]
+            depends = [method.digest(), learned if method.run else None]
             yield Job(candidate.system, depends, lambda c=candidate: _ranked(on, c), candidate.first_stage)  # type: ignore[misc]
 
 

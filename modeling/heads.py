@@ -721,6 +721,11 @@ class HeadTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         load_model(self.objective.model, folder / "model.safetensors")
         if own := self._own_weights():
+            if not (folder / OWN_WEIGHTS).is_file():
+                raise InputError(
+                    f"{folder}: lacks {OWN_WEIGHTS}, what {type(self.objective).__name__} learned beside the model, "
+                    "so going on would forget it. Start anew in another --output_dir."
+                )
             self.objective.load_state_dict(own | load_file(folder / OWN_WEIGHTS), strict=False)
 
     def finish(self) -> None:

@@ -200,8 +200,10 @@ def rank_in_two_stages(
         rescore(query, documents, found[row : row + 1], ranks, **options)
         seconds[row] = first.seconds[row] + time.perf_counter() - started
     own = first.costs["bytes_per_document"]
-    fit = ("fit_seconds", "steps")
-    costs: dict[str, float] = {name: first.costs[name] for name in fit if name in first.costs}
+    taken = ("fit_seconds", "steps", "from_memory_map")
+    costs: dict[str, float] = {name: first.costs[name] for name in taken if name in first.costs}
+    if isinstance(documents.values, np.memmap):
+        costs["from_memory_map"] = 1.0
     costs |= {
         "first_stage_bytes": own,
         "bytes_per_document": own + full_bytes,

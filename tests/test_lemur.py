@@ -24,6 +24,7 @@ from torch.nn import functional as F
 import polyrep
 from polyrep import InputError
 from polyrep.data import load_corpus, texts_as_queries
+from polyrep.heads import OWN_WEIGHTS
 from polyrep.hub import fingerprint
 from polyrep.lemur import LemurConfig, LemurIndex, LemurModel, LemurPooling, ridge_solution, token_maxima
 from polyrep.lemur.objective import WINDOW, _sample_windows
@@ -421,6 +422,10 @@ def test_an_interrupted_fit_goes_on_to_the_same_head(fitted, run, tmp_path):
     assert checkpoint.anchors.any() and checkpoint.query_map.any(), "every checkpoint encodes"
     for gone in (out / "final", out / "head", out / "checkpoint-40"):
         shutil.rmtree(gone)
+    learned = (out / "checkpoint-20" / OWN_WEIGHTS).rename(out / "aside")
+    with pytest.raises(InputError, match="lacks objective.safetensors.*Start anew"):
+        train([*flags, "--output_dir", str(out), "--resume_from_checkpoint", "last"], prog="train.py")
+    learned.rename(out / "checkpoint-20" / OWN_WEIGHTS)
     train([*flags, "--output_dir", str(out), "--resume_from_checkpoint", "last"], prog="train.py")
     ours, theirs = (LemurModel.from_pretrained(folder / "head").state_dict() for folder in (out, fitted))
     for name, value in theirs.items():
@@ -480,6 +485,9 @@ def test_learned_tokens_come_in_runs_of_both_sides():
         part = values[runs == run]
         assert len(part) <= WINDOW and (np.diff(part) == 1).all()
     assert len(set(values)) == len(values) and (runs.diff() >= 0).all()
+    # A side whose first run is longer than its share gives none, and the numbers go on.
+    tokens, runs = _sample_windows([side([8], 0), side([3], 100), side([5], 200)], 12, np.random.default_rng(0))
+    assert tokens[:, 0].tolist() == [100, 101, 102, *range(8)] and runs.tolist() == [0] * 3 + [1] * 8
     everything, _ = _sample_windows(sides, 10_000, np.random.default_rng(0))
     assert len(everything) == 218
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.numpy import load_file, save_file
 
 from ..cache import Embeddings
@@ -54,8 +55,8 @@ class LemurIndex:
             InputError: An id is there already, or as many ids as documents there are not; a document has no token,
                 or vectors of another encoder; a number does not fit into 16 bits.
         """
-        known = set(self.ids)
-        doubles = sorted({i for n, i in enumerate(ids) if i in known or i in ids[:n]})
+        seen = set(self.ids)
+        doubles = [i for i in ids if i in seen or seen.add(i)]  # type: ignore[func-returns-value]
         if doubles or len(ids) != len(tokens):
             what = f"id {doubles[0]!r} twice" if doubles else f"{len(ids)} ids for {len(tokens)} documents"
             raise InputError(
@@ -65,7 +66,7 @@ class LemurIndex:
             return
         with np.errstate(over="ignore"):  # refused below
             vectors = self._encode(tokens, "document", fingerprint).astype(np.float16)
-            values = np.concatenate([np.asarray(text, np.float32) for text in tokens]).astype(np.float16)
+            values = _flat(tokens).astype(np.float16)
         if not (np.isfinite(vectors).all() and np.isfinite(values).all()):
             raise InputError(
                 "LemurIndex.add: a vector does not fit into 16 bits, so every score with it would be meaningless. Is "
@@ -103,7 +104,7 @@ class LemurIndex:
         depth = max(k, candidates)
         found, scores = exact_search(asked, _single(self.vectors), ranks, similarity="dot", k=depth)
         if candidates:
-            values = np.concatenate([np.asarray(text, np.float32) for text in queries])
+            values = _flat(queries)
             bounds = np.cumsum([0, *map(len, queries)])
             sides = [_several(values, bounds), _several(self.tokens, self.offsets)]
             found, scores = rescore(sides[0], sides[1], found, ranks, similarity="maxsim")
@@ -151,6 +152,11 @@ class LemurIndex:
                 "indexes. Save it again."
             )
         return index
+
+
+def _flat(texts: Sequence[Any]) -> np.ndarray:
+    """Token vectors of all texts under one another, from whatever device and type they are."""
+    return torch.cat([torch.as_tensor(text).float().cpu() for text in texts]).numpy()
 
 
 def _single(vectors: np.ndarray) -> Embeddings:

@@ -41,7 +41,7 @@ except ImportError:  # AutoModel works without sentence-transformers
 logger = logging.getLogger(__name__)
 
 _BLOCK = 2**25
-"""Numbers in the largest intermediate: 128 MiB."""
+"""Numbers in the largest intermediate of documents, 128 MiB; of queries, whose features are wider, twice that."""
 
 _ANCHORS_AT_ONCE = 1024
 
@@ -342,6 +342,8 @@ class LemurModel(PreTrainedModel):
             if self._solved is None or self._solved[0] != key:
                 with torch.inference_mode(False), torch.no_grad():  # to be used outside it, too
                     self._solved = (key, self._solve())
+        elif self._solved is None:
+            raise RuntimeError("LemurModel: encode a document once before the model is compiled: it solves a system.")
         return self._solved[1]
 
     def _solve(self) -> tuple[Tensor, Tensor]:

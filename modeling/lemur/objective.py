@@ -211,6 +211,7 @@ def _sample_windows(sides: list[TokenSide], wanted: int, draw: np.random.Generat
     """
     found: list[np.ndarray] = []
     runs: list[np.ndarray] = []
+    count = 0
     # The smallest first: what one does not have, the others may give.
     for number, side in enumerate(sorted(sides, key=lambda side: len(side.embeddings.values))):
         offsets = side.embeddings.offsets
@@ -226,7 +227,8 @@ def _sample_windows(sides: list[TokenSide], wanted: int, draw: np.random.Generat
         first, sizes = first[order], sizes[order]
         rows = np.repeat(first - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
         found.append(side.embeddings.values[rows].astype(np.float32))
-        runs.append(np.repeat(np.arange(len(sizes)), sizes) + (runs[-1][-1] + 1 if runs and len(runs[-1]) else 0))
+        runs.append(count + np.repeat(np.arange(len(sizes)), sizes))
+        count += len(sizes)
     return torch.from_numpy(np.concatenate(found)), torch.from_numpy(np.concatenate(runs))
 
 
