@@ -39,8 +39,8 @@ NOTE = (
     "Search ms: one query alone on an index held ready, in float32 in memory unless the row says otherwise; making "
     "the query's vectors is no part of it. int8 and one-bit rows are timed as they are computed here, after "
     "dequantising. Two stages store both and take the time of both; they return no more documents than they score "
-    "again, which bounds their Recall@100. Front: no other row is as good at as few bytes (or milliseconds) and better "
-    "in one of the two."
+    "again, which bounds their Recall@100. Front: no other row is as good at as few bytes (or milliseconds) and "
+    "better in one of the two."
 )
 
 logger = logging.getLogger(__name__)
