@@ -45,7 +45,7 @@ CODE = [
 ]
 
 DIMS = (2048, 512, 256, 128)
-RERANKED = (50, 200)
+RERANKED = 200
 SIZES = (1000, 3000, 10_000, 15_769)
 LARGER = (30_000, 100_000)
 """Sizes reached by copies of the real documents, with noise on their LEMUR vectors: for time only."""
@@ -146,12 +146,12 @@ class Bench:
             "maxsim_top10_in_100": float(self.covered(positions).mean()),
         }
         rankings = [Ranking(system, positions, scores, costs)]
-        for depth in RERANKED if again else ():
+        if again:
             whole = bytes_per_document("multi", dims=self.documents.dim, vectors=float(self.documents.lengths.mean()))
-            first = positions[:, :depth]
+            first = positions[:, :RERANKED]
             second = rescore(self.queries, self.documents, first, self.ranks, similarity="maxsim")
             costs = {"bytes_per_document": costs["bytes_per_document"] + whole}
-            rankings.append(Ranking(f"{system}, rerank {depth}", *second, costs))
+            rankings.append(Ranking(f"{system}, rerank {RERANKED}", *second, costs))
         return rankings
 
     def covered(self, positions: np.ndarray, top: int = 10, first: int = 100) -> np.ndarray:
@@ -280,8 +280,6 @@ def measure(args: Arguments, bench: Bench) -> Measured:
         if seed == args.seeds[0]:
             out.rankings += mean_of_features(opened(folder), bench)
         out.rankings += by_muvera(bench, 20, 5, seed) + by_muvera(bench, 4, 5, seed)
-    folder = fit(args, [bench.source], args.seeds[0], ["--feature_type", "elm"], bench.caches)
-    out.rankings += by_widths(opened(folder), bench, "LEMUR elm", DIMS[:1])[0]
     return out
 
 

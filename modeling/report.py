@@ -308,6 +308,7 @@ def _table_cells(system: str, metrics: dict[str, dict[str, Any]]) -> dict[str, s
         "active dims": _or(main.get("active_dims"), ".1f"),
         "query dims": _or(main.get("query_active_dims"), ".1f"),
         "FLOPs": _or(main.get("flops"), ".2f"),
+        "MaxSim's 10 best in 100": _or(main.get("maxsim_top10_in_100"), ".3f"),
         "own words in top 20": _or(main.get("own_token_share"), ".2f"),
         "layer margin": _or(main.get("layer_margin"), ".2f"),
         "layer saturation": _or(main.get("layer_saturation"), ".3f"),
