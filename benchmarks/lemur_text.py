@@ -383,12 +383,16 @@ def rows_at(embeddings: Embeddings, rows: np.ndarray) -> Embeddings:
     return taken([embeddings], rows)
 
 
-@torch.inference_mode()
 def grow(args: Arguments, model: MultiVectorEncoder) -> list[dict[str, Any]]:
     """Quality, milliseconds and FLOPs of a query, as the corpus grows."""
     pool = Pool(args, model)
     folder = fit(args, args.pooled, args.seeds[0], [], [name for b in pool.benches for name in b.caches])
-    head = opened(folder)
+    return grown(args, pool, opened(folder))
+
+
+@torch.inference_mode()
+def grown(args: Arguments, pool: Pool, head: LemurModel) -> list[dict[str, Any]]:
+    """The rows of :func:`grow`, by a head that is fitted to the whole pool."""
     started = time.perf_counter()
     whole = head.encode_document_tokens(pool.documents.values, pool.documents.offsets)
     encoding = time.perf_counter() - started
