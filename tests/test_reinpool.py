@@ -1227,7 +1227,7 @@ def test_a_corpus_without_queries_trains_on_its_own_sentences(trained, run, tmp_
     assert json.loads((tmp_path / "both" / "training.json").read_text())["pairs"] == {"tiny": 4, "tiny-cloze": 3}
     with pytest.raises(InputError, match="--queries both: ReinforceObjective ranks all texts as one corpus"):
         train([str(run), *both, "--output_dir", str(tmp_path / "twice"), *OBJECTIVES["ReinforceObjective"]])
-    with pytest.raises(InputError, match="--queries 'none': use judged, inverse_cloze or both"):
+    with pytest.raises(InputError, match="--queries 'none': use one of judged, inverse_cloze, both, texts"):
         train([str(run), *flags, "--output_dir", str(tmp_path / "none"), "--queries", "none"])
     with pytest.raises(InputError, match="started with another queries"):
         shutil.copytree(trained["SoftGateObjective"] / "checkpoint-2", tmp_path / "both" / "checkpoint-2")
