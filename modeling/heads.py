@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 
-from .cache import Embeddings, embed
+from .cache import Embeddings, embed, in_memory
 from .data import RetrievalDataset
 from .errors import InputError
 from .noise import narrowed
@@ -104,7 +104,7 @@ def encode_side(
         InputError: The backbone's similarity is neither dot nor cosine.
     """
     if vectors is not None:
-        embeddings = Embeddings("sentence", vectors, None, None, vectors.shape[1], 0.0, Path())
+        embeddings = in_memory(vectors)
     else:
         embeddings = embed(model, texts, task=task, name=name, kind="sentence", **options)
     prompt = (model.prompts or {}).get(task) or None
@@ -711,6 +711,8 @@ class HeadTrainer(Trainer):
         return self.optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:  # newer trainers ask every process
+            return
         folder = Path(output_dir or str(self.args.output_dir))
         self.finish()
         self.objective.model.save_pretrained(folder)

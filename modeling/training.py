@@ -273,6 +273,19 @@ def _inherit(folder: Path, backbone: Path, similarity: str | None) -> None:
         write_json(folder / name, own)
 
 
+class OneWriterMixin:
+    """Put before a sentence-transformers trainer: of several processes, only the main one writes a checkpoint.
+
+    Newer releases of transformers ask every process to save, while this ``_save`` takes itself for process zero's, so
+    all of them would write the same files at once.
+    """
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        trainer: Any = super()
+        if self.args.should_save:  # type: ignore[attr-defined]
+            trainer._save(*args, **kwargs)
+
+
 class CheckpointCallback(TrainerCallback):
     """Makes every checkpoint a folder that opens without polyrep, and stops a run that is no longer finite.
 
@@ -344,10 +357,8 @@ def _trainer(plan: Plan, model: Encoder) -> tuple[Any, dict[str, int]]:
         first: Any = model[0]
         first.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
         plan.args.gradient_checkpointing = False
-    trainer_class = TRAINERS[type(model).__name__][0]
-    if plan.recipe.lora_rank:
-        trainer_class = type("AdapterTrainer", (AdapterTrainerMixin, trainer_class), {})
-    trainer = trainer_class(
+    mixins = (OneWriterMixin, AdapterTrainerMixin) if plan.recipe.lora_rank else (OneWriterMixin,)
+    trainer = type("FamilyTrainer", (*mixins, TRAINERS[type(model).__name__][0]), {})(
         model=model,
         args=plan.args,
         train_dataset=DatasetDict(sources) if len(sources) > 1 else next(iter(sources.values())),

@@ -106,15 +106,32 @@ sys.exit(main(sys.argv[1:]))
     np.testing.assert_allclose(losses(output)[-3:], losses(trained)[-3:], rtol=1e-5)
 
 
+NOTE_WRITERS = """
+import os
+from pathlib import Path
+from sentence_transformers import SentenceTransformer
+stock = SentenceTransformer.save_pretrained
+
+def save_pretrained(self, path, *args, **kwargs):
+    stock(self, path, *args, **kwargs)
+    (Path(path) / f"writer-{os.environ['RANK']}").touch()
+
+SentenceTransformer.save_pretrained = save_pretrained
+"""
+"""Program text that leaves a file in each saved folder, named by the process that saved it."""
+
+
 def test_two_processes_train_what_one_does(toy_run, trained, tmp_path):
     """Two processes with a batch of 1 each are one process with a batch of 2, dropout being 0."""
     program = tmp_path / "cli.py"
-    program.write_text(RUN_CLI)
+    program.write_text(NOTE_WRITERS + RUN_CLI)
     output = tmp_path / "two"
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
     flags = ["--output_dir", str(output), "--per_device_train_batch_size", "1"]
     result = run_python(*launch, "train", str(toy_run), *flags)
     assert result.returncode == 0, result.stderr[-3000:]
+    writers = {path.name for path in output.glob("checkpoint-*/writer-*")}
+    assert writers == {"writer-0"}, "each checkpoint has one writer"
     np.testing.assert_allclose(losses(output), losses(trained), rtol=1e-4)
     expected = load_file(trained / "final" / "model.safetensors")
     for name, tensor in load_file(output / "final" / "model.safetensors").items():
