@@ -32,7 +32,7 @@ from scipy.sparse import csr_matrix
 from sentence_transformers.sparse_encoder.search_engines import semantic_search_seismic
 from transformers import AutoModel
 
-from polyrep.cache import Embeddings
+from polyrep.cache import Embeddings, in_memory
 from polyrep.data import load_retrieval_dataset
 from polyrep.errors import InputError
 from polyrep.heads import encode_dataset
@@ -289,7 +289,7 @@ def _sparse_rows(
 
 def _dense_rows(queries: np.ndarray, documents: np.ndarray, repeats: int) -> list[dict[str, Any]]:
     """Rows of FAISS, whose top 10 is checked against exact search in the dense vectors."""
-    sides = [Embeddings("sentence", side, None, None, side.shape[1], 0.0, Path()) for side in (queries, documents)]
+    sides = [in_memory(side) for side in (queries, documents)]
     exact, _ = exact_search(*sides, np.arange(len(documents)), similarity="dot", k=TOP)
     engine, cost = _built(Flat, documents)
     found, ms = _timed(engine, list(np.ascontiguousarray(queries, np.float32)), repeats)

@@ -13,7 +13,6 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,14 +25,14 @@ from sentence_transformers.util import maxsim
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from polyrep.cache import Embeddings, embed
+from polyrep.cache import Embeddings, embed, in_memory
 from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.evaluation import bootstrap_interval, macro_interval, per_query_metrics, table_rows
 from polyrep.hub import fastest_dtype, fetch, fingerprint, load, read_json
 from polyrep.lemur import LemurModel, LemurPooling
 from polyrep.muvera import Muvera
 from polyrep.report import provenance, write_results
-from polyrep.retrievers import Ranking, bytes_per_document
+from polyrep.retrievers import Ranking, bytes_per_document, costs_of
 from polyrep.scoring import exact_search, filled, rescore, tie_ranks
 from polyrep.training import train as train_run
 
@@ -132,6 +131,11 @@ class Bench:
         return exact_search(self.queries, self.documents, self.ranks, **options)
 
     @property
+    def full_bytes(self) -> float:
+        """Bytes of a document's token vectors."""
+        return costs_of(self.queries, self.documents)["bytes_per_document"]
+
+    @property
     def caches(self) -> list[str]:
         """What a fit reads, by names that tell its content."""
         train = load_retrieval_dataset(self.source, "train")
@@ -139,7 +143,7 @@ class Bench:
 
     def rows_of(self, system: str, queries: np.ndarray, documents: np.ndarray, *, again: bool = True) -> list[Ranking]:
         """Search by single vectors, and its first documents ranked again by MaxSim."""
-        asked, found = (_single(values) for values in (queries, documents.astype(np.float16)))
+        asked, found = in_memory(queries), in_memory(documents.astype(np.float16))
         positions, scores = exact_search(asked, found, self.ranks, similarity="dot", k=1000)
         costs = {
             "bytes_per_document": bytes_per_document("dense", dims=found.dim),
@@ -147,10 +151,9 @@ class Bench:
         }
         rankings = [Ranking(system, positions, scores, costs)]
         if again:
-            whole = bytes_per_document("multi", dims=self.documents.dim, vectors=float(self.documents.lengths.mean()))
             first = positions[:, :RERANKED]
             second = rescore(self.queries, self.documents, first, self.ranks, similarity="maxsim")
-            costs = {"bytes_per_document": costs["bytes_per_document"] + whole}
+            costs = {"bytes_per_document": costs["bytes_per_document"] + self.full_bytes}
             rankings.append(Ranking(f"{system}, rerank {RERANKED}", *second, costs))
         return rankings
 
@@ -199,18 +202,14 @@ def encode(head: LemurModel, bench: Bench) -> tuple[torch.Tensor, torch.Tensor, 
     return head.encode_query_tokens(bench.queries.values, bench.queries.offsets), documents, seconds
 
 
-def _single(vectors: np.ndarray) -> Embeddings:
-    return Embeddings("sentence", vectors, None, None, vectors.shape[1], 0.0, Path())
-
-
 @torch.inference_mode()
-def by_widths(head: LemurModel, bench: Bench, label: str, dims: tuple[int, ...]) -> tuple[list[Ranking], float]:
-    """Rows of one head at several widths, and seconds to encode the documents."""
+def by_widths(head: LemurModel, bench: Bench, label: str, *, again: bool = True) -> tuple[list[Ranking], float]:
+    """Rows of one head at every width, and seconds to encode the documents."""
     queries, documents, seconds = encode(head, bench)
     rankings = []
-    for dim in dims:
+    for dim in DIMS:
         sides = [head.reduce(side, task, dim).numpy() for side, task in ((queries, "query"), (documents, "document"))]
-        rankings += bench.rows_of(f"{label}, {dim}", *sides)
+        rankings += bench.rows_of(f"{label}, {dim}", *sides, again=again)
     return rankings, seconds
 
 
@@ -264,15 +263,10 @@ class Measured:
 def measure(args: Arguments, bench: Bench) -> Measured:
     """Every row of the table for one data set."""
     out = Measured(bench)
-    costs = {
-        "bytes_per_document": bytes_per_document(
-            "multi", dims=bench.documents.dim, vectors=float(bench.documents.lengths.mean())
-        )
-    }
-    out.rankings.append(Ranking("full MaxSim", *bench.exact, costs))
+    out.rankings.append(Ranking("full MaxSim", *bench.exact, {"bytes_per_document": bench.full_bytes}))
     for seed in args.seeds:
         folder = fit(args, [bench.source], seed, [], bench.caches)
-        rankings, seconds = by_widths(opened(folder), bench, "LEMUR", DIMS)
+        rankings, seconds = by_widths(opened(folder), bench, "LEMUR")
         fitting = read_json(folder.parent / "training.json")["seconds"]
         share = 5000 / len(bench.documents)
         out.seconds.append(fitting + seconds * share)
@@ -348,15 +342,13 @@ class Pool:
         self.ids = np.array([f"{b.dataset.name}/{i}" for b in self.benches for i in b.dataset.corpus])[self.order]
         asked = [(n, row) for n, b in enumerate(self.benches) for row in range(len(b.queries))]
         chosen = sorted(draw.permutation(len(asked))[: args.growth_queries].tolist())
-        starts = np.cumsum([0, *(len(b.queries) for b in self.benches)])
         self.queries = taken([b.queries for b in self.benches], np.array(chosen))
-        self.relevant: list[dict[int, int]] = []
-        for n, row in (asked[i] for i in chosen):
-            dataset = self.benches[n].dataset
-            where = {identifier: i for i, identifier in enumerate(dataset.corpus)}
-            judged = list(dataset.qrels.values())[row]
-            self.relevant.append({int(place[first[n] + where[d]]): score for d, score in judged.items()})
-        assert starts[-1] == len(asked)
+        where = [{identifier: i for i, identifier in enumerate(b.dataset.corpus)} for b in self.benches]
+        judged = [list(b.dataset.qrels.values()) for b in self.benches]
+        self.relevant = [
+            {int(place[first[n] + where[n][d]]): score for d, score in judged[n][row].items()}
+            for n, row in (asked[i] for i in chosen)
+        ]
 
     def dataset(self, size: int) -> tuple[RetrievalDataset, np.ndarray]:
         """The first ``size`` documents, and the queries with something relevant among them."""
@@ -412,7 +404,7 @@ def grown(args: Arguments, pool: Pool, head: LemurModel) -> list[dict[str, Any]]
             for dim in DIMS[:2]:
                 sides = (head.reduce(asked[kept], "query", dim), head.reduce(whole[:size], "document", dim))
                 found = exact_search(
-                    _single(sides[0].numpy()), _single(sides[1].half().numpy()), ranks, similarity="dot", k=1000
+                    in_memory(sides[0].numpy()), in_memory(sides[1].half().numpy()), ranks, similarity="dot", k=1000
                 )
                 again = rescore(queries, documents, found[0][:, :200], ranks, similarity="maxsim")
                 quality[f"LEMUR, {dim}"] = {
@@ -512,14 +504,9 @@ def timed(
         row["time_interval"] = [float(x) for x in np.percentile(np.median(ratios[again], axis=1), [2.5, 97.5])]
         row["flops_interval"] = list(bootstrap_interval(flops / exact_flops))
         rows.append(row | note)
-        rows.append(
-            {"system": row["system"], "metric": f"time over full MaxSim's, {size:,}", "value": row["time_ratio"]}
-            | note
-        )
-        rows.append(
-            {"system": row["system"], "metric": f"FLOPs over full MaxSim's, {size:,}", "value": row["flops_ratio"]}
-            | note
-        )
+        for name, ratio in (("time", "time_ratio"), ("FLOPs", "flops_ratio")):
+            metric = f"{name} over full MaxSim's, {size:,}"
+            rows.append({"system": row["system"], "metric": metric, "value": row[ratio]} | note)
     return rows
 
 
@@ -528,8 +515,7 @@ def ablation(args: Arguments, bench: Bench) -> list[dict[str, Any]]:
     rankings = [Ranking("full MaxSim", *bench.exact, {"maxsim_top10_in_100": 1.0})]
     for name, flags in tqdm(ABLATIONS.items(), desc="ablation"):
         folder = fit(args, [bench.source], args.seeds[0], flags, bench.caches)
-        found, _ = by_widths(opened(folder), bench, name, DIMS)
-        rankings += [ranking for ranking in found if "rerank" not in ranking.system]
+        rankings += by_widths(opened(folder), bench, name, again=False)[0]
     return table_rows(
         bench.dataset,
         [replace(r, costs={"maxsim_top10_in_100": r.costs["maxsim_top10_in_100"]}) for r in rankings],
@@ -551,15 +537,14 @@ def main() -> None:
         "claims": [],
         "drawn": [],
     }
-    write: Callable[[dict[str, Any]], str] = lambda r: write_results(r, Path(args.output) if args.output else None)  # noqa: E731
     if args.ablation:
-        bench = Bench(args, args.datasets[0], model, "dev")
-        print(write(results | {"rows": ablation(args, bench)}))
-        return
-    growth = grow(args, model)  # first, while nothing else fills the memory
-    measured = [measure(args, Bench(args, source, model, "test")) for source in args.datasets]
-    rows = [row for m in measured for row in table_rows(m.bench.dataset, m.rankings, "full MaxSim")]
-    print(write(results | {"rows": [*rows, *growth], "claims": claims(measured, growth)}))
+        results["rows"] = ablation(args, Bench(args, args.datasets[0], model, "dev"))
+    else:
+        growth = grow(args, model)  # first, while nothing else fills the memory
+        measured = [measure(args, Bench(args, source, model, "test")) for source in args.datasets]
+        rows = [row for m in measured for row in table_rows(m.bench.dataset, m.rankings, "full MaxSim")]
+        results |= {"rows": [*rows, *growth], "claims": claims(measured, growth)}
+    print(write_results(results, Path(args.output) if args.output else None))
 
 
 if __name__ == "__main__":

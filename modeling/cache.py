@@ -84,6 +84,12 @@ class Embeddings:
         return np.diff(self.offsets)
 
 
+def in_memory(values: np.ndarray, offsets: np.ndarray | None = None) -> Embeddings:
+    """Vectors that are there already as embeddings without a cache: one a text, or with ``offsets`` several."""
+    kind: Kind = "sentence" if offsets is None else "tokens"
+    return Embeddings(kind, values, offsets, None, values.shape[1], 0.0, Path())
+
+
 def embed(
     model: Encoder,
     texts: Mapping[str, Any],
@@ -127,7 +133,7 @@ def embed(
     if cache_dir is None:
         temporary = tempfile.mkdtemp(prefix="polyrep-")
         cache_dir = temporary
-    path = Path(cache_dir) / f"{name}-{task}-{kind}-{_digest(key)[:12]}"
+    path = _place(cache_dir, name, key)
     if not path.exists():
         _explain_miss(path, key)
         try:
@@ -169,7 +175,7 @@ def store(
     if len(vectors) != len(texts):
         raise InputError(f"{name}: {len(vectors)} vectors for {len(texts)} texts. Pass one for each.")
     key = cache_key(model, texts, task=task, kind="sentence", dtype=dtype)
-    path = Path(cache_dir) / f"{name}-{task}-sentence-{_digest(key)[:12]}"
+    path = _place(cache_dir, name, key)
     if not path.exists():
         with np.errstate(over="ignore"):  # refused below, by the id of its text
             values = np.ascontiguousarray(vectors, dtype)
@@ -426,6 +432,10 @@ def _differences(cached: Any, wanted: Any, place: str = "") -> list[str]:
             d for i, pair in enumerate(zip(cached, wanted, strict=True)) for d in _differences(*pair, f"{place}[{i}]")
         ]
     return [] if cached == wanted else [f"{place}: cached {cached!r}, wanted {wanted!r}"]
+
+
+def _place(cache_dir: str | Path, name: str, key: dict[str, Any]) -> Path:
+    return Path(cache_dir) / f"{name}-{key['task']}-{key['kind']}-{_digest(key)[:12]}"
 
 
 def _digest(key: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from sentence_transformers.util import quantize_embeddings
 from torch import Tensor
 from transformers import AutoModel, set_seed
 
-from .cache import Embeddings
+from .cache import Embeddings, in_memory
 from .fitting import Subject, code_digest, costs_of_fit, digest, fit_run, fitted
 from .heads import HeadData
 from .hub import fastest_dtype, shipped_folder
@@ -150,9 +150,7 @@ def hierarchical(on: Subject) -> Iterator[Candidate]:
     """Ward clusters of a document's vectors, in half precision, one byte and one bit."""
 
     def make() -> dict[int, Embeddings]:
-        clusters = hierarchical_clusters(
-            on.documents, LADDER, on.kept / "clusters" / f"{on.documents.path.name}-{LADDER[-1]}"
-        )
+        clusters = hierarchical_clusters(on.documents, LADDER, on.kept / "clusters" / on.documents.path.name)
         return pooled(on.documents, hierarchically(on.documents, clusters, LADDER))
 
     made = Once(make)
@@ -168,10 +166,10 @@ def hierarchical(on: Subject) -> Iterator[Candidate]:
 
 def reinpool(on: Subject) -> Iterator[Candidate]:
     """A ReinPool head, at several numbers of vectors, in half precision, one byte and one bit."""
-    code = METHODS["reinpool"].fit_digest()
+    method = METHODS["reinpool"]
 
     def make() -> tuple[dict[int, Embeddings], dict[str, float]]:
-        folder = fit_run(on, "reinpool-minilm", [], code)
+        folder = fit_run(on, method.run, [], method.fit_digest())
         head = AutoModel.from_pretrained(folder).eval()
         return pooled(on.documents, by_head(head, LADDER)), costs_of_fit(folder.parent)
 
@@ -189,12 +187,12 @@ def reinpool(on: Subject) -> Iterator[Candidate]:
 
 def lemur(on: Subject) -> Iterator[Candidate]:
     """A LEMUR head: one vector whose inner product follows MaxSim, at several widths."""
-    code = METHODS["lemur"].fit_digest()
+    method = METHODS["lemur"]
 
     def make() -> tuple[LemurModel, dict[str, Tensor], dict[str, float]]:
         # MaxSim is its teacher, so that a corpus without queries of its own needs no sentences taken from it.
         flags = [] if on.lessons.has_queries else ["--queries", "texts"]
-        folder = fit_run(on, "lemur-minilm", flags, code)
+        folder = fit_run(on, method.run, flags, method.fit_digest())
         head = LemurPooling.from_pretrained(str(folder), embedding_dim=LEMUR_DIMS[0]).model.eval()
         sides = {
             "query": head.encode_query_tokens(on.queries.values, on.queries.offsets),
@@ -208,9 +206,8 @@ def lemur(on: Subject) -> Iterator[Candidate]:
         head, sides, costs = made()
         with torch.inference_mode():
             queries, documents = (head.reduce(vectors, task, dim).cpu().numpy() for task, vectors in sides.items())
-        found = replace(on.documents, kind="sentence", values=documents.astype(np.float16), offsets=None, dim=dim)
-        asked = replace(on.queries, kind="sentence", values=queries, offsets=None, dim=dim)
-        return quantised(Encoded(asked, found, "dot", costs), precision)
+        found = Encoded(in_memory(queries), in_memory(documents.astype(np.float16)), "dot", costs)
+        return quantised(found, precision)
 
     for dim in (dim for dim in LEMUR_DIMS if dim < len(on.documents) or dim == LEMUR_DIMS[0]):
         yield Candidate(f"LEMUR, {dim}", partial(row, dim, None), dim != 256)
@@ -236,11 +233,11 @@ def muvera(on: Subject) -> Iterator[Candidate]:
 
 def dense2sparse(on: Subject) -> Iterator[Candidate]:
     """A Dense2Sparse head at its two operating points."""
-    code = METHODS["dense2sparse"].fit_digest()
+    method = METHODS["dense2sparse"]
 
     def make() -> tuple[Embeddings, Embeddings, dict[str, float]]:
         half = ["--bf16", str(fastest_dtype("auto") == torch.bfloat16)]
-        folder = fit_run(on, "dense2sparse-minilm", half, code, single=True)
+        folder = fit_run(on, method.run, half, method.fit_digest(), single=True)
         head = AutoModel.from_pretrained(folder).eval()
         queries = with_head(head, on.side(on.dataset, "query"), "query")
         return queries, with_head(head, on.side(on.dataset, "document"), "document"), costs_of_fit(folder.parent)
@@ -378,5 +375,4 @@ def _as_vectors(tokens: Embeddings, encode: Callable[..., torch.Tensor], dtype: 
         bounds = tokens.offsets[start : start + 4097]
         values = tokens.values[bounds[0] : bounds[-1]]
         parts.append(encode(values, bounds - bounds[0]).cpu().numpy().astype(dtype))
-    vectors = np.concatenate(parts)
-    return replace(tokens, kind="sentence", values=vectors, offsets=None, dim=vectors.shape[1])
+    return in_memory(np.concatenate(parts))

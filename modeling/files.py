@@ -51,15 +51,22 @@ def staged_folder(target: Path, *, merge: bool = False) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` in one step, so that a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+@contextmanager
+def staged_file(target: Path) -> Iterator[Path]:
+    """Yield a path beside ``target`` that replaces it in one step when the block ends without an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        yield partial
+        os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text`` in one step, so that a reader sees the old file or the new one."""
+    with staged_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -74,7 +74,6 @@ class Subject:
         kept: Folder of what is fitted and ranked.
         fit_seconds: Most seconds of a fit.
         seed: Of fits and draws.
-        dtype: Numbers in the index.
         weights: Type of the model's weights in memory.
         batch_size: Texts per forward pass.
         trust_remote_code: Whether the model's own code may run.
@@ -88,7 +87,6 @@ class Subject:
     kept: Path
     fit_seconds: float = 90.0
     seed: int = 0
-    dtype: str = "float16"
     weights: torch.dtype = torch.float32
     batch_size: int = 32
     trust_remote_code: bool = False
@@ -106,7 +104,7 @@ class Subject:
     def encoded(self, dataset: RetrievalDataset, task: Literal["query", "document"]) -> Embeddings:
         """Queries or documents as the full model encodes them."""
         texts, name = _texts_of(dataset, task)
-        options: dict[str, Any] = {"cache_dir": self.cache_dir, "batch_size": self.batch_size, "dtype": self.dtype}
+        options: dict[str, Any] = {"cache_dir": self.cache_dir, "batch_size": self.batch_size}
         return embed(self.model, texts, task=task, name=name, **options)
 
     @cached_property

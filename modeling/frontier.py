@@ -28,7 +28,7 @@ from .frontier_picture import draw
 from .hub import Encoder, fastest_dtype, fetch, fingerprint, load
 from .ready import DEPTH, held, rank_in_two_stages, rank_when_ready, timed_rows
 from .recommendation import Budget, fronts, learned_margins, parse_budget, recommend
-from .report import provenance, write_results
+from .report import hardware, provenance, write_results
 from .retrievers import Ranking, costs_of, keep_ranking, latency, rank_with_bm25
 
 STAGE_DEPTHS = (50, 200)
@@ -147,12 +147,11 @@ def frontier(argv: list[str], *, prog: str = "polyrep evaluate", untrusted: Coll
             lessons,
             args.cache_dir,
             Path(args.frontier_cache),
-            args.fit_seconds,
-            args.seed,
-            "float16",  # as heads give it
-            weights,
-            args.batch_size,
-            trusted,
+            fit_seconds=args.fit_seconds,
+            seed=args.seed,
+            weights=weights,
+            batch_size=args.batch_size,
+            trust_remote_code=trusted,
         )
         measured = measure(on, methods)
         found, advice, margins = tabulate(on, measured.rankings, budgets)
@@ -181,7 +180,7 @@ def chosen_methods(names: list[str], source: str, model: Encoder) -> list[str]:
     """The methods that are asked for and apply to the model.
 
     Raises:
-        InputError: A name is unknown, or a method was named that does not apply; or the model is none to make smaller.
+        InputError: A method was named that does not apply, or the model is none to make smaller.
     """
     if not isinstance(model, Encoder) or kind_of(model) not in ("tokens", "sentence"):
         raise InputError(
@@ -190,8 +189,6 @@ def chosen_methods(names: list[str], source: str, model: Encoder) -> list[str]:
         )
     fitting = [name for name, method in METHODS.items() if kind_of(model) in method.kinds]
     for name in names:
-        if name != "all" and name not in METHODS:
-            raise InputError(f"--methods {name}: unknown. Use all, or some of {', '.join(METHODS)}.")
         if name != "all" and name not in fitting:
             raise InputError(
                 f"--methods {name}: is not for a {type(model).__name__} such as {source}. Use all, or some of "
@@ -207,7 +204,7 @@ def measure(on: Subject, methods: list[str]) -> Measured:
         Exception: Whatever stopped the full model's own row.
     """
     # Times are of the machine, the device and the number of threads, and so are fits within a time.
-    machine = [provenance("")["hardware"], str(on.model.device)]
+    machine = [hardware(), str(on.model.device)]
     data = [on.queries.path.name, on.documents.path.name, on.dataset.qrels, on.seed, machine]
     learned = [on.lessons.dataset.queries, on.lessons.dataset.qrels, on.lessons.flags, on.fit_seconds]
     jobs = list(_jobs(on, methods, learned))
@@ -248,8 +245,8 @@ def _jobs(on: Subject, methods: list[str], learned: Any) -> Iterator[Job]:
         yield Job(BM25, code_digest("retrievers.py", "ready.py"), lambda: _bm25(on), True)
     for name in methods:
         method = METHODS[name]
+        depends = [method.digest(), learned if method.run else None]
         for candidate in method.rows(on):
-            depends = [method.digest(), learned if method.run else None]
             yield Job(candidate.system, depends, lambda c=candidate: _ranked(on, c), candidate.first_stage)  # type: ignore[misc]
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .scoring import padded_within
 
 BLOCK = 2**16
 """Tokens, padding included, that are encoded at a time."""
@@ -149,15 +150,12 @@ def _blocks(values: np.ndarray | Tensor, offsets: np.ndarray) -> Iterator[tuple[
     """Texts of like length padded together: their places, ``(texts, tokens, dim)`` in float32, and the mask."""
     lengths = np.diff(offsets)
     order = np.argsort(lengths, kind="stable")
-    first = int(np.searchsorted(lengths[order], 1))  # a text without token stays zero
-    while first < len(order):
-        sizes = np.arange(1, len(order) - first + 1) * lengths[order[first:]]
-        last = first + max(1, int(np.searchsorted(sizes, BLOCK, side="right")))
-        texts = np.sort(order[first:last])
+    order = order[np.searchsorted(lengths[order], 1) :]  # a text without token stays zero
+    for part in padded_within(lengths[order], BLOCK):
+        texts = np.sort(order[part])
         columns = np.arange(lengths[texts].max())
         mask = columns < lengths[texts][:, None]  # (texts, tokens)
         places = np.where(mask, offsets[:-1][texts][:, None] + columns, offsets[:-1][texts][:, None])
         found = values[torch.from_numpy(places)] if isinstance(values, Tensor) else torch.from_numpy(values[places])
         there = torch.from_numpy(mask)
         yield torch.from_numpy(texts), found.float() * there[..., None], there
-        first = last

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .cache import Embeddings
-from .files import staged_folder
+from .files import staged_file
 from .heads import TokenSide
 from .reinpool import ReinPoolModel
 
@@ -112,15 +112,18 @@ def hierarchical_clusters(documents: Embeddings, numbers: Iterable[int], folder:
     Args:
         documents: Of kind ``tokens``.
         numbers: Numbers of vectors, at most 128.
-        folder: Where the clusters are kept.
+        folder: Where the clusters are kept; numbers that are not there yet join them.
 
     Returns:
         Number of vectors -> ``(tokens of all documents,)``.
     """
-    if not folder.exists():
+    file = folder / "clusters.safetensors"
+    wanted = [k for k in numbers if k > 1]
+    stored = load_file(file) if file.is_file() else {}
+    if missing := [k for k in wanted if str(k) not in stored]:
         offsets = documents.offsets
         assert offsets is not None
-        found = {k: np.zeros(len(documents.values), np.int8) for k in numbers if k > 1}
+        found = {k: np.zeros(len(documents.values), np.int8) for k in missing}
         for i in tqdm(range(len(documents)), desc="hierarchical", leave=False):
             part = slice(offsets[i], offsets[i + 1])
             vectors = torch.from_numpy(np.array(documents.values[part], np.float32))
@@ -131,10 +134,10 @@ def hierarchical_clusters(documents: Embeddings, numbers: Iterable[int], folder:
             for k in found:
                 cut = hierarchy.fcluster(tree, t=k, criterion="maxclust") - 1
                 found[k][part] = np.unique(cut, return_inverse=True)[1]
-        with staged_folder(folder) as staged:
-            save_file({str(k): torch.from_numpy(v) for k, v in found.items()}, staged / "clusters.safetensors")
-    stored = load_file(folder / "clusters.safetensors")
-    return {int(k): v.numpy() for k, v in stored.items()}
+        stored |= {str(k): torch.from_numpy(v) for k, v in found.items()}
+        with staged_file(file) as partial:
+            save_file(stored, partial)
+    return {k: stored[str(k)].numpy() for k in wanted}
 
 
 def hierarchical_shares(

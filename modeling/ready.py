@@ -17,9 +17,17 @@ from sentence_transformers.util import SimilarityFunction
 from torch import Tensor
 
 from .cache import Embeddings
-from .errors import InputError
 from .retrievers import TIMED_QUERIES, Ranking, costs_of, latency, row_of
-from .scoring import csr_rows, exact_search, maxsim_of_flat, rescore, scores_of, sort_keys
+from .scoring import (
+    csr_rows,
+    exact_search,
+    maxsim_of_flat,
+    refuse_not_finite,
+    refuse_strangers,
+    rescore,
+    sort_keys,
+    unpacked,
+)
 
 MEMORY = 4 * 2**30
 """Bytes of float32 up to which an index is held in memory."""
@@ -57,7 +65,7 @@ class ReadyIndex:
     def __init__(self, documents: Embeddings, ranks: np.ndarray, similarity: str, device: str | torch.device = "cpu"):
         self.ranks, self.similarity, self.device = ranks, similarity, device
         self.documents = held(documents)
-        self.in_memory = documents.kind == "sparse" or documents.values.size * 4 <= MEMORY
+        self.in_memory = documents.kind == "sparse" or self.documents is not documents
         self.rank_of = torch.from_numpy(ranks)
         self.vectors = torch.empty(0)
         if documents.kind == "sparse":
@@ -73,26 +81,16 @@ class ReadyIndex:
         Raises:
             InputError: The two sides do not fit together, or a score is not finite.
         """
-        if (queries.kind, queries.dim) != (self.documents.kind, self.documents.dim):
-            raise InputError(
-                f"queries are {queries.kind} of width {queries.dim}, documents {self.documents.kind} of width "
-                f"{self.documents.dim}, so they cannot be scored. Encode both with one model."
-            )
+        refuse_strangers(queries, self.documents)
         if not self.in_memory:
             options: dict[str, Any] = {"similarity": self.similarity, "k": k, "device": self.device}
             return exact_search(queries, self.documents, self.ranks, **options)
         found = []
         for start, stop in _batches(queries):
             scores = self._scores(queries, start, stop).cpu()  # (queries, documents)
-            if not torch.isfinite(scores).all():
-                raise InputError(
-                    "a score is not finite, so no ranking exists. The embeddings are damaged or overflow."
-                )
+            refuse_not_finite(scores)
             found.append(sort_keys(scores, self.rank_of).topk(min(k, scores.shape[1]), dim=1).values)
-        best = torch.cat(found)
-        position_of = torch.empty_like(self.rank_of)
-        position_of[self.rank_of] = torch.arange(len(self.rank_of))
-        return position_of[0xFFFFFFFF - (best & 0xFFFFFFFF)].numpy(), scores_of(best).numpy()
+        return unpacked(torch.cat(found), self.rank_of)
 
     def _scores(self, queries: Embeddings, start: int, stop: int) -> Tensor:
         if queries.kind == "sparse":

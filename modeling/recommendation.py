@@ -87,6 +87,7 @@ def recommend(
     """
     by_name = {row["system"]: row for row in rows}
     whole = by_name[full]
+    beside_full = _tests(per_query, [system for system in by_name if system != full], full, seed)
     found = []
     for budget in budgets:
         fitting = [row for row in rows if all(row[COSTS[unit]] <= most for unit, most in budget.items())]
@@ -105,12 +106,10 @@ def recommend(
         if best is whole:
             sentences[0] += ". It is the full model itself, which fits."
         else:
-            others = [row["system"] for row in fitting if row is not whole]
-            tests = _tests(per_query, others, full, seed)
             # Of the row itself the p-value is that of the table, which is corrected for all its rows.
-            own = tests[best["system"]] | {name: best[name] for name in ("p_value",) if name in best}
+            own = beside_full[best["system"]] | {name: best[name] for name in ("p_value",) if name in best}
             sentences[0] += f". {_against(best, whole)}; {_significance(own)}."
-            entry["as_good_as_full"] = _cheapest(fitting, tests, unit)
+            entry["as_good_as_full"] = _cheapest(fitting, beside_full, unit)
         cheaper = [row for row in fitting if row[COSTS[unit]] < best[COSTS[unit]]]
         tests = _tests(per_query, [row["system"] for row in cheaper], best["system"], seed)
         entry["cheapest"] = _cheapest(cheaper, tests, unit)

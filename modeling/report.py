@@ -239,14 +239,19 @@ def provenance(command: str) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "absent"
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
         "command": command,
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": _commit(),
-        "hardware": f"{_processor()}, {torch.get_num_threads()} threads{gpu}",
+        "hardware": hardware(),
         "versions": versions,
     }
+
+
+def hardware() -> str:
+    """Processor, threads and GPU of this process, on which times depend."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{_processor()}, {torch.get_num_threads()} threads{gpu}"
 
 
 def _commit() -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from .cache import Embeddings, embed, kind_of
 from .data import RetrievalDataset
 from .errors import InputError
+from .files import staged_file
 from .hub import Encoder
 from .scoring import exact_search, tie_ranks
 
@@ -232,13 +232,8 @@ def keep_ranking(path: Path, system: str, make: Callable[[], Ranking], depth: in
     tensors = {"positions": positions, "scores": scores}
     if made.seconds is not None:
         tensors["seconds"] = made.seconds
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with staged_file(path) as partial:
         save_file(tensors, partial, metadata={"costs": json.dumps(made.costs, allow_nan=False)})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return replace(made, system=system, positions=positions, scores=scores)
 
 

@@ -131,14 +131,8 @@ def exact_search(
     Raises:
         InputError: The two sides do not fit together, or a score is not finite.
     """
-    if (queries.kind, queries.dim) != (documents.kind, documents.dim):
-        raise InputError(
-            f"queries are {queries.kind} of width {queries.dim}, documents {documents.kind} of width {documents.dim}: "
-            "they come from different models and cannot be scored. Encode both with one model."
-        )
+    refuse_strangers(queries, documents)
     rank_of = torch.from_numpy(ranks)
-    position_of = torch.empty_like(rank_of)
-    position_of[rank_of] = torch.arange(len(ranks))
     k = min(k, len(documents))
     order = np.argsort(documents.lengths, kind="stable")  # equal lengths side by side: little padding
     found = []
@@ -146,17 +140,27 @@ def exact_search(
         for start, stop in _query_ranges(queries):
             best = torch.empty(stop - start, 0, dtype=torch.int64)
             for members, scores in _SCORE[queries.kind](queries, documents, start, stop, order, similarity, device):
-                if not torch.isfinite(scores).all():
-                    raise InputError(
-                        "a score is not finite, so no ranking exists. The embeddings are damaged or overflow."
-                    )
+                refuse_not_finite(scores)
                 best = torch.cat([best, sort_keys(scores.cpu(), rank_of[members])], dim=1)
                 best = best.topk(min(k, best.shape[1]), dim=1).values
             found.append(best)
             progress.update(stop - start)
-    best = torch.cat(found)
-    scores = scores_of(best)
-    return position_of[0xFFFFFFFF - (best & 0xFFFFFFFF)].numpy(), scores.numpy()
+    return unpacked(torch.cat(found), rank_of)
+
+
+def refuse_strangers(queries: Embeddings, documents: Embeddings) -> None:
+    """Refuse two sides that one model cannot have made."""
+    if (queries.kind, queries.dim) != (documents.kind, documents.dim):
+        raise InputError(
+            f"queries are {queries.kind} of width {queries.dim}, documents {documents.kind} of width {documents.dim}: "
+            "they come from different models and cannot be scored. Encode both with one model."
+        )
+
+
+def refuse_not_finite(scores: Tensor) -> None:
+    """Refuse scores that no ranking could follow."""
+    if not torch.isfinite(scores).all():
+        raise InputError("a score is not finite, so no ranking exists. The embeddings are damaged or overflow.")
 
 
 def rescore(
@@ -186,16 +190,13 @@ def rescore(
     Raises:
         InputError: The two sides do not fit together, or a score is not finite.
     """
-    if (queries.kind, queries.dim) != (documents.kind, documents.dim) or queries.kind == "sparse":
-        raise InputError(
-            f"rescore: queries are {queries.kind} of width {queries.dim}, documents {documents.kind} of width "
-            f"{documents.dim}. Pass both sides of one model that has dense vectors."
-        )
+    refuse_strangers(queries, documents)
+    if queries.kind == "sparse":
+        raise InputError("rescore: sparse vectors are no second stage. Pass both sides of a model with dense vectors.")
     found = torch.empty(positions.shape, device=device)
     for row, candidates in enumerate(positions):
         found[row] = _score_candidates(queries, documents, row, candidates, similarity, device)
-    if not torch.isfinite(found).all():
-        raise InputError("a score is not finite, so no ranking exists. The embeddings are damaged or overflow.")
+    refuse_not_finite(found)
     keys = sort_keys(found.cpu(), torch.from_numpy(ranks[positions]))
     order = keys.argsort(dim=1, descending=True)
     return positions[np.arange(len(positions))[:, None], order.numpy()], scores_of(keys.gather(1, order)).numpy()
@@ -277,6 +278,13 @@ def sort_keys(scores: Tensor, ranks: Tensor) -> Tensor:
     return (ordered.long() << 32) | (0xFFFFFFFF - ranks)
 
 
+def unpacked(keys: Tensor, ranks: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of documents and their scores, from keys of :func:`sort_keys` with these ranks of all documents."""
+    position_of = torch.empty_like(ranks)
+    position_of[ranks] = torch.arange(len(ranks))
+    return position_of[0xFFFFFFFF - (keys & 0xFFFFFFFF)].numpy(), scores_of(keys).numpy()
+
+
 def scores_of(keys: Tensor) -> Tensor:
     """The scores that were packed by :func:`sort_keys`, in float32."""
     ordered = (keys >> 32).int()
@@ -330,15 +338,13 @@ def _score_tokens(
     first = int(np.searchsorted(lengths, 1))
     if first:  # nothing to take the maximum over: below every real score
         yield order[:first], torch.full((stop - start, first), EMPTY_DOCUMENT_SCORE)
-    while first < len(order):
-        # Documents come shortest first: take as many as fit the budget at the width of the longest among them.
-        sizes = np.arange(1, len(order) - first + 1) * lengths[first:] * max(len(batch), documents.dim)
-        last = first + max(1, int(np.searchsorted(sizes, CHUNK_ELEMENTS, side="right")))
-        chunk = torch.from_numpy(filled(documents, order[first:last])).to(device)  # (documents, vectors, dim)
+    filled_order = order[first:]
+    for part in padded_within(lengths[first:], CHUNK_ELEMENTS // max(len(batch), documents.dim)):
+        members = filled_order[part]
+        chunk = torch.from_numpy(filled(documents, members)).to(device)  # (documents, vectors, dim)
         similarities = (batch @ chunk.flatten(0, 1).T).view(len(batch), *chunk.shape[:2])
         scores = torch.zeros(stop - start, len(chunk), device=device).index_add_(0, owner, similarities.amax(-1))
-        yield order[first:last], scores / counts.clamp(min=1)[:, None] if similarity == "meanmaxsim" else scores
-        first = last
+        yield members, scores / counts.clamp(min=1)[:, None] if similarity == "meanmaxsim" else scores
 
 
 def _score_sparse(
@@ -361,6 +367,21 @@ def _score_sparse(
 
 
 _SCORE = {"sentence": _score_sentence, "tokens": _score_tokens, "sparse": _score_sparse}
+
+
+def padded_within(lengths: np.ndarray, most: int) -> Iterator[slice]:
+    """Batches of texts, shortest first, each as large as its padding allows.
+
+    Args:
+        lengths: ``(texts,)`` vectors of each, none of them 0, in rising order.
+        most: Vectors of a batch with padding, unless one text alone has more.
+    """
+    first = 0
+    while first < len(lengths):
+        sizes = np.arange(1, len(lengths) - first + 1) * lengths[first:]  # at the width of the longest among them
+        last = first + max(1, int(np.searchsorted(sizes, most, side="right")))
+        yield slice(first, last)
+        first = last
 
 
 def filled(embeddings: Embeddings, members: np.ndarray) -> np.ndarray:

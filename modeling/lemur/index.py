@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from ..cache import Embeddings
+from ..cache import in_memory
 from ..errors import InputError
 from ..files import staged_folder, write_json
 from ..hub import read_json, save
@@ -99,15 +99,15 @@ class LemurIndex:
             raise InputError("LemurIndex.search: the index holds no document. Add some first.")
         if not queries:
             return []
-        asked = _single(self._encode(queries, "query", fingerprint))
+        asked = in_memory(self._encode(queries, "query", fingerprint))
         ranks = tie_ranks(self.ids)
         depth = max(k, candidates)
-        found, scores = exact_search(asked, _single(self.vectors), ranks, similarity="dot", k=depth)
+        found, scores = exact_search(asked, in_memory(self.vectors), ranks, similarity="dot", k=depth)
         if candidates:
             values = _flat(queries)
             bounds = np.cumsum([0, *map(len, queries)])
-            sides = [_several(values, bounds), _several(self.tokens, self.offsets)]
-            found, scores = rescore(sides[0], sides[1], found, ranks, similarity="maxsim")
+            sides = in_memory(values, bounds), in_memory(self.tokens, self.offsets)
+            found, scores = rescore(*sides, found, ranks, similarity="maxsim")
         return [
             [(self.ids[place], float(score)) for place, score in zip(places[:k], values[:k], strict=True)]
             for places, values in zip(found, scores, strict=True)
@@ -157,11 +157,3 @@ class LemurIndex:
 def _flat(texts: Sequence[Any]) -> np.ndarray:
     """Token vectors of all texts under one another, from whatever device and type they are."""
     return torch.cat([torch.as_tensor(text).float().cpu() for text in texts]).numpy()
-
-
-def _single(vectors: np.ndarray) -> Embeddings:
-    return Embeddings("sentence", vectors, None, None, vectors.shape[1], 0.0, Path())
-
-
-def _several(values: np.ndarray, offsets: np.ndarray) -> Embeddings:
-    return Embeddings("tokens", values, offsets, None, values.shape[1], 0.0, Path())

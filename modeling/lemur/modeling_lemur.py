@@ -337,8 +337,8 @@ class LemurModel(PreTrainedModel):
         if not torch.compiler.is_compiling():
             of = [self.linear.weight, self.linear.bias, self.norm.weight, self.norm.bias, self.anchors]
             maps = [self.document_map, self.document_mean] if self.config.rank else []
-            key = [(t.data_ptr(), t.device, 0 if t.is_inference() else t._version) for t in of + maps]
-            key = (key, self.config.ridge, self.config.embedding_dim)
+            state = [(t.data_ptr(), t.device, 0 if t.is_inference() else t._version) for t in of + maps]
+            key = (state, self.config.ridge, self.config.embedding_dim)
             if self._solved is None or self._solved[0] != key:
                 with torch.inference_mode(False), torch.no_grad():  # to be used outside it, too
                     self._solved = (key, self._solve())

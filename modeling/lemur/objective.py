@@ -11,7 +11,6 @@ if there are any, and of the corpus read as if it were queries (``--queries text
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,12 +21,17 @@ from torch.utils.data import Dataset
 
 from ..errors import InputError
 from ..heads import HeadData, TokenSide
+from ..scoring import padded_within
 from .modeling_lemur import LemurModel, token_maxima
 
 logger = logging.getLogger(__name__)
 
 WINDOW = 32
 """Tokens of a text that are taken together as one query would have them."""
+
+
+TOKENS = 2**15
+"""Of documents, padding included, whose maxima are taken at a time."""
 
 
 class TokenTargets(Dataset):
@@ -93,10 +97,8 @@ class LemurObjective(nn.Module):
         """
         config, draw = self.model.config, np.random.default_rng(self.model.config.seed)
         tokens, windows = _sample_windows([queries for queries, _, _ in data.parts], self.settings["num_tokens"], draw)
-        sides = {documents.embeddings.path: documents for _, documents, _ in data.parts}  # each corpus once
-        places = [(side, row) for side in sides.values() for row in range(len(side))]
-        chosen = draw.permutation(len(places))[: 2 * self.settings["num_documents"]]
-        documents = [places[i] for i in chosen]
+        corpora = list({side.embeddings.path: side for _, side, _ in data.parts}.values())  # each corpus once
+        documents = draw.permutation(sum(map(len, corpora)))[: 2 * self.settings["num_documents"]]
         if len(tokens) < 2 or len(documents) < 2:
             raise InputError(
                 f"{len(tokens)} token vectors and {len(documents)} documents to fit LEMUR to, which is too few. Add "
@@ -124,12 +126,12 @@ class LemurObjective(nn.Module):
         model = self.model
         model.anchors.copy_(tokens[anchors])
         learned = documents[: self.settings["num_documents"]]
-        maxima = _maxima(tokens, learned)  # (documents, tokens), in half precision
+        maxima = _maxima(tokens, corpora, learned)  # (documents, tokens), in half precision
         sample = maxima[:, anchors].float()
         model.target_mean.copy_(sample.mean())
         model.target_std.copy_(sample.std().clamp(min=1e-6))
         if config.rank:
-            at_anchors = torch.cat([sample, _maxima(tokens[anchors], documents[len(learned) :]).float()])
+            at_anchors = torch.cat([sample, _maxima(tokens[anchors], corpora, documents[len(learned) :]).float()])
             self.samples = (tokens, windows, (at_anchors - model.target_mean) / model.target_std)
         if config.feature_type == "mlp":
             self.readout = nn.Linear(config.latent_dim, len(learned), bias=False)
@@ -232,28 +234,23 @@ def _sample_windows(sides: list[TokenSide], wanted: int, draw: np.random.Generat
     return torch.from_numpy(np.concatenate(found)), torch.from_numpy(np.concatenate(runs))
 
 
-def _maxima(points: Tensor, documents: list[tuple[TokenSide, int]]) -> Tensor:
-    """:func:`token_maxima` for documents of several corpora, in half precision: ``(documents, points)``."""
+def _maxima(points: Tensor, corpora: list[TokenSide], documents: np.ndarray) -> Tensor:
+    """:func:`token_maxima` of some documents in half precision: ``(documents, points)``.
+
+    Args:
+        points: ``(points, dim)``.
+        corpora: Counted through, one after the other.
+        documents: ``(documents,)`` their numbers in that count.
+    """
     result = torch.empty(len(documents), len(points), dtype=torch.float16)
-    for rows, tokens, mask in _padded(documents, 2**15):
-        result[rows] = token_maxima(points, tokens, mask).half()
+    first = 0
+    for corpus in corpora:
+        mine = np.flatnonzero((documents >= first) & (documents < first + len(corpus)))
+        lengths = corpus.embeddings.lengths[documents[mine] - first]
+        order = mine[np.argsort(lengths, kind="stable")]
+        for part in padded_within(np.sort(lengths), TOKENS):
+            features = corpus.features(documents[order[part]] - first)
+            found = token_maxima(points, features["token_embeddings"], features["attention_mask"])
+            result[torch.from_numpy(order[part])] = found.half()
+        first += len(corpus)
     return result
-
-
-def _padded(documents: list[tuple[TokenSide, int]], most_tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Documents in batches of one corpus and of similar length: their places, token vectors and mask."""
-    by_side: dict[int, list[int]] = {}
-    for place, (side, _) in enumerate(documents):
-        by_side.setdefault(id(side), []).append(place)
-    for places in by_side.values():
-        side = documents[places[0]][0]
-        rows = np.array([documents[place][1] for place in places])
-        lengths = side.embeddings.lengths[rows]
-        order = np.argsort(lengths, kind="stable")
-        start = 0
-        while start < len(order):
-            sizes = np.arange(1, len(order) - start + 1) * lengths[order[start:]]
-            part = order[start : start + max(1, int(np.searchsorted(sizes, most_tokens, side="right")))]
-            features = side.features(rows[part])
-            yield torch.tensor(places)[part], features["token_embeddings"], features["attention_mask"]
-            start += len(part)
