@@ -158,7 +158,7 @@ def test_an_interruption_leaves_no_kept_ranking(tmp_path, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("polyrep.retrievers.os.replace", fail)
+    monkeypatch.setattr("polyrep.files.os.replace", fail)
     with pytest.raises(KeyboardInterrupt):
         keep_ranking(tmp_path / "x.safetensors", "x", lambda: Ranking("x", np.zeros((1, 1)), np.zeros((1, 1))), 1)
     assert not list(tmp_path.iterdir())
