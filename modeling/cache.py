@@ -179,7 +179,7 @@ def store(
     if not path.exists():
         with np.errstate(over="ignore"):  # refused below, by the id of its text
             values = np.ascontiguousarray(vectors, dtype)
-        _refuse_not_finite(values, None, list(texts), dtype)
+        refuse_not_finite(values, None, list(texts), dtype)
         with staged_folder(path) as staged:
             (staged / "values.bin").write_bytes(values.data)
             arrays = {"values": (dtype, list(values.shape))}
@@ -295,7 +295,6 @@ def _write(
 ) -> None:
     """Encode chunk by chunk, appending to the arrays of a staged folder."""
     started, ids = time.perf_counter(), list(texts)
-    encode = _ENCODERS[key["kind"]]
     dim, shape_tail, rows, counts = 0, (), 0, [np.zeros(1, np.int64)]
     names = ["values", "indices"] if key["kind"] == "sparse" else ["values"]
     with staged_folder(path) as staged:
@@ -304,10 +303,10 @@ def _write(
             with tqdm(total=len(texts), desc=path.name, unit="text", disable=not show_progress) as progress:
                 for start in range(0, len(texts), CHUNK):
                     chunk = [texts[identifier] for identifier in ids[start : start + CHUNK]]
-                    values, lengths, indices, dim = encode(model, chunk, key["task"], batch_size)
+                    values, lengths, indices, dim = encode_chunk(model, chunk, key["task"], key["kind"], batch_size)
                     with np.errstate(over="ignore"):  # an overflow is refused below, by the id of its text
                         values = values.astype(key["dtype"])
-                    _refuse_not_finite(values, lengths, ids[start : start + CHUNK], key["dtype"])
+                    refuse_not_finite(values, lengths, ids[start : start + CHUNK], key["dtype"])
                     # Not tofile, which drops the last bytes without an error when the disk is full.
                     files["values"].write(np.ascontiguousarray(values).data)
                     if indices is not None:
@@ -339,8 +338,23 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-# Each returns values, rows per text (None: one), term indices (sparse only) and the width of a vector.
 _Encoded = tuple[np.ndarray, np.ndarray | None, np.ndarray | None, int]
+
+
+def encode_chunk(model: Encoder, texts: list[Any], task: str, kind: Kind, batch_size: int) -> _Encoded:
+    """Encode texts or images without a cache.
+
+    Args:
+        model: Any sentence-transformers model.
+        texts: As many as fit into memory, encoded.
+        task: ``query`` or ``document``.
+        kind: What to keep.
+        batch_size: Texts per forward pass.
+
+    Returns:
+        Values, rows of each text (None: one), term indices (of sparse vectors alone) and the width of a vector.
+    """
+    return _ENCODERS[kind](model, texts, task, batch_size)
 
 
 def _encode_call(model: Any, task: str) -> Any:
@@ -397,7 +411,8 @@ _ENCODERS: dict[str, Any] = {
 }
 
 
-def _refuse_not_finite(values: np.ndarray, lengths: np.ndarray | None, ids: Sequence[str], dtype: str) -> None:
+def refuse_not_finite(values: np.ndarray, lengths: np.ndarray | None, ids: Sequence[str], dtype: str) -> None:
+    """Refuse vectors in ``dtype`` of which a number is not finite, by the id of the text."""
     rows = ~np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
     if rows.any():
         text = (
@@ -407,7 +422,7 @@ def _refuse_not_finite(values: np.ndarray, lengths: np.ndarray | None, ids: Sequ
         )
         raise InputError(
             f"{ids[text]!r}: its vector is not finite in {dtype}, so every score with it would be meaningless. "
-            "If its numbers exceed 65,504, use --dtype float32; else the model is broken."
+            "If its numbers exceed 65,504, use float32; else the model is broken."
         )
 
 

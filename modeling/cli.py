@@ -12,6 +12,7 @@ from .errors import InputError
 COMMANDS = {
     "train": "training:train",
     "evaluate": "evaluation:evaluate",
+    "encode": "encoding:encode",
     "export-onnx": "export:export_onnx",
     "publish": "publish:publish",
 }

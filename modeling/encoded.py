@@ -1,0 +1,239 @@
+"""Encoded corpora: folders of shards from which any index can be built, and built again.
+
+::
+
+    DIR/manifest.json                 what the vectors are, and which model made them of what; written first
+    DIR/shards/00000042.safetensors   ids and vectors of 4,096 documents, in the order of the input
+    DIR/shards/00000042.json          its documents, bytes, SHA-256, and what of the input could not be read
+    DIR/errors.jsonl                  all of the latter, once every shard is there
+
+A shard counts only once its ``.json`` is there, which is written last, so whatever stops the work leaves whole shards
+and nothing else. A shard holds ``ids`` (UTF-8, one after another) with ``id_offsets``, and by kind::
+
+    sentence   values (documents, dim)                        one vector per document
+    tokens     values (vectors of all documents, dim), offsets
+    sparse     values (active terms of all documents), indices, offsets
+
+Numbers are ``float32``; ``float16``; ``int8``, with a ``scales`` number for each vector, by which its largest becomes
+127, so that no calibration is needed; or ``binary``, one bit a number, its sign, eight in a byte.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from .cache import Embeddings, Kind
+from .errors import InputError
+from .files import staged_file, write_json
+from .hub import file_sha256, read_json
+
+FORMAT = "polyrep-encoded-1"
+PRECISIONS = ("float16", "float32", "int8", "binary")
+KINDS = ("sentence", "tokens", "sparse")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What vectors are and where they come from, by which an index tells its own from strangers.
+
+    Attributes:
+        name: What an index calls them beside others of the same documents.
+        kind: ``sentence``, ``tokens`` or ``sparse``.
+        dim: Width of a vector; of sparse ones the size of the vocabulary.
+        similarity: How the model scores: ``dot``, ``cosine``, ``maxsim``, ``meanmaxsim``, ...
+        fingerprint: :func:`polyrep.hub.fingerprint` of the model.
+        precision: Of the numbers, one of :data:`PRECISIONS`.
+    """
+
+    name: str
+    kind: Kind
+    dim: int
+    similarity: str
+    fingerprint: str
+    precision: str = "float16"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some documents of an encoded corpus.
+
+    Attributes:
+        ids: Their ids, in the order of the vectors; one may occur twice, and then its last vector counts.
+        vectors: Their vectors in float16 or float32, whatever the file holds them in.
+        origin: What the vectors are.
+        checksum: SHA-256 of the file, by which an index knows a shard that it has already; empty without a file.
+    """
+
+    ids: Sequence[str]
+    vectors: Embeddings
+    origin: Origin
+    checksum: str = ""
+
+
+class EncodedCorpus:
+    """An encoded corpus on disk, to be read shard by shard: ``for shard in EncodedCorpus(folder): ...``.
+
+    Args:
+        folder: What ``polyrep encode`` wrote.
+        partial: Accept a corpus of which shards are still missing.
+
+    Raises:
+        InputError: There is no manifest, or it is of another format, or shards are missing.
+    """
+
+    def __init__(self, folder: str | Path, *, partial: bool = False):
+        self.folder = Path(folder)
+        path = self.folder / "manifest.json"
+        if not path.is_file():
+            raise InputError(f"{path}: missing, so this is no encoded corpus. Make one with `polyrep encode`.")
+        self.manifest: dict[str, Any] = read_json(path)
+        if self.manifest.get("format") != FORMAT:
+            raise InputError(
+                f"{path}: its format is {self.manifest.get('format')!r}, not {FORMAT}, so the shards mean something "
+                "else. Encode the corpus again."
+            )
+        self.origin = Origin(**self.manifest["vectors"])
+        shards = read_json(self.folder / "complete.json").get("shards")
+        if not partial and shards != len(self.records):
+            raise InputError(
+                f"{self.folder}: {len(self.records)} shards are done of {shards or 'more'}, so an index would lack "
+                "documents. Run the command in manifest.json again, which goes on where it stopped."
+            )
+
+    @cached_property
+    def records(self) -> list[dict[str, Any]]:
+        """What is known of each finished shard, in order: ``number, documents, bytes, sha256, ...``."""
+        return [read_json(path) for path in sorted((self.folder / "shards").glob("*.json"))]
+
+    def __len__(self) -> int:
+        """Documents."""
+        return sum(record["documents"] for record in self.records)
+
+    def __iter__(self) -> Iterator[Shard]:
+        """Every shard; the file of each is compared with its checksum before it is read."""
+        return (self.read(record) for record in self.records)
+
+    def read(self, record: dict[str, Any]) -> Shard:
+        """One shard, by its record.
+
+        Raises:
+            InputError: The file is missing, or not what was written.
+        """
+        path = shard_path(self.folder, record["number"])
+        found = file_sha256(path) if path.is_file() else "missing"
+        if found != record["sha256"]:
+            raise InputError(
+                f"{path}: its SHA-256 is {found}, expected {record['sha256']}, so its vectors are not those that were "
+                f"written. Delete {path.with_suffix('.json').name} beside it and run `polyrep encode` again."
+            )
+        return read_shard(path, self.origin, record["sha256"])
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """File of a shard; its record has the same name and ends in ``.json``."""
+    return folder / "shards" / f"{number:08d}.safetensors"
+
+
+def write_shard(
+    folder: Path, number: int, ids: Sequence[str], vectors: Embeddings, precision: str, **record: Any
+) -> dict[str, Any]:
+    """Write a shard, then its record, each whole or not at all.
+
+    Args:
+        folder: Of the corpus.
+        number: Of the shard.
+        ids: ``(documents,)``.
+        vectors: As many.
+        precision: How to write the numbers.
+        record: What else the record says.
+
+    Returns:
+        The record.
+    """
+    encoded = [identifier.encode() for identifier in ids]
+    arrays: dict[str, np.ndarray] = {
+        "ids": np.frombuffer(b"".join(encoded), np.uint8),
+        "id_offsets": np.cumsum([0, *map(len, encoded)], dtype=np.int64),
+    }
+    arrays |= narrowed_arrays(vectors, precision)
+    path = shard_path(folder, number)
+    with staged_file(path) as partial:
+        save_file(arrays, partial)
+        checksum = file_sha256(partial)
+        size = partial.stat().st_size
+    record = {"number": number, "documents": len(ids), "bytes": size, "sha256": checksum} | record
+    write_json(path.with_suffix(".json"), record)
+    return record
+
+
+def read_shard(path: Path, origin: Origin, checksum: str = "") -> Shard:
+    """Read a shard's file, with numbers widened to float16 or float32.
+
+    Raises:
+        InputError: The file is damaged, or holds something else than ``origin`` says.
+    """
+    try:
+        arrays = load_file(path)
+        blob, bounds = arrays["ids"].tobytes(), arrays["id_offsets"].tolist()
+        ids = [blob[start:stop].decode() for start, stop in zip(bounds, bounds[1:], strict=False)]
+        values = widened(arrays, origin)
+        vectors = Embeddings(
+            origin.kind,
+            values,
+            arrays.get("offsets"),
+            arrays.get("indices"),
+            origin.dim,
+            0.0,
+            Path(),  # type: ignore[arg-type]
+        )
+        if len(vectors) != len(ids) or (origin.kind != "sparse" and values.shape[1:] != (origin.dim,)):
+            raise ValueError(f"{len(ids)} ids, {len(vectors)} vectors of shape {values.shape[1:]}")
+    except (SafetensorError, OSError, KeyError, ValueError, IndexError) as error:
+        raise InputError(
+            f"{path}: not a shard of {origin.kind} vectors of width {origin.dim} ({error}). Encode it again."
+        ) from None
+    return Shard(ids, vectors, origin, checksum)
+
+
+def narrowed_arrays(vectors: Embeddings, precision: str) -> dict[str, np.ndarray]:
+    """What is written of vectors in a precision."""
+    arrays: dict[str, np.ndarray] = {}
+    values = np.ascontiguousarray(vectors.values)
+    if precision == "binary":
+        arrays["values"] = np.packbits(values > 0, axis=-1)
+    elif precision == "int8":
+        scales = np.abs(values).max(-1, initial=0).astype(np.float32) / 127  # (vectors,)
+        arrays["values"] = np.rint(values / np.where(scales == 0, 1, scales)[:, None]).astype(np.int8)
+        arrays["scales"] = scales
+    else:
+        arrays["values"] = values.astype(precision)
+    if vectors.offsets is not None:
+        arrays["offsets"] = np.ascontiguousarray(vectors.offsets, np.int64)
+    if vectors.indices is not None:
+        arrays["indices"] = np.ascontiguousarray(vectors.indices, np.int32)
+    return arrays
+
+
+def widened(arrays: dict[str, np.ndarray], origin: Origin) -> np.ndarray:
+    """Numbers of a shard as floating point; those of one bit as vectors of unit length."""
+    values = arrays["values"]
+    if origin.precision == "binary":
+        bits = np.unpackbits(values, axis=-1, count=origin.dim)
+        return ((2.0 * bits - 1) / np.sqrt(origin.dim)).astype(np.float32)
+    if origin.precision == "int8":
+        return values * arrays["scales"][:, None]
+    return values
+
+
+def manifest_of(origin: Origin, **more: Any) -> dict[str, Any]:
+    """Content of ``manifest.json``."""
+    return json.loads(json.dumps({"format": FORMAT, "vectors": asdict(origin)} | more))

@@ -1,0 +1,214 @@
+"""What every index does, and the checks that all of them share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix, issparse
+
+from ..cache import Embeddings, in_memory
+from ..encoded import Origin, Shard
+from ..errors import InputError
+
+Queries = Any
+"""What ``encode_query`` returns: ``(queries, dim)`` as array or tensor; a list of ``(vectors, dim)`` where a query has
+several; ``(queries, vocabulary)`` sparse, of torch or scipy; or :class:`polyrep.cache.Embeddings`."""
+
+
+class Hit(NamedTuple):
+    """A document that was found."""
+
+    id: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Added:
+    """What became of documents that were handed over.
+
+    Attributes:
+        documents: How many were written.
+        replaced: How many of them took the place of a document with their id, earlier in the index or in the input.
+        shards_known: Shards that were there already, and were passed over.
+    """
+
+    documents: int = 0
+    replaced: int = 0
+    shards_known: int = 0
+
+
+class Index(Protocol):
+    """Documents by their ids, and the search in them.
+
+    Documents may have vectors of several kinds, each under the name of its :class:`polyrep.encoded.Origin`: add one
+    corpus, then the other. Those back ends that hold one kind alone refuse the second.
+    """
+
+    origins: dict[str, Origin]
+    """What is in it, by name; empty as long as nothing is."""
+
+    def add(self, shards: Iterable[Shard]) -> Added:
+        """Write documents; one whose id is there already is replaced, for the kind of vectors that is added.
+
+        Whatever stops it, running it again with the same shards goes on, and ends in the same index.
+
+        Raises:
+            InputError: The vectors differ in kind, width or similarity from those in the index under this name, or
+                came from another model and ``force`` was not set.
+        """
+
+    def search(self, queries: Queries | Mapping[str, Queries], k: int = 10) -> list[list[Hit]]:
+        """The best ``k`` documents of each query, best first, or fewer where there are not as many.
+
+        Args:
+            queries: Vectors of the queries. Of an index with vectors of several kinds: name -> vectors; with two
+                names, the first finds candidates, of which the second, scored exactly, takes the best.
+            k: How many.
+
+        Raises:
+            InputError: The index is empty, or the queries are of another kind or width.
+        """
+
+    def delete(self, ids: Iterable[str]) -> int:
+        """Remove documents, ids that are not there being no error; returns how many were."""
+
+    def count(self) -> int:
+        """Documents in the index."""
+
+
+def admit(origins: Mapping[str, Origin], new: Origin, where: str, *, kinds: Sequence[str], force: bool) -> Origin:
+    """The origin that an index goes on with once ``new`` is added, or a refusal.
+
+    Args:
+        origins: What is in the index.
+        new: What is to be added.
+        where: The index, for messages.
+        kinds: What it can hold.
+        force: Accept another fingerprint.
+
+    Raises:
+        InputError: Another kind, width, similarity or model.
+    """
+    if new.kind not in kinds:
+        raise InputError(f"{where}: holds {' or '.join(kinds)} vectors, not {new.kind}. Use another back end.")
+    known = origins.get(new.name)
+    if known is None:
+        return new
+    for field in ("kind", "dim", "similarity"):
+        if getattr(known, field) != getattr(new, field):
+            raise InputError(
+                f"{where}: its vectors {new.name!r} have {field} {getattr(known, field)}, these have "
+                f"{getattr(new, field)}, so no query could be compared with both. Use an index of their own, or "
+                "another --name when encoding."
+            )
+    if known.fingerprint != new.fingerprint and not force:
+        raise InputError(
+            f"{where}: its vectors {new.name!r} were made by model {known.fingerprint[:12]}, these by "
+            f"{new.fingerprint[:12]}, so their scores would not be comparable. Start a new index, or pass --force "
+            "(force=True) to mix them."
+        )
+    return known
+
+
+def chosen(
+    origins: Mapping[str, Origin], queries: Queries | Mapping[str, Queries], where: str
+) -> list[tuple[Origin, Embeddings]]:
+    """The stages of a search: one, or candidates and what ranks them anew.
+
+    Raises:
+        InputError: The index is empty, a name is unknown or missing, there are more than two stages, or queries do not
+            fit the vectors of the index.
+    """
+    if not origins:
+        raise InputError(f"{where}: empty, so there is nothing to search in. Add shards first.")
+    if not isinstance(queries, Mapping):
+        if len(origins) > 1:
+            raise InputError(
+                f"{where}: has vectors of several kinds ({', '.join(origins)}), so say which the queries are for: "
+                f"search({{{next(iter(origins))!r}: queries}})."
+            )
+        queries = {next(iter(origins)): queries}
+    if not 1 <= len(queries) <= 2 or queries.keys() - origins.keys():
+        raise InputError(
+            f"{where}: asked for {', '.join(queries) or 'nothing'}; it has {', '.join(origins)}. Name one, or two of "
+            "which the first finds candidates and the second ranks them."
+        )
+    stages = [(origins[name], as_embeddings(asked, origins[name], where)) for name, asked in queries.items()]
+    if len({len(asked) for _, asked in stages}) > 1:
+        raise InputError(f"{where}: the two stages have {' and '.join(str(len(a)) for _, a in stages)} queries.")
+    return stages
+
+
+def as_embeddings(queries: Queries, origin: Origin, where: str) -> Embeddings:
+    """Queries in any of their forms as flat arrays in float32, checked against what they are to be compared with.
+
+    Raises:
+        InputError: Another kind or width, or a number that is not finite.
+    """
+    found = _flat(queries)
+    if (found.kind, found.dim) != (origin.kind, origin.dim):
+        raise InputError(
+            f"{where}: queries are {found.kind} of width {found.dim}, its vectors {origin.name!r} {origin.kind} of "
+            f"width {origin.dim}. Encode queries with the model that encoded the documents."
+        )
+    if not np.isfinite(found.values).all():
+        raise InputError(f"{where}: a query has a number that is not finite, so no score would mean anything.")
+    return replace(found, values=np.ascontiguousarray(found.values, np.float32))
+
+
+def _flat(queries: Queries) -> Embeddings:
+    if isinstance(queries, Embeddings):
+        return queries
+    if isinstance(queries, torch.Tensor) and queries.layout != torch.strided:
+        matrix = queries.detach().cpu().float().to_sparse_coo().coalesce()
+        rows, columns = matrix.indices().numpy()
+        queries = csr_matrix((matrix.values().numpy(), (rows, columns)), shape=tuple(matrix.shape))
+    if issparse(queries):
+        queries = queries.tocsr()
+        offsets = queries.indptr.astype(np.int64)
+        indices = queries.indices.astype(np.int32)
+        return Embeddings("sparse", queries.data, offsets, indices, queries.shape[1], 0.0, Path())
+    if isinstance(queries, list | tuple):
+        parts = [_array(part) for part in queries]
+        if parts and parts[0].ndim == 2:
+            return in_memory(np.concatenate(parts), np.cumsum([0, *map(len, parts)], dtype=np.int64))
+        queries = np.stack(parts) if parts else np.empty((0, 0), np.float32)
+    array = _array(queries)
+    if array.ndim != 2:
+        raise InputError(
+            f"queries of shape {array.shape}: expected (queries, dim), also for one query, or a list of "
+            "(vectors, dim) for several vectors a query."
+        )
+    return in_memory(array)
+
+
+def _array(part: Any) -> np.ndarray:
+    return part.detach().cpu().float().numpy() if isinstance(part, torch.Tensor) else np.asarray(part)
+
+
+def whole_number(settings: dict[str, str], name: str, default: int, uri: str) -> int:
+    """A positive setting of a URI, taken out of ``settings``.
+
+    Raises:
+        InputError: It is no whole number, or less than 1.
+    """
+    value = settings.pop(name, str(default))
+    if not re.fullmatch(r"[0-9]+", value) or int(value) < 1:
+        raise InputError(f"{uri}: {name}={value}: expected a whole number from 1 on.")
+    return int(value)
+
+
+def refuse_unknown(settings: dict[str, str], uri: str, known: str) -> None:
+    """Refuse settings that nobody has taken.
+
+    Raises:
+        InputError: Names them, and what there is.
+    """
+    if settings:
+        raise InputError(f"{uri}: unknown settings {', '.join(settings)}. There are {known}.")
