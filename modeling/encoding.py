@@ -29,7 +29,7 @@ from .cache import CHUNK, Embeddings, Kind, encode_chunk, kind_of, refuse_not_fi
 from .cli import parse
 from .encoded import PRECISIONS, Origin, manifest_of, shard_path, write_shard
 from .errors import InputError
-from .files import write_json, write_text
+from .files import remove_leftovers, write_json, write_text
 from .hub import Encoder, fastest_dtype, fetch, fingerprint, load, read_json
 from .report import provenance
 from .sources import Document, Fields, Source, Span, open_source, picture
@@ -291,7 +291,9 @@ def _settled(writing: Future | None) -> None:
 
 def _begin(output: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest, or compare it with the one that is there."""
-    path = output / "manifest.json"
+    shards, path = output / "shards", output / "manifest.json"
+    shards.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(shards)
     known = read_json(path)
     if not known:
         write_json(path, manifest)

@@ -26,12 +26,8 @@ def staged_folder(target: Path, *, merge: bool = False) -> Iterator[Path]:
             existing ``target`` (another process was faster with the same content) is left as it is.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    host = socket.gethostname()
-    ours = re.compile(re.escape(f".{target.name}.{host}-") + r"(\d+)\.partial")
-    for leftover in target.parent.iterdir():
-        if (found := ours.fullmatch(leftover.name)) and not _is_running(int(found[1])):
-            shutil.rmtree(leftover, ignore_errors=True)
-    staged = target.parent / f".{target.name}.{host}-{os.getpid()}.partial"
+    remove_leftovers(target.parent, re.escape(target.name))
+    staged = _staged(target)
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
     try:
@@ -53,14 +49,34 @@ def staged_folder(target: Path, *, merge: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def staged_file(target: Path) -> Iterator[Path]:
-    """Yield a path beside ``target`` that replaces it in one step when the block ends without an error."""
+    """Yield a path beside ``target`` that replaces it in one step when the block ends without an error.
+
+    After ``kill -9`` it stays under its hidden name until :func:`remove_leftovers`.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = _staged(target)
     try:
         yield partial
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, name: str = ".+") -> None:
+    """Remove what processes of this machine that no longer run have left unfinished in a folder.
+
+    Args:
+        folder: Where they wrote.
+        name: Pattern of what they would have written.
+    """
+    ours = re.compile(rf"\.{name}\.{re.escape(socket.gethostname())}-(\d+)\.partial")
+    for leftover in folder.iterdir():
+        if (found := ours.fullmatch(leftover.name)) and not _is_running(int(found[1])):
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def _staged(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.partial")
 
 
 def write_text(path: Path, text: str) -> None:
