@@ -27,7 +27,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -88,6 +88,31 @@ def in_memory(values: np.ndarray, offsets: np.ndarray | None = None) -> Embeddin
     """Vectors that are there already as embeddings without a cache: one a text, or with ``offsets`` several."""
     kind: Kind = "sentence" if offsets is None else "tokens"
     return Embeddings(kind, values, offsets, None, values.shape[1], 0.0, Path())
+
+
+def rows(embeddings: Embeddings, positions: np.ndarray) -> Embeddings:
+    """Some texts of ``embeddings``, in the order of ``positions`` and in memory."""
+    if embeddings.offsets is None:
+        return replace(embeddings, values=embeddings.values[positions])
+    lengths = embeddings.lengths[positions]
+    bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    places = np.repeat(embeddings.offsets[positions] - bounds[:-1], lengths) + np.arange(bounds[-1])
+    indices = None if embeddings.indices is None else embeddings.indices[places]
+    return replace(embeddings, values=embeddings.values[places], indices=indices, offsets=bounds)
+
+
+def joined(blocks: Sequence[Embeddings]) -> Embeddings:
+    """Texts of all blocks, one after another; of a single block the block itself."""
+    if len(blocks) == 1:
+        return blocks[0]
+    offsets = indices = None
+    if blocks[0].offsets is not None:
+        lengths = np.concatenate([block.lengths for block in blocks])
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    if blocks[0].indices is not None:
+        indices = np.concatenate([block.indices for block in blocks if block.indices is not None])
+    values = np.concatenate([block.values for block in blocks])
+    return replace(blocks[0], values=values, offsets=offsets, indices=indices, path=Path())
 
 
 def embed(

@@ -13,6 +13,8 @@ COMMANDS = {
     "train": "training:train",
     "evaluate": "evaluation:evaluate",
     "encode": "encoding:encode",
+    "index": "indexing:index",
+    "search": "indexing:search",
     "export-onnx": "export:export_onnx",
     "publish": "publish:publish",
 }

@@ -159,12 +159,7 @@ def write_shard(
     Returns:
         The record.
     """
-    encoded = [identifier.encode() for identifier in ids]
-    arrays: dict[str, np.ndarray] = {
-        "ids": np.frombuffer(b"".join(encoded), np.uint8),
-        "id_offsets": np.cumsum([0, *map(len, encoded)], dtype=np.int64),
-    }
-    arrays |= narrowed_arrays(vectors, precision)
+    arrays = packed_ids(ids) | narrowed_arrays(vectors, precision)
     path = shard_path(folder, number)
     with staged_file(path) as partial:
         save_file(arrays, partial)
@@ -183,8 +178,7 @@ def read_shard(path: Path, origin: Origin, checksum: str = "") -> Shard:
     """
     try:
         arrays = load_file(path)
-        blob, bounds = arrays["ids"].tobytes(), arrays["id_offsets"].tolist()
-        ids = [blob[start:stop].decode() for start, stop in zip(bounds, bounds[1:], strict=False)]
+        ids = unpacked_ids(arrays)
         values = widened(arrays, origin)
         vectors = Embeddings(
             origin.kind,
@@ -202,6 +196,19 @@ def read_shard(path: Path, origin: Origin, checksum: str = "") -> Shard:
             f"{path}: not a shard of {origin.kind} vectors of width {origin.dim} ({error}). Encode it again."
         ) from None
     return Shard(ids, vectors, origin, checksum)
+
+
+def packed_ids(ids: Sequence[str]) -> dict[str, np.ndarray]:
+    """Ids as arrays, which a safetensors file can hold."""
+    encoded = [identifier.encode() for identifier in ids]
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    return {"ids": np.frombuffer(b"".join(encoded), np.uint8), "id_offsets": offsets}
+
+
+def unpacked_ids(arrays: dict[str, np.ndarray]) -> list[str]:
+    """The ids in what :func:`packed_ids` gave."""
+    blob, bounds = arrays["ids"].tobytes(), arrays["id_offsets"].tolist()
+    return [blob[start:stop].decode() for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 
 def narrowed_arrays(vectors: Embeddings, precision: str) -> dict[str, np.ndarray]:

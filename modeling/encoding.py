@@ -25,7 +25,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .cache import CHUNK, Embeddings, Kind, encode_chunk, kind_of, refuse_not_finite
+from .cache import CHUNK, Embeddings, Kind, encode_chunk, joined, kind_of, refuse_not_finite, rows
 from .cli import parse
 from .encoded import PRECISIONS, Origin, manifest_of, shard_path, write_shard
 from .errors import InputError
@@ -215,7 +215,7 @@ class _Work:
         step = self.batch_size if images else max(CHUNK, self.batch_size)
         kept: list[int] = []
         errors: list[dict[str, str]] = []
-        parts: list[tuple[np.ndarray, np.ndarray | None, np.ndarray | None]] = []
+        parts = [_no_vectors(kind, origin.dim, dtype)]
         for start in range(0, len(order), step):
             numbers = order[start : start + step]
             content: list[Any] = [documents[i].content for i in numbers]
@@ -230,9 +230,11 @@ class _Work:
             with np.errstate(over="ignore"):  # refused in the next line, by the id of its document
                 values = values.astype(dtype)
             refuse_not_finite(values, lengths, [documents[i].id for i in numbers], dtype)
-            parts.append((values, lengths, None if indices is None else indices.astype(np.int32)))
+            offsets = None if lengths is None else np.cumsum([0, *lengths], dtype=np.int64)
+            terms = None if indices is None else indices.astype(np.int32)
+            parts.append(Embeddings(kind, values, offsets, terms, dim, 0.0, Path()))
             kept += numbers
-        return [documents[i].id for i in sorted(kept)], _in_order(parts, kept, kind, origin.dim, dtype), errors
+        return [documents[i].id for i in sorted(kept)], rows(joined(parts), np.argsort(kept)), errors
 
     @staticmethod
     def _pictures(
@@ -248,36 +250,11 @@ class _Work:
         return found, kept
 
 
-def _in_order(
-    parts: list[tuple[np.ndarray, np.ndarray | None, np.ndarray | None]],
-    kept: list[int],
-    kind: Kind,
-    dim: int,
-    dtype: str,
-) -> Embeddings:
-    """Vectors in the order of the documents, from parts in the order in which they were encoded."""
-    if not parts:
-        ragged = kind != "sentence"
-        values = np.empty(0 if kind == "sparse" else (0, dim), dtype)
-        return Embeddings(
-            kind,
-            values,
-            np.zeros(1, np.int64) if ragged else None,
-            np.empty(0, np.int32) if kind == "sparse" else None,
-            dim,
-            0.0,
-            Path(),
-        )
-    place = np.argsort(kept)  # (documents,) where each is among what was encoded
-    values = np.concatenate([part for part, _, _ in parts])
-    if kind == "sentence":
-        return Embeddings(kind, values[place], None, None, dim, 0.0, Path())
-    lengths = np.concatenate([part for _, part, _ in parts if part is not None])
-    starts = np.concatenate([[0], np.cumsum(lengths)])[:-1]
-    offsets = np.concatenate([[0], np.cumsum(lengths[place])]).astype(np.int64)
-    rows = np.repeat(starts[place] - offsets[:-1], lengths[place]) + np.arange(offsets[-1])
-    indices = np.concatenate([part for *_, part in parts])[rows] if kind == "sparse" else None
-    return Embeddings(kind, values[rows], offsets, indices, dim, 0.0, Path())
+def _no_vectors(kind: Kind, dim: int, dtype: str) -> Embeddings:
+    """Vectors of no document, for a shard of which nothing could be used."""
+    offsets = None if kind == "sentence" else np.zeros(1, np.int64)
+    indices = np.empty(0, np.int32) if kind == "sparse" else None
+    return Embeddings(kind, np.empty(0 if kind == "sparse" else (0, dim), dtype), offsets, indices, dim, 0.0, Path())
 
 
 def _own(spans: Iterator[Span], state: PartialState) -> Iterator[tuple[Span, bool]]:

@@ -36,7 +36,7 @@ def open_index(uri: str, *, fingerprint: str = "", force: bool = False) -> Index
     Args:
         uri: Where it is and what does the work, see the module's table; settings follow ``?``.
         fingerprint: That of the model which will encode the queries (``polyrep.hub.fingerprint``): an index whose
-            documents came from another is refused.
+            documents all came from others is refused.
         force: Accept another model's fingerprint, here and when documents are added.
 
     Raises:
@@ -49,12 +49,11 @@ def open_index(uri: str, *, fingerprint: str = "", force: bool = False) -> Index
     module, _, name = BACKENDS[parts.scheme].partition(":")
     settings = dict(parse_qsl(parts.query, keep_blank_values=True))
     index: Index = getattr(importlib.import_module(f".{module}", __package__), name)(parts, settings, force=force)
-    if fingerprint and not force:
-        for origin in index.origins.values():
-            if origin.fingerprint != fingerprint:
-                raise InputError(
-                    f"{uri}: its vectors {origin.name!r} were made by model {origin.fingerprint[:12]}, not by "
-                    f"{fingerprint[:12]}, so scores would mean nothing. Encode the corpus with this model, or pass "
-                    "force=True if the two are the same but for their names."
-                )
+    known = {origin.fingerprint for origin in index.origins.values()}
+    if fingerprint and known and fingerprint not in known and not force:
+        raise InputError(
+            f"{uri}: its vectors were made by model {', '.join(sorted(print_[:12] for print_ in known))}, not by "
+            f"{fingerprint[:12]}, so scores would mean nothing. Encode the corpus with this model, or pass --force "
+            "(force=True) if you know that the two give the same vectors."
+        )
     return index

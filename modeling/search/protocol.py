@@ -170,7 +170,8 @@ def _flat(queries: Queries) -> Embeddings:
         rows, columns = matrix.indices().numpy()
         queries = csr_matrix((matrix.values().numpy(), (rows, columns)), shape=tuple(matrix.shape))
     if issparse(queries):
-        queries = queries.tocsr()
+        queries = queries.tocsr(copy=True)
+        queries.sum_duplicates()  # an engine is told of each word once
         offsets = queries.indptr.astype(np.int64)
         indices = queries.indices.astype(np.int32)
         return Embeddings("sparse", queries.data, offsets, indices, queries.shape[1], 0.0, Path())

@@ -1,0 +1,332 @@
+"""What the back ends in this process share: ids and positions, vectors in memory, and folders that survive a kill.
+
+::
+
+    PATH/polyrep.json        format, origins, settings, known shards, and which generation counts
+    PATH/00000007/*.bin      ids and other arrays of that generation, as they lie in memory
+    PATH/00000007/...        files of the engine
+
+Each change writes a new generation and then replaces ``polyrep.json``, so whatever stops it leaves the old index or
+the new one. One process may change an index at a time; others that have it open go on with what they read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import SplitResult, unquote
+
+import numpy as np
+
+from ..cache import Embeddings, Kind, joined, rows
+from ..encoded import Origin, Shard, packed_ids, unpacked_ids
+from ..errors import InputError
+from ..files import write_json
+from .protocol import Added, Hit, Queries, admit, chosen
+
+FORMAT = "polyrep-index-1"
+MANIFEST = "polyrep.json"
+
+
+def package(name: str) -> Any:
+    """An engine's package.
+
+    Raises:
+        InputError: It is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise InputError(
+            f'{name}: not installed, so this back end cannot work. Run `pip install "polyrep[search]"`.'
+        ) from None
+
+
+def folder_of(parts: SplitResult) -> Path:
+    """Folder that a URI names: ``scheme:///absolute/path`` or ``scheme:relative/path``; ``%20`` stands for a space.
+
+    Raises:
+        InputError: It names none, or something after two slashes or ``#``, which would be no part of the path.
+    """
+    if not parts.path.strip("/") or parts.netloc or parts.fragment:
+        raise InputError(
+            f"{parts.geturl()}: names no folder. Write {parts.scheme}:///absolute/path, with three slashes, or "
+            f"{parts.scheme}:relative/path; %23 stands for # and %3F for ?."
+        )
+    return Path(unquote(parts.path))
+
+
+def stages(
+    origins: Mapping[str, Origin], queries: Queries | Mapping[str, Queries], k: int, where: str
+) -> list[tuple[Origin, Embeddings]]:
+    """As :func:`polyrep.search.protocol.chosen`.
+
+    Raises:
+        InputError: Likewise, or ``k`` is less than 1.
+    """
+    if k < 1:
+        raise InputError(f"{where}: k={k}, so nothing could be found. Pass 1 or more.")
+    return chosen(origins, queries, where)
+
+
+class Documents:
+    """Ids of documents and their positions in an engine. A document that is replaced or removed leaves its own unused.
+
+    Attributes:
+        ids: ``(positions,)`` ids, also of positions that are unused.
+        position: Id -> the position that counts.
+    """
+
+    def __init__(self, ids: Sequence[str] = ()):
+        self.ids = list(ids)
+        self.position = dict(zip(self.ids, range(len(self.ids)), strict=True))
+
+    def append(self, ids: Sequence[str]) -> int:
+        """Give the next positions to ``ids``; returns how many took the place of another document."""
+        before, start = len(self.position), len(self.ids)
+        self.ids.extend(ids)
+        self.position.update(zip(ids, range(start, len(self.ids)), strict=True))
+        return len(ids) - (len(self.position) - before)
+
+    def remove(self, ids: Iterable[str]) -> int:
+        """Remove documents; returns how many there were."""
+        return sum(self.position.pop(identifier, None) is not None for identifier in ids)
+
+    @property
+    def unused(self) -> int:
+        """Positions that do not count any more."""
+        return len(self.ids) - len(self.position)
+
+    def live(self) -> np.ndarray:
+        """``(documents,)`` positions that count, in order."""
+        return np.sort(np.fromiter(self.position.values(), np.int64, len(self.position)))
+
+    def compact(self) -> np.ndarray:
+        """Give the documents new positions without gaps; returns their old ones, ``(documents,)``."""
+        live = self.live()
+        self.ids = [self.ids[position] for position in live.tolist()]
+        self.position = dict(zip(self.ids, range(len(self.ids)), strict=True))
+        return live
+
+    def hits(self, positions: np.ndarray, scores: np.ndarray) -> list[list[Hit]]:
+        """What was found, from ``(queries, k)`` positions, -1 where there is nothing, and scores."""
+        return [
+            [Hit(self.ids[place], score) for place, score in zip(*row, strict=True) if place >= 0]
+            for row in zip(positions.tolist(), scores.tolist(), strict=True)
+        ]
+
+
+class Vectors(Documents):
+    """Documents with their vectors, kept in the blocks that they came in until they are needed side by side."""
+
+    def __init__(self, ids: Sequence[str] = (), vectors: Embeddings | None = None):
+        super().__init__(ids)
+        self.blocks = [] if vectors is None else [vectors]
+
+    def add(self, ids: Sequence[str], vectors: Embeddings) -> int:
+        """Add documents; returns how many took the place of another."""
+        self.blocks.append(vectors)
+        return self.append(ids)
+
+    def settled(self) -> Embeddings:
+        """Vectors of all documents in the order of ``ids``, which have no gaps then; something was added before."""
+        vectors = joined(self.blocks)
+        if self.unused:
+            vectors = rows(vectors, self.compact())
+        self.blocks = [vectors]
+        return vectors
+
+
+class FolderIndex(ABC):
+    """An index with one kind of vectors in a folder; see :class:`polyrep.search.Index` for what it does."""
+
+    backend: ClassVar[str]
+    kind: ClassVar[Kind]
+    similarities: ClassVar[tuple[str, ...]]
+    """Which it can compute."""
+
+    documents: Documents
+    settings: dict[str, Any]
+    """What the index was built with; set by the subclass from the URI and from ``stored``."""
+
+    def __init__(self, parts: SplitResult, *, force: bool):
+        self.path = folder_of(parts)
+        self.where = parts.geturl()
+        self.force = force
+        self._load()
+
+    @abstractmethod
+    def _open(self, folder: Path | None, ids: list[str], arrays: dict[str, np.ndarray]) -> None:
+        """Set ``documents`` from all ``ids`` and take what a generation holds; without a folder, begin with none."""
+
+    @abstractmethod
+    def _append(self, shard: Shard) -> int:
+        """Add documents in memory; returns how many replaced another."""
+
+    @abstractmethod
+    def _write(self, folder: Path) -> dict[str, np.ndarray]:
+        """Write the engine's files; returns arrays to be written beside them, and given to ``_open`` later."""
+
+    def count(self) -> int:
+        """See :class:`polyrep.search.Index`."""
+        return len(self.documents.position)
+
+    def add(self, shards: Iterable[Shard]) -> Added:
+        """See :class:`polyrep.search.Index`; all shards are added, or after an error none."""
+        written = replaced = known = 0
+        changed = False
+        try:
+            for shard in shards:
+                origin = self._admitted(shard.origin)
+                if shard.checksum in self.shards:
+                    known += 1
+                    continue
+                changed = True
+                self.origins[origin.name] = origin
+                replaced += self._append(shard)
+                written += len(shard.ids)
+                self.shards |= {shard.checksum} - {""}
+            if changed:
+                self._save()
+        except BaseException:
+            if changed:
+                self._load()
+            raise
+        return Added(written, replaced, known)
+
+    def delete(self, ids: Iterable[str]) -> int:
+        """See :class:`polyrep.search.Index`. Shards are forgotten, so that adding one again brings documents back."""
+        removed = self.documents.remove(ids)
+        if removed:
+            self.shards.clear()
+            try:
+                self._save()
+            except BaseException:
+                self._load()
+                raise
+        return removed
+
+    def _admitted(self, origin: Origin) -> Origin:
+        known = admit(self.origins, origin, self.where, kinds=[self.kind], force=self.force)
+        if origin.similarity not in self.similarities:
+            raise InputError(
+                f"{self.where}: vectors {origin.name!r} are compared by {origin.similarity}; this back end knows "
+                f"{' and '.join(self.similarities)}. Use memory: or qdrant:."
+            )
+        if self.origins.keys() - {origin.name}:
+            raise InputError(
+                f"{self.where}: holds vectors {', '.join(self.origins)} and has no place for {origin.name!r} beside "
+                "them. Use an index of their own, or one of memory: or qdrant:, which hold several."
+            )
+        return known
+
+    def _asked(self, queries: Queries | Mapping[str, Queries], k: int) -> Embeddings:
+        """Queries of the one stage that there can be."""
+        if isinstance(queries, Mapping) and len(queries) > 1:
+            raise InputError(
+                f"{self.where}: asked for {', '.join(queries)}, but it holds one kind of vectors, so there is no "
+                "second stage. Use memory: or qdrant:."
+            )
+        ((_, asked),) = stages(self.origins, queries, k, self.where)
+        return asked
+
+    def _load(self) -> None:
+        """Read what is in the folder, which may be nothing."""
+        self.origins: dict[str, Origin] = {}
+        self.shards: set[str] = set()
+        self.stored: dict[str, Any] = {}
+        manifest = self._manifest()
+        self.generation: int = manifest.get("generation", 0)
+        if not self.generation:
+            self._open(None, [], {})
+            return
+        folder = self.path / f"{self.generation:08d}"
+        try:
+            for name, size in manifest["files"].items():
+                file = folder / name
+                found = file.stat().st_size if file.is_file() else -1
+                if found != size:
+                    state = f"has {found:,} bytes" if found >= 0 else "is missing"
+                    raise InputError(f"{file}: {state}, expected {size:,}. {self._remedy}")
+            arrays = {
+                # An empty file cannot be mapped.
+                name: np.memmap(folder / f"{name}.bin", dtype, "r", shape=tuple(shape))
+                if np.prod(shape)
+                else np.empty(shape, dtype)
+                for name, (dtype, shape) in manifest["arrays"].items()
+            }
+            live = arrays.pop("live").tolist()
+            ids = unpacked_ids({name: arrays.pop(name) for name in ("ids", "id_offsets")})
+            self.origins = {name: Origin(**origin) for name, origin in manifest["origins"].items()}
+            self.shards, self.stored = set(manifest["shards"]), manifest["settings"]
+            self._open(folder, ids, arrays)
+            self.documents.position = {ids[position]: position for position in live}
+        except InputError:
+            raise
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise InputError(f"{folder}: cannot be read ({error!r}). {self._remedy}") from None
+
+    def _save(self) -> None:
+        """Write a new generation, and then let it count."""
+        found = self._manifest().get("generation", 0)
+        if found != self.generation:
+            raise InputError(
+                f"{self.path}: changed by another process since it was opened (generation {found}, not "
+                f"{self.generation}), whose documents would be lost. Open the index again."
+            )
+        marker = {"format": FORMAT, "backend": self.backend}
+        if not self.generation:  # from now on the folder is known as an index, even if the first generation stays half
+            write_json(self.path / MANIFEST, marker | {"generation": 0})
+        folder = self.path / f"{self.generation + 1:08d}"
+        shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed before it counted
+        folder.mkdir()
+        arrays = self._write(folder) | packed_ids(self.documents.ids)
+        arrays["live"] = self.documents.live()
+        for name, array in arrays.items():
+            # Not tofile, which drops the last bytes without an error when the disk is full.
+            (folder / f"{name}.bin").write_bytes(np.ascontiguousarray(array).data)
+        content = marker | {
+            "generation": self.generation + 1,
+            "documents": self.count(),
+            "origins": {name: asdict(origin) for name, origin in self.origins.items()},
+            "settings": self.settings,
+            "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
+            "arrays": {name: [array.dtype.str, list(array.shape)] for name, array in arrays.items()},
+            "shards": sorted(self.shards),
+        }
+        write_json(self.path / MANIFEST, content)
+        former = self.path / f"{self.generation:08d}"
+        self.generation += 1
+        shutil.rmtree(former, ignore_errors=True)
+
+    def _manifest(self) -> dict[str, Any]:
+        """Content of ``polyrep.json``, ``{}`` where there is no index yet."""
+        path = self.path / MANIFEST
+        if not path.is_file():
+            if self.path.exists() and (not self.path.is_dir() or any(p.name[0] != "." for p in self.path.iterdir())):
+                raise InputError(
+                    f"{path}: missing, but {self.path} holds something, so it is no index, or a damaged one. "
+                    "Name another folder, or delete this one."
+                )
+            return {}
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            kept = manifest.get("format"), manifest.get("backend"), type(manifest.get("generation"))
+        except (OSError, ValueError, AttributeError) as error:
+            raise InputError(f"{path}: cannot be read ({error}). {self._remedy}") from None
+        if kept != (FORMAT, self.backend, int):
+            raise InputError(
+                f"{path}: of format {kept[0]} for {kept[1]}, not {FORMAT} for {self.backend}. Open it by its own "
+                "back end, or name another folder."
+            )
+        return manifest
+
+    @property
+    def _remedy(self) -> str:
+        return f"The index is damaged: delete {self.path} and add the shards again."

@@ -1,0 +1,273 @@
+"""Qdrant, embedded or as a server: one index, over two engines.
+
+A document is a point: its number is made from its id, the id lies in the payload, and each corpus added under another
+name is one more named vector of the same points. Sparse vectors have an exact inverted index, single vectors HNSW from
+Qdrant's threshold on, and several vectors none: they rank candidates anew, or are scanned.
+
+What the index knows of itself lies with it, in flat keys, so that a dropped collection forgets its uploads too::
+
+    polyrep                      version of this layout
+    polyrep/layout               settings that a collection is made with
+    polyrep/origin/NAME          origin of the vectors NAME
+    polyrep/shard/NAME/SHA-256   true once every document of that shard is written
+
+Several readers of a server do no harm; let one process at a time write.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+from urllib.parse import SplitResult
+
+import numpy as np
+
+from ..cache import Embeddings
+from ..encoded import Origin, Shard
+from ..errors import InputError
+from ..scoring import csr_rows
+from .local import folder_of, stages
+from .protocol import Added, Hit, Queries, admit, refuse_unknown, whole_number
+from .qdrant_engine import SIMILARITIES, Embedded, Engine
+from .qdrant_remote import Server, Unreachable
+
+FORMAT, LAYOUT, ORIGIN, SHARD = "polyrep", "polyrep/layout", "polyrep/origin/", "polyrep/shard/"
+NAMESPACE = uuid.UUID("5f1c6a1e-6d3c-5d0e-9a57-0c2b8f6f7a11")
+"""Under it a document's id becomes the UUID of its point; Qdrant takes no strings."""
+
+POINTS = 256
+"""Documents in a request at most, as Qdrant's manual advises."""
+
+BYTES = 8 * 2**20
+"""Size of a request at most, unless one document is larger; a server takes 32 MiB."""
+
+NUMBER = 20
+"""Bytes of a number in JSON: a float16 or float32 has that many digits once it is a double."""
+
+QUERIES = 64
+"""Queries in a request."""
+
+
+def open_embedded(parts: SplitResult, settings: dict[str, str], *, force: bool = False) -> QdrantIndex:
+    """Open ``qdrant:///PATH?prefetch=&quantization=&on_disk=``; see :func:`polyrep.search.open_index`.
+
+    Raises:
+        InputError: A setting is unknown or contradicts the index; the folder is in use, damaged, or something else.
+    """
+    prefetch, layout = _read_settings(settings, parts.geturl(), ())
+    return QdrantIndex(Embedded(folder_of(parts)), prefetch, layout, force)
+
+
+def open_server(parts: SplitResult, settings: dict[str, str], *, force: bool = False) -> QdrantIndex:
+    """Open ``qdrant+http(s)://HOST:PORT/COLLECTION?shards=&replicas=&prefetch=&quantization=&on_disk=``.
+
+    The API key is read from the environment variable ``QDRANT_API_KEY``.
+
+    Raises:
+        InputError: A setting is unknown or contradicts the collection, the server does not answer or refuses the key,
+            or the collection was made by something else.
+    """
+    uri, name = parts.geturl(), parts.path.strip("/")
+    if not parts.hostname or not name or "/" in name:
+        raise InputError(f"{uri}: names no collection of a server. Write qdrant+http://host:6333/collection.")
+    prefetch, layout = _read_settings(settings, uri, ("shards", "replicas"))
+    return QdrantIndex(Server(parts.scheme.removeprefix("qdrant+"), parts.netloc, name), prefetch, layout, force)
+
+
+def _read_settings(settings: dict[str, str], uri: str, counts: tuple[str, ...]) -> tuple[int, dict[str, Any]]:
+    """Candidates of a first stage, and what a collection is made with as far as the URI says it."""
+    prefetch = whole_number(settings, "prefetch", 200, uri)
+    layout: dict[str, Any] = {name: whole_number(settings, name, 1, uri) for name in counts if name in settings}
+    for name, choices in {"quantization": ("none", "int8", "binary"), "on_disk": ("false", "true")}.items():
+        if name in settings:
+            layout[name] = settings.pop(name)
+            if layout[name] not in choices:
+                raise InputError(f"{uri}: {name}={layout[name]}: expected {' or '.join(choices)}.")
+    refuse_unknown(settings, uri, ", ".join(("prefetch", "quantization", "on_disk", *counts)))
+    return prefetch, layout
+
+
+class QdrantIndex:
+    """Documents in Qdrant; see :class:`polyrep.search.Index`.
+
+    Deleted documents come back when their shard is added again. A document without any vector or term is counted but
+    never found, and a sparse search finds only documents that share a term with the query.
+
+    Args:
+        engine: What holds the points.
+        prefetch: Candidates that the first of two stages finds.
+        layout: Settings for a collection that is not there yet; of one that is there, what it must have.
+        force: Accept another model's fingerprint.
+    """
+
+    def __init__(self, engine: Engine, prefetch: int, layout: dict[str, Any], force: bool):
+        self.engine, self.where, self.prefetch, self.force = engine, engine.where, prefetch, force
+        self.records = engine.open()
+        self.layout: dict[str, Any] = self.records.get(LAYOUT, layout)
+        if self.records.get(FORMAT, 1) != 1:
+            raise InputError(f"{self.where}: of format {self.records[FORMAT]}, not 1. Use the polyrep that wrote it.")
+        defaults = {"quantization": "none", "on_disk": "false"}
+        for name, value in layout.items():
+            if (made := self.layout.get(name, defaults.get(name))) != value:
+                raise InputError(
+                    f"{self.where}: made with {name}={made or 'the default'}, which {name}={value} cannot change. "
+                    "Leave the setting out, or start a new index."
+                )
+        self.origins = {k[len(ORIGIN) :]: Origin(**v) for k, v in self.records.items() if k.startswith(ORIGIN)}
+
+    def add(self, shards: Iterable[Shard]) -> Added:
+        """Write documents; see :class:`polyrep.search.Index`.
+
+        Raises:
+            InputError: The vectors do not belong here, or the server stayed away; then running it again goes on.
+        """
+        added = Added()
+        try:
+            for shard in shards:
+                added = self._add(shard, added)
+            if self.origins:
+                self.engine.finish()
+        except Unreachable as error:
+            raise InputError(
+                f"{error} {added.documents:,} documents were written in whole shards by this run. Run it again once "
+                "the server is back: it goes on with the shard that was being written."
+            ) from None
+        return added
+
+    def search(self, queries: Queries | Mapping[str, Queries], k: int = 10) -> list[list[Hit]]:
+        """The best ``k`` documents of each query; two stages are one request to the engine.
+
+        Raises:
+            InputError: The index is empty, or the queries do not fit.
+        """
+        asked_for = stages(self.origins, queries, k, self.where)
+        names = [origin.name for origin, _ in asked_for]
+        last = asked_for[-1][0].similarity
+        quantized = self.layout.get("quantization", "none") != "none" and asked_for[0][0].kind == "sentence"
+        hits: list[list[Hit]] = [[] for _ in range(len(asked_for[0][1]))]
+        for start in range(0, len(hits), QUERIES):
+            stop = min(start + QUERIES, len(hits))
+            vectors = [self._vectors(asked, start, stop, origin.similarity) for origin, asked in asked_for]
+            # An empty query has no best document, and an engine would refuse the whole request.
+            asked = {
+                start + i: row for i, row in enumerate(zip(*vectors, strict=True)) if all(v is not None for v in row)
+            }
+            found = self.engine.query(names, list(asked.values()), k, max(k, self.prefetch), quantized)
+            for (row, vector), points in zip(asked.items(), found, strict=True):
+                # Qdrant's distances are better when smaller, as the oracle's negated ones are when larger.
+                scale = -1.0 if last in ("euclidean", "manhattan") else 1.0
+                if last == "meanmaxsim":
+                    scale = 1 / len(vector[-1])
+                hits[row] = [Hit(point.payload["id"], scale * point.score) for point in points]
+        return hits
+
+    def delete(self, ids: Iterable[str]) -> int:
+        """Remove documents; returns how many were there."""
+        points, deleted = [point_id(identifier) for identifier in dict.fromkeys(ids)], 0
+        for start in range(0, len(points) if self.origins else 0, POINTS):
+            if found := self.engine.existing(points[start : start + POINTS]):
+                # Forgotten before, not after: a shard that is said to be whole must be.
+                self._record({key: False for key, known in self.records.items() if key.startswith(SHARD) and known})
+                self.engine.delete(sorted(found))
+                deleted += len(found)
+        if deleted:
+            self.engine.flush()
+        return deleted
+
+    def count(self) -> int:
+        """Documents in the index."""
+        return self.engine.count() if self.origins else 0
+
+    def close(self) -> None:
+        """Let go of the folder or the connection."""
+        self.engine.close()
+
+    def _add(self, shard: Shard, added: Added) -> Added:
+        origin = admit(self.origins, shard.origin, self.where, kinds=tuple(SIMILARITIES), force=self.force)
+        if origin.similarity not in SIMILARITIES[origin.kind]:
+            raise InputError(
+                f"{self.where}: cannot score {origin.kind} vectors by {origin.similarity}, only by "
+                f"{', '.join(SIMILARITIES[origin.kind])}. Use another back end."
+            )
+        if origin.name not in self.origins:
+            self._announce(origin)
+        key = f"{SHARD}{origin.name}/{shard.checksum}"
+        if shard.checksum and self.records.get(key):
+            return replace(added, shards_known=added.shards_known + 1)
+        replaced = sum(self._write(shard, origin, start, stop) for start, stop in batches(shard.vectors))
+        self.engine.flush()
+        if shard.checksum:
+            self._record({key: True})
+        return replace(added, documents=added.documents + len(shard.ids), replaced=added.replaced + replaced)
+
+    def _announce(self, origin: Origin) -> None:
+        """Make room for vectors of a new name."""
+        records: dict[str, Any] = {ORIGIN + origin.name: asdict(origin)}
+        if self.origins:
+            self.engine.extend(self.origins | {origin.name: origin}, origin, self.layout, records)
+        else:
+            records = {FORMAT: 1, LAYOUT: self.layout} | records
+            self.engine.create(origin, self.layout, records)
+        self.records |= records
+        self.origins[origin.name] = origin
+
+    def _write(self, shard: Shard, origin: Origin, start: int, stop: int) -> int:
+        """Write some documents of a shard; returns how many took another's place."""
+        ids, types = shard.ids[start:stop], self.engine.types
+        vectors = self._vectors(shard.vectors, start, stop, origin.similarity)
+        points = {point_id(identifier): (identifier, v) for identifier, v in zip(ids, vectors, strict=True)}
+        known = self.engine.existing(list(points))
+        # Upserting a point drops its vectors of other names, so only what is new is upserted.
+        new = [
+            types.PointStruct(id=point, vector={} if v is None else {origin.name: v}, payload={"id": identifier})
+            for point, (identifier, v) in points.items()
+            if point not in known
+        ]
+        changed = [
+            types.PointVectors(id=point, vector={origin.name: v})
+            for point, (_, v) in points.items()
+            if point in known and v is not None
+        ]
+        emptied = [point for point, (_, v) in points.items() if point in known and v is None]
+        there = len(known) if len(self.origins) == 1 or not known else self.engine.having(sorted(known), origin.name)
+        self.engine.write(origin.name, new, changed, emptied)
+        return there + len(ids) - len(points)
+
+    def _record(self, changes: dict[str, Any]) -> None:
+        if changes:
+            self.engine.record(self.records, changes)
+            self.records |= changes
+
+    def _vectors(self, embeddings: Embeddings, start: int, stop: int, similarity: str) -> list[Any]:
+        """Vectors of some texts as the engine takes them; None for a text that has none."""
+        if embeddings.kind == "sparse":
+            rows = csr_rows(embeddings, start, stop, similarity)
+            bounds, terms, weights = rows.indptr.tolist(), rows.indices.tolist(), rows.data.tolist()
+            sparse = self.engine.types.SparseVector
+            return [
+                sparse(indices=terms[a:b], values=weights[a:b]) if a < b else None
+                for a, b in zip(bounds, bounds[1:], strict=False)
+            ]
+        if embeddings.offsets is None:
+            return list(np.asarray(embeddings.values[start:stop], np.float32))
+        bounds = embeddings.offsets[start : stop + 1]
+        values = np.asarray(embeddings.values[bounds[0] : bounds[-1]], np.float32)
+        return [part if len(part) else None for part in np.split(values, bounds[1:-1] - bounds[0])]
+
+
+def point_id(identifier: str) -> str:
+    """The UUID of a document's point."""
+    return str(uuid.uuid5(NAMESPACE, identifier))
+
+
+def batches(embeddings: Embeddings) -> Iterator[tuple[int, int]]:
+    """Bounds of runs of texts that make requests of at most :data:`POINTS` and about :data:`BYTES`."""
+    numbers = embeddings.lengths * (2 if embeddings.kind == "sparse" else embeddings.dim)
+    ends, start = np.cumsum(numbers) * NUMBER, 0
+    while start < len(embeddings):
+        limit = BYTES + (ends[start - 1] if start else 0)
+        stop = max(start + 1, min(start + POINTS, int(np.searchsorted(ends, limit, "right"))))
+        yield start, stop
+        start = stop

@@ -1,0 +1,144 @@
+"""A model and its index behind a server: texts of requests that arrive while the model is busy are encoded together.
+
+This part knows no web framework; docs/serving.md puts FastAPI in front of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from .errors import InputError
+from .search import Hit, Index
+
+Task = Literal["query", "document"]
+
+
+class Busy(Exception):
+    """More texts wait than may: the client should come back."""
+
+
+class _Job(NamedTuple):
+    task: str  # search, query or document
+    text: str
+    k: int
+    answer: asyncio.Future[Any]
+
+
+class Service:
+    """Answers to concurrent requests, computed by one worker in batches: ``async with Service(...) as service``.
+
+    Args:
+        model: What :func:`polyrep.load` opens.
+        index: Where to search.
+        fingerprint: :func:`polyrep.hub.fingerprint` of the model.
+        batch_texts: Texts that are encoded together at most.
+        waiting_texts: Texts that may wait; of a request that would exceed it, none is taken.
+
+    Raises:
+        InputError: The model cannot encode texts, or the index holds vectors of another model.
+    """
+
+    def __init__(
+        self, model: Any, index: Index, *, fingerprint: str, batch_texts: int = 64, waiting_texts: int = 1024
+    ):
+        if not hasattr(model, "encode_query"):
+            raise InputError(
+                f"{type(model).__name__}: a head alone, which reads vectors, so texts cannot be encoded. Serve the "
+                "folder in which it stands behind its encoder."
+            )
+        for origin in index.origins.values():
+            if origin.fingerprint != fingerprint:
+                raise InputError(
+                    f"the index: its vectors {origin.name!r} were made by model {origin.fingerprint[:12]}, not by "
+                    f"{fingerprint[:12]}, so scores would mean nothing. Encode the corpus with the model served."
+                )
+        self._model, self._index, self._fingerprint = model, index, fingerprint
+        self._batch_texts, self._batches = batch_texts, 0
+        self._queue: asyncio.Queue[_Job] = asyncio.Queue(waiting_texts)
+
+    async def __aenter__(self) -> Service:
+        self._worker = asyncio.create_task(self._work())
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._worker.cancel()
+
+    def health(self) -> dict[str, Any]:
+        """What the service is, and how busy: fingerprint, documents, ready, batches so far, texts that wait."""
+        return {
+            "fingerprint": self._fingerprint,
+            "documents": self._index.count(),
+            "ready": not self._worker.done(),
+            "batches": self._batches,
+            "waiting": self._queue.qsize(),
+        }
+
+    async def search(self, queries: list[str], k: int) -> list[list[Hit]]:
+        """The best ``k`` documents of each query.
+
+        Raises:
+            Busy: Too many texts wait.
+        """
+        return [hits[:k] for hits in await self._answers("search", queries, k)]
+
+    async def encode(self, texts: list[str], task: Task) -> list[Any]:
+        """What each text becomes, as plain numbers.
+
+        Returns:
+            A vector as ``[...]``, several as ``[[...], ...]``, a sparse one as
+            ``{"indices": [...], "values": [...]}``.
+
+        Raises:
+            Busy: Too many texts wait.
+        """
+        return await self._answers(task, texts, 0)
+
+    async def _answers(self, task: str, texts: list[str], k: int) -> list[Any]:
+        if self._queue.qsize() + len(texts) > self._queue.maxsize:
+            raise Busy(f"{self._queue.qsize()} texts wait, {len(texts)} more are too many")
+        loop = asyncio.get_running_loop()
+        jobs = [_Job(task, text, k, loop.create_future()) for text in texts]
+        for job in jobs:
+            self._queue.put_nowait(job)
+        return await asyncio.gather(*(job.answer for job in jobs))
+
+    async def _work(self) -> None:
+        while True:
+            jobs = [await self._queue.get()]
+            while not self._queue.empty() and len(jobs) < self._batch_texts:
+                jobs.append(self._queue.get_nowait())
+            for task in dict.fromkeys(job.task for job in jobs):
+                await self._settle([job for job in jobs if job.task == task])
+
+    async def _settle(self, jobs: list[_Job]) -> None:
+        """Answer jobs of one task; those whose client has gone are done already."""
+        try:
+            answered = list(zip(jobs, await asyncio.to_thread(self._compute, jobs), strict=True))
+        except Exception as error:
+            if len(jobs) > 1:
+                for job in jobs:  # one by one, so that a text which cannot be encoded fails its own request alone
+                    await self._settle([job])
+            elif not jobs[0].answer.done():
+                jobs[0].answer.set_exception(error)
+            return
+        for job, answer in answered:
+            if not job.answer.done():
+                job.answer.set_result(answer)
+
+    def _compute(self, jobs: list[_Job]) -> list[Any]:
+        self._batches += 1
+        encode = self._model.encode_document if jobs[0].task == "document" else self._model.encode_query
+        vectors = encode([job.text for job in jobs], show_progress_bar=False)
+        if jobs[0].task == "search":
+            return self._index.search(vectors, max(job.k for job in jobs))
+        return [_numbers(vector) for vector in vectors]
+
+
+def _numbers(vector: Any) -> Any:
+    if isinstance(vector, torch.Tensor) and vector.layout != torch.strided:
+        vector = vector.to_sparse_coo().coalesce()
+        return {"indices": vector.indices()[0].tolist(), "values": vector.values().tolist()}
+    return vector.tolist()

@@ -1,0 +1,62 @@
+"""From files to answers by the command line: encode, index, search."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import DOCUMENTS, QUERIES
+from test_encode import write_lines
+
+from polyrep.cli import main
+from polyrep.encoded import EncodedCorpus
+from polyrep.hub import fingerprint
+from polyrep.search import open_index
+
+
+@pytest.fixture(scope="module")
+def encoded(static_model, tmp_path_factory) -> Path:
+    """A folder with the model, and the small corpus encoded by it."""
+    folder = tmp_path_factory.mktemp("encoded")
+    static_model.save_pretrained(str(folder / "model"), create_model_card=False)
+    write_lines(folder / "corpus.jsonl", DOCUMENTS)
+    flags = ["--input", str(folder / "corpus.jsonl"), "--output", str(folder / "shards"), "--shard_size", "2"]
+    assert main(["encode", str(folder / "model"), *flags]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("scheme", ["faiss", "qdrant"])
+def test_encoded_documents_are_indexed_once_and_found(scheme, encoded, tmp_path, static_model, capsys):
+    uri = f"{scheme}://{tmp_path}/index"
+    argv = ["index", str(encoded / "shards"), "--uri", uri]
+    assert main(argv) == 0
+    assert "5 documents written" in capsys.readouterr().out
+    assert main(argv) == 0
+    assert "0 documents written" in (said := capsys.readouterr().out) and "3 shards were there already" in said
+    query = QUERIES["q3"]
+    assert main(["search", query, "--uri", uri, "--model", str(encoded / "model"), "--k", "2"]) == 0
+    asked, *lines = capsys.readouterr().out.splitlines()
+    oracle = open_index("memory:")
+    oracle.add(EncodedCorpus(encoded / "shards"))
+    hits = oracle.search(static_model.encode_query([query]), 2)[0]
+    assert asked == query and [line.split()[1] for line in lines] == [hit.id for hit in hits]
+    scores = [float(line.split()[0]) for line in lines]
+    assert scores == pytest.approx([hit.score for hit in hits], abs=1e-3), "engines hold half precision"
+    assert hits[0].id == "d4", "the search retrieves something"
+
+
+def test_an_index_of_another_model_is_refused(encoded, tmp_path, sentence_model, capsys):
+    uri = f"faiss://{tmp_path}/index"
+    assert main(["index", str(encoded / "shards"), "--uri", uri]) == 0
+    sentence_model.save_pretrained(str(tmp_path / "other"), create_model_card=False)
+    assert main(["search", "open ports", "--uri", uri, "--model", str(tmp_path / "other")]) == 2
+    made, asked = fingerprint(encoded / "model")[:12], fingerprint(tmp_path / "other")[:12]
+    assert f"were made by model {made}, not by {asked}" in capsys.readouterr().err
+    assert main(["index", str(tmp_path), "--uri", uri]) == 2
+    assert "no encoded corpus" in capsys.readouterr().err
+
+
+def test_a_uri_that_keeps_nothing_is_refused(encoded, capsys):
+    for uri, words in (("memory:", "gone when the command ends"), ("", "--uri: missing"), ("x:y", "no back end")):
+        assert main(["index", str(encoded / "shards"), "--uri", uri]) == 2
+        assert words in capsys.readouterr().err

@@ -1,0 +1,314 @@
+"""The server of docs/serving.md, as the page has it, under uvicorn in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import DOCUMENTS, ROOT
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
+
+import polyrep
+from polyrep.cache import in_memory
+from polyrep.encoded import Origin, manifest_of, write_shard
+from polyrep.files import write_json
+from polyrep.hub import fingerprint
+from polyrep.serving import Busy, Service
+
+pytest.importorskip("uvicorn")
+
+TEXTS = [f"{word} {text}" for word in ("show", "list", "print", "make") for text in DOCUMENTS.values()]
+WAITING = 20
+MINUTES = 5 * 60  # long enough for a machine that does much else
+
+WRAPPER = f"""
+import functools, os, time
+import server
+from sentence_transformers import SentenceTransformer
+
+server.Service = functools.partial(server.Service, waiting_texts={WAITING})
+app, encode_query = server.app, SentenceTransformer.encode_query
+
+def slow(self, texts, **options):
+    while not os.path.exists("gate"):
+        time.sleep(0.01)
+    if "poison" in texts:
+        raise RuntimeError("secret of " + __file__)
+    return encode_query(self, texts, **options)
+
+SentenceTransformer.encode_query = slow
+"""
+"""The page's server, whose model is busy with queries as long as there is no file ``gate``."""
+
+
+def example() -> str:
+    return re.search(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(encoding="utf-8"), re.S)[1]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Poll; what is awaited has to come, however slow the machine."""
+    deadline = time.monotonic() + MINUTES
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+class Server:
+    """A running server, and how to speak with it."""
+
+    def __init__(self, folder: Path, process: subprocess.Popen[bytes], log: Path):
+        self.process, self.log, self.gate = process, log, folder / "gate"
+        self.threads = ThreadPoolExecutor(WAITING)
+        running = re.compile(r"running on http://127\.0\.0\.1:(\d+)")
+        until(lambda: process.poll() is not None or bool(running.search(log.read_text())))
+        assert process.poll() is None, log.read_text()
+        self.port = int(running.search(log.read_text())[1])
+        self.gate.touch()
+
+    def raw(self, method: str, path: str, body: Any = None) -> http.client.HTTPResponse:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=MINUTES)
+        connection.request(method, path, body, {"Content-Type": "application/json"})
+        return connection.getresponse()
+
+    def post(self, path: str, **body: Any) -> tuple[int, Any]:
+        response = self.raw("POST", path, json.dumps(body))
+        return response.status, json.load(response)
+
+    def later(self, path: str, **body: Any) -> Future[tuple[int, Any]]:
+        return self.threads.submit(self.post, path, **body)
+
+    def health(self) -> dict[str, Any]:
+        return json.load(self.raw("GET", "/health"))
+
+    def occupy(self) -> Future[tuple[int, Any]]:
+        """Have the model busy with one query until the gate is opened."""
+        self.gate.unlink()
+        before = self.health()["batches"]
+        answer = self.later("/search", query="busy")
+        until(lambda: self.health()["batches"] == before + 1)
+        return answer
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, sentence_model: SentenceTransformer) -> Path:
+    return polyrep.save(sentence_model, tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Path, sentence_model: SentenceTransformer
+) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "server.py").write_text(example())
+    (folder / "served.py").write_text(WRAPPER)
+    origin = Origin("vectors", "sentence", 32, "cosine", fingerprint(model_folder), "float32")
+    write_json(folder / "corpus" / "manifest.json", manifest_of(origin))
+    for number, start in enumerate(range(0, len(TEXTS), 8)):
+        ids = [f"d{place}" for place in range(len(TEXTS))][start : start + 8]
+        vectors = in_memory(sentence_model.encode_document(TEXTS[start : start + 8]))
+        write_shard(folder / "corpus", number, ids, vectors, "float32")
+    write_json(folder / "corpus" / "complete.json", {"shards": number + 1})
+    environment = os.environ | {
+        "POLYREP_MODEL": str(model_folder),
+        "POLYREP_INDEX": "memory:",
+        "POLYREP_CORPUS": str(folder / "corpus"),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "uvicorn", "served:app", "--port", "0"]
+    log = folder / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        found = Server(folder, process, log)
+        yield found
+        # Told to end, it answers what it has taken, and then ends without an error.
+        answer = found.occupy()
+        process.send_signal(signal.SIGTERM)
+        until(lambda: "Shutting down" in log.read_text())
+        found.gate.touch()
+        assert answer.result(MINUTES)[0] == 200
+        process.wait(MINUTES)
+        assert "Finished server process" in log.read_text() and "Traceback" not in log.read_text().split("Shutting")[1]
+    finally:
+        process.kill()
+
+
+def check_hits(model: SentenceTransformer, query: str, hits: list[dict[str, Any]], k: int) -> None:
+    """Against cosines in float64: right scores, best first, and none that is better was left out."""
+    sides = [model.encode_query([query]).astype(np.float64), model.encode_document(TEXTS).astype(np.float64)]
+    [expected] = np.divide(sides[0] @ sides[1].T, np.outer(*(np.linalg.norm(side, axis=1) for side in sides)))
+    scores = [hit["score"] for hit in hits]
+    assert len({hit["id"] for hit in hits}) == len(hits) == k
+    assert scores == sorted(scores, reverse=True)
+    np.testing.assert_allclose(scores, [expected[int(hit["id"][1:])] for hit in hits], atol=1e-5)
+    np.testing.assert_allclose(scores, np.sort(expected)[::-1][:k], atol=1e-5)
+
+
+def test_example_is_short() -> None:
+    lines = example().splitlines()
+    assert len([line for line in lines if line]) <= 40
+    assert max(map(len, lines)) <= 119
+
+
+def test_health(server: Server, model_folder: Path) -> None:
+    health = server.health()
+    del health["batches"]
+    assert health == {
+        "model": "tiny",
+        "fingerprint": fingerprint(model_folder),
+        "documents": len(TEXTS),
+        "ready": True,
+        "waiting": 0,
+    }
+
+
+def test_search_equals_exact_search(server: Server, sentence_model: SentenceTransformer) -> None:
+    status, found = server.post("/search", query="show open ports")
+    assert status == 200
+    check_hits(sentence_model, "show open ports", *found["hits"], k=10)
+    queries = ["make an archive", "find a pattern in a file"]
+    status, found = server.post("/search", query=queries, k=3)
+    assert status == 200
+    for query, hits in zip(queries, found["hits"], strict=True):
+        check_hits(sentence_model, query, hits, k=3)
+
+
+@pytest.mark.parametrize("task", ["query", "document"])
+def test_encode_equals_the_model(server: Server, sentence_model: SentenceTransformer, task: str) -> None:
+    status, found = server.post("/encode", texts=TEXTS[:3], task=task)
+    assert status == 200
+    expected = getattr(sentence_model, f"encode_{task}")(TEXTS[:3])
+    np.testing.assert_allclose(found["vectors"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/search", {"query": "a", "k": 101}),
+        ("/search", {"query": "a", "k": 0}),
+        ("/search", {"query": ""}),
+        ("/search", {"query": []}),
+        ("/search", {"query": ["a"] * 65}),
+        ("/search", {"query": "a" * 10_001}),
+        ("/search", {"query": "\ud800"}),
+        ("/search", {}),
+        ("/search", []),
+        ("/encode", {"texts": ["a", ""], "task": "query"}),
+        ("/encode", {"texts": ["a"], "task": "passage"}),
+    ],
+)
+def test_what_breaks_a_limit_is_refused(server: Server, path: str, body: Any) -> None:
+    before = server.health()["batches"]
+    response = server.raw("POST", path, json.dumps(body))
+    detail = "a value is missing, of another type or outside its limits"
+    assert (response.status, json.load(response)) == (422, {"detail": detail})
+    assert server.health()["batches"] == before
+
+
+def test_broken_json_is_refused(server: Server) -> None:
+    assert server.raw("POST", "/search", '{"query": ').status == 422
+
+
+def test_large_body_is_refused(server: Server) -> None:
+    large = json.dumps({"query": "a"}) + " " * 2**20
+    assert server.raw("POST", "/search", large).status == 413
+    chunks = (large[start : start + 2**16].encode() for start in range(0, len(large), 2**16))
+    assert server.raw("POST", "/search", chunks).status == 413  # without a Content-Length
+
+
+def test_concurrent_requests_are_encoded_together(server: Server, sentence_model: SentenceTransformer) -> None:
+    first = server.occupy()
+    before = server.health()["batches"]
+    texts = TEXTS[:15]
+    found = [server.later("/search", query=text, k=1 + number) for number, text in enumerate(texts)]
+    until(lambda: server.health()["waiting"] == len(texts))
+    server.gate.touch()
+    check_hits(sentence_model, "busy", *first.result(MINUTES)[1]["hits"], k=10)
+    for number, (text, answer) in enumerate(zip(texts, found, strict=True)):
+        check_hits(sentence_model, text, *answer.result(MINUTES)[1]["hits"], k=1 + number)
+    assert server.health()["batches"] == before + 1
+
+
+def test_full_queue_refuses_and_recovers(server: Server, sentence_model: SentenceTransformer) -> None:
+    first = server.occupy()
+    waiting = server.later("/search", query=TEXTS[:WAITING])
+    until(lambda: server.health()["waiting"] == WAITING)
+    refused = server.raw("POST", "/search", json.dumps({"query": "one more"}))
+    assert (refused.status, refused.headers["Retry-After"], json.load(refused)) == (503, "1", {"detail": "busy"})
+    server.gate.touch()
+    assert first.result(MINUTES)[0] == 200
+    assert len(waiting.result(MINUTES)[1]["hits"]) == WAITING
+    assert server.post("/search", query="one more")[0] == 200
+
+
+def test_error_is_told_to_the_log_alone_and_fails_its_own_request(
+    server: Server, sentence_model: SentenceTransformer
+) -> None:
+    first = server.occupy()
+    found = [server.later("/search", query=query) for query in ("poison", "make an archive")]
+    until(lambda: server.health()["waiting"] == 2)
+    server.gate.touch()
+    assert first.result(MINUTES)[0] == 200
+    assert found[0].result(MINUTES) == (500, {"detail": "internal error"})
+    check_hits(sentence_model, "make an archive", *found[1].result(MINUTES)[1]["hits"], k=10)
+    until(lambda: "RuntimeError: secret of" in server.log.read_text())
+    assert server.post("/search", query="show open ports")[0] == 200
+    assert server.health()["ready"]
+
+
+def answers(model: Any, index: Any, call: Callable[[Service], Any], **options: Any) -> Any:
+    async def run() -> Any:
+        async with Service(model, index, fingerprint="f", **options) as service:
+            return await call(service)
+
+    return asyncio.run(run())
+
+
+EMPTY = SimpleNamespace(origins={})
+
+
+def test_vectors_of_every_kind(sparse_model: SparseEncoder, multi_vector_model: MultiVectorEncoder) -> None:
+    texts = ["show open ports", "list files"]
+    found = answers(sparse_model, EMPTY, lambda service: service.encode(texts, "document"))
+    dense = np.zeros((2, 64))
+    for row, vector in zip(dense, json.loads(json.dumps(found)), strict=True):
+        row[vector["indices"]] = vector["values"]
+    np.testing.assert_allclose(dense, sparse_model.encode_document(texts).to_dense(), atol=1e-5)
+    found = answers(multi_vector_model, EMPTY, lambda service: service.encode(texts, "query"))
+    for vectors, expected in zip(json.loads(json.dumps(found)), multi_vector_model.encode_query(texts), strict=True):
+        np.testing.assert_allclose(vectors, expected, atol=1e-5)
+
+
+def test_strangers_are_refused(sentence_model: SentenceTransformer) -> None:
+    foreign = SimpleNamespace(origins={"v": Origin("v", "sentence", 32, "cosine", "another")})
+    with pytest.raises(polyrep.InputError, match="made by model another, not by f"):
+        Service(sentence_model, foreign, fingerprint="f")
+    with pytest.raises(polyrep.InputError, match="a head alone"):
+        Service(sentence_model[0].model, EMPTY, fingerprint="f")
+
+
+def test_request_that_is_given_up_does_not_stop_the_others(sentence_model: SentenceTransformer) -> None:
+    async def call(service: Service) -> Any:
+        gone, kept = (asyncio.create_task(service.encode([text], "query")) for text in ("gone", "kept"))
+        await asyncio.sleep(0)  # both have handed over their texts
+        gone.cancel()
+        with pytest.raises(Busy):
+            await service.encode(["a"] * 3, "query")
+        return await kept
+
+    found = answers(sentence_model, EMPTY, call, waiting_texts=4)
+    np.testing.assert_allclose(found, sentence_model.encode_query(["kept"]), atol=1e-5)
