@@ -113,25 +113,24 @@ class Representation:
     def shards(self, size: int, ids: list[str]) -> Iterator[Shard]:
         """The first ``size`` documents; copies come with noise."""
         whole = replicated(self.documents, size, 0) if self.kind == "sparse" and size > len(self.documents) else None
+        real = len(self.documents)
         for start in range(0, size, SHARD):
-            rows = np.arange(start, min(start + SHARD, size))
-            if whole is not None:
-                part = rows(whole, rows)
-            else:
-                part = noisy(rows(self.documents, rows % len(self.documents)), rows >= len(self.documents), start)
-            yield Shard(ids[start : start + SHARD], part, self.origin)
+            places = np.arange(start, min(start + SHARD, size))
+            part = rows(whole or self.documents, places if whole else places % real)
+            yield Shard(ids[start : start + SHARD], noisy(part, places >= real, start), self.origin)
 
 
 def noisy(part: Embeddings, copies: np.ndarray, seed: int) -> Embeddings:
     """Vectors of which those of copies have noise on them, at the length that they had."""
     if part.kind == "sparse" or not copies.any():
         return part
-    rows = np.repeat(copies, part.lengths) if part.offsets is not None else copies
+    moved = np.repeat(copies, part.lengths) if part.offsets is not None else copies
     values = np.array(part.values, np.float32)
     draw = np.random.default_rng(seed)
-    length = np.linalg.norm(values[rows], axis=1, keepdims=True)
-    moved = values[rows] + draw.standard_normal((rows.sum(), part.dim), np.float32) * length * NOISE / part.dim**0.5
-    values[rows] = moved * length / np.linalg.norm(moved, axis=1, keepdims=True).clip(1e-9)
+    length = np.linalg.norm(values[moved], axis=1, keepdims=True)
+    noise = draw.standard_normal((moved.sum(), part.dim), np.float32) * (NOISE / part.dim**0.5)
+    found = values[moved] + noise * length
+    values[moved] = found * length / np.linalg.norm(found, axis=1, keepdims=True).clip(1e-9)
     return replace(part, values=values.astype(np.float16))
 
 
