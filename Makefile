@@ -52,6 +52,12 @@ results: $(VENV)/.dev
 		$(BIN)/python evaluate.py models/late-interaction-minilm/final --frontier --dataset data/$$set \
 			--output results || exit 1; \
 	done
+	for run in dense2sparse-minilm gaussian-minilm-frozen lemur-minilm; do \
+		$(BIN)/accelerate launch train.py hub_configs/$$run --overwrite || exit 1; \
+	done
+	$(BIN)/python benchmarks/search.py --output results
+	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/encode_speed.py --output results
 	$(BIN)/python benchmarks/multilayer_frozen.py --output results
 	$(BIN)/python benchmarks/multilayer_depth.py --output results
 	$(BIN)/python benchmarks/gaussian.py --output results

@@ -97,6 +97,7 @@ class Representation:
         similarity: Likewise.
         queries: Vectors of the queries.
         documents: Of the real documents, in the order of the pool.
+        head: What documents go through once copies have noise, for vectors that no noise of one length would fit.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Representation:
     similarity: str
     queries: Embeddings
     documents: Embeddings
+    head: Callable[[np.ndarray], np.ndarray] | None = None
 
     @property
     def origin(self) -> Origin:
@@ -117,7 +119,10 @@ class Representation:
         for start in range(0, size, SHARD):
             places = np.arange(start, min(start + SHARD, size))
             part = rows(whole or self.documents, places if whole else places % real)
-            yield Shard(ids[start : start + SHARD], noisy(part, places >= real, start), self.origin)
+            part = noisy(part, places >= real, start)
+            if self.head is not None:
+                part = in_memory(self.head(part.values))
+            yield Shard(ids[start : start + SHARD], part, self.origin)
 
 
 def noisy(part: Embeddings, copies: np.ndarray, seed: int) -> Embeddings:
@@ -181,12 +186,14 @@ class Corpus:
         if name == "Gaussian":
             head = AutoModel.from_pretrained(self.head("gaussian-minilm-frozen")).eval()
 
-            def index(side: Any, task: str) -> Embeddings:
-                vectors = torch.from_numpy(np.array(side.embeddings.values, np.float32))
-                return in_memory(head(vectors, task=task).sentence_embedding.numpy())
+            @torch.inference_mode()
+            def index(vectors: np.ndarray, task: str = "document") -> np.ndarray:
+                embeddings = torch.from_numpy(np.array(vectors, np.float32))
+                return head(embeddings, task=task).sentence_embedding.half().numpy()
 
-            sides = [[index(side, task) for side, task in zip(pair, TASKS, strict=True)] for pair in self.sentences]
-            return self._made(name, "sentence", "dot", *zip(*sides, strict=True))
+            dense = self.make("dense")
+            queries = in_memory(index(dense.queries.values, "query"))
+            return replace(dense, name=name, similarity="dot", queries=queries, head=index)
         if name == "sparse":
             head = AutoModel.from_pretrained(self.head("dense2sparse-minilm")).eval()
             most = {task: getattr(head.config, f"{task}_top_k") for task in TASKS}  # which with_head switches off

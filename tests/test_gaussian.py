@@ -190,6 +190,21 @@ def test_the_mean_starts_at_the_principal_axes():
     torch.testing.assert_close(again.mean_map, made.mean_map, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("divergence", ["kl", "likelihood"])
+def test_before_training_queries_and_documents_are_the_backbones_vectors(divergence):
+    """Nothing that all texts of a side share is left, which a graph index would take for nearness or for distance."""
+    made = head(stir=0, normalize_mean=True, mean_dim=12, variance_groups=1, divergence=divergence)
+    x = F.normalize(torch.randn(5, 24), dim=-1)
+    with torch.no_grad():
+        query, document = made(x, task="query"), made(x, task="document")
+    mean = query.mean / made.config.initial_variance**0.5
+    one, nothing = torch.ones(5, 1), torch.zeros(5, 1)
+    close = {"rtol": 1e-5, "atol": 1e-4}
+    torch.testing.assert_close(query.sentence_embedding, torch.cat([one, nothing, mean], 1), **close)
+    mean = document.mean / made.config.initial_variance**0.5
+    torch.testing.assert_close(document.sentence_embedding, torch.cat([nothing, nothing, mean], 1), **close)
+
+
 def test_faiss_finds_what_brute_force_finds():
     made = head(stir=0.02, normalize_mean=True)
     torch.manual_seed(1)

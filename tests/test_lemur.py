@@ -426,6 +426,8 @@ def test_no_directions_keep_the_scores_of_the_sampled_queries_better():
     by_variance = ((asked @ plain) @ ((wide - wide.mean(0)) @ plain).T).double()
     assert best <= (kept - exact).square().sum() < 1.05 * best
     assert (by_variance - exact).square().sum() > 1.5 * best, "principal components alone, which no query weighs"
+    spread = [model.reduce(side, t, 3).square().mean(0) for side, t in ((asked, "query"), (wide, "document"))]
+    torch.testing.assert_close(*spread, rtol=0.05, atol=0)  # alike, as graph indexes need
 
 
 def test_an_interrupted_fit_goes_on_to_the_same_head(fitted, run, tmp_path):

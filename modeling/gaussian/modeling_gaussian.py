@@ -9,16 +9,19 @@ The paper's index vectors replace a trace by a ratio of determinants, which is a
 floats. Ours are exact. In units of the variance at the start, m = mean / sqrt(v0) and r = variance / v0, and with n
 dimensions in each of G groups that share a variance (n = 1 and G = k without groups):
 
-    query      [ 1     | sum over a group of m^2 + n r  (G) | m      (k) ]
-    document   [ gamma | 1 - 1 / r                      (G) | 2 m/r  (k) ] / 2
-               gamma = -sum of log r - sum of m^2 (1 / r - 1)          for means of unit length, else m^2 / r
+    query      [ 1     | sum over a group of m^2 + n r, less u  (G) | m      (k) ]
+    document   [ gamma | 1 - 1 / r                              (G) | 2 m/r  (k) ] / 2
+               gamma = -sum of log r - sum of m^2 (1 / r - 1) + u sum over groups of (1 - 1 / r)
+               u = n + |m|^2 / G                        for means of unit length; else n, and m^2 / r in gamma
 
     -KL(Q||D) = query . document + what depends on Q alone: 1/2 sum of (1 + log r - m^2 - r), less 1/2 |m|^2 of D if
                 that is the same for all
 
 What all documents share is left out because it is large, so that a half-precision index would round the rest away, and
-because a graph index (HNSW) would take documents with it for neighbours. Before training a document is [0 | 0 | m],
-the backbone's own vector. Other divergences factor in the same way.
+because a graph index (HNSW) would take documents with it for neighbours. So is u, what all queries have in their
+second part before training: it would multiply differences between documents that gamma takes back, and a graph index
+would see both as distance. Before training a document is [0 | 0 | m] and a query [1 | 0 | m], the backbone's own
+vector. Other divergences factor in the same way.
 """
 
 from __future__ import annotations
@@ -306,16 +309,18 @@ class GaussianHead(PreTrainedModel):
         squares, moment = mean.square(), grouped(mean.square()) + size * ratio
         logs = size * ratio.log().sum(-1, keepdim=True)  # (batch, 1)
         one = torch.ones_like(logs)
+        usual = (size if config.divergence == "kl" else 0) + float(config.normalize_mean) / start / config.groups
         match config.divergence, query:
             case "reverse_kl", True:
                 parts = one, -1 / ratio, 2 * mean / wide
             case "reverse_kl", False:
                 parts = logs / 2, (moment - size) / 2, mean / 2
             case _, True:
-                parts = one, moment if config.divergence == "kl" else grouped(squares), mean
+                parts = one, (moment if config.divergence == "kl" else grouped(squares)) - usual, mean
             case _:
                 # Unit means have one length, which is taken out of gamma like everything that all documents share.
                 gamma = -logs - (squares * (1 / wide - float(config.normalize_mean))).sum(-1, keepdim=True)
+                gamma = gamma + usual * (1 - 1 / ratio).sum(-1, keepdim=True)
                 parts = gamma / 2, (1 - 1 / ratio) / 2, mean / wide
         return torch.cat(parts, -1)
 

@@ -165,7 +165,9 @@ class LemurObjective(nn.Module):
 
         Of two documents w and v, a query q sees (w - v) . q. With C the second moment of queries, the squares of that
         are on average (w - v)' C (w - v): after a map by the root of C, plain principal components are the best
-        directions, and queries take the inverse of the root.
+        directions, and queries take the inverse of the root. Then each side gets the root of what documents spread
+        along a direction, so that both spread alike. Inner products stay the same, and a graph index (HNSW), which
+        links documents that are near to each other, links those that a query finds together.
         """
         if self.samples is None:
             return
@@ -183,10 +185,12 @@ class LemurObjective(nn.Module):
         root = values.clamp(min=1e-12).sqrt()
         mean = weights.mean(0)
         seen = (weights - mean) @ (vectors * root) @ vectors.T
-        directions = torch.linalg.svd(seen, full_matrices=False).Vh[: config.rank].T  # (latent_dim, rank)
+        _, spread, directions = torch.linalg.svd(seen / len(seen) ** 0.5, full_matrices=False)
+        directions = directions[: config.rank].T  # (latent_dim, rank)
+        share = spread[: config.rank].clamp(min=1e-12 * float(spread[0])).sqrt()
         model.document_mean.copy_(mean)
-        model.document_map.copy_((vectors * root) @ (vectors.T @ directions))
-        model.query_map.copy_((vectors / root) @ (vectors.T @ directions))
+        model.document_map.copy_((vectors * root) @ (vectors.T @ directions) / share)
+        model.query_map.copy_((vectors / root) @ (vectors.T @ directions) * share)
 
     def get_config_dict(self) -> dict[str, Any]:
         """Settings, for the card."""
