@@ -2,9 +2,9 @@
 
 python benchmarks/scale.py
 
-Bytes per document are those on disk in Qdrant at the largest size that was measured. A search by graph or by inverted
-index grows with the logarithm of the documents on a node, as between the last two sizes; a search that looks at every
-vector grows with their number. Both are extrapolations, and the page says so.
+Bytes per document are those on disk in Qdrant at the largest size that was measured. A search by graph grows with the
+logarithm of the documents on a node; one that looks at every vector, or at all postings of a word, with their number.
+Both are extrapolations from that size, and the page says so.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WEIGHTS, TOKENS, FLOPS = 10.6e6, 184, 40e12
 SYSTEMS = {
     "dense": "graph",
     "Gaussian": "graph",
-    "sparse": "graph",
+    "sparse": "scan",
     "ReinPool, 1": "graph",
     "LEMUR": "graph",
     "ReinPool, 8": "scan",
@@ -49,24 +49,20 @@ def table(results: dict[str, Any]) -> str:
     ]
     for name, way in SYSTEMS.items():
         measured = rows[name]
-        small, large = sorted(measured)[-2:]
+        large = max(measured)
         each = measured[large]["bytes"] / large
         for size in SIZES:
             nodes = math.ceil(each * size / NODE_BYTES)
-            ms = milliseconds(measured, small, large, size / nodes, way)
+            ms = milliseconds(measured[large]["ms_p50"], large, size / nodes, way)
             hours = 2 * WEIGHTS * TOKENS * size / FLOPS / 3600
             first = f"{name} | {each:,.0f}" if size == SIZES[0] else " | "
             lines.append(f"| {first} | {size:,} | {_bytes(each * size)} | {nodes:,} | {hours:,.2g} | {ms:,.2g} |")
     return "\n".join(lines) + "\n"
 
 
-def milliseconds(measured: dict[int, dict[str, Any]], small: int, large: int, documents: float, way: str) -> float:
-    """A query's time on a node with so many documents."""
-    first, last = (measured[size]["ms_p50"] for size in (small, large))
-    if way == "scan":
-        return last * documents / large
-    slope = max(0.0, last - first) / math.log10(large / small)
-    return last + slope * math.log10(max(documents, 1) / large)
+def milliseconds(measured: float, size: int, documents: float, way: str) -> float:
+    """A query's time on a node with so many documents, from that among ``size``."""
+    return measured * (documents / size if way == "scan" else math.log(documents) / math.log(size))
 
 
 def _bytes(number: float) -> str:

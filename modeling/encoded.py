@@ -5,7 +5,8 @@
     DIR/manifest.json                 what the vectors are, and which model made them of what; written first
     DIR/shards/00000042.safetensors   ids and vectors of 4,096 documents, in the order of the input
     DIR/shards/00000042.json          its documents, bytes, SHA-256, and what of the input could not be read
-    DIR/errors.jsonl                  all of the latter, once every shard is there
+    DIR/errors.jsonl                  all of the latter
+    DIR/complete.json                 how many shards there are; written once all of them are there
 
 A shard counts only once its ``.json`` is there, which is written last, so whatever stops the work leaves whole shards
 and nothing else. A shard holds ``ids`` (UTF-8, one after another) with ``id_offsets``, and by kind::
@@ -79,6 +80,37 @@ class Shard:
     checksum: str = ""
 
 
+class StoredShard(Shard):
+    """A shard in a file, which is compared with its checksum and read once its content is asked for.
+
+    An index that knows the checksum already never asks.
+    """
+
+    def __init__(self, path: Path, origin: Origin, checksum: str):
+        self.__dict__ |= {"path": path, "origin": origin, "checksum": checksum}  # frozen
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """See :class:`Shard`."""
+        return self._content[0]
+
+    @property
+    def vectors(self) -> Embeddings:
+        """See :class:`Shard`."""
+        return self._content[1]
+
+    @cached_property
+    def _content(self) -> tuple[Sequence[str], Embeddings]:
+        path: Path = self.__dict__["path"]
+        found = file_sha256(path) if path.is_file() else "missing"
+        if found != self.checksum:
+            raise InputError(
+                f"{path}: its SHA-256 is {found}, expected {self.checksum}, so these are not the vectors that were "
+                f"written. Delete {path.with_suffix('.json').name} beside it and run `polyrep encode` again."
+            )
+        return _read_content(path, self.origin)
+
+
 class EncodedCorpus:
     """An encoded corpus on disk, to be read shard by shard: ``for shard in EncodedCorpus(folder): ...``.
 
@@ -120,22 +152,7 @@ class EncodedCorpus:
 
     def __iter__(self) -> Iterator[Shard]:
         """Every shard; the file of each is compared with its checksum before it is read."""
-        return (self.read(record) for record in self.records)
-
-    def read(self, record: dict[str, Any]) -> Shard:
-        """One shard, by its record.
-
-        Raises:
-            InputError: The file is missing, or not what was written.
-        """
-        path = shard_path(self.folder, record["number"])
-        found = file_sha256(path) if path.is_file() else "missing"
-        if found != record["sha256"]:
-            raise InputError(
-                f"{path}: its SHA-256 is {found}, expected {record['sha256']}, so its vectors are not those that were "
-                f"written. Delete {path.with_suffix('.json').name} beside it and run `polyrep encode` again."
-            )
-        return read_shard(path, self.origin, record["sha256"])
+        return (StoredShard(shard_path(self.folder, r["number"]), self.origin, r["sha256"]) for r in self.records)
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -170,12 +187,8 @@ def write_shard(
     return record
 
 
-def read_shard(path: Path, origin: Origin, checksum: str = "") -> Shard:
-    """Read a shard's file, with numbers widened to float16 or float32.
-
-    Raises:
-        InputError: The file is damaged, or holds something else than ``origin`` says.
-    """
+def _read_content(path: Path, origin: Origin) -> tuple[list[str], Embeddings]:
+    """Ids and vectors of a shard's file, with numbers widened to float16 or float32."""
     try:
         arrays = load_file(path)
         ids = unpacked_ids(arrays)
@@ -195,7 +208,7 @@ def read_shard(path: Path, origin: Origin, checksum: str = "") -> Shard:
         raise InputError(
             f"{path}: not a shard of {origin.kind} vectors of width {origin.dim} ({error}). Encode it again."
         ) from None
-    return Shard(ids, vectors, origin, checksum)
+    return ids, vectors
 
 
 def packed_ids(ids: Sequence[str]) -> dict[str, np.ndarray]:

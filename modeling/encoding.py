@@ -29,7 +29,7 @@ from .cache import CHUNK, Embeddings, Kind, encode_chunk, joined, kind_of, refus
 from .cli import parse
 from .encoded import PRECISIONS, Origin, manifest_of, shard_path, write_shard
 from .errors import InputError
-from .files import remove_leftovers, write_json, write_text
+from .files import remove_leftovers, staged_file, write_json
 from .hub import Encoder, fastest_dtype, fetch, fingerprint, load, read_json
 from .report import provenance
 from .sources import Document, Fields, Source, Span, open_source, picture
@@ -42,7 +42,7 @@ SHARD_SIZES = {False: 4096, True: 512}
 NAMES = {"sentence": "dense", "tokens": "multi", "sparse": "sparse"}
 """What vectors of a kind are called in an index, unless they are given a name."""
 
-VOLATILE = ("command", "created", "commit", "hardware", "versions")
+VOLATILE = ("model", "command", "created", "commit", "hardware", "versions")
 """What of a manifest may differ when work goes on."""
 
 
@@ -98,8 +98,10 @@ def encode(argv: list[str], *, prog: str = "polyrep encode") -> dict[str, Any]:
     args, name = parse(EncodeArguments, argv, prog, about, "MODEL", "Folder, Hub id, or minilm.")
     _refuse_unusable(args)
     state = PartialState()
-    if state.device.type == "cpu":  # accelerate launch gives each process one thread unless told otherwise
-        torch.set_num_threads(max(torch.get_num_threads(), (os.cpu_count() or 1) // state.num_processes))
+    if state.device.type == "cpu" and state.num_processes > 1:  # each of which is given one thread
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+        torch.set_num_threads(max(torch.get_num_threads(), cores // here))
     fields = Fields(args.id_field, args.text_field, args.title_field, args.image_field)
     where = {"split": args.split, "config": args.config, "revision": args.input_revision}
     source = open_source(args.input, fields, **where)
@@ -124,7 +126,8 @@ def encode(argv: list[str], *, prog: str = "polyrep encode") -> dict[str, Any]:
     )
     manifest = manifest_of(
         origin,
-        model={"name": name, "revision": args.revision, "dtype": args.model_dtype, "family": type(model).__name__},
+        model={"name": name, "revision": args.revision, "family": type(model).__name__},
+        model_dtype=args.model_dtype,
         input={"fields": fields._asdict(), "images": source.images, **source.identity},
         task=args.task,
         prompt=(model.prompts or {}).get(args.task) or "",
@@ -143,11 +146,14 @@ def encode(argv: list[str], *, prog: str = "polyrep encode") -> dict[str, Any]:
         disable=not state.is_local_main_process,
     ) as progress:
         shards = work.through(_own(source.spans(size), state), progress)
+    if not shards:
+        raise InputError(f"{args.input}: holds no record, so there is nothing to encode.")
     summary = _finish(output, shards)
     if state.is_main_process or summary["complete"]:
         print(_said(summary, output), flush=True)
     state.destroy_process_group()
-    if args.strict and summary["errors"]:
+    # Not before all is done: a process that fails has its launcher end the others.
+    if args.strict and summary["complete"] and summary["errors"]:
         raise InputError(
             f"{args.input}: {summary['errors']} records could not be used (errors.jsonl in {output} says which and "
             "why); all others are encoded. Mend them, or leave out --strict."
@@ -289,21 +295,19 @@ def _begin(output: Path, manifest: dict[str, Any]) -> None:
 
 def _finish(output: Path, shards: int) -> dict[str, Any]:
     """Declare the corpus complete if it is, whoever wrote the last shard."""
-    records = [read_json(shard_path(output, number).with_suffix(".json")) for number in range(shards)]
-    done = [record for record in records if record]
-    errors = [error for record in done for error in record["errors"]]
-    summary = {
-        "shards": shards,
-        "done": len(done),
-        "documents": sum(record["documents"] for record in done),
-        "bytes": sum(record["bytes"] for record in done),
-        "errors": len(errors),
-    }
-    complete = len(done) == shards
-    if complete:
-        write_text(output / "errors.jsonl", "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in errors))
+    summary = dict.fromkeys(("done", "documents", "bytes", "errors"), 0)
+    with staged_file(output / "errors.jsonl") as partial, partial.open("w", encoding="utf-8") as errors:
+        for number in range(shards):
+            if record := read_json(shard_path(output, number).with_suffix(".json")):
+                summary["done"] += 1
+                summary["documents"] += record["documents"]
+                summary["bytes"] += record["bytes"]
+                summary["errors"] += len(record["errors"])
+                errors.writelines(json.dumps(error, ensure_ascii=False) + "\n" for error in record["errors"])
+    summary |= {"shards": shards, "complete": summary["done"] == shards}
+    if summary["complete"]:
         write_json(output / "complete.json", summary)
-    return summary | {"complete": complete}
+    return summary
 
 
 def _said(summary: dict[str, Any], output: Path) -> str:
@@ -321,6 +325,8 @@ def _refuse_unusable(args: EncodeArguments) -> None:
     for flag in ("input", "output"):
         if not getattr(args, flag):
             raise InputError(f"--{flag}: missing. Say what to encode with --input, and where to with --output.")
+    if Path(args.input).is_dir() and Path(args.output).resolve().is_relative_to(Path(args.input).resolve()):
+        raise InputError(f"--output {args.output}: lies in the input, which it would become part of. Name another.")
     if args.precision not in PRECISIONS:
         raise InputError(f"--precision {args.precision}: use one of {', '.join(PRECISIONS)}.")
     if args.task not in ("document", "query"):

@@ -64,6 +64,9 @@ def index(argv: list[str], *, prog: str = "polyrep index") -> dict[str, int]:
     args, folders = parse(IndexArguments, argv, prog, about, "CORPUS", "Folders of `polyrep encode`.", nargs="+")
     _refuse_no_uri(args.uri)
     corpora = [EncodedCorpus(folder) for folder in folders]  # all of them are looked at before anything is written
+    for corpus in corpora:
+        if corpus.manifest["task"] != "document":
+            raise InputError(f"{corpus.folder}: holds queries, which are to be searched with. Encode the documents.")
     target = open_index(args.uri, force=args.force)
     said = {"documents": 0, "replaced": 0, "shards_known": 0}
     started = time.perf_counter()
@@ -98,10 +101,15 @@ def search(argv: list[str], *, prog: str = "polyrep search") -> list[list[Hit]]:
     args, queries = parse(SearchArguments, argv, prog, about, "QUERY", "Texts to search for.", nargs="+")
     _refuse_no_uri(args.uri)
     folder = fetch(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
-    name = args.name
-    target = open_index(args.uri, fingerprint=fingerprint(folder), force=args.force)
+    name, print_ = args.name, fingerprint(folder)
+    target = open_index(args.uri, fingerprint=print_, force=args.force)
     if not name:  # the vectors of this model, where the index has those of several
-        name = next((n for n, origin in target.origins.items() if origin.fingerprint == fingerprint(folder)), "")
+        name = next((n for n, origin in target.origins.items() if origin.fingerprint == print_), "")
+    elif name in target.origins and target.origins[name].fingerprint != print_ and not args.force:
+        raise InputError(
+            f"{args.uri}: its vectors {name!r} were made by model {target.origins[name].fingerprint[:12]}, not by "
+            f"{print_[:12]}, so scores would mean nothing. Name the model that made them, or pass --force."
+        )
     model = load(folder, trust_remote_code=args.trust_remote_code, dtype=fastest_dtype(args.model_dtype))
     texts = {str(number): query for number, query in enumerate(queries)}
     options: dict[str, Any] = {"task": "query", "dtype": "float32", "kind": kind_of(model), "show_progress": False}
@@ -116,9 +124,9 @@ def search(argv: list[str], *, prog: str = "polyrep search") -> list[list[Hit]]:
 
 def _shown(corpus: EncodedCorpus) -> Iterator[Shard]:
     with tqdm(total=len(corpus), desc=corpus.folder.name, unit="document") as progress:
-        for shard in corpus:
+        for shard, record in zip(corpus, corpus.records, strict=True):
             yield shard
-            progress.update(len(shard.ids))
+            progress.update(record["documents"])  # not of the shard, which is read only if it is not known yet
 
 
 def _refuse_no_uri(uri: str) -> None:

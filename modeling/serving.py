@@ -6,6 +6,7 @@ This part knows no web framework; docs/serving.md puts FastAPI in front of it.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -71,7 +72,7 @@ class Service:
         return {
             "fingerprint": self._fingerprint,
             "documents": self._index.count(),
-            "ready": not self._worker.done(),
+            "ready": bool(self._index.origins) and not self._worker.done(),
             "batches": self._batches,
             "waiting": self._queue.qsize(),
         }
@@ -114,24 +115,35 @@ class Service:
                 await self._settle([job for job in jobs if job.task == task])
 
     async def _settle(self, jobs: list[_Job]) -> None:
-        """Answer jobs of one task; those whose client has gone are done already."""
-        try:
-            answered = list(zip(jobs, await asyncio.to_thread(self._compute, jobs), strict=True))
-        except Exception as error:
-            if len(jobs) > 1:
-                for job in jobs:  # one by one, so that a text which cannot be encoded fails its own request alone
-                    await self._settle([job])
-            elif not jobs[0].answer.done():
-                jobs[0].answer.set_exception(error)
-            return
-        for job, answer in answered:
-            if not job.answer.done():
-                job.answer.set_result(answer)
+        """Answer jobs of one task, but not those whose client has gone."""
+        jobs = [job for job in jobs if not job.answer.done()]
+        vectors = await self._tried(jobs, self._encode)
+        if vectors is None and len(jobs) > 1:
+            for job in jobs:  # one by one, so that a text which cannot be encoded fails its own request alone
+                await self._settle([job])
+        elif vectors is not None:
+            answers = await self._tried(jobs, self._finish, vectors)
+            for job, answer in zip(jobs, answers or (), strict=False):
+                if not job.answer.done():
+                    job.answer.set_result(answer)
 
-    def _compute(self, jobs: list[_Job]) -> list[Any]:
+    async def _tried(self, jobs: list[_Job], call: Callable[..., Any], *more: Any) -> Any:
+        """Call in a thread; after an error None, and it is the answer unless jobs can be tried one by one."""
+        try:
+            return await asyncio.to_thread(call, jobs, *more) if jobs else None
+        except Exception as error:
+            if len(jobs) == 1 or more:
+                for job in jobs:
+                    if not job.answer.done():
+                        job.answer.set_exception(error)
+            return None
+
+    def _encode(self, jobs: list[_Job]) -> Any:
         self._batches += 1
         encode = self._model.encode_document if jobs[0].task == "document" else self._model.encode_query
-        vectors = encode([job.text for job in jobs], show_progress_bar=False)
+        return encode([job.text for job in jobs], show_progress_bar=False)
+
+    def _finish(self, jobs: list[_Job], vectors: Any) -> list[Any]:
         if jobs[0].task == "search":
             return self._index.search(vectors, max(job.k for job in jobs))
         return [_numbers(vector) for vector in vectors]

@@ -103,10 +103,17 @@ def open_source(
     if path.is_file():
         return _of_files([path], fields)
     if path.is_dir():
-        for names in (["corpus.jsonl", "corpus.jsonl.gz"], ["**/*.jsonl", "**/*.jsonl.gz"], ["**/*.parquet"]):
-            if files := sorted(file for name in names for file in path.glob(name)):
-                return _of_files(files, fields)
-        return _of_images(path)
+        if files := [file for name in ("corpus.jsonl", "corpus.jsonl.gz") if (file := path / name).is_file()]:
+            return _of_files(files[:1], fields)
+        kinds = {"JSON lines": (".jsonl", ".jsonl.gz"), "Parquet": (".parquet",), "images": IMAGES}
+        found = {kind: sorted(f for f in path.rglob("*") if f.name.lower().endswith(e)) for kind, e in kinds.items()}
+        found = {kind: files for kind, files in found.items() if files}
+        if len(found) > 1:
+            counts = ", ".join(f"{len(files):,} of {kind}" for kind, files in found.items())
+            raise InputError(f"{path}: has files of several kinds ({counts}). Put those to be encoded into a folder.")
+        for kind, files in found.items():
+            return _of_images(path, files) if kind == "images" else _of_files(files, fields)
+        raise InputError(f"{path}: no .jsonl, .parquet or image ({', '.join(IMAGES)}) in it: nothing to encode.")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", location):
         return _of_hub(location, fields, split, config, revision)
     raise InputError(
@@ -175,66 +182,83 @@ def _estimated_lines(files: list[Path]) -> int | None:
 
 
 def _of_parquet(files: list[Path], fields: Fields) -> Source:
-    try:
-        opened = [pyarrow.parquet.ParquetFile(file) for file in files]
-    except (OSError, ValueError) as error:  # pyarrow's own errors are of these
-        raise InputError(f"{files[0].parent}: a Parquet file cannot be read ({error}). Fetch it again.") from None
-    groups = []  # of all files: file, row group, rows
-    identity = []
-    for path, file in zip(files, opened, strict=True):
-        metadata = file.metadata
-        rows = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
-        sizes = [metadata.row_group(g).total_byte_size for g in range(metadata.num_row_groups)]
-        groups += [(path, file, g, n) for g, n in enumerate(rows)]
+    groups, identity = [], []  # of all files: file, row group, rows
+    for path in files:
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                parts = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+                rows, sizes = [part.num_rows for part in parts], [part.total_byte_size for part in parts]
+        except (OSError, ValueError) as error:  # pyarrow's own errors are of these
+            raise InputError(f"{path}: cannot be read as Parquet ({error}). Fetch it again.") from None
+        groups += [(path, number, count) for number, count in enumerate(rows)]
         identity.append({"name": path.name, "bytes": path.stat().st_size, "rows": rows, "row_group_bytes": sizes})
-    total = sum(n for *_, n in groups)
+    total = sum(count for *_, count in groups)
     return Source({"files": identity}, bool(fields.image), partial(_parquet_spans, groups, fields), total)
 
 
-def _parquet_spans(groups: list[tuple[Path, Any, int, int]], fields: Fields, size: int) -> Iterator[Span]:
-    bounds = list(itertools.accumulate((n for *_, n in groups), initial=0))
-    kept: dict[int, list[dict[str, Any]]] = {}  # the row group that was read last, since spans cut groups
+def _parquet_spans(groups: list[tuple[Path, int, int]], fields: Fields, size: int) -> Iterator[Span]:
+    bounds = list(itertools.accumulate((count for *_, count in groups), initial=0))
+    reader = _RowGroups(groups, (*fields, *ID_FIELDS), size)
 
     def rows(start: int, stop: int) -> Iterator[tuple[str, Any]]:
-        for i, (path, file, group, _) in enumerate(groups):
-            first, last = max(start, bounds[i]), min(stop, bounds[i + 1])
-            if first >= last:
-                continue
-            if i not in kept:
-                kept.clear()
-                there = file.schema_arrow.names
-                kept[i] = file.read_row_group(group, [n for n in there if n in (*fields, *ID_FIELDS)]).to_pylist()
-            for row in range(first - bounds[i], last - bounds[i]):
-                yield f"{path} row {row}", kept[i][row]
+        for i, (path, *_) in enumerate(groups):
+            first, last = max(start, bounds[i]) - bounds[i], min(stop, bounds[i + 1]) - bounds[i]
+            if first < last:
+                found = enumerate(reader.rows(i, first, last), first)
+                yield from ((f"{path} row group {groups[i][1]} row {row}", content) for row, content in found)
 
     for number, start in enumerate(range(0, bounds[-1], size)):
         stop = min(start + size, bounds[-1])
-        yield Span(number, stop - start, lambda a=start, b=stop: _documents(rows(a, b), fields, a))  # type: ignore[misc]
+        yield Span(number, stop - start, partial(_documents, rows(start, stop), fields, start))
 
 
-def _of_images(folder: Path) -> Source:
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES and file.is_file())
-    if not files:
-        raise InputError(
-            f"{folder}: no .jsonl, .parquet or image ({', '.join(IMAGES)}) in it, so there is nothing to encode."
-        )
-    names = [file.relative_to(folder).as_posix() for file in files]
-    pairs = list(zip(names, files, strict=True))
-    listing = "".join(f"{name}:{file.stat().st_size}\n" for name, file in pairs)
+class _RowGroups:
+    """Row groups of Parquet files, each read from its start onwards: they may be larger than memory."""
+
+    def __init__(self, groups: list[tuple[Path, int, int]], columns: tuple[str, ...], size: int):
+        self.groups, self.columns, self.size = groups, columns, size
+        self.group, self.row = -1, 0
+        self.batches: Iterator[Any] = iter(())
+        self.rest: Any = None  # of the batch that was cut
+
+    def rows(self, group: int, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """Some rows of a row group, as dictionaries."""
+        if group != self.group or start < self.row:
+            path, number, _ = self.groups[group]
+            file = pyarrow.parquet.ParquetFile(path)
+            there = [name for name in file.schema_arrow.names if name in self.columns]
+            self.group, self.row, self.rest = group, 0, None
+            self.batches = file.iter_batches(self.size, row_groups=[number], columns=there)
+        while self.row < stop:
+            batch = next(self.batches) if self.rest is None else self.rest
+            first = min(max(start - self.row, 0), len(batch))
+            last = min(stop - self.row, len(batch))
+            yield from batch.slice(first, last - first).to_pylist()
+            self.rest = batch.slice(last) if last < len(batch) else None
+            self.row += last
+
+
+def _of_images(folder: Path, files: list[Path]) -> Source:
+    names, listing = [file.relative_to(folder).as_posix() for file in files], hashlib.sha256()
+    for name, file in zip(names, files, strict=True):
+        listing.update(f"{name}:{file.stat().st_size}\n".encode(errors="surrogateescape"))
 
     def spans(size: int) -> Iterator[Span]:
-        for number, start in enumerate(range(0, len(files), size)):
-            part = [Document(*pair) for pair in pairs[start : start + size]]
-            yield Span(number, len(part), lambda part=part: (part, []))  # type: ignore[misc]
+        for number, start in enumerate(range(0, len(names), size)):
+            part = names[start : start + size]
+            rows = ((name, Document(name, folder / name)) for name in part)
+            yield Span(number, len(part), partial(_documents, rows, Fields(), start))
 
-    identity = {"images": len(files), "sha256_of_names_and_sizes": hashlib.sha256(listing.encode()).hexdigest()}
-    return Source(identity, True, spans, len(files))
+    identity = {"images": len(names), "sha256_of_names_and_sizes": listing.hexdigest()}
+    return Source(identity, True, spans, len(names))
 
 
 def _of_hub(location: str, fields: Fields, split: str, config: str, revision: str | None) -> Source:
     try:
         revision = HfApi().dataset_info(location, revision=revision).sha  # a branch may move before the next run
         stream = load_dataset(location, config or None, split=split, revision=revision, streaming=True)
+        if stream.column_names:  # what is not needed is not decoded either
+            stream = stream.select_columns([n for n in stream.column_names if n in (*fields, *ID_FIELDS)])
         if fields.image:
             stream = stream.cast_column(fields.image, Image(decode=False))
     except (OSError, ValueError, KeyError, DatasetsError, HfHubHTTPError) as error:
@@ -244,9 +268,16 @@ def _of_hub(location: str, fields: Fields, split: str, config: str, revision: st
         ) from None
 
     def spans(size: int) -> Iterator[Span]:
-        rows = (row for row in stream)
+        rows = iter(stream)
         for number in itertools.count():
-            if not (part := list(itertools.islice(rows, size))):
+            try:
+                part = list(itertools.islice(rows, size))
+            except (OSError, ValueError, DatasetsError, HfHubHTTPError) as error:
+                raise InputError(
+                    f"{location}: broke off after {number * size:,} records ({type(error).__name__}: {error}). What "
+                    "is encoded stays: run the command again."
+                ) from None
+            if not part:
                 return
             places = ((f"{location} {split} row {number * size + i}", row) for i, row in enumerate(part))
             yield Span(number, len(part), partial(_documents, places, fields, number * size))
@@ -271,10 +302,13 @@ def _documents(
 
 
 def _document(row: Any, fields: Fields, number: int) -> Document:
+    if isinstance(row, Document):
+        row.id.encode()
+        return row
     if isinstance(row, bytes):
         try:
             row = json.loads(row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"not JSON ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"not an object but {type(row).__name__}")
@@ -297,4 +331,5 @@ def _document(row: Any, fields: Fields, number: int) -> Document:
     whole = f"{title} {text}".strip()
     if not whole:
         raise ValueError("an empty text, which encodes to an arbitrary vector")
+    (str(identifier) + whole).encode()  # half of a surrogate pair is legal JSON, and no text
     return Document(str(identifier), whole)

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import DOCUMENTS, RUN_CLI, run_python
+from conftest import DOCUMENTS, ROOT, run_python
 from datasets import Dataset
 from PIL import Image
 from room_examples import dual_encoder_example
@@ -159,20 +159,19 @@ def test_titles_ids_and_numbers_are_taken_from_the_fields_that_are_named(static,
 
 def test_a_record_that_cannot_be_used_is_left_out_and_counted(static, tmp_path, capsys):
     lines = ['{"_id": "a", "text": "open ports"}', "{broken", '{"text": "no id"}', '{"_id": "e", "text": " "}', "[1]"]
-    lines += ['{"_id": "f", "text": 3}', '{"_id": "z", "text": "a file"}']
+    lines += ['{"_id": "f", "text": 3}', r'{"_id": "g", "text": "half \ud800"}', "[" * 100_000]
+    lines += ['{"_id": "z", "text": "a file"}']
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     argv = ["encode", str(static), "--input", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out")]
     assert main(argv) == 0
     assert read(EncodedCorpus(tmp_path / "out"))[0] == ["a", "z"]
     errors = [json.loads(line) for line in (tmp_path / "out" / "errors.jsonl").read_text().splitlines()]
-    assert [error["place"].rpartition(":")[2] for error in errors] == ["2", "3", "4", "5", "6"]
-    for error, words in zip(
-        errors, ["not JSON", "--id_field", "empty text", "not an object", "--text_field"], strict=True
-    ):
-        assert words in error["error"]
-    assert "2 documents" in (said := capsys.readouterr()).out and "5 records could not be used" in said.out
+    assert [error["place"].rpartition(":")[2] for error in errors] == [str(n) for n in range(2, 9)]
+    expected = ["not JSON", "--id_field", "empty text", "not an object", "--text_field", "surrogates", "not JSON"]
+    assert all(words in error["error"] for error, words in zip(errors, expected, strict=True))
+    assert "2 documents" in (said := capsys.readouterr()).out and "7 records could not be used" in said.out
     assert main([*argv, "--strict"]) == 2
-    assert "5 records could not be used" in capsys.readouterr().err
+    assert "7 records could not be used" in capsys.readouterr().err
     (tmp_path / "bad.jsonl").write_text("\n".join(lines[1:6]))
     with pytest.raises(InputError, match="none of the first 5 records can be used; the first, .*not JSON"):
         run(static, tmp_path / "bad.jsonl", tmp_path / "bad")
@@ -213,7 +212,7 @@ def test_a_second_run_encodes_what_is_missing_and_nothing_else(static, corpus, t
     with pytest.raises(InputError, match="4 shards are done of 5"):
         EncodedCorpus(tmp_path / "out")
     with pytest.raises(InputError, match="SHA-256 is .* expected .*Delete 00000004.json"):
-        encoded.read(encoded.records[4])
+        _ = list(encoded)[4].ids
     run(static, corpus, tmp_path / "out", "--shard_size", "5")
     assert calls == [10, 20] and hashes(tmp_path / "out") == before
 
@@ -251,9 +250,11 @@ def test_going_on_with_something_else_is_refused(static, corpus, tmp_path, sente
         (["--input", "nowhere"], "no such file or folder"),
         (["--image_field", "x"], "JSON lines hold texts"),
         (["--input", ""], "--input: missing"),
+        (["--input", "."], "lies in the input"),
     ],
 )
-def test_flags_that_mean_nothing_are_refused(flags, words, static, corpus, tmp_path):
+def test_flags_that_mean_nothing_are_refused(flags, words, static, corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     argv = [str(static), "--input", str(corpus), "--output", str(tmp_path / "out"), *flags]
     with pytest.raises(InputError, match=words):
         encode(argv)
@@ -269,8 +270,16 @@ def test_inputs_that_cannot_be_read_are_refused(static, tmp_path):
     with pytest.raises(InputError, match="damaged or truncated"):
         run(static, tmp_path / "cut.jsonl.gz", tmp_path / "out2")
     (tmp_path / "no.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(InputError, match="Parquet file cannot be read"):
+    with pytest.raises(InputError, match="cannot be read as Parquet"):
         run(static, tmp_path / "no.parquet", tmp_path / "out3")
+    (tmp_path / "no.jsonl").write_text("\n")
+    with pytest.raises(InputError, match="holds no record"):
+        run(static, tmp_path / "no.jsonl", tmp_path / "out6")
+    (tmp_path / "both").mkdir()
+    write_lines(tmp_path / "both" / "metadata.jsonl", TEXTS)
+    Image.new("RGB", (4, 4)).save(tmp_path / "both" / "a.png")
+    with pytest.raises(InputError, match="several kinds .1 of JSON lines, 1 of images."):
+        run(static, tmp_path / "both", tmp_path / "out7")
     (tmp_path / "words.csv").write_text("a,b")
     with pytest.raises(InputError, match="how to read it is unknown"):
         run(static, tmp_path / "words.csv", tmp_path / "out4")
@@ -343,19 +352,31 @@ def test_killed_at_ten_random_moments_it_ends_in_the_same_shards(static, tmp_pat
 
 def test_two_processes_share_the_shards(static, corpus, tmp_path):
     run(static, corpus, tmp_path / "one", "--shard_size", "3")
-    program = tmp_path / "cli.py"
-    program.write_text(RUN_CLI)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program), "encode"]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "encode.py")]
     flags = [str(static), "--input", str(corpus), "--output", str(tmp_path / "two"), "--shard_size", "3"]
     result = run_python(*launch, *flags)
     assert result.returncode == 0, result.stderr[-3000:]
     assert hashes(tmp_path / "two") == hashes(tmp_path / "one")
+    assert "two 1/2" in result.stderr, "which of how many processes the bar is of"
     said = [line for line in result.stdout.splitlines() if "documents in" in line]
     assert any("8 shards" in line for line in said), "the last of them finds all shards"
 
 
+def test_spans_of_parquet_are_the_same_whichever_of_them_are_read(tmp_path):
+    table = pyarrow.table({"_id": list(TEXTS), "text": list(TEXTS.values())})
+    pyarrow.parquet.write_table(table, tmp_path / "corpus.parquet", row_group_size=9)
+    for wanted in ([0, 1, 2, 3, 4, 5], [1, 3, 5], [4], [2, 0, 5, 1]):
+        spans = list(sources.open_source(str(tmp_path / "corpus.parquet"), sources.Fields()).spans(4))
+        assert len(spans) == 6
+        for number in wanted:
+            found, errors = spans[number].read()
+            assert found == [sources.Document(*pair) for pair in list(TEXTS.items())[4 * number :][:4]] and not errors
+
+
 def test_a_process_leaves_the_shards_of_another(static, corpus, tmp_path, monkeypatch, capsys):
-    """As if the second of two had died."""
+    """As if the second of two had died; strictness is a matter for the last."""
+    corpus.write_text("{broken\n" + corpus.read_text())
     alone = SimpleNamespace(
         process_index=0,
         num_processes=2,
@@ -366,10 +387,12 @@ def test_a_process_leaves_the_shards_of_another(static, corpus, tmp_path, monkey
     )
     with monkeypatch.context() as patch:
         patch.setattr(encoding, "PartialState", lambda: alone)
-        encode([str(static), "--input", str(corpus), "--output", str(tmp_path / "out"), "--shard_size", "3"])
+        flags = ["--input", str(corpus), "--output", str(tmp_path / "out"), "--shard_size", "3", "--strict"]
+        encode([str(static), *flags])
     assert "4 shards are left to other processes" in capsys.readouterr().out
     assert [path.stem for path in sorted((tmp_path / "out" / "shards").glob("*.json"))] == [
         f"{n:08d}" for n in (0, 2, 4, 6)
     ]
-    ids, _ = read(run(static, corpus, tmp_path / "out", "--shard_size", "3"))
-    assert ids == list(TEXTS), "another number of processes goes on"
+    with pytest.raises(InputError, match="1 records could not be used"):
+        encode([str(static), *flags])
+    assert read(EncodedCorpus(tmp_path / "out"))[0] == list(TEXTS), "another number of processes goes on"

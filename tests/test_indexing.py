@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 from conftest import DOCUMENTS, QUERIES
+from safetensors.torch import load_file, save_file
 from test_encode import write_lines
 
+from polyrep import InputError
 from polyrep.cli import main
 from polyrep.encoded import EncodedCorpus
 from polyrep.hub import fingerprint
-from polyrep.search import open_index
+from polyrep.search import Added, open_index
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,44 @@ def test_an_index_of_another_model_is_refused(encoded, tmp_path, sentence_model,
     assert f"were made by model {made}, not by {asked}" in capsys.readouterr().err
     assert main(["index", str(tmp_path), "--uri", uri]) == 2
     assert "no encoded corpus" in capsys.readouterr().err
+
+
+def test_vectors_of_two_models_are_each_searched_by_their_own(encoded, tmp_path, static_model, capsys):
+    static_model.save_pretrained(str(tmp_path / "other"), create_model_card=False)
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    save_file({name: -tensor for name, tensor in weights.items()}, tmp_path / "other" / "model.safetensors")
+    flags = ["--input", str(encoded / "corpus.jsonl"), "--output", str(tmp_path / "second"), "--name", "second"]
+    assert main(["encode", str(tmp_path / "other"), *flags]) == 0
+    uri = f"qdrant://{tmp_path}/index"
+    assert main(["index", str(encoded / "shards"), str(tmp_path / "second"), "--uri", uri]) == 0
+    argv = ["search", "open ports", "--uri", uri, "--model", str(tmp_path / "other")]
+    assert main(argv) == 0
+    assert main([*argv, "--name", "dense"]) == 2
+    assert "its vectors 'dense' were made by model" in capsys.readouterr().err
+    assert main([*argv, "--name", "dense", "--force"]) == 0
+
+
+def test_queries_are_no_documents(encoded, tmp_path, capsys):
+    flags = ["--input", str(encoded / "corpus.jsonl"), "--output", str(tmp_path / "queries"), "--task", "query"]
+    assert main(["encode", str(encoded / "model"), *flags]) == 0
+    assert main(["index", str(tmp_path / "queries"), "--uri", f"faiss://{tmp_path}/index"]) == 2
+    assert "holds queries" in capsys.readouterr().err
+
+
+def test_a_known_shard_is_not_read_again_and_signs_do_not_mix_with_numbers(encoded, tmp_path):
+    index = open_index("memory:")
+    index.add(EncodedCorpus(encoded / "shards"))
+    for file in shutil.copytree(encoded / "shards", tmp_path / "gone").glob("shards/*.safetensors"):
+        file.unlink()
+    assert index.add(EncodedCorpus(tmp_path / "gone")) == Added(shards_known=3)
+    with pytest.raises(InputError, match="SHA-256 is missing"):
+        open_index("memory:").add(EncodedCorpus(tmp_path / "gone"))
+    flags = ["--input", str(encoded / "corpus.jsonl"), "--output", str(tmp_path / "signs"), "--precision", "binary"]
+    assert main(["encode", str(encoded / "model"), *flags]) == 0
+    with pytest.raises(InputError, match="are float16, these binary"):
+        index.add(EncodedCorpus(tmp_path / "signs"))
+    with pytest.raises(InputError, match="takes a list of ids"):
+        index.delete("d1")
 
 
 def test_a_uri_that_keeps_nothing_is_refused(encoded, capsys):

@@ -12,7 +12,7 @@ from ..encoded import KINDS, Origin, Shard
 from ..errors import InputError
 from ..scoring import exact_search, rescore, tie_ranks
 from .local import Vectors, stages
-from .protocol import Added, Hit, Queries, admit, refuse_unknown, whole_number
+from .protocol import Added, Hit, Queries, admit, refuse_unknown, several, whole_number
 
 
 class ExactIndex:
@@ -86,7 +86,7 @@ class ExactIndex:
 
     def delete(self, ids: Iterable[str]) -> int:
         """See :class:`polyrep.search.Index`. Shards are forgotten, so that adding one again brings documents back."""
-        asked = set(ids)
+        asked = {*several(ids)}
         removed = asked & self._ids()
         for store in self._vectors.values():
             store.remove(removed)

@@ -23,12 +23,13 @@ from typing import Any, ClassVar
 from urllib.parse import SplitResult, unquote
 
 import numpy as np
+from filelock import FileLock
 
 from ..cache import Embeddings, Kind, joined, rows
 from ..encoded import Origin, Shard, packed_ids, unpacked_ids
 from ..errors import InputError
 from ..files import write_json
-from .protocol import Added, Hit, Queries, admit, chosen
+from .protocol import Added, Hit, Queries, admit, chosen, several
 
 FORMAT = "polyrep-index-1"
 MANIFEST = "polyrep.json"
@@ -202,7 +203,7 @@ class FolderIndex(ABC):
 
     def delete(self, ids: Iterable[str]) -> int:
         """See :class:`polyrep.search.Index`. Shards are forgotten, so that adding one again brings documents back."""
-        removed = self.documents.remove(ids)
+        removed = self.documents.remove(several(ids))
         if removed:
             self.shards.clear()
             try:
@@ -273,7 +274,12 @@ class FolderIndex(ABC):
             raise InputError(f"{folder}: cannot be read ({error!r}). {self._remedy}") from None
 
     def _save(self) -> None:
-        """Write a new generation, and then let it count."""
+        """Write a new generation, and then let it count; one process at a time."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path / ".lock"):
+            self._save_locked()
+
+    def _save_locked(self) -> None:
         found = self._manifest().get("generation", 0)
         if found != self.generation:
             raise InputError(

@@ -107,6 +107,11 @@ def admit(origins: Mapping[str, Origin], new: Origin, where: str, *, kinds: Sequ
                 f"{getattr(new, field)}, so no query could be compared with both. Use an index of their own, or "
                 "another --name when encoding."
             )
+    if known.precision != new.precision and "binary" in (known.precision, new.precision):
+        raise InputError(
+            f"{where}: its vectors {new.name!r} are {known.precision}, these {new.precision}: one of them are signs, "
+            "whose scores are of another size. Use an index of their own, or another --name when encoding."
+        )
     if known.fingerprint != new.fingerprint and not force:
         raise InputError(
             f"{where}: its vectors {new.name!r} were made by model {known.fingerprint[:12]}, these by "
@@ -191,6 +196,13 @@ def _flat(queries: Queries) -> Embeddings:
 
 def _array(part: Any) -> np.ndarray:
     return part.detach().cpu().float().numpy() if isinstance(part, torch.Tensor) else np.asarray(part)
+
+
+def several(ids: Iterable[str]) -> list[str]:
+    """Ids without doubles; a single text, whose letters would be taken for ids, is refused."""
+    if isinstance(ids, str):
+        raise InputError(f"delete({ids!r}): takes a list of ids, as there may be several: delete([{ids!r}]).")
+    return list(dict.fromkeys(ids))
 
 
 def whole_number(settings: dict[str, str], name: str, default: int, uri: str) -> int:

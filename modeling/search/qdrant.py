@@ -29,7 +29,7 @@ from ..encoded import Origin, Shard
 from ..errors import InputError
 from ..scoring import csr_rows
 from .local import folder_of, stages
-from .protocol import Added, Hit, Queries, admit, refuse_unknown, whole_number
+from .protocol import Added, Hit, Queries, admit, refuse_unknown, several, whole_number
 from .qdrant_engine import SIMILARITIES, Embedded, Engine
 from .qdrant_remote import Server, Unreachable
 
@@ -165,7 +165,7 @@ class QdrantIndex:
 
     def delete(self, ids: Iterable[str]) -> int:
         """Remove documents; returns how many were there."""
-        points, deleted = [point_id(identifier) for identifier in dict.fromkeys(ids)], 0
+        points, deleted = [point_id(identifier) for identifier in several(ids)], 0
         for start in range(0, len(points) if self.origins else 0, POINTS):
             if found := self.engine.existing(points[start : start + POINTS]):
                 # Forgotten before, not after: a shard that is said to be whole must be.

@@ -199,6 +199,8 @@ class Server:
                 return getattr(self.client, method)(**arguments)
             except self.errors.UnexpectedResponse as error:
                 if error.status_code < 500 and error.status_code != 429:
+                    if error.status_code == 409 and attempt > 1:
+                        return None  # done by a try whose answer was lost
                     hint = "Set QDRANT_API_KEY to a key that may write. " if error.status_code in (401, 403) else ""
                     raise InputError(f"{self.where}: refused {method}. {hint}{_line(error)}") from None
                 failure: Exception = error
