@@ -352,8 +352,8 @@ def test_killed_at_ten_random_moments_it_ends_in_the_same_shards(static, tmp_pat
 
 def test_two_processes_share_the_shards(static, corpus, tmp_path):
     run(static, corpus, tmp_path / "one", "--shard_size", "3")
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "encode.py")]
+    # What accelerate itself starts where there are several GPUs; without any, it starts one process.
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "encode.py")]
     flags = [str(static), "--input", str(corpus), "--output", str(tmp_path / "two"), "--shard_size", "3"]
     result = run_python(*launch, *flags)
     assert result.returncode == 0, result.stderr[-3000:]
