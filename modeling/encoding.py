@@ -97,7 +97,7 @@ def encode(argv: list[str], *, prog: str = "polyrep encode") -> dict[str, Any]:
     about = "Encode a corpus into shards, from which `polyrep index` builds an index. Run it again to go on."
     args, name = parse(EncodeArguments, argv, prog, about, "MODEL", "Folder, Hub id, or minilm.")
     _refuse_unusable(args)
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())  # else several processes would not know each other
     if state.device.type == "cpu" and state.num_processes > 1:  # each of which is given one thread
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         here = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))

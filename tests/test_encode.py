@@ -386,7 +386,7 @@ def test_a_process_leaves_the_shards_of_another(static, corpus, tmp_path, monkey
         destroy_process_group=lambda: None,
     )
     with monkeypatch.context() as patch:
-        patch.setattr(encoding, "PartialState", lambda: alone)
+        patch.setattr(encoding, "PartialState", lambda cpu: alone)
         flags = ["--input", str(corpus), "--output", str(tmp_path / "out"), "--shard_size", "3", "--strict"]
         encode([str(static), *flags])
     assert "4 shards are left to other processes" in capsys.readouterr().out
