@@ -75,7 +75,7 @@ def write_results(
         with staged_folder(output, merge=True) as staged:
             write_json(staged / f"{results['name']}.json", results)
             write_text(staged / f"{results['name']}.md", markdown)
-            if results.get("drawn") != [] and _points(results):
+            if results.get("drawn") != [] and (picture or _points(results)):
                 (picture or draw)(results, staged / f"{results['name']}.png")
     return markdown
 
