@@ -56,7 +56,7 @@ def table(results: dict[str, Any]) -> str:
             ms = milliseconds(measured[large]["ms_p50"], large, size / nodes, way)
             hours = 2 * WEIGHTS * TOKENS * size / FLOPS / 3600
             first = f"{name} | {each:,.0f}" if size == SIZES[0] else " | "
-            lines.append(f"| {first} | {size:,} | {_bytes(each * size)} | {nodes:,} | {hours:,.2g} | {ms:,.2g} |")
+            lines.append(f"| {first} | {size:,} | {_bytes(each * size)} | {nodes:,} | {_short(hours)} | {_short(ms)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -70,6 +70,10 @@ def _bytes(number: float) -> str:
         if number >= size:
             return f"{number / size:,.1f} {unit}"
     return f"{number / 1e6:,.0f} MB"
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def inserted(page: str, made: str) -> str:
