@@ -297,7 +297,8 @@ def _documents(
         try:
             found.append(_document(row, fields, number))
         except ValueError as error:
-            errors.append({"place": place, "error": str(error)})
+            # The name of a file may be no text.
+            errors.append({"place": place.encode(errors="backslashreplace").decode(), "error": str(error)})
     return found, errors
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -184,12 +185,13 @@ def test_images_are_read_from_folders_and_from_parquet_and_the_undecodable_ones_
     for shade, name in enumerate(names):
         Image.new("RGB", (40, 30), (60 * shade, 20, 255 - 60 * shade)).save(folder / name)
     (folder / "b.png").write_bytes(b"no image at all")
+    (folder / os.fsdecode(b"\xff.png")).write_bytes((folder / "a.png").read_bytes())
     encoded = run(image_model, folder, tmp_path / "out", "--shard_size", "3", "--batch_size", "2")
     ids, found = read(encoded)
     assert ids == ["a.png", "more/c.jpg", "more/d.png"]
-    errors = (tmp_path / "out" / "errors.jsonl").read_text()
-    assert json.loads(errors)["place"] == "b.png" and "not a readable image" in errors
-    with pytest.raises(InputError, match="1 records could not be used"):
+    errors = {e["place"]: e["error"] for e in map(json.loads, open(tmp_path / "out" / "errors.jsonl"))}
+    assert errors.keys() == {"b.png", "\\udcff.png"} and "not a readable image" in errors["b.png"]
+    with pytest.raises(InputError, match="2 records could not be used"):
         run(image_model, folder, tmp_path / "out", "--shard_size", "3", "--batch_size", "2", "--strict")
     table = {"id": names, "page": [{"bytes": (folder / name).read_bytes(), "path": name} for name in names]}
     pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "pages.parquet")
