@@ -56,7 +56,8 @@ def table(results: dict[str, Any]) -> str:
             ms = milliseconds(measured[large]["ms_p50"], large, size / nodes, way)
             hours = 2 * WEIGHTS * TOKENS * size / FLOPS / 3600
             first = f"{name} | {each:,.0f}" if size == SIZES[0] else " | "
-            lines.append(f"| {first} | {size:,} | {_bytes(each * size)} | {nodes:,} | {_short(hours)} | {_short(ms)} |")
+            cells = [first, f"{size:,}", _bytes(each * size), f"{nodes:,}", _short(hours), _short(ms)]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
