@@ -41,7 +41,7 @@ class Arguments:
 
     dataset: str = "data/tldr_pages"
     models: list[str] = field(default_factory=lambda: ["minilm", "models/late-interaction-minilm/final"])
-    texts: int = field(default=1024, metadata={"help": "For throughput, in two shards."})
+    texts: int = field(default=768, metadata={"help": "For throughput, in two shards."})
     repeats: int = 3
     sizes: list[int] = field(default_factory=lambda: [10_000, 100_000])
     output: str | None = None
