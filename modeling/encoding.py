@@ -98,7 +98,8 @@ def encode(argv: list[str], *, prog: str = "polyrep encode") -> dict[str, Any]:
     args, name = parse(EncodeArguments, argv, prog, about, "MODEL", "Folder, Hub id, or minilm.")
     _refuse_unusable(args)
     state = PartialState(cpu=not torch.accelerator.is_available())  # else several processes would not know each other
-    if state.device.type == "cpu" and state.num_processes > 1:  # each of which is given one thread
+    launched = state.num_processes > 1 or "ACCELERATE_USE_CPU" in os.environ  # which gives each process one thread
+    if state.device.type == "cpu" and launched:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         here = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
         torch.set_num_threads(max(torch.get_num_threads(), cores // here))
