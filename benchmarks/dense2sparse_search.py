@@ -32,7 +32,8 @@ from scipy.sparse import csr_matrix
 from sentence_transformers.sparse_encoder.search_engines import semantic_search_seismic
 from transformers import AutoModel
 
-from polyrep.cache import Embeddings, in_memory
+from polyrep.cache import Embeddings, in_memory, joined
+from polyrep.cache import rows as rows_at
 from polyrep.data import load_retrieval_dataset
 from polyrep.errors import InputError
 from polyrep.heads import encode_dataset
@@ -416,27 +417,8 @@ def load_vectors(args: argparse.Namespace) -> tuple[Embeddings, Embeddings, Embe
     chosen = np.linspace(0, len(captions) - 1, args.queries).astype(int)
     images = [with_head(head, side, "document") for _, side in sides.values()]
     dense = [np.asarray(side.embeddings.values, np.float32) for _, side in sides.values()]
-    asked = [picked(with_head(head, captions, "query", expand=expand), chosen) for expand in (True, False)]
+    asked = [rows_at(with_head(head, captions, "query", expand=expand), chosen) for expand in (True, False)]
     return (*asked, joined(images), np.asarray(captions.embeddings.values[chosen], np.float32), np.concatenate(dense))
-
-
-def picked(embeddings: Embeddings, rows: np.ndarray) -> Embeddings:
-    """Some of the sparse vectors."""
-    matrix = csr_rows(embeddings, 0, len(embeddings), "dot")[rows]
-    return replace(
-        embeddings, values=matrix.data.astype(embeddings.values.dtype), indices=matrix.indices, offsets=matrix.indptr
-    )
-
-
-def joined(parts: list[Embeddings]) -> Embeddings:
-    """Sparse vectors of several collections under one another."""
-    lengths = np.concatenate([part.lengths for part in parts])
-    return replace(
-        parts[0],
-        values=np.concatenate([part.values for part in parts]),
-        indices=np.concatenate([part.indices for part in parts]),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-    )
 
 
 def main() -> None:

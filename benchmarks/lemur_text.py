@@ -25,7 +25,8 @@ from sentence_transformers.util import maxsim
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from polyrep.cache import Embeddings, embed, in_memory
+from polyrep.cache import Embeddings, embed, in_memory, joined
+from polyrep.cache import rows as rows_at
 from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.evaluation import bootstrap_interval, macro_interval, per_query_metrics, table_rows
 from polyrep.hub import fastest_dtype, fetch, fingerprint, load, read_json
@@ -362,17 +363,8 @@ class Pool:
 
 def taken(sides: list[Embeddings], order: np.ndarray) -> Embeddings:
     """Texts of several caches, in an order, in float32 in memory."""
-    lengths = np.concatenate([side.lengths for side in sides])
-    values = np.concatenate([np.asarray(side.values, np.float32) for side in sides])
-    starts = (np.cumsum(lengths) - lengths)[order]
-    offsets = np.cumsum([0, *lengths[order]])
-    rows = np.repeat(starts - offsets[:-1], lengths[order]) + np.arange(offsets[-1])
-    return replace(sides[0], values=values[rows], offsets=offsets)
-
-
-def rows_at(embeddings: Embeddings, rows: np.ndarray) -> Embeddings:
-    """Some texts of a cache."""
-    return taken([embeddings], rows)
+    found = rows_at(joined(sides), order)
+    return replace(found, values=np.asarray(found.values, np.float32))
 
 
 def grow(args: Arguments, model: MultiVectorEncoder) -> list[dict[str, Any]]:

@@ -116,13 +116,12 @@ class EncodedCorpus:
 
     Args:
         folder: What ``polyrep encode`` wrote.
-        partial: Accept a corpus of which shards are still missing.
 
     Raises:
         InputError: There is no manifest, or it is of another format, or shards are missing.
     """
 
-    def __init__(self, folder: str | Path, *, partial: bool = False):
+    def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         path = self.folder / "manifest.json"
         if not path.is_file():
@@ -135,7 +134,7 @@ class EncodedCorpus:
             )
         self.origin = Origin(**self.manifest["vectors"])
         shards = read_json(self.folder / "complete.json").get("shards")
-        if not partial and shards != len(self.records):
+        if shards != len(self.records):
             raise InputError(
                 f"{self.folder}: {len(self.records)} shards are done of {shards or 'more'}, so an index would lack "
                 "documents. Run the command in manifest.json again, which goes on where it stopped."
@@ -193,15 +192,8 @@ def _read_content(path: Path, origin: Origin) -> tuple[list[str], Embeddings]:
         arrays = load_file(path)
         ids = unpacked_ids(arrays)
         values = widened(arrays, origin)
-        vectors = Embeddings(
-            origin.kind,
-            values,
-            arrays.get("offsets"),
-            arrays.get("indices"),
-            origin.dim,
-            0.0,
-            Path(),  # type: ignore[arg-type]
-        )
+        bounds, terms = arrays.get("offsets"), arrays.get("indices")
+        vectors = Embeddings(origin.kind, values, bounds, terms, origin.dim, 0.0, Path())
         if len(vectors) != len(ids) or (origin.kind != "sparse" and values.shape[1:] != (origin.dim,)):
             raise ValueError(f"{len(ids)} ids, {len(vectors)} vectors of shape {values.shape[1:]}")
     except (SafetensorError, OSError, KeyError, ValueError, IndexError) as error:

@@ -9,7 +9,6 @@ the same command goes on, with more processes or fewer.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -33,8 +32,6 @@ from .files import remove_leftovers, staged_file, write_json
 from .hub import Encoder, fastest_dtype, fetch, fingerprint, load, read_json
 from .report import provenance
 from .sources import Document, Fields, Source, Span, open_source, picture
-
-logger = logging.getLogger(__name__)
 
 SHARD_SIZES = {False: 4096, True: 512}
 """Records of a shard, by whether they are images."""
@@ -116,13 +113,12 @@ def encode(argv: list[str], *, prog: str = "polyrep encode") -> dict[str, Any]:
     _refuse_unfit(model, source, args.precision, name)
     kind, output = kind_of(model), Path(args.output)
     size = args.shard_size or SHARD_SIZES[source.images]
-    prints = fingerprint(folder)
     origin = Origin(
         args.name or NAMES[kind],
         kind,
         int(model.get_embedding_dimension() or 0),
         str(model.similarity_fn_name or "cosine"),
-        prints,
+        fingerprint(folder),
         args.precision,
     )
     manifest = manifest_of(

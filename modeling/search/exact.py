@@ -11,8 +11,8 @@ from ..cache import rows
 from ..encoded import KINDS, Origin, Shard
 from ..errors import InputError
 from ..scoring import exact_search, rescore, tie_ranks
-from .local import Vectors, stages
-from .protocol import Added, Hit, Queries, admit, refuse_unknown, several, whole_number
+from .local import Vectors
+from .protocol import Added, Hit, Queries, admit, refuse_unknown, several, stages, whole_number
 
 
 class ExactIndex:

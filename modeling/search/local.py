@@ -29,7 +29,7 @@ from ..cache import Embeddings, Kind, joined, rows
 from ..encoded import Origin, Shard, packed_ids, unpacked_ids
 from ..errors import InputError
 from ..files import write_json
-from .protocol import Added, Hit, Queries, admit, chosen, several
+from .protocol import Added, Hit, Queries, admit, several, stages
 
 FORMAT = "polyrep-index-1"
 MANIFEST = "polyrep.json"
@@ -61,19 +61,6 @@ def folder_of(parts: SplitResult) -> Path:
             f"{parts.scheme}:relative/path; %23 stands for # and %3F for ?."
         )
     return Path(unquote(parts.path))
-
-
-def stages(
-    origins: Mapping[str, Origin], queries: Queries | Mapping[str, Queries], k: int, where: str
-) -> list[tuple[Origin, Embeddings]]:
-    """As :func:`polyrep.search.protocol.chosen`.
-
-    Raises:
-        InputError: Likewise, or ``k`` is less than 1.
-    """
-    if k < 1:
-        raise InputError(f"{where}: k={k}, so nothing could be found. Pass 1 or more.")
-    return chosen(origins, queries, where)
 
 
 class Documents:

@@ -121,15 +121,17 @@ def admit(origins: Mapping[str, Origin], new: Origin, where: str, *, kinds: Sequ
     return known
 
 
-def chosen(
-    origins: Mapping[str, Origin], queries: Queries | Mapping[str, Queries], where: str
+def stages(
+    origins: Mapping[str, Origin], queries: Queries | Mapping[str, Queries], k: int, where: str
 ) -> list[tuple[Origin, Embeddings]]:
     """The stages of a search: one, or candidates and what ranks them anew.
 
     Raises:
-        InputError: The index is empty, a name is unknown or missing, there are more than two stages, or queries do not
-            fit the vectors of the index.
+        InputError: ``k`` is less than 1, the index is empty, a name is unknown or missing, there are more than two
+            stages, or queries do not fit the vectors of the index.
     """
+    if k < 1:
+        raise InputError(f"{where}: k={k}, so nothing could be found. Pass 1 or more.")
     if not origins:
         raise InputError(f"{where}: empty, so there is nothing to search in. Add shards first.")
     if not isinstance(queries, Mapping):
@@ -144,10 +146,10 @@ def chosen(
             f"{where}: asked for {', '.join(queries) or 'nothing'}; it has {', '.join(origins)}. Name one, or two of "
             "which the first finds candidates and the second ranks them."
         )
-    stages = [(origins[name], as_embeddings(asked, origins[name], where)) for name, asked in queries.items()]
-    if len({len(asked) for _, asked in stages}) > 1:
-        raise InputError(f"{where}: the two stages have {' and '.join(str(len(a)) for _, a in stages)} queries.")
-    return stages
+    found = [(origins[name], as_embeddings(asked, origins[name], where)) for name, asked in queries.items()]
+    if len({len(asked) for _, asked in found}) > 1:
+        raise InputError(f"{where}: the two stages have {' and '.join(str(len(a)) for _, a in found)} queries.")
+    return found
 
 
 def as_embeddings(queries: Queries, origin: Origin, where: str) -> Embeddings:

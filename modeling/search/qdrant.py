@@ -28,8 +28,8 @@ from ..cache import Embeddings
 from ..encoded import Origin, Shard
 from ..errors import InputError
 from ..scoring import csr_rows
-from .local import folder_of, stages
-from .protocol import Added, Hit, Queries, admit, refuse_unknown, several, whole_number
+from .local import folder_of
+from .protocol import Added, Hit, Queries, admit, refuse_unknown, several, stages, whole_number
 from .qdrant_engine import SIMILARITIES, Embedded, Engine
 from .qdrant_remote import Server, Unreachable
 
