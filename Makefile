@@ -6,10 +6,17 @@ BIN := $(VENV)/bin
 # Any embedding model of the Hub: make quickstart BACKBONE=ORG/NAME
 BACKBONE ?= minilm
 
-.PHONY: quickstart test test-min lint results results-images results-gpu clean
+.PHONY: quickstart demo docs test test-min lint results results-images results-gpu clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python benchmarks/dense2sparse_text.py --quick --backbone $(BACKBONE) --output runs/quickstart --name quickstart
+
+demo: $(VENV)/.demo
+	$(BIN)/python demo/app.py
+
+# The pages of docs/ and the reference of the package, as build/docs/index.html.
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build -q -W --keep-going -c docs -d build/doctrees . build/docs
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -19,12 +26,15 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The rules for rooms at the lower bounds that pyproject.toml declares, in one process: how several train together is
-# torch's business, whose version is the same.
+# The wheel at the lower bounds that pyproject.toml declares: what the rooms share, in one process, since how several
+# train together is torch's business, whose version is the same.
 test-min:
 	test -d $(VENV)-min || $(PYTHON) -m venv $(VENV)-min
 	grep -vE '^(transformers|sentence-transformers|huggingface-hub)==' constraints.txt > $(VENV)-min/constraints.txt
-	$(VENV)-min/bin/python -m pip install -q -c $(VENV)-min/constraints.txt -e ".[dev]" \
+	rm -rf build/lib build/wheel
+	$(VENV)-min/bin/python -m pip wheel -q --no-deps -w build/wheel .
+	$(VENV)-min/bin/python -m pip install -q -c $(VENV)-min/constraints.txt pytest pytest-xdist \
+		"$$(echo build/wheel/*.whl)[quickstart,lora,search,serve,export]" \
 		transformers==5.17.0 sentence-transformers==6.0.1 huggingface-hub==1.33.0
 	$(VENV)-min/bin/python -m pytest -n 2 --dist loadfile tests/test_rooms.py tests/test_hub.py tests/test_training.py \
 		tests/test_lemur.py tests/test_publish.py tests/test_encode.py tests/test_indexing.py \
@@ -56,6 +66,7 @@ results: $(VENV)/.dev
 	done
 	$(BIN)/python benchmarks/search.py --output results
 	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/choose.py
 	$(BIN)/python benchmarks/encode_speed.py --output results
 	$(BIN)/python benchmarks/multilayer_frozen.py --output results
 	$(BIN)/python benchmarks/multilayer_depth.py --output results
