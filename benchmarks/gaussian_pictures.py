@@ -19,12 +19,12 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
-from matplotlib.patches import Ellipse
 
 from polyrep.cache import embed
 from polyrep.data import load_retrieval_dataset
 from polyrep.files import staged_folder, write_json
 from polyrep.gaussian import GaussianHead, GaussianOutput
+from polyrep.gaussian.show import draw_ellipses
 from polyrep.hub import fastest_dtype, fetch, fingerprint, load
 from polyrep.report import provenance
 from polyrep.training import train
@@ -41,29 +41,10 @@ def distributions(head: GaussianHead, vectors: np.ndarray, task: str) -> Gaussia
         return head(torch.from_numpy(np.asarray(vectors, np.float32)), task=task)
 
 
-def draw_ellipses(path: Path, documents: GaussianOutput, queries: GaussianOutput, names: list[str]) -> None:
-    """Ellipses of a fifth of a standard deviation, in the two dimensions in which the documents differ most."""
-    dims = documents.mean.var(0).argsort(descending=True)[:2].tolist()
+def draw_topic(path: Path, documents: GaussianOutput, queries: GaussianOutput, names: list[str]) -> None:
+    """The pages and both queries as ellipses."""
     figure, axis = plt.subplots(figsize=(7.5, 5), layout="constrained")
-    labels = [*names, f"narrow: {NARROW}", f"wide: {WIDE}"]
-    for number, label in enumerate(labels):
-        side, row = (documents, number) if number < len(names) else (queries, number - len(names))
-        x, y = side.mean[row, dims].tolist()
-        width, height = (0.4 * side.variance[row, dims].sqrt()).tolist()
-        color = "0.55" if number < len(names) else ("C0", "C3")[row]
-        thick = 1 if number < len(names) else 2.5
-        axis.add_patch(Ellipse((x, y), width, height, fill=False, color=color, lw=thick))
-        axis.plot(x, y, ".", color=color)
-        if number < len(names):
-            beside = (3, 3) if number % 2 else (3, -9)  # of two near each other, one above and one below
-            axis.annotate(label, (x, y), beside, textcoords="offset points", fontsize=7, color="0.3")
-        else:
-            axis.plot([], [], color=color, lw=thick, label=label)
-    axis.set_xlabel(f"mean, dimension {dims[0]}")
-    axis.set_ylabel(f"mean, dimension {dims[1]}")
-    axis.set_aspect("equal")
-    axis.autoscale()
-    axis.margins(0.08)
+    draw_ellipses(axis, documents, queries, names, [f"narrow: {NARROW}", f"wide: {WIDE}"])
     figure.legend(loc="outside upper center", frameon=False)
     figure.savefig(path, dpi=144)
     plt.close(figure)
@@ -119,7 +100,7 @@ def main() -> None:
     shown += zip((NARROW, WIDE), queries.uncertainty.tolist(), strict=True)
     rows = [base | {"metric": f"uncertainty in nats, {name}", "value": value} for name, value in shown]
     with staged_folder(args.output, merge=True) as staged:
-        draw_ellipses(staged / "gaussian-ellipses.png", documents, queries, names)
+        draw_topic(staged / "gaussian-ellipses.png", documents, queries, names)
         draw_abstention(staged / "gaussian-abstention.png", curves)
         results = {"name": "gaussian-ellipses", "seeds": [0], "settings_tried": 1, "rows": rows, "claims": []}
         write_json(staged / "gaussian-ellipses.json", made_by | results | {"models": {"minilm": fingerprint(folder)}})

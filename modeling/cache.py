@@ -46,6 +46,7 @@ from .hub import VOLATILE, Encoder, without
 logger = logging.getLogger(__name__)
 
 Kind = Literal["sentence", "tokens", "sparse", "layers", "cls_layers"]
+"""What is kept of a text; see the module's table."""
 FORMAT = "polyrep-embeddings-1"
 CHUNK = 1024
 """Texts per chunk: enough that sorting by length inside it saves the padding, little enough to be no memory."""

@@ -7,7 +7,7 @@ a linear map of the state of [VAR], a learned embedding that this model inserts 
 
 The paper's index vectors replace a trace by a ratio of determinants, which is another score and leaves the range of
 floats. Ours are exact. In units of the variance at the start, m = mean / sqrt(v0) and r = variance / v0, and with n
-dimensions in each of G groups that share a variance (n = 1 and G = k without groups):
+dimensions in each of G groups that share a variance (n = 1 and G = k without groups)::
 
     query      [ 1     | sum over a group of m^2 + n r, less u  (G) | m      (k) ]
     document   [ gamma | 1 - 1 / r                              (G) | 2 m/r  (k) ] / 2

@@ -30,7 +30,7 @@ ALIGNED = 4096
 class _GaussianContrast(nn.Module):
     """The loss, given distributions of queries and documents.
 
-    With s(q, d) the score of the index, -KL(Q||D) less what depends on the query alone, it is the sum of
+    With s(q, d) the score of the index, -KL(Q||D) less what depends on the query alone, it is the sum of::
 
         contrast_weight   CE over the documents of the batch of s / tau
         distill_weight    sum over pairs with teacher(d) > teacher(d') of |1/rank(d) - 1/rank(d')| log(1 + exp(

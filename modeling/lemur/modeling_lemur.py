@@ -156,8 +156,8 @@ def token_maxima(points: Tensor, token_embeddings: Tensor, attention_mask: Tenso
 def ridge_solution(features: Tensor, ridge: float) -> Tensor:
     """The matrix S that takes values y at the anchors to the weights w = y S of their ridge regression on features.
 
-    w minimises |Z w - y|^2 + e |w|^2 for features Z, with e the ridge times the mean square of a column of Z. It is
-    solved by Cholesky's factors in float64, of Z'Z or, where there are fewer anchors than features, of ZZ', which
+    w minimises ``|Z w - y|^2 + e |w|^2`` for features Z, with e the ridge times the mean square of a column of Z. It
+    is solved by Cholesky's factors in float64, of Z'Z or, where there are fewer anchors than features, of ZZ', which
     give the same w; there w interpolates y as the ridge goes to 0.
 
     Args:

@@ -2,7 +2,7 @@
 
 After Xie and Lukasiewicz, "Investigating Multi-layer Representations for Dense Passage Retrieval" (Findings of EMNLP
 2025, arXiv 2509.23861). A text is the state of its first token, or the mean of all, at some chosen layers. A query is
-the first layer named, normally the last of the encoder; ``pooling`` says what a document is:
+the first layer named, normally the last of the encoder; ``pooling`` says what a document is::
 
     last               that layer alone: the dual encoder that everything else must beat
     self_contrastive   the same when encoding. In training the other layers are extra negatives (``objective.py``)

@@ -30,7 +30,7 @@ class _LayerContrast(nn.Module):
     """The loss, given each text's vectors (Xie and Lukasiewicz, equations 2 to 9).
 
     With ``s[i, j, l]`` the product of query i and layer l of document j, where l = 0 is the layer that is served, and
-    P(i) the document of query i, self-contrastive pooling minimises
+    P(i) the document of query i, self-contrastive pooling minimises::
 
         CE over j of (s[i, P(i), 0] for the own document, max over l of s[i, j, l] for the others) / tau
         + lambda * CE over l of s[i, P(i), :] / tau_r, with target 0.

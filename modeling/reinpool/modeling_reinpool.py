@@ -311,7 +311,7 @@ class ReinPoolModel(PreTrainedModel):
         return self.combine(token_embeddings, shares, (weights > 0)[:, None]), shares.sum(-1) > 0
 
     def fold(self, pooled: Tensor) -> Tensor:
-        """What an index stores: A'(A v / |A v|) for a projection A, so that queries need none; then perhaps signs."""
+        """What an index stores: ``A'(A v / |A v|)`` for a projection A, so that queries need none; perhaps signs."""
         if self.config.projection:
             projected = self.project(pooled)
             projected = F.normalize(projected, dim=-1) if self.config.normalize else projected

@@ -1,7 +1,7 @@
 """Pictures of what the filter keeps: patches of a page lit or dimmed, tokens of a text coloured.
 
 A filter that keeps page numbers and drops headings is found here in a minute, and in no table of scores. All functions
-take keep probabilities, so they also show a filter from elsewhere:
+take keep probabilities, so they also show a filter from elsewhere::
 
     tokens, vectors = token_pieces(retriever, document)
     with torch.inference_mode():
@@ -108,6 +108,38 @@ def kept_patches(
     return Image.composite(page, fogged, light)
 
 
+def kept_tokens_flow(
+    tokens: Sequence[str], keep_probability: Any, *, clusters: Sequence[int] | None = None, threshold: float = 0.5
+) -> str:
+    """The tokens alone as HTML, for a page that has styles of its own: a ``<span>`` each, with ``--p`` to shade it by.
+
+    Args:
+        tokens: As for :func:`kept_tokens_html`.
+        keep_probability: Likewise.
+        clusters: Number of the vector that each token goes into, as ``data-cluster`` and in the tooltip.
+        threshold: Tokens above it have the class ``kept``.
+
+    Raises:
+        InputError: Not one probability or not one cluster for each token.
+    """
+    probability = _probabilities(keep_probability, tokens)
+    if clusters is not None and len(clusters) != len(tokens):
+        raise InputError(f"kept_tokens_flow: {len(clusters)} clusters for {len(tokens)} tokens. Pass one for each.")
+    flow = []
+    for place, ((begins, piece), p) in enumerate(zip(_pieces(tokens), probability, strict=True)):
+        space, kept = " " if begins else "", ' class="kept"' if p > threshold else ""
+        cluster = "" if clusters is None else f' data-cluster="{clusters[place]}"'
+        vector = "" if clusters is None else f", vector {clusters[place]}"
+        style = f'style="--p:{p:.3f}" title="keep probability {p:.3f}{vector}"'
+        flow.append(f"{space}<span{kept}{cluster} {style}>{html.escape(piece)}</span>")
+    return "".join(flow).strip()
+
+
+def words_of(tokens: Sequence[str]) -> list[str]:
+    """Each token's own text, without what the tokenizer marks the beginning or the rest of a word with."""
+    return [piece for _, piece in _pieces(tokens)]
+
+
 def kept_tokens_html(tokens: Sequence[str], keep_probability: Any, *, title: str = "", threshold: float = 0.5) -> str:
     """A page of its own with each token on a colour for its keep probability; kept ones are underlined as well.
 
@@ -121,12 +153,8 @@ def kept_tokens_html(tokens: Sequence[str], keep_probability: Any, *, title: str
         InputError: Not one probability for each token.
     """
     probability = _probabilities(keep_probability, tokens)
-    flow, table = [], []
-    for (begins, piece), p in zip(_pieces(tokens), probability, strict=True):
-        space, kept = " " if begins else "", ' class="kept"' if p > threshold else ""
-        style = f'style="--p:{p:.3f}" title="keep probability {p:.3f}"'
-        flow.append(f"{space}<span{kept} {style}>{html.escape(piece)}</span>")
-        table.append(f"<tr><td>{html.escape(piece)}</td><td>{p:.3f}</td></tr>")
+    rows = zip(_pieces(tokens), probability, strict=True)
+    table = [f"<tr><td>{html.escape(piece)}</td><td>{p:.3f}</td></tr>" for (_, piece), p in rows]
     share = f"{(probability > threshold).sum()} of {len(tokens)} tokens above {threshold:g} (underlined)"
     scale = "".join(f'<i style="--p:{p}">{p}</i>' for p in (0, 0.25, 0.5, 0.75, 1))
     return _PAGE.format(
@@ -135,7 +163,7 @@ def kept_tokens_html(tokens: Sequence[str], keep_probability: Any, *, title: str
         strength=STRENGTH,
         share=share,
         scale=scale,
-        flow="".join(flow).strip(),
+        flow=kept_tokens_flow(tokens, keep_probability, threshold=threshold),
         table="\n".join(table),
     )
 
