@@ -1,0 +1,351 @@
+"""A page that shows one corpus under every representation.
+
+    python demo/app.py
+
+The first start encodes the corpus, about six minutes on two cores, and keeps it; an interrupted one goes on. What is
+computed lies in collection.py, the HTML in views.py; here is which part of the page asks for what.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import gradio as gr
+import images
+import views
+from collection import RUNS, Collection, few, within
+from storage import open_models
+
+from polyrep.data import load_retrieval_dataset
+from polyrep.errors import InputError
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE if (HERE / "data").is_dir() else HERE.parent
+"""Of the clone, or of the Space, in which this file lies beside the data."""
+
+logger = logging.getLogger("demo")
+
+EXAMPLES = (
+    "q:common/zless",
+    "q:common/pwd",
+    "q:linux/vgdisplay",
+    "q:common/x-tping",
+    "q:linux/ufw-deny",
+    "q:common/pngtopam",
+)
+"""Test queries to begin with, where the data set has them."""
+
+RESULTS = ROOT / "results"
+FRONTIERS = ("tldr_pages", "scifact")
+MOST_VECTORS = 16
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "models", "show_progress": "minimal"}
+"""One computation at a time: two cores give one query its milliseconds, and two queries neither theirs."""
+
+INTRODUCTION = """<div class="polyrep"><h1>One embedding model, many retrieval representations</h1>
+<p class="lead">Ask {documents:,} documents of {name} a question and see what each representation finds, how many bytes
+a document takes in it, and how long a search takes.</p></div>"""
+
+
+def main() -> None:
+    """Open or encode the corpus, then serve the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--dataset", default=str(ROOT / "data" / "tldr_pages"), help="folder or Hub id, as in evaluate.py"
+    )
+    parser.add_argument("--documents", type=int, default=0, help="so many of its documents; 0: all")
+    parser.add_argument("--models", type=Path, default=HERE / "models", help="packed models, or outputs of runs")
+    parser.add_argument("--cache", type=Path, default=_default_cache(), help="where the encoded corpus is kept")
+    parser.add_argument("--port", type=int, default=None, help="default: the first free one from 7860 on")
+    parser.add_argument("--share", type=lambda text: text.lower() == "true", default=False, help="true or false")
+    args = parser.parse_args()
+    try:
+        dataset = load_retrieval_dataset(args.dataset)
+        if args.documents:
+            shown = [query for query in EXAMPLES if query in dataset.qrels] or list(dataset.qrels)[: len(EXAMPLES)]
+            dataset = few(dataset, args.documents, [document for query in shown for document in dataset.qrels[query]])
+        collection = Collection(dataset, open_models(args.models, RUNS, args.cache), args.cache)
+    except InputError as error:
+        parser.error(str(error))
+    demo = build(collection)
+    demo.queue(max_size=32)
+    demo.launch(
+        server_port=args.port,
+        share=args.share,
+        ssr_mode=False,
+        footer_links=[],
+        max_file_size=images.MOST_BYTES,
+        css_paths=HERE / "style.css",
+        theme=theme(),
+    )
+
+
+def theme() -> gr.themes.Base:
+    """Gradio's plain theme with the reader's own fonts, which nobody must fetch, and colours of enough contrast."""
+    fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    colors: dict[str, Any] = {
+        "button_primary_background_fill": "#1d5fa8",
+        "button_primary_background_fill_hover": "#174c86",
+        "button_primary_background_fill_dark": "#1d5fa8",
+        "button_primary_background_fill_hover_dark": "#174c86",
+        "button_primary_text_color": "#ffffff",
+    }
+    for part in ("body_text_color_subdued", "block_label_text_color", "block_title_text_color"):
+        colors |= {part: "#566274", f"{part}_dark": "#a3afbf"}
+    return gr.themes.Base(primary_hue="blue", neutral_hue="slate", **fonts).set(**colors)
+
+
+def _default_cache() -> Path:
+    """A Space brings its corpus encoded; a clone makes it."""
+    return HERE / "encoded" if (HERE / "encoded").is_dir() else ROOT / ".cache" / "demo"
+
+
+def answered(make: Callable[..., str]) -> Callable[..., str]:
+    """Turn an error into a message on the page: of bad input its own words, of a fault of ours that the log has it."""
+
+    @wraps(make)
+    def answer(*inputs: Any) -> str:
+        try:
+            content = make(*inputs)
+        except InputError as error:
+            content = views.refusal(str(error))
+        except Exception:
+            logger.exception("%s failed", make.__name__)
+            content = views.refusal("Something went wrong here. The server's log says what; try another input.")
+        return f'<div class="polyrep">{content}</div>'
+
+    return answer
+
+
+def build(collection: Collection) -> gr.Blocks:
+    """The page over a collection."""
+    queries = example_queries(collection)
+    with gr.Blocks(
+        title="polyrep: one model, many representations",
+        analytics_enabled=False,
+        fill_width=True,
+        delete_cache=(600, 600),
+    ) as demo:
+        _html(INTRODUCTION.format(documents=len(collection.ids), name=views.escape(collection.dataset.name)))
+        with gr.Tab("Search"):
+            _search_tab(collection, queries)
+        with gr.Tab("Words"):
+            _words_tab(collection, queries)
+        with gr.Tab("Kept tokens"):
+            _kept_tab(collection, queries)
+        with gr.Tab("Uncertainty"):
+            _uncertainty_tab(collection, queries)
+        with gr.Tab("Layers"):
+            _layers_tab(collection, queries)
+        with gr.Tab("Frontier"):
+            _frontier_tab()
+    return demo
+
+
+def example_queries(collection: Collection) -> list[str]:
+    """Test queries to try: the known ones, or else the first of the data set."""
+    queries = collection.dataset.queries
+    known = [queries[identifier] for identifier in EXAMPLES if identifier in queries]
+    return known or list(queries.values())[: len(EXAMPLES)]
+
+
+def _query_form(queries: list[str], button: str, make: Callable[[str], str]) -> None:
+    """A text box with a button, and test queries to press; what ``make`` answers stands below."""
+    with gr.Row(equal_height=False):
+        box = gr.Textbox(
+            label="Query", value=queries[0], placeholder="Type a few words", scale=4, min_width=260, max_lines=1
+        )
+        go = gr.Button(button, variant="primary", scale=1, min_width=120)
+    examples = gr.HTML(views.choices("Queries of the test set", queries), js_on_load=PRESSED, apply_default_css=False)
+    answer = answered(make)
+    result = _html(answer(queries[0]))
+    gr.on([box.submit, go.click], answer, box, result, **ONE_AT_A_TIME)
+
+    def choose(event: gr.EventData) -> str:
+        return queries[_pressed(event, queries)]
+
+    filled = examples.click(choose, None, box, queue=False)
+    filled.then(answer, box, result, **ONE_AT_A_TIME)
+
+
+PRESSED = """element.addEventListener("click", (event) => {
+    const button = event.target.closest("button");
+    if (button) trigger("click", { number: Number(button.dataset.number) });
+});"""
+"""Tells Python which button of an HTML part was pressed; the browser presses it by keyboard, too."""
+
+
+def _pressed(event: gr.EventData, choices: list[Any]) -> int:
+    """The number that :data:`PRESSED` sent; the first for anything that it would not send."""
+    number = getattr(event, "number", None)
+    return number if isinstance(number, int) and 0 <= number < len(choices) else 0
+
+
+def _html(content: str) -> gr.HTML:
+    return gr.HTML(content, apply_default_css=False)
+
+
+def _explain(text: str) -> None:
+    _html(f'<div class="polyrep"><p>{text}</p></div>')
+
+
+def _search_tab(collection: Collection, queries: list[str]) -> None:
+    def search(text: str) -> str:
+        found = collection.search(text)
+        return views.search(text.strip(), found)
+
+    _query_form(queries, "Search", search)
+
+
+def _words_tab(collection: Collection, queries: list[str]) -> None:
+    def text_words(text: str, task: str) -> str:
+        return views.words(collection.words(text, "query" if task == "query" else "document"), task)
+
+    def image_words(path: str, alt: str) -> str:
+        image = images.opened(path)
+        return views.words(collection.image_words(image), "image", image, alt)
+
+    def uploaded(path: str | None) -> str:
+        if path is None:
+            raise InputError("No file came. Choose a photograph.")
+        try:
+            return image_words(path, f"Your image {Path(path).name}")
+        finally:
+            Path(path).unlink(missing_ok=True)  # it is a stranger's
+
+    _explain(
+        "Dense2Sparse turns one dense vector into weighted words, for an inverted index that a person can read. A "
+        "text's own words get a learned weight; others are added that it does not hold."
+    )
+    with gr.Row(equal_height=False):
+        box = gr.Textbox(label="Text", value=queries[0], scale=4, min_width=260, lines=2, max_lines=6)
+        task = gr.Radio(["query", "document"], value="query", label="Read it as a", scale=1)
+    go = gr.Button("Show its words", variant="primary")
+    answer = answered(text_words)
+    result = _html(answer(queries[0], "query"))
+    gr.on([box.submit, go.click, task.input], answer, [box, task], result, **ONE_AT_A_TIME)
+
+    photographs = _photographs()
+    answer_image = answered(image_words)
+    _explain(
+        "The same with a photograph: its pixels become words of such an index, by which captions find it. Choose one "
+        f"of these, or upload your own ({', '.join(images.FORMATS)}; at most {images.MOST_BYTES // 2**20} MB and "
+        f"{images.MOST_PIXELS // 10**6} million pixels; it is not kept)."
+    )
+    choices = gr.HTML(views.photographs(photographs), js_on_load=PRESSED, apply_default_css=False)
+    # Of any type, since the browser would drop a file that does not fit without a word.
+    upload = gr.UploadButton("Upload a photograph", type="filepath", size="md")
+    seen = _html(answer_image(*photographs[0]))
+
+    def chosen(event: gr.EventData) -> str:
+        return answer_image(*photographs[_pressed(event, photographs)])
+
+    choices.click(chosen, None, seen, **ONE_AT_A_TIME)
+    upload.upload(answered(uploaded), upload, seen, **ONE_AT_A_TIME)
+
+
+def _photographs() -> list[views.Photograph]:
+    """The twelve of data/coco_mini, each with a caption as its alternative text."""
+    folder = ROOT / "data" / "coco_mini"
+    rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [views.Photograph(str(folder / "images" / row["image"]), row["captions"][0].strip()) for row in rows]
+
+
+def _kept_tab(collection: Collection, queries: list[str]) -> None:
+    def kept(text: str, k: float) -> str:
+        return views.kept_tokens(collection.kept_tokens(text, int(min(max(k, 1), MOST_VECTORS))))
+
+    _explain(
+        "Late interaction keeps a vector for each token of a document. ReinPool weighs them, groups them by direction "
+        "and keeps one vector a group."
+    )
+    relevant = {next(iter(collection.relevant[query])) for query in queries}
+    documents = sorted(relevant, key=lambda document: -len(collection.dataset.corpus[document]))
+    with gr.Row(equal_height=False):
+        box = gr.Textbox(
+            label="Document", value=collection.dataset.corpus[documents[0]], lines=4, max_lines=8, scale=3
+        )
+        with gr.Column(scale=1, min_width=220):
+            page = gr.Dropdown(documents, label="Or a page of the corpus", value=documents[0])
+            k = gr.Slider(1, MOST_VECTORS, value=8, step=1, label="Vectors kept, at most")
+    go = gr.Button("Show what is kept", variant="primary")
+    answer = answered(kept)
+    result = _html(answer(collection.dataset.corpus[documents[0]], 8))
+    gr.on([box.submit, go.click, k.change], answer, [box, k], result, trigger_mode="always_last", **ONE_AT_A_TIME)
+    fill = page.input(lambda document: collection.dataset.corpus.get(document, ""), page, box, queue=False)
+    fill.then(answer, [box, k], result, **ONE_AT_A_TIME)
+
+
+def _uncertainty_tab(collection: Collection, queries: list[str]) -> None:
+    _explain(
+        "The Gaussian model makes of a text a mean and a variance. A query with less in it, cut short or misspelt, "
+        "should be wider than the whole: the model is less sure what is meant, and says so before any search."
+    )
+    _query_form(queries, "Compare", lambda text: views.uncertainty(collection.uncertainty(text)))
+    _explain(
+        "What it is good for: of the test queries, 93 % are called wider when they are cut short and 89 % when they "
+        "are misspelt. What it is not: <b>a variance does not rank better</b>. Of equal width and equally supervised, "
+        "a plain vector is as good. And once the search is done, the gap between its first two scores says far more "
+        "of how well it went."
+    )
+
+
+def _layers_tab(collection: Collection, queries: list[str]) -> None:
+    _explain(
+        "MultiLayer reads every layer of the encoder, not the last alone: a document is the sum of one linear map a "
+        "layer, brought to unit length. That length is one number for the whole document, so its score is a sum over "
+        "its layers, exactly."
+    )
+    _query_form(queries, "Take apart", lambda text: views.layers(collection.layer_scores(text)))
+    _explain(
+        "Each column is the query's inner product with what this layer adds to the document, over the document's "
+        "length. The column “sum” adds them up; “score” is what the model itself gives. The Search tab's score may "
+        "differ in the fourth digit, since the index holds 16 bits a number."
+    )
+
+
+def _frontier_tab() -> None:
+    tables = {name: json.loads((RESULTS / f"frontier-{name}.json").read_text(encoding="utf-8")) for name in FRONTIERS}
+
+    def recommended(name: str, size: float, time: float) -> str:
+        results = tables[name if name in tables else FRONTIERS[0]]
+        budget = {"bytes": 2.0 ** min(max(size, 4), 16), "ms": 2.0 ** min(max(time, -3), 8)}
+        return views.recommended(results, within(views.quality_rows(results), budget), budget)
+
+    def shown(name: str) -> str:
+        name = name if name in tables else FRONTIERS[0]
+        content = (RESULTS / f"frontier-{name}.png").read_bytes()
+        return views.frontier(content, tables[name], name)
+
+    _explain(
+        "What to take for your bytes and milliseconds, of everything that was fitted to the late-interaction model "
+        "and measured on a whole test set. Full MaxSim and BM25 are the lines across; rings are on the front: nothing "
+        "else is as good for as few bytes."
+    )
+    with gr.Row(equal_height=False):
+        name = gr.Radio(list(FRONTIERS), value=FRONTIERS[0], label="Data set", scale=1)
+        size = gr.Slider(
+            4, 16, value=10, step=1, label="Bytes a document, at most 2 to this power", scale=2, min_width=260
+        )
+        time = gr.Slider(
+            -3, 8, value=3, step=1, label="Milliseconds a query, at most 2 to this power", scale=2, min_width=260
+        )
+    answer, draw = answered(recommended), answered(shown)
+    result = _html(answer(FRONTIERS[0], 10, 3))
+    picture = _html(draw(FRONTIERS[0]))
+    quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "trigger_mode": "always_last"}
+    gr.on([name.input, size.change, time.change], answer, [name, size, time], result, **quick)
+    name.input(draw, name, picture, **quick)
+
+
+if __name__ == "__main__":
+    main()
