@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers on every machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hub-")  # nor on what its user has downloaded
+os.environ.pop("HF_HUB_CACHE", None)  # which would go before it
 
 import pytest
 import torch
@@ -27,6 +32,8 @@ import polyrep
 from polyrep.hub import packaged_minilm
 
 ROOT = Path(__file__).parent.parent
+
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 DOCUMENTS = {
     "d1": "tar: archive files into one file",
