@@ -77,10 +77,10 @@ def _short(number: float) -> str:
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
-def inserted(page: str, made: str) -> str:
+def inserted(page: str, made: str, begin: str = BEGIN) -> str:
     """The page with the table between its marks."""
-    head, _, rest = page.partition(BEGIN)
-    return head + BEGIN + made + END + rest.partition(END)[2]
+    head, _, rest = page.partition(begin)
+    return head + begin + made + END + rest.partition(END)[2]
 
 
 def main() -> None:

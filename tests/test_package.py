@@ -103,7 +103,7 @@ def test_the_table_in_readme_is_that_of_results():
     assert systems >= 4
 
 
-def test_figures_in_readme_and_cards_stand_in_results():
+def test_figures_in_readme_docs_and_cards_stand_in_results():
     """Every number with three decimals that a text quotes is one of results/, rounded."""
     values: set[str] = set()
 
@@ -116,7 +116,7 @@ def test_figures_in_readme_and_cards_stand_in_results():
 
     for file in (ROOT / "results").glob("*.json"):
         collect(json.loads(file.read_text()))
-    texts = [ROOT / "README.md", *(ROOT / "model_cards").glob("*.md")]
+    texts = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "model_cards").glob("*.md")]
     quoted = {
         (text.name, figure)
         for text in texts
