@@ -33,6 +33,7 @@ test-min:
 	grep -vE '^(transformers|sentence-transformers|huggingface-hub)==' constraints.txt > $(VENV)-min/constraints.txt
 	rm -rf build/lib build/wheel
 	$(VENV)-min/bin/python -m pip wheel -q --no-deps -w build/wheel .
+	$(VENV)-min/bin/python -m pip uninstall -q -y polyrep  # of the same version, an earlier wheel would stay
 	$(VENV)-min/bin/python -m pip install -q -c $(VENV)-min/constraints.txt pytest pytest-xdist \
 		"$$(echo build/wheel/*.whl)[quickstart,lora,search,serve,export]" \
 		transformers==5.17.0 sentence-transformers==6.0.1 huggingface-hub==1.33.0

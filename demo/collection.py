@@ -20,7 +20,7 @@ import bm25s
 import numpy as np
 import torch
 from PIL import Image
-from storage import digest_of, encoded, kept
+from storage import digest_of, digest_of_code, encoded, kept
 from torch import Tensor
 
 from polyrep.cache import Embeddings, encode_chunk, in_memory, rows
@@ -89,7 +89,8 @@ def keys(dataset: RetrievalDataset, models: Mapping[str, Path]) -> dict[str, dic
         dataset: The corpus.
         models: Run -> folder, for each of :data:`RUNS`.
     """
-    content = {"texts": digest_of(list(dataset.corpus.items())), "task": "document", "dtype": "float16"}
+    texts = digest_of(list(dataset.corpus.items()))
+    content = {"texts": texts, "task": "document", "dtype": "float16", "code": digest_of_code()}
     layers = content | {"kind": "layers", "model": fingerprint(fetch("minilm"))}
     tokens = content | {"kind": "tokens", "model": fingerprint(models["late-interaction-minilm"])}
     found = {"all-MiniLM-L6-v2": layers, "late-interaction-minilm": tokens, "dense": layers | {"kind": "sentence"}}
@@ -292,10 +293,10 @@ class Collection:
             for name, model in (("all-MiniLM-L6-v2", self.minilm), ("late-interaction-minilm", self.late))
         )
         self.representations = self._represent()
-        self.relevant: dict[str, set[str]] = {}
+        self.relevant: dict[str, list[str]] = {}
         for query, text in dataset.queries.items():
-            judged = {document for document, grade in dataset.qrels[query].items() if grade > 0}
-            self.relevant.setdefault(text, set()).update(judged)
+            judged = [document for document, grade in dataset.qrels[query].items() if grade > 0]
+            self.relevant.setdefault(text, []).extend(judged)
 
     @torch.inference_mode()
     def _represent(self) -> list[Representation]:
@@ -423,8 +424,12 @@ class Collection:
         return in_memory(self.lemur.encode_query_tokens(tokens.values, tokens.offsets).numpy()), tokens
 
     @torch.inference_mode()
-    def ask(self, text: str) -> Asked:
+    def ask(self, text: str, repeats: int = 0) -> Asked:
         """Encode a query by both backbones.
+
+        Args:
+            text: The query.
+            repeats: Times that encoding is measured.
 
         Raises:
             InputError: The text is empty or too long.
@@ -441,8 +446,8 @@ class Collection:
             values, lengths, _, _ = encode_chunk(self.late, [text], "query", "tokens", 1)
             return in_memory(values.astype(np.float32), np.cumsum([0, *(lengths if lengths is not None else ())]))
 
-        (layers, features), minilm_ms = timed(minilm)
-        tokens, late_ms = timed(late)
+        (layers, features), minilm_ms = timed(minilm, repeats)
+        tokens, late_ms = timed(late, repeats)
         return Asked(text, features, layers, tokens, {"": 0.0, "MiniLM": minilm_ms, "late interaction": late_ms})
 
     @torch.inference_mode()
@@ -452,7 +457,7 @@ class Collection:
         Raises:
             InputError: The text is empty or too long.
         """
-        asked = self.ask(text)
+        asked = self.ask(text, REPEATS)
         answers = []
         for representation in self.representations:
             queries, ask_ms = timed(partial(representation.ask, asked))
@@ -477,7 +482,7 @@ class Collection:
         return float(self.gaussian.query_constant(output)[0])
 
     def _hits(self, text: str, places: Sequence[int] | np.ndarray, scores: Sequence[float] | np.ndarray) -> list[Hit]:
-        relevant = self.relevant.get(text, set())
+        relevant = self.relevant.get(text, [])
         return [
             Hit(self.ids[place], self.texts[place], float(score), self.ids[place] in relevant)
             for place, score in zip(places, scores, strict=True)
@@ -527,9 +532,9 @@ class Collection:
         shares = self.reinpool.assign(vectors, weights, k)[0]  # (vectors, tokens)
         used = shares.sum(1) > 0
         dim = vectors.shape[-1]
-        before, after = (
-            bytes_per_document("multi", dims=dim, vectors=float(n)) for n in (len(tokens), int(used.sum()))
-        )
+        before = bytes_per_document("multi", dims=dim, vectors=float(len(tokens)))
+        several = bytes_per_document("multi", dims=dim, vectors=float(used.sum()))
+        after = several if k > 1 else bytes_per_document("dense", dims=dim)
         clusters = shares[used].argmax(0) + 1
         return KeptTokens(tokens, weights[0].tolist(), clusters.tolist(), before, after)
 
@@ -584,14 +589,14 @@ class Collection:
         return LayerScores(names, self._hits(asked.text, places, scores.tolist()), shares.numpy()[:, order])
 
 
-def timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    """What a call gives, and the median of the milliseconds that it takes."""
-    taken = []
-    for _ in range(REPEATS):
+def timed(call: Callable[[], Any], repeats: int = REPEATS) -> tuple[Any, float]:
+    """What a call gives, and the median of the milliseconds that further calls take; NaN without any."""
+    result, taken = call(), []  # the first one at a size chooses and compiles its kernels
+    for _ in range(repeats):
         started = time.perf_counter()
-        result = call()
+        call()
         taken.append(1000 * (time.perf_counter() - started))
-    return result, statistics.median(taken)
+    return result, statistics.median(taken) if taken else math.nan
 
 
 def within(results: Sequence[Mapping[str, Any]], budget: Mapping[str, float]) -> Mapping[str, Any] | None:
@@ -612,10 +617,18 @@ def few(dataset: RetrievalDataset, documents: int, needed: Sequence[str] = ()) -
         dataset: The whole.
         documents: How many, at least those needed.
         needed: Ids of documents that stay.
+
+    Raises:
+        InputError: No query is left.
     """
     spread = list(dataset.corpus)[:: max(1, math.ceil(len(dataset.corpus) / documents))]
     chosen = set([*dict.fromkeys([*needed, *spread])][:documents])
     corpus = {identifier: text for identifier, text in dataset.corpus.items() if identifier in chosen}
     qrels = {query: judged for query, judged in dataset.qrels.items() if chosen >= set(judged)}
     queries = {query: dataset.queries[query] for query in qrels}
+    if not queries:
+        raise InputError(
+            f"{dataset.name}: none of its queries has all its relevant documents among {len(corpus):,} of them, so "
+            "there is nothing to ask for. Take more documents."
+        )
     return replace(dataset, corpus=corpus, queries=queries, qrels=qrels)

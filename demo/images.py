@@ -14,29 +14,32 @@ from polyrep.errors import InputError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MOST_BYTES = 8 * 2**20
 MOST_PIXELS = 40_000_000
-"""More than any telephone's photograph has, and 120 MB when decoded."""
+"""More than any telephone's photograph has, and 160 MB when decoded."""
 
 SHOWN = 480
 """Pixels of the longer side of what is shown again; the model takes 224."""
 
 
-def opened(path: str | Path) -> Image.Image:
-    """The first frame of an image file, upright, in RGB, what is transparent on white, and no larger than is shown.
+def opened(source: str | Path | bytes) -> Image.Image:
+    """The first frame of an image, upright, in RGB, what is transparent on white, and no larger than is shown.
+
+    Args:
+        source: A file, or the content of one.
 
     Raises:
         InputError: The file is too large, no image of :data:`FORMATS`, damaged, or has too many pixels.
     """
-    path, remedy = Path(path), f"Use a photograph as {', '.join(FORMATS)}."
-    size = path.stat().st_size
-    if size > MOST_BYTES:
+    content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    remedy = f"Use a photograph as {', '.join(FORMATS)}."
+    if len(content) > MOST_BYTES:
         raise InputError(
-            f"This file has {size / 2**20:.1f} MB, more than the {MOST_BYTES // 2**20} MB that the demo reads. "
-            "Use a smaller copy."
+            f"This file has {len(content) / 2**20:.1f} MB, more than the {MOST_BYTES // 2**20} MB that the demo "
+            "reads. Use a smaller copy."
         )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 if image.width * image.height > MOST_PIXELS:
                     raise InputError(
                         f"This image has {image.width:,} × {image.height:,} pixels, more than the "
@@ -44,8 +47,9 @@ def opened(path: str | Path) -> Image.Image:
                     )
                 image.draft("RGB", (2 * SHOWN, 2 * SHOWN))  # a JPEG need not be decoded at full size
                 clear = image.has_transparency_data
-                picture = ImageOps.exif_transpose(image).convert("RGBA" if clear else "RGB").convert("RGBA")
+                picture = image.convert("RGBA" if clear else "RGB")
                 picture.thumbnail((SHOWN, SHOWN))
+                picture = ImageOps.exif_transpose(picture).convert("RGBA")
     except UnidentifiedImageError:
         raise InputError(f"This file is no image that can be read, whatever its name says. {remedy}") from None
     except Image.DecompressionBombError:

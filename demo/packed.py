@@ -52,10 +52,17 @@ def pack(folder: Path, target: Path) -> Path:
         ``target``.
 
     Raises:
-        InputError: ``target`` exists.
+        InputError: ``target`` exists, or the folder has a vocabulary of its own.
     """
     if target.exists():
         raise InputError(f"{target}: exists already, and packing would mix two models. Remove it first.")
+    if (folder / "tokenizer.json").is_file():
+        own, theirs = (AutoTokenizer.from_pretrained(path).get_vocab() for path in (folder, packaged_minilm()))
+        if own != theirs:
+            raise InputError(
+                f"{folder}: its vocabulary of {len(own):,} tokens is not all-MiniLM-L6-v2's, which unpacking would "
+                "put in its place. Ship this model as it is."
+            )
     known = {_digest(tensor): name for name, tensor in _minilm().items() if tensor.numel() > SMALL}
     with staged_folder(target) as staged:
         for file in _files(folder):
@@ -154,13 +161,22 @@ def _digest(tensor: torch.Tensor) -> str:
 
 
 def main() -> None:
-    """Pack each folder under the name of its run."""
+    """Pack each folder under the name of its run, or unpack it under its own."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="models/<run>/final or models/<run>/head")
     parser.add_argument("--output", type=Path, default=Path("demo/models"))
+    parser.add_argument("--unpack", action="store_true", help="make model folders of packed ones")
     args = parser.parse_args()
-    for folder in args.folders:
-        pack(folder, args.output / folder.resolve().parent.name)
+    try:
+        for folder in map(Path.resolve, args.folders):
+            if not args.unpack:
+                pack(folder, args.output / folder.parent.name)
+            elif (target := args.output / folder.name).exists():
+                raise InputError(f"{target}: exists already, perhaps of other weights. Remove it first.")
+            else:
+                unpack(folder, target)
+    except InputError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

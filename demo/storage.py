@@ -1,7 +1,8 @@
 """What is kept between two starts of the demo: unpacked models, and a corpus once it is encoded.
 
 Encoded things are folders in the format of :mod:`polyrep.cache`, memory-mapped when they are opened. Their keys name
-the model's files and the texts but no library and no processor, so that a folder made on one machine serves another.
+the model's files, the rooms' code and the texts but no library and no processor, so that a folder made on one machine
+serves another.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from packed import unpack
 from tqdm import tqdm
 
+import polyrep
 from polyrep.cache import FORMAT, Embeddings, Kind, encode_chunk, joined, open_cache
 from polyrep.errors import InputError
 from polyrep.files import staged_folder, write_json
@@ -47,7 +49,8 @@ def open_models(folder: Path, names: Mapping[str, str], cache: Path) -> dict[str
             found[run] = folder / run / part
         elif (folder / run / "config.json").is_file():
             files = sorted(file for file in (folder / run).rglob("*") if file.is_file())
-            digest = digest_of([(str(file.relative_to(folder)), file_sha256(file)) for file in files])
+            hashes = [(str(file.relative_to(folder)), file_sha256(file)) for file in files]
+            digest = digest_of([hashes, digest_of_code()])
             found[run] = unpack(folder / run, cache / "models" / f"{run}-{digest}")
         else:
             raise InputError(
@@ -60,6 +63,12 @@ def open_models(folder: Path, names: Mapping[str, str], cache: Path) -> dict[str
 def digest_of(content: Any) -> str:
     """Twelve hex digits that tell JSON contents apart."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def digest_of_code() -> str:
+    """Tells apart versions of the rooms' code, which goes into unpacked models and makes the vectors."""
+    files = sorted(Path(polyrep.__file__).parent.glob("*/modeling_*.py"))
+    return digest_of([(file.name, file_sha256(file)) for file in files])
 
 
 def place(cache: Path, name: str, key: dict[str, Any]) -> Path:

@@ -30,21 +30,27 @@ def refusal(message: str) -> str:
     return f'<p class="refusal" role="alert">{escape(message)}</p>'
 
 
-def search(text: str, found: Sequence[Found]) -> str:
-    """A table of all representations, and a card with the hits of each."""
+def search(text: str, found: Sequence[Found], judged: bool) -> str:
+    """A table of all representations, and a card with the hits of each.
+
+    Args:
+        text: The query.
+        found: What each representation found.
+        judged: Whether the test set has judgments of this query.
+    """
     cards = "".join(_card(one) for one in found)
-    judged = any(hit.relevant for one in found for hit in one.hits)
-    known = (
-        f" {_RELEVANT} marks what the test set's judgments call relevant."
-        if judged
-        else " Only queries of the test set have judgments, so no hit is marked as relevant."
-    )
+    if not judged:
+        known = "Only queries of the test set have judgments, so no hit is marked as relevant."
+    elif any(hit.relevant for one in found for hit in one.hits):
+        known = f"{_RELEVANT} marks what the test set's judgments call relevant."
+    else:
+        known = "None of these is what the test set's judgments call relevant."
     return f"""
 <section aria-label="Results">
 {_scrolling("What each representation costs and finds", _summary(found))}
 <p class="note">Each search is exact: it scores every document, and of two stages the first does. Milliseconds are
 those of this query on this machine, each the median of three runs: encoding the query, then searching an index held in
-memory. “As full MaxSim” is the share of full MaxSim's ten best that are among these ten.{known}</p>
+memory. “As full MaxSim” is the share of full MaxSim's ten best that are among these ten. {known}</p>
 <h2>Best documents for “{escape(text)}”</h2>
 <div class="cards">{cards}</div>
 </section>"""
@@ -208,7 +214,7 @@ def recommended(results: Mapping[str, Any], row: Mapping[str, Any] | None, budge
     """What to take within a budget, and what that loses."""
     limits = " and ".join(amount(unit, most) for unit, most in budget.items())
     if row is None:
-        return refusal(f"Within {limits}: no representation of this table. Move a slider up.")
+        return refusal(f"Within {limits}: no representation of this table. Allow more of either.")
     full = next(other for other in quality_rows(results) if other["system"] == "full model")
     low, high = row["interval"]
     level = ""

@@ -55,11 +55,11 @@ def test_blocks_have_a_language_and_what_is_not_code_can_be_read(page: Path) -> 
 
 BROKEN = {
     "```python\nlen(nothing)\n```": "name 'nothing' is not defined",
-    "```python\nimport numpy as np\n\nvector = np.zeros((1, 3))  # (1, 4)\n```": r"# \(1, 4\)|\(1, 4\)",
+    "```python\nimport numpy as np\n\nvector = np.zeros((1, 3))  # (1, 4)\n```": r"\(1, 4\)",
     "```bash\npolyrep serch x\n```": "exit status 2",
     "```bash\npython evaluate.py minilm --dataset data/nowhere\n```": "exit status 2: error: data/nowhere",
     "```bash\npython evaluate.py minilm --datasets data/scifact\n```": "not used .*--datasets",
-    "```bash\naccelerate launch --num_proceses 2 train.py x\n```": "exit status 2|2",
+    "```bash\naccelerate launch --num_proceses 2 train.py x\n```": r"^2$",
     "```bash\nmake quickstrat\n```": "quickstrat",
     "```bash\npip install 'polyrep[serch]'\n```": "extras are quickstart",
     "```bash\nls\n```": "teach the tests what ls does",

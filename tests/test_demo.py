@@ -17,23 +17,20 @@ import zlib
 from dataclasses import replace
 from typing import Any
 
+import app
+import collection as demo
 import gradio
+import images
 import numpy as np
 import pytest
+import space
+import storage
 import torch
+import views
 import yaml
 from conftest import ROOT
 from matplotlib.figure import Figure
 from PIL import Image
-
-sys.path.insert(0, str(ROOT / "demo"))
-
-import app
-import collection as demo
-import images
-import space
-import storage
-import views
 
 from polyrep import InputError
 from polyrep.data import load_retrieval_dataset
@@ -151,6 +148,24 @@ def test_bytes_are_those_of_numbers_in_16_bits(found, tokens):
     assert size["Dense"] == size["MultiLayer"] == size["Gaussian"] == 384 * 2
 
 
+def test_a_judged_query_that_nothing_answers_says_so(opened):
+    answers = [replace(one, hits=[hit for hit in one.hits if not hit.relevant]) for one in opened.search(QUERY)]
+    assert "None of these is what" in views.search(QUERY, answers, True)
+    assert "Only queries of the test set" in views.search(QUERY, answers, False)
+
+
+def test_one_vector_takes_the_same_bytes_in_two_tabs(found, opened):
+    kept = opened.kept_tokens("list open ports and sockets", 1)
+    assert kept.bytes_after == found["ReinPool, 1"].representation.bytes_per_document == 256
+
+
+def test_a_cut_without_queries_is_refused():
+    whole = load_retrieval_dataset(DATA)
+    asked = {document for judged in whole.qrels.values() for document in judged}
+    with pytest.raises(InputError, match="none of its queries.*Take more"):
+        demo.few(whole, 1, [document for document in whole.corpus if document not in asked][:1])
+
+
 def test_relevant_hits_are_marked_for_test_queries_alone(found, opened):
     assert [hit.id for hit in found[demo.FULL].hits if hit.relevant] == ["common/zless"]
     assert not any(hit.relevant for one in opened.search("something else") for hit in one.hits)
@@ -243,7 +258,8 @@ def test_a_photograph_becomes_words(opened):
 
 
 def test_nothing_that_was_typed_or_indexed_becomes_markup(opened):
-    search, words = app.answered(lambda text: views.search(text, opened.search(text))), opened.words(EVIL, "query")
+    search = app.answered(lambda text: views.search(text, opened.search(text), False))
+    words = opened.words(EVIL, "query")
     pages = [search(EVIL), search("gzip")]
     pages += [views.words(words, EVIL), views.kept_tokens(opened.kept_tokens(EVIL, 4)), views.refusal(EVIL)]
     pages += [views.uncertainty(opened.uncertainty(EVIL)), views.layers(opened.layer_scores(EVIL))]
@@ -393,7 +409,7 @@ def test_a_budget_takes_the_best_row_within_it():
             fitting = [r for r in rows if r["bytes_per_document"] <= size and r["search_ms_p50"] <= time_]
             assert row in fitting and row["value"] == max(r["value"] for r in fitting)
         assert demo.within(rows, {"bytes": 1, "ms": 1}) is None
-        assert "Move a slider up" in views.recommended(results, None, {"bytes": 1.0, "ms": 1.0})
+        assert "Allow more" in views.recommended(results, None, {"bytes": 1.0, "ms": 1.0})
         page = views.frontier(b"", results, name)
         assert page.count("<tr>") == len(rows) + 1 and 'alt="Quality against bytes' in page
     published = next(r for r in results["recommendations"] if r["budget"] == {"bytes": 256.0})

@@ -195,15 +195,15 @@ def uploaded(page: Any, name: str, content: bytes) -> None:
     chooser.set_input_files({"name": name, "mimeType": kind, "buffer": content})
 
 
-def test_uploads_good_and_bad(page, tmp_path_factory):
+def test_uploads_good_and_bad(page):
     go_to(page, "Words")
     uploaded(page, "mine.jpg", picture())
-    page.get_by_role("img", name="Your image mine.jpg").wait_for()
+    page.get_by_role("img", name="Your image", exact=True).wait_for()
     pictured(page, "upload-good")
     for name, content, message in (
         ("text.png", b"this is a text", "no image that can be read"),
-        ("text.txt", b"this is a text", "no image that can be read"),
         ("cut.jpg", picture()[:2000], "damaged or cut off"),
+        ("text.txt", b"this is a text", "no image that can be read"),
         ("huge.png", picture("PNG", (8000, 5001), "1"), "8,000 × 5,001 pixels"),
         ("heavy.jpg", b"0" * 9 * 2**20, "exceed the maximum allowed size"),
     ):
@@ -211,10 +211,8 @@ def test_uploads_good_and_bad(page, tmp_path_factory):
         page.get_by_text(message).first.wait_for()
     pictured(page, "upload-bad")
     uploaded(page, "clear.png", picture("PNG", mode="RGBA"))
-    page.get_by_role("img", name="Your image clear.png").wait_for()
+    page.get_by_role("img", name="Your image", exact=True).wait_for()
     assert panel(page).get_by_role("alert").count() == 0
-    uploads = tmp_path_factory.getbasetemp().glob("demo*/uploads/**/*")
-    assert not [file for file in uploads if file.is_file() and file.suffix in (".png", ".jpg")]
 
 
 def test_a_photograph_can_be_chosen_by_keyboard(page):
@@ -226,7 +224,7 @@ def test_a_photograph_can_be_chosen_by_keyboard(page):
     page.locator("img.seen").and_(page.get_by_alt_text(caption, exact=True)).wait_for()
 
 
-def test_a_slider_changes_what_is_kept_and_what_is_recommended(page):
+def test_keys_change_what_is_kept_and_what_is_recommended(page):
     go_to(page, "Kept tokens")
     slider = panel(page).get_by_role("slider").first
     slider.focus()
@@ -234,10 +232,10 @@ def test_a_slider_changes_what_is_kept_and_what_is_recommended(page):
         page.keyboard.press("ArrowLeft")
     panel(page).get_by_text("1 pooled vector,").wait_for()
     go_to(page, "Frontier")
-    slider = panel(page).get_by_role("slider").first
-    slider.focus()
-    for _ in range(6):
-        page.keyboard.press("ArrowLeft")
+    box = panel(page).get_by_label("Bytes a document, at most")
+    box.focus()
+    box.fill("16")
+    box.press("Enter")
     panel(page).get_by_text("Within 16 bytes a document and 8 ms a query").wait_for()
     panel(page).get_by_label("scifact").check()
     page.get_by_alt_text("Quality against bytes per document on scifact").wait_for()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import packed
@@ -64,6 +65,13 @@ def test_unpacking_again_is_the_same_to_the_byte(folder, tmp_path):
     assert fingerprint(one) == fingerprint(two)
     again = packed.pack(one, tmp_path / "again")  # what was rounded once is not rounded further
     assert fingerprint(packed.unpack(again, tmp_path / "three")) == fingerprint(one)
+
+
+def test_another_vocabulary_is_refused(folder, backbone, tmp_path):
+    shutil.copyfile(backbone / "tokenizer.json", folder / "tokenizer.json")
+    shutil.copyfile(backbone / "tokenizer_config.json", folder / "tokenizer_config.json")
+    with pytest.raises(InputError, match="vocabulary of 61 tokens"):
+        packed.pack(folder, tmp_path / "small")
 
 
 def test_packing_over_something_and_unpacking_something_else_is_refused(folder, tmp_path):
