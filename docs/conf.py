@@ -66,7 +66,7 @@ html_show_sphinx = False
 html_math_renderer = "mathml"
 
 
-PREPARED = {"{aligned}": "{align*}", r"\operatorname*": r"\operatorname"}
+PREPARED = {"{aligned}": "{align*}"}
 """LaTeX that the converter does not know -> the same in what it knows."""
 
 POLISHED = {

@@ -47,3 +47,8 @@ def test_links_between_pages_lead_somewhere():
     for page in pages:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_equations_have_no_command_that_github_refuses():
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        assert "\\operatorname" not in page.read_text(), f"{page.name}: write \\mathrm"
