@@ -34,7 +34,7 @@ test-min:
 	rm -rf build/lib build/wheel
 	$(VENV)-min/bin/python -m pip wheel -q --no-deps -w build/wheel .
 	$(VENV)-min/bin/python -m pip uninstall -q -y polyrep  # of the same version, an earlier wheel would stay
-	$(VENV)-min/bin/python -m pip install -q -c $(VENV)-min/constraints.txt pytest pytest-xdist \
+	$(VENV)-min/bin/python -m pip install -q --no-compile -c $(VENV)-min/constraints.txt pytest pytest-xdist \
 		"$$(echo build/wheel/*.whl)[quickstart,lora,search]" \
 		transformers==5.17.0 sentence-transformers==6.0.1 huggingface-hub==1.33.0
 	$(VENV)-min/bin/python -m pytest -n 2 --dist loadfile tests/test_rooms.py tests/test_hub.py tests/test_training.py \
@@ -95,7 +95,7 @@ results-gpu: $(VENV)/.dev
 
 $(VENV)/.%: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[$*]"
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e ".[$*]"
 	touch $@
 
 clean:
