@@ -34,8 +34,9 @@ from polyrep.cache import Embeddings
 from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.errors import InputError
 from polyrep.evaluation import bootstrap_interval, compare
+from polyrep.files import read_json
 from polyrep.heads import Side, encode_dataset, encode_sparse
-from polyrep.hub import fastest_dtype, fetch, fingerprint, load, read_json
+from polyrep.hub import fastest_dtype, fetch, fingerprint, load
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import costs_of
 

@@ -32,8 +32,9 @@ from transformers import AutoModel, HfArgumentParser, set_seed
 from polyrep.cache import Embeddings
 from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.evaluation import per_query_metrics, table_rows
+from polyrep.files import read_json
 from polyrep.heads import HeadData, Side, encode_side
-from polyrep.hub import fastest_dtype, fetch, fingerprint, load, read_json
+from polyrep.hub import fastest_dtype, fetch, fingerprint, load
 from polyrep.objectives import info_nce
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import Ranking, rank_embeddings, rank_with_bm25

@@ -29,7 +29,8 @@ from polyrep.cache import Embeddings, embed, in_memory, joined
 from polyrep.cache import rows as rows_at
 from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.evaluation import bootstrap_interval, macro_interval, per_query_metrics, table_rows
-from polyrep.hub import fastest_dtype, fetch, fingerprint, load, read_json
+from polyrep.files import read_json
+from polyrep.hub import fastest_dtype, fetch, fingerprint, load
 from polyrep.lemur import LemurModel, LemurPooling
 from polyrep.muvera import Muvera
 from polyrep.report import provenance, write_results

@@ -31,9 +31,9 @@ from transformers import AutoModel, HfArgumentParser, set_seed
 from polyrep.cache import Embeddings, embed
 from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.evaluation import per_query_metrics, table_rows
-from polyrep.files import write_json
+from polyrep.files import read_json, write_json
 from polyrep.heads import HeadData, HeadTrainer, TokenSide, encode_tokens
-from polyrep.hub import fastest_dtype, fetch, fingerprint, load, read_json
+from polyrep.hub import fastest_dtype, fetch, fingerprint, load
 from polyrep.pooling import LADDER, Pool, by_head, hierarchical_clusters, hierarchical_shares, hierarchically, pooled
 from polyrep.recipes import HeadTrainingArguments, resolve
 from polyrep.reinpool import ReinPoolConfig, ReinPoolModel, SoftGateObjective

@@ -32,8 +32,9 @@ from transformers import AutoModel, HfArgumentParser
 from polyrep.cache import Embeddings, embed, in_memory, joined, rows
 from polyrep.data import load_retrieval_dataset
 from polyrep.encoded import Origin, Shard
+from polyrep.files import read_json
 from polyrep.heads import encode_dataset
-from polyrep.hub import fastest_dtype, fetch, fingerprint, load, read_json
+from polyrep.hub import fastest_dtype, fetch, fingerprint, load
 from polyrep.lemur import LemurPooling
 from polyrep.pooling import by_head, pooled
 from polyrep.report import provenance, write_results

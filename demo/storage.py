@@ -22,8 +22,8 @@ from tqdm import tqdm
 import polyrep
 from polyrep.cache import FORMAT, Embeddings, Kind, encode_chunk, joined, open_cache
 from polyrep.errors import InputError
-from polyrep.files import staged_folder, write_json
-from polyrep.hub import Encoder, file_sha256
+from polyrep.files import file_sha256, staged_folder, write_json
+from polyrep.hub import Encoder
 
 PART = 256
 """Documents that are encoded and written together: what an interruption loses at most."""

@@ -23,13 +23,12 @@ from sentence_transformers import MultiVectorEncoder, SparseEncoder
 from tqdm import tqdm
 
 from .cache import cache_key, kind_of
+from .cards import hub_source
 from .errors import InputError
-from .hub import Encoder, is_hub_id
+from .hub import Encoder
+from .report import METRIC_NAMES
 
 logger = logging.getLogger(__name__)
-
-METRIC_NAMES = {"nDCG@10": "ndcg_at_10", "nDCG@3": "ndcg_at_3", "MRR@10": "mrr_at_10", "Recall@100": "recall_at_100"}
-"""Ours -> MTEB's, for the metrics that every table here shows."""
 
 
 @dataclass(frozen=True)
@@ -192,13 +191,6 @@ def measure(
             continue
         measured.rows += _mean_rows(system, suite, done)
     return measured
-
-
-def hub_source(path: str, revision: str | None = None) -> dict[str, str]:
-    """Fields of a row that name its data set on the Hub; none for a folder."""
-    if Path(path).is_dir() or not is_hub_id(path):
-        return {}
-    return {"hub_dataset": path} | ({"hub_revision": revision} if revision else {})
 
 
 def left_out(suites: Sequence[Suite], unavailable: Mapping[str, str]) -> list[str]:

@@ -21,9 +21,10 @@ from torch import Tensor
 from transformers import AutoModel, set_seed
 
 from .cache import Embeddings, in_memory
-from .fitting import Subject, code_digest, costs_of_fit, digest, fit_run, fitted
+from .files import digest, shipped_folder
+from .fitting import Subject, code_digest, costs_of_fit, fit_run, fitted
 from .heads import HeadData
-from .hub import fastest_dtype, shipped_folder
+from .hub import fastest_dtype
 from .lemur import LemurModel, LemurPooling
 from .muvera import Muvera
 from .pooling import LADDER, by_head, hierarchical_clusters, hierarchically, pooled

@@ -391,3 +391,10 @@ def check_template(template: str) -> jinja2.Environment:
             )
         pending += [part for part in jinja2.meta.find_referenced_templates(tree) if part and part not in seen]
     return environment
+
+
+def hub_source(path: str, revision: str | None = None) -> dict[str, str]:
+    """Fields of a row that name its data set on the Hub; none for a folder."""
+    if Path(path).is_dir() or not is_hub_id(path):
+        return {}
+    return {"hub_dataset": path} | ({"hub_revision": revision} if revision else {})

@@ -34,8 +34,7 @@ from safetensors.numpy import load_file, save_file
 
 from .cache import Embeddings, Kind
 from .errors import InputError
-from .files import staged_file, write_json
-from .hub import file_sha256, read_json
+from .files import file_sha256, read_json, staged_file, write_json
 
 FORMAT = "polyrep-encoded-1"
 PRECISIONS = ("float16", "float32", "int8", "binary")

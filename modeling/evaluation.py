@@ -18,10 +18,11 @@ import numpy as np
 import pytrec_eval
 from sentence_transformers import MultiVectorEncoder
 
-from .benchmarks import hub_source, left_out, measure, mteb_package, open_suites, refuse_unfit
-from .cli import parse
+from .benchmarks import left_out, measure, mteb_package, open_suites, refuse_unfit
+from .cards import hub_source
 from .data import RetrievalDataset, load_retrieval_dataset
 from .errors import InputError
+from .flags import parse
 from .hub import Encoder, family_of, fastest_dtype, fetch, fingerprint, load
 from .report import provenance, write_results
 from .retrievers import Ranking, rank_with_bm25, rank_with_model

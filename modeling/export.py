@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, PreTrainedModel
 
-from . import ROOMS, Graph, __version__, room_of
-from .cli import parse
+from . import __version__
 from .errors import InputError
-from .files import staged_folder, write_json
-from .hub import PREFIX, check_folder, fingerprint, read_json
+from .files import read_json, staged_folder, write_json
+from .flags import parse
+from .hub import PREFIX, check_folder, fingerprint
+from .registry import ROOMS, Graph, room_of
 
 TOLERANCE = 1e-4
 """Largest difference from torch, absolute for numbers up to one and relative beyond."""

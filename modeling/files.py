@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from .errors import InputError
 
 
 @contextmanager
@@ -98,3 +101,32 @@ def _is_running(pid: int) -> bool:
     except PermissionError:  # it runs, under another user
         return True
     return True
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file as hex digits, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shipped_folder(name: str) -> Path:
+    """Folder of data that comes with polyrep (``model_cards``, ``hub_configs``), in a wheel or in a clone."""
+    inside = Path(__file__).parent / name
+    return inside if inside.is_dir() else Path(__file__).parent.parent / name
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file, ``{}`` where there is none; InputError names the line of a malformed one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path}:{error.lineno}: not valid JSON ({error.msg}). Fetch or save the model again."
+        ) from None
+
+
+def digest(content: Any) -> str:
+    """A short hash of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -24,9 +24,9 @@ from sentence_transformers import SentenceTransformer
 from .cache import Embeddings, embed, kind_of, store
 from .data import RetrievalDataset, inverse_cloze, load_corpus, load_retrieval_dataset
 from .errors import InputError
-from .files import staged_folder, write_text
+from .files import digest, read_json, staged_folder, write_text
 from .heads import Side, encode_side
-from .hub import Encoder, load, read_json, save
+from .hub import Encoder, load, save
 from .recipes import resolve
 from .reinpool import ReinPoolModel, ReinPoolPooling
 from .retrievers import mean_of_tokens, sum_of_tokens
@@ -319,11 +319,6 @@ def steady_threads() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def digest(content: Any) -> str:
-    """A short hash of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def code_digest(*names: str) -> str:

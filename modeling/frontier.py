@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from .benchmarks import hub_source
 from .cache import Embeddings, kind_of
 from .candidates import FULL, LEARNED, METHODS, Candidate, Encoded
-from .cli import parse
+from .cards import hub_source
 from .errors import InputError
 from .evaluation import METRICS, display_name, metric_rows, per_query_metrics, refuse_doubles
-from .fitting import Lessons, Subject, cloze, code_digest, digest, judged
+from .files import digest
+from .fitting import Lessons, Subject, cloze, code_digest, judged
+from .flags import parse
 from .frontier_picture import draw
 from .hub import Encoder, fastest_dtype, fetch, fingerprint, load
 from .ready import DEPTH, held, rank_in_two_stages, rank_when_ready, timed_rows

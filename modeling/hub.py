@@ -26,7 +26,7 @@ from sentence_transformers import MultiVectorEncoder, SentenceTransformer, Spars
 from transformers import AutoModel, PreTrainedModel
 
 from .errors import InputError
-from .files import staged_folder, write_json, write_text
+from .files import file_sha256, read_json, staged_folder, write_json, write_text
 
 Encoder = SentenceTransformer | SparseEncoder | MultiVectorEncoder
 FAMILIES: dict[str, type[Encoder]] = {
@@ -192,7 +192,7 @@ def family_of(folder: Path) -> type[Encoder]:
     return FAMILIES[name]
 
 
-def save(model: Encoder | PreTrainedModel, folder: str | Path, *, card: str | None = None, **context: Any) -> Path:
+def save(model: Encoder | PreTrainedModel, folder: str | Path, *, readme: str | None = None) -> Path:
     """Write a model as a folder that opens in one line, also where polyrep is not installed.
 
     Files appear under their final names only once all of them are written; other files in ``folder`` stay.
@@ -200,24 +200,21 @@ def save(model: Encoder | PreTrainedModel, folder: str | Path, *, card: str | No
     Args:
         model: A sentence-transformers model of any family, or a PreTrainedModel.
         folder: Where to write.
-        card: Name of a template in ``model_cards/``; default: the model's own card.
-        context: What the card says beyond the model itself, see :func:`polyrep.cards.render_card`.
+        readme: Text of the card, see :func:`polyrep.cards.render_card`; default: the model's own card.
 
     Returns:
         The folder.
     """
     folder = Path(folder)
     with staged_folder(folder, merge=True) as staged:
-        if isinstance(model, Encoder) and card is not None:
+        if isinstance(model, Encoder) and readme is not None:
             # The library's own card would run the model for its examples, only to be replaced.
             model.save_pretrained(str(staged), create_model_card=False)
         else:
             model.save_pretrained(str(staged))
         localize(staged)
-        if card is not None:
-            from .cards import render_card  # which needs what is above
-
-            write_text(staged / "README.md", str(render_card(model, card, **context)))
+        if readme is not None:
+            write_text(staged / "README.md", readme)
     return folder
 
 
@@ -340,12 +337,6 @@ def is_hub_id(name: str) -> bool:
     return name.count("/") == 1
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file as hex digits, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def fastest_dtype(name: str) -> torch.dtype:
     """Type of the weights; ``auto`` halves them where the processor computes in bfloat16, which costs < 0.2 points."""
     if name == "auto":
@@ -355,12 +346,6 @@ def fastest_dtype(name: str) -> torch.dtype:
     if name not in ("float32", "bfloat16", "float16"):
         raise InputError(f"--model_dtype {name!r}: use float32, bfloat16, float16 or auto.")
     return getattr(torch, name)
-
-
-def shipped_folder(name: str) -> Path:
-    """Folder of data that comes with polyrep (``model_cards``, ``hub_configs``), in a wheel or in a clone."""
-    inside = Path(__file__).parent / name
-    return inside if inside.is_dir() else Path(__file__).parent.parent / name
 
 
 def _is_head(folder: Path) -> bool:
@@ -384,15 +369,3 @@ def _refuse_missing_weights(folder: Path, encoder: Encoder) -> None:
                 f"{folder / part['path']}: the weights file lacks {', '.join(missing[:3])} ({len(missing)} in all), "
                 "which would be random numbers. Fetch or save the model again."
             )
-
-
-def read_json(path: Path) -> Any:
-    """Content of a JSON file, ``{}`` where there is none; InputError names the line of a malformed one."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path}:{error.lineno}: not valid JSON ({error.msg}). Fetch or save the model again."
-        ) from None

@@ -10,9 +10,9 @@ from typing import Any
 from tqdm import tqdm
 
 from .cache import embed, kind_of
-from .cli import parse
 from .encoded import EncodedCorpus, Shard
 from .errors import InputError
+from .flags import parse
 from .hub import fastest_dtype, fetch, fingerprint, load
 from .search import Hit, open_index
 

@@ -22,29 +22,16 @@ import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from transformers import PreTrainedModel
 
-from . import ROOMS, room_of
 from .cards import PINNED, HubId, check_template, hub_place, own_rows, render_card, ways_to_open
-from .cli import parse
 from .data import load_retrieval_dataset
 from .errors import InputError
 from .evaluation import display_name, evaluate
-from .files import staged_folder, write_text
-from .hub import (
-    Encoder,
-    check_folder,
-    fetch,
-    file_sha256,
-    fingerprint,
-    is_hub_id,
-    load,
-    local,
-    localize,
-    read_json,
-    refuse_foreign_code,
-    shipped_folder,
-)
+from .files import file_sha256, read_json, shipped_folder, staged_folder, write_text
+from .flags import parse
+from .hub import Encoder, check_folder, fetch, fingerprint, is_hub_id, load, local, localize, refuse_foreign_code
 from .inspection import refuse_secrets, verify
 from .recipes import Plan
+from .registry import ROOMS, room_of
 from .report import check_results
 from .upload import check_repo_name, head_of, is_carried, kind_of, source_of, upload
 

@@ -32,9 +32,10 @@ from sentence_transformers import (
 )
 from transformers import HfArgumentParser, PretrainedConfig, TrainingArguments
 
-from . import ROOMS, Room
 from .errors import InputError
-from .hub import family_of, read_json, shipped_folder
+from .files import read_json, shipped_folder
+from .hub import family_of
+from .registry import ROOMS, Room
 
 
 @dataclass

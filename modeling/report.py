@@ -16,6 +16,9 @@ import torch
 from .errors import InputError
 from .files import staged_folder, write_json, write_text
 
+METRIC_NAMES = {"nDCG@10": "ndcg_at_10", "nDCG@3": "ndcg_at_3", "MRR@10": "mrr_at_10", "Recall@100": "recall_at_100"}
+"""Ours -> MTEB's, for the metrics that every table here shows."""
+
 _RESULTS = {
     "name": str,
     "command": str,

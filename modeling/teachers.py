@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from .cache import Embeddings, embed
 from .errors import InputError
-from .hub import Encoder, fastest_dtype, fetch, load, read_json
+from .files import read_json
+from .hub import Encoder, fastest_dtype, fetch, load
 from .scoring import CHUNK_ELEMENTS, csr_rows, filled
 
 Teacher = Encoder | CrossEncoder

@@ -32,7 +32,7 @@ from sentence_transformers.util.misc import import_from_string
 from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback, set_seed
 
 from .adapters import AdapterTrainerMixin, add_adapters, merge_adapters
-from .cards import check_template, data_licence, public_command, stated_licence
+from .cards import check_template, data_licence, public_command, render_card, stated_licence
 from .data import (
     RetrievalDataset,
     dataset_name,
@@ -42,21 +42,9 @@ from .data import (
     texts_as_queries,
 )
 from .errors import InputError
-from .files import staged_folder, write_json
+from .files import read_json, staged_folder, write_json
 from .heads import HeadData, HeadTrainer
-from .hub import (
-    MINILM_ID,
-    Encoder,
-    family_of,
-    fastest_dtype,
-    fetch,
-    fingerprint,
-    load,
-    local,
-    localize,
-    read_json,
-    save,
-)
+from .hub import MINILM_ID, Encoder, family_of, fastest_dtype, fetch, fingerprint, load, local, localize, save
 from .mining import Miner, RemineCallback
 from .recipes import QUERIES, TRAINERS, HeadArguments, Plan, RecipeArguments, resolve
 from .report import provenance
@@ -180,7 +168,8 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
         if not plan.head.head_only:
             model = _with_backbone(plan, model, backbone)
     if not (plan.head and plan.head.head_only):
-        final = made["final"] = save(model, output / "final", card=card, recipe=context)
+        readme = str(render_card(model, card, recipe=context)) if card else None
+        final = made["final"] = save(model, output / "final", readme=readme)
     fingerprints = {name: fingerprint(folder) for name, folder in made.items()}
     write_json(
         output / "training.json",

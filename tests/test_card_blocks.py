@@ -14,7 +14,7 @@ from small_world import SmallWorld
 from transformers import PreTrainedModel
 
 import polyrep
-from polyrep.cards import PINNED
+from polyrep.cards import PINNED, render_card
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,8 @@ def test_cards_of_every_kind_of_model(
 ) -> None:
     for name, (model, before) in kinds_of(room_type, backbone, multi_vector_model, tmp_path).items():
         model_id = "someone/model" if published else None
-        folder = polyrep.save(model, tmp_path / name, card=name.partition("/")[0], model_id=model_id)
+        readme = str(render_card(model, name.partition("/")[0], model_id=model_id))
+        folder = polyrep.save(model, tmp_path / name, readme=readme)
         before.save_pretrained(str(tmp_path / "before"), create_model_card=False)
         standing_for = {
             "path/to/this/folder": str(folder),

@@ -605,7 +605,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, backbone: Path) -> Path:
     root = tmp_path_factory.mktemp("d2s")
     model = SentenceTransformer(modules=[Transformer(str(backbone)), Pooling(32, "mean"), Normalize()], device="cpu")
     model.save_pretrained(str(root / "encoder"))
-    shipped = polyrep.hub.shipped_folder("hub_configs") / "dense2sparse-minilm"
+    shipped = polyrep.files.shipped_folder("hub_configs") / "dense2sparse-minilm"
     shutil.copytree(shipped, root / "run")
     config = json.loads((root / "run" / "config.json").read_text())
     (root / "run" / "config.json").write_text(json.dumps(config | {"document_top_k": 20, "query_top_k": 10}))

@@ -14,6 +14,7 @@ from toy.modeling_toy import ToyHead, ToyHeadConfig
 
 import polyrep
 from polyrep import InputError, hub
+from polyrep.cards import render_card
 
 
 @pytest.fixture
@@ -166,7 +167,11 @@ def test_a_card_is_rendered_from_its_template(multi_vector_model, tmp_path):
     recipe = dict.fromkeys(("backbone_id", "backbone_revision", "vision_id", "objective", "learning_rate", "length"))
     recipe |= {"command": "accelerate launch train.py x", "pairs": {"tiny": 4}, "batch_size": 2, "seed": 7}
     recipe |= {"backbone_id": "someone/backbone", "versions": "torch 2"}
-    folder = polyrep.save(multi_vector_model, tmp_path / "model", card="late_interaction", recipe=recipe)
+    folder = polyrep.save(
+        multi_vector_model,
+        tmp_path / "model",
+        readme=str(render_card(multi_vector_model, "late_interaction", recipe=recipe)),
+    )
     text = (folder / "README.md").read_text()
     assert text.startswith("---\n") and "library_name: sentence-transformers" in text
     assert "accelerate launch train.py x" in text and "tiny 4" in text and "{{" not in text and "{%" not in text

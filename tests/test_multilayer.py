@@ -681,7 +681,7 @@ def runs(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         str(root / "backbone")
     )
     made = {}
-    for source in (polyrep.hub.shipped_folder("hub_configs")).glob("multilayer-*"):
+    for source in (polyrep.files.shipped_folder("hub_configs")).glob("multilayer-*"):
         folder = root / "hub_configs" / source.name
         shutil.copytree(source, folder)
         recipe = (folder / "recipe.yaml").read_text().splitlines()

@@ -32,7 +32,7 @@ from polyrep.inspection import refuse_secrets, verify
 from polyrep.report import provenance, write_results
 
 TEXTS = list(QUERIES.values())
-TEMPLATES = sorted(path.stem for path in polyrep.hub.shipped_folder("model_cards").glob("[!_]*.md"))
+TEMPLATES = sorted(path.stem for path in polyrep.files.shipped_folder("model_cards").glob("[!_]*.md"))
 
 RECIPE = {
     "command": "accelerate launch train.py hub_configs/gaussian-minilm",

@@ -1077,7 +1077,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, multi_vector_model: MultiVecto
     """The shipped run on the small data and a small backbone."""
     root = tmp_path_factory.mktemp("reinpool")
     multi_vector_model.save_pretrained(str(root / "encoder"))
-    shipped = polyrep.hub.shipped_folder("hub_configs") / "reinpool-minilm"
+    shipped = polyrep.files.shipped_folder("hub_configs") / "reinpool-minilm"
     shutil.copytree(shipped, root / "run")
     config = json.loads((root / "run" / "config.json").read_text())
     (root / "run" / "config.json").write_text(json.dumps(config | {"num_vectors": 2}))

@@ -20,7 +20,8 @@ from transformers import AutoModel
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 import polyrep
-from polyrep import ROOMS, InputError
+from polyrep import InputError
+from polyrep.registry import ROOMS
 
 TEXTS = list(QUERIES.values())
 

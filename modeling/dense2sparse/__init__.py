@@ -6,7 +6,7 @@ head to turn into words.
 
 from __future__ import annotations
 
-from .. import Graph, Room, register
+from ..registry import Graph, Room, register
 from .contrastive import DualEncoderLoss
 from .modeling_dense2sparse import (
     CheckedTransformer,

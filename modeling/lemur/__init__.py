@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .. import Graph, Room, register
+from ..registry import Graph, Room, register
 from .index import LemurIndex
 from .modeling_lemur import LemurConfig, LemurModel, LemurOutput, LemurPooling, ridge_solution, token_maxima
 from .objective import LemurObjective

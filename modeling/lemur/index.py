@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from ..cache import in_memory
 from ..errors import InputError
-from ..files import staged_folder, write_json
-from ..hub import read_json, save
+from ..files import read_json, staged_folder, write_json
+from ..hub import save
 from ..scoring import exact_search, rescore, tie_ranks
 from .modeling_lemur import LemurModel, LemurPooling
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .. import Graph, Room, register
+from ..registry import Graph, Room, register
 from .modeling_multilayer import (
     MultiLayerConfig,
     MultiLayerHead,

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from .. import Graph, Room, register
+from ..registry import Graph, Room, register
 from .modeling_reinpool import ReinPoolConfig, ReinPoolModel, ReinPoolOutput, ReinPoolPooling, spherical_kmeans
 from .objective import ReinforceObjective, SoftGateObjective
 

@@ -9,8 +9,7 @@ from typing import Any, Protocol
 
 from ..encoded import Origin
 from ..errors import InputError
-from ..files import staged_folder, write_json
-from ..hub import read_json
+from ..files import read_json, staged_folder, write_json
 from .local import package
 
 SIMILARITIES = {

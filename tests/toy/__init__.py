@@ -1,6 +1,6 @@
 """The test room, registered like any other."""
 
-from polyrep import Room, register
+from polyrep.registry import Room, register
 
 from .modeling_toy import ToyHead, ToyModel, ToyPooling
 from .objective import ToyLoss

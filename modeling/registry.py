@@ -1,0 +1,77 @@
+"""What a method tells the rest of polyrep: a Room, and the table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sentence_transformers.base.modules.module import Module
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One ONNX graph of a model, where ``export-onnx`` cannot tell by itself; see :mod:`polyrep.export`.
+
+    A retriever needs none: its graphs read what its folder's tokenizer and image processor give.
+
+    Attributes:
+        inputs: Input -> its axes, each a field of the config, whose number or length is its size, or the name of a
+            size that varies: ``batch``, ``tokens``. Empty: what the tokenizer gives.
+        outputs: Fields of what the model returns; one that is None is left out.
+        method: Of the model.
+        fixed: Further arguments, the same in every call.
+    """
+
+    inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ("sentence_embedding",)
+    method: str = "forward"
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the shared parts of polyrep need to know of a method.
+
+    Attributes:
+        model: The PreTrainedModel of a run's folder; its config's ``model_type`` is the key in ``ROOMS``.
+        head: The PreTrainedModel that ``module`` owns, where that is another class.
+        module: The sentence-transformers module, if the room has one.
+        objectives: Training objectives by class name; their typed constructor arguments become flags of ``train``.
+        card: Name of the template in ``model_cards/``.
+        graphs: Model or head -> name -> what ``export-onnx`` writes of it: of a head all its graphs, of a retriever
+            what differs from the default. The graph that needs no name is ``model``.
+    """
+
+    model: type[PreTrainedModel]
+    head: type[PreTrainedModel] | None = None
+    module: type[Module] | None = None
+    objectives: dict[str, type[Any]] = field(default_factory=dict)
+    card: str | None = None
+    graphs: Mapping[type[PreTrainedModel], Mapping[str, Graph]] = field(default_factory=dict)
+
+    @property
+    def config(self) -> Any:
+        """Config class of ``model``."""
+        return self.model.config_class
+
+
+ROOMS: dict[str, Room] = {}
+
+
+def register(room: Room) -> None:
+    """Add a room: its folders open with AutoModel, train with ``train`` and pass through ``save``."""
+    for model in filter(None, (room.model, room.head)):
+        config: Any = model.config_class
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
+    ROOMS[room.config.model_type] = room
+
+
+def room_of(model_type: str | None) -> Room | None:
+    """The room that a config's ``model_type`` belongs to, of its model or of its head; None for a stock model."""
+    for room in ROOMS.values():
+        if model_type in {part.config_class.model_type for part in (room.model, room.head) if part}:  # type: ignore[union-attr]
+            return room
+    return None
