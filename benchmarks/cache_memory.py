@@ -23,7 +23,7 @@ from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 
 from polyrep.cache import embed
-from polyrep.data import load_retrieval_dataset
+from polyrep.data.load import load_retrieval_dataset
 from polyrep.hub import packaged_minilm
 from polyrep.report import provenance, write_results
 

@@ -3,7 +3,7 @@
     python benchmarks/dense2sparse_images.py --dataset CAPTIONS --tried "--control batch"  # a sketch, on dev
     python benchmarks/dense2sparse_images.py --dataset CAPTIONS --weights NPZ --labels TXT --output results
 
-CAPTIONS is a folder as ``polyrep.captions`` reads it, with features of the vision encoder that
+CAPTIONS is a folder as ``polyrep.data.captions`` reads it, with features of the vision encoder that
 ``models/dual-encoder-mobilenet-minilm/final`` holds. Needed before: ``accelerate launch train.py
 hub_configs/dual-encoder-mobilenet-minilm --datasets CAPTIONS --vision ...``. Fitted heads are kept under a hash of all
 they depend on, so an interrupted run goes on where it was. A score shared with another image counts as lost; the
@@ -31,7 +31,8 @@ from tqdm import tqdm
 from transformers import AutoModel, HfArgumentParser
 
 from polyrep.cache import Embeddings
-from polyrep.data import RetrievalDataset, load_retrieval_dataset
+from polyrep.data.dataset import RetrievalDataset
+from polyrep.data.load import load_retrieval_dataset
 from polyrep.errors import InputError
 from polyrep.evaluation import bootstrap_interval, compare
 from polyrep.files import read_json

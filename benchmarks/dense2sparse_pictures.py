@@ -16,7 +16,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from polyrep.data import load_retrieval_dataset
+from polyrep.data.load import load_retrieval_dataset
 from polyrep.hub import fingerprint, load
 from polyrep.report import provenance, write_results
 

@@ -34,7 +34,7 @@ from transformers import AutoModel
 
 from polyrep.cache import Embeddings, in_memory, joined
 from polyrep.cache import rows as rows_at
-from polyrep.data import load_retrieval_dataset
+from polyrep.data.load import load_retrieval_dataset
 from polyrep.errors import InputError
 from polyrep.heads import encode_dataset
 from polyrep.hub import fastest_dtype, fingerprint, load

@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 from transformers import HfArgumentParser
 
 from polyrep import encoding
-from polyrep.data import load_corpus
+from polyrep.data.load import load_corpus
 from polyrep.hub import fetch, fingerprint, load, packaged_minilm
 from polyrep.report import provenance, write_results
 

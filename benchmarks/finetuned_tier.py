@@ -24,7 +24,7 @@ from frozen_tier import DEPTH, ROOT, gain_claim, significant
 from transformers import HfArgumentParser
 
 from polyrep.cache import embed
-from polyrep.data import load_retrieval_dataset
+from polyrep.data.load import load_retrieval_dataset
 from polyrep.evaluation import METRICS, metric_rows, per_query_metrics
 from polyrep.hub import fastest_dtype, fetch, fingerprint, load
 from polyrep.report import provenance, write_results

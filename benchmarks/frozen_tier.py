@@ -23,7 +23,8 @@ from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 from transformers import set_seed
 
-from polyrep.data import RetrievalDataset, load_retrieval_dataset
+from polyrep.data.dataset import RetrievalDataset
+from polyrep.data.load import load_retrieval_dataset
 from polyrep.evaluation import compare, macro_interval, per_query_metrics, table_rows
 from polyrep.heads import HeadData, HeadTrainer
 from polyrep.recipes import Plan, resolve

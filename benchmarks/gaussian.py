@@ -23,7 +23,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
 from polyrep.cache import embed
-from polyrep.data import load_retrieval_dataset
+from polyrep.data.load import load_retrieval_dataset
 from polyrep.gaussian import GaussianHead, GaussianHeadConfig, GaussianHeadObjective, GaussianOutput
 from polyrep.hub import fastest_dtype, fetch, fingerprint, load
 from polyrep.report import provenance, write_results

@@ -21,7 +21,7 @@ import torch
 from matplotlib import pyplot as plt
 
 from polyrep.cache import embed
-from polyrep.data import load_retrieval_dataset
+from polyrep.data.load import load_retrieval_dataset
 from polyrep.files import staged_folder, write_json
 from polyrep.gaussian import GaussianHead, GaussianOutput
 from polyrep.gaussian.show import draw_ellipses

@@ -27,7 +27,8 @@ from transformers import HfArgumentParser
 
 from polyrep.cache import Embeddings, embed, in_memory, joined
 from polyrep.cache import rows as rows_at
-from polyrep.data import RetrievalDataset, load_retrieval_dataset
+from polyrep.data.dataset import RetrievalDataset
+from polyrep.data.load import load_retrieval_dataset
 from polyrep.evaluation import bootstrap_interval, macro_interval, per_query_metrics, table_rows
 from polyrep.files import read_json
 from polyrep.hub import fastest_dtype, fetch, fingerprint, load

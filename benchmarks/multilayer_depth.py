@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
 from polyrep.cache import Embeddings, embed
-from polyrep.data import load_retrieval_dataset
+from polyrep.data.load import load_retrieval_dataset
 from polyrep.evaluation import per_query_metrics, table_rows
 from polyrep.files import shipped_folder, staged_folder, write_json
 from polyrep.hub import fastest_dtype, fetch, fingerprint, load

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling
 
-from polyrep.data import load_retrieval_dataset
+from polyrep.data.load import load_retrieval_dataset
 from polyrep.hub import fastest_dtype, fingerprint, load
 from polyrep.reinpool import ReinPoolConfig, ReinPoolModel, ReinPoolPooling
 from polyrep.report import provenance, write_results

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from polyrep.data import load_retrieval_dataset
+from polyrep.data.load import load_retrieval_dataset
 from polyrep.files import staged_folder, write_json, write_text
 from polyrep.hub import fingerprint, load
 from polyrep.reinpool import ReinPoolPooling

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import AutoModel, HfArgumentParser
 
 from polyrep.cache import Embeddings, embed, in_memory, joined, rows
-from polyrep.data import load_retrieval_dataset
+from polyrep.data.load import load_retrieval_dataset
 from polyrep.encoded import Origin, Shard
 from polyrep.files import read_json
 from polyrep.heads import encode_dataset

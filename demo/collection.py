@@ -24,12 +24,12 @@ from storage import digest_of, digest_of_code, encoded, kept
 from torch import Tensor
 
 from polyrep.cache import Embeddings, encode_chunk, in_memory, rows
-from polyrep.data import RetrievalDataset
+from polyrep.data.dataset import RetrievalDataset
+from polyrep.data.noise import cut_short, misspelt
 from polyrep.errors import InputError
 from polyrep.gaussian import GaussianOutput
 from polyrep.heads import LayerSide, encode_side, encode_sparse
 from polyrep.hub import fastest_dtype, fetch, fingerprint, load
-from polyrep.noise import cut_short, misspelt
 from polyrep.pooling import by_head, pooled
 from polyrep.ready import ReadyIndex
 from polyrep.recommendation import COSTS

@@ -25,13 +25,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .cache import CHUNK, Embeddings, Kind, encode_chunk, joined, kind_of, refuse_not_finite, rows
+from .data.stream import Document, Fields, Source, Span, open_source, picture
 from .encoded import PRECISIONS, Origin, manifest_of, shard_path, write_shard
 from .errors import InputError
 from .files import read_json, remove_leftovers, staged_file, write_json
 from .flags import parse
 from .hub import Encoder, fastest_dtype, fetch, fingerprint, load
 from .report import provenance
-from .sources import Document, Fields, Source, Span, open_source, picture
 
 SHARD_SIZES = {False: 4096, True: 512}
 """Records of a shard, by whether they are images."""

@@ -20,7 +20,8 @@ from sentence_transformers import MultiVectorEncoder
 
 from .benchmarks import left_out, measure, mteb_package, open_suites, refuse_unfit
 from .cards import hub_source
-from .data import RetrievalDataset, load_retrieval_dataset
+from .data.dataset import RetrievalDataset
+from .data.load import load_retrieval_dataset
 from .errors import InputError
 from .flags import parse
 from .hub import Encoder, family_of, fastest_dtype, fetch, fingerprint, load

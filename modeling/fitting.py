@@ -22,7 +22,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from .cache import Embeddings, embed, kind_of, store
-from .data import RetrievalDataset, inverse_cloze, load_corpus, load_retrieval_dataset
+from .data.dataset import RetrievalDataset
+from .data.load import load_corpus, load_retrieval_dataset
+from .data.made_queries import inverse_cloze
 from .errors import InputError
 from .files import digest, read_json, staged_folder, write_text
 from .heads import Side, encode_side
@@ -159,7 +161,7 @@ def judged(source: str, split: str, *, keep_empty: bool = False) -> tuple[Retrie
     Args:
         source: Folder or Hub id.
         split: What is measured.
-        keep_empty: As for :func:`polyrep.data.load_retrieval_dataset`.
+        keep_empty: As for :func:`polyrep.data.load.load_retrieval_dataset`.
 
     Raises:
         InputError: The data set or the split cannot be used, or it is the one that heads learn from.
@@ -185,7 +187,7 @@ def cloze(source: str, folder: Path, *, keep_empty: bool = False) -> tuple[Retri
     Args:
         source: Folder or Hub id of a corpus; queries are not read.
         folder: Where both are written as a data set, for the train command.
-        keep_empty: As for :func:`polyrep.data.load_corpus`.
+        keep_empty: As for :func:`polyrep.data.load.load_corpus`.
 
     Raises:
         InputError: The corpus cannot be used, or has too few sentences for both parts.

@@ -25,9 +25,9 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 
 from .cache import Embeddings, embed, in_memory
-from .data import RetrievalDataset
+from .data.dataset import RetrievalDataset
+from .data.noise import narrowed
 from .errors import InputError
-from .noise import narrowed
 from .retrievers import mean_of_tokens, sum_of_tokens
 from .scoring import exact_search, tie_ranks
 from .teachers import Teacher, score_pairs
@@ -314,7 +314,7 @@ class HeadData(Dataset):
             that no judgment has any influence. Images are always paired with their captions, which is all their text.
         depth: See ``negatives``.
         narrow_sides: ``query`` or ``document`` or both, whose texts are also encoded cut short or misspelt
-            (:func:`polyrep.noise.narrowed`), for kind sentence.
+            (:func:`polyrep.data.noise.narrowed`), for kind sentence.
         teacher: Scores each query's documents and nearest, for kind sentence and with labels.
     """
 

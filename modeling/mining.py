@@ -13,7 +13,7 @@ from sentence_transformers.util import mine_hard_negatives
 from transformers import TrainerCallback
 
 from .cache import embed
-from .data import RetrievalDataset
+from .data.dataset import RetrievalDataset
 from .errors import InputError
 from .hub import fastest_dtype, fetch, fingerprint, load
 from .objectives import unwrapped

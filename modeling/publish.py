@@ -23,7 +23,7 @@ from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from transformers import PreTrainedModel
 
 from .cards import PINNED, HubId, check_template, hub_place, own_rows, render_card, ways_to_open
-from .data import load_retrieval_dataset
+from .data.load import load_retrieval_dataset
 from .errors import InputError
 from .evaluation import display_name, evaluate
 from .files import file_sha256, read_json, shipped_folder, staged_folder, write_text

@@ -21,7 +21,7 @@ from sentence_transformers.multi_vector_encoder.modules import HierarchicalToken
 from tqdm import tqdm
 
 from .cache import Embeddings, embed, kind_of
-from .data import RetrievalDataset
+from .data.dataset import RetrievalDataset
 from .errors import InputError
 from .files import staged_file
 from .hub import Encoder

@@ -33,14 +33,9 @@ from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback, set_se
 
 from .adapters import AdapterTrainerMixin, add_adapters, merge_adapters
 from .cards import check_template, data_licence, public_command, render_card, stated_licence
-from .data import (
-    RetrievalDataset,
-    dataset_name,
-    inverse_cloze,
-    load_corpus,
-    load_retrieval_dataset,
-    texts_as_queries,
-)
+from .data.dataset import RetrievalDataset, dataset_name
+from .data.load import load_corpus, load_retrieval_dataset
+from .data.made_queries import inverse_cloze, texts_as_queries
 from .errors import InputError
 from .files import read_json, staged_folder, write_json
 from .heads import HeadData, HeadTrainer

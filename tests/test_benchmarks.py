@@ -20,7 +20,8 @@ from sentence_transformers import SentenceTransformer
 from polyrep import InputError, evaluation
 from polyrep.benchmarks import open_suites
 from polyrep.cli import main
-from polyrep.data import RetrievalDataset, load_retrieval_dataset
+from polyrep.data.dataset import RetrievalDataset
+from polyrep.data.load import load_retrieval_dataset
 from polyrep.evaluation import METRICS, evaluate, per_query_metrics
 from polyrep.hub import fingerprint, load, save
 from polyrep.report import check_results, to_markdown

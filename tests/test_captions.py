@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 
 from polyrep import InputError
 from polyrep.cache import embed
-from polyrep.captions import is_captions
-from polyrep.data import load_retrieval_dataset
+from polyrep.data.captions import is_captions
+from polyrep.data.load import load_retrieval_dataset
 
 ROOT = Path(__file__).parent.parent
 SPLITS = ["train", "restval", "val", "test", "train"]

@@ -16,7 +16,9 @@ from conftest import DOCUMENTS, QRELS, QUERIES, ROOT, write_beir
 from PIL import Image
 
 from polyrep import InputError
-from polyrep.data import RetrievalDataset, inverse_cloze, load_corpus, load_retrieval_dataset
+from polyrep.data.dataset import RetrievalDataset
+from polyrep.data.load import load_corpus, load_retrieval_dataset
+from polyrep.data.made_queries import inverse_cloze
 
 HEADER = "query-id\tcorpus-id\tscore\n"
 

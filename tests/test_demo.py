@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from polyrep import InputError
-from polyrep.data import load_retrieval_dataset
+from polyrep.data.load import load_retrieval_dataset
 from polyrep.gaussian import GaussianOutput
 from polyrep.gaussian.show import draw_ellipses
 from polyrep.reinpool.show import kept_tokens_flow, words_of

@@ -22,7 +22,7 @@ from transformers import AutoModel, BertConfig, BertForMaskedLM, BertModel, Bert
 
 import polyrep
 from polyrep import InputError
-from polyrep.data import load_retrieval_dataset
+from polyrep.data.load import load_retrieval_dataset
 from polyrep.dense2sparse import (
     Dense2SparseConfig,
     Dense2SparseForRetrieval,

@@ -20,8 +20,9 @@ from PIL import Image
 from room_examples import dual_encoder_example
 from scipy.sparse import csr_matrix
 
-from polyrep import InputError, encoding, sources
+from polyrep import InputError, encoding
 from polyrep.cli import main
+from polyrep.data import stream as sources
 from polyrep.encoded import EncodedCorpus
 from polyrep.encoding import encode
 from polyrep.hub import save

@@ -19,7 +19,8 @@ from PIL import Image
 
 from polyrep import InputError, evaluation
 from polyrep.cli import main
-from polyrep.data import RetrievalDataset, load_retrieval_dataset
+from polyrep.data.dataset import RetrievalDataset
+from polyrep.data.load import load_retrieval_dataset
 from polyrep.evaluation import METRICS, bootstrap_interval, compare, evaluate, holm, per_query_metrics
 from polyrep.hub import fastest_dtype, fingerprint, load
 from polyrep.report import check_results

@@ -24,7 +24,7 @@ from transformers import AutoModel, BertConfig, BertTokenizer
 from polyrep import InputError, candidates, frontier
 from polyrep.candidates import FULL, METHODS, Candidate, Encoded, Method, quantised
 from polyrep.cli import main
-from polyrep.data import load_retrieval_dataset
+from polyrep.data.load import load_retrieval_dataset
 from polyrep.evaluation import evaluate
 from polyrep.fitting import REHEARSED, SHARE, Lessons, Subject, cloze, fit_within, in_measured_fifth, judged
 from polyrep.frontier_picture import area, draw, labelled

@@ -27,7 +27,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTo
 import polyrep
 from polyrep import InputError
 from polyrep.cache import embed
-from polyrep.data import load_retrieval_dataset
+from polyrep.data.load import load_retrieval_dataset
+from polyrep.data.noise import narrowed
 from polyrep.gaussian import (
     GaussianConfig,
     GaussianHead,
@@ -41,7 +42,6 @@ from polyrep.gaussian import (
 from polyrep.gaussian.objective import SCALE, inclusion, listwise, shortened
 from polyrep.heads import HeadData
 from polyrep.mining import Miner, RemineCallback
-from polyrep.noise import narrowed
 from polyrep.recipes import RecipeArguments
 from polyrep.scoring import kl
 from polyrep.teachers import open_teacher, score_pairs

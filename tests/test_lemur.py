@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 import polyrep
 from polyrep import InputError
-from polyrep.data import load_corpus, texts_as_queries
+from polyrep.data.load import load_corpus
+from polyrep.data.made_queries import texts_as_queries
 from polyrep.heads import OWN_WEIGHTS
 from polyrep.hub import fingerprint
 from polyrep.lemur import (

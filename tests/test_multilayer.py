@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTo
 import polyrep
 from polyrep import InputError
 from polyrep.cli import main
-from polyrep.data import load_retrieval_dataset
+from polyrep.data.load import load_retrieval_dataset
 from polyrep.heads import HeadData
 from polyrep.multilayer import (
     CachedMultiLayerObjective,

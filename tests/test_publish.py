@@ -701,7 +701,7 @@ def test_a_run_that_could_not_be_published_is_refused_before_it_trains(toy_run, 
 
 def test_data_of_vectors_alone_cannot_be_measured(toy_run, tmp_path, capsys, monkeypatch):
     data = write_beir(tmp_path / "tiny")
-    loaded = polyrep.data.load_retrieval_dataset(data)
+    loaded = polyrep.data.load.load_retrieval_dataset(data)
     monkeypatch.setattr(publish, "load_retrieval_dataset", lambda *_, **__: replace(loaded, vectors={"query": None}))
     target = ["--push_to_hub", "true", "--hub_model_id", "a/b", "--datasets", str(data), "--dry_run", "true", *CARD]
     assert main(["train", str(toy_run), *target]) == 2

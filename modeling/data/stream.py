@@ -25,7 +25,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from .errors import InputError
+from ..errors import InputError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 ID_FIELDS = ("_id", "id", "docid", "doc_id")

@@ -33,8 +33,8 @@ import pyarrow.parquet
 from safetensors import SafetensorError, safe_open
 from transformers.image_utils import load_image
 
-from .data import RetrievalDataset, dataset_name
-from .errors import InputError
+from ..errors import InputError
+from .dataset import RetrievalDataset, dataset_name
 
 
 @dataclass(frozen=True)

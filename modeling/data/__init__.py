@@ -1,0 +1,1 @@
+"""A corpus, queries and judgments, from wherever they lie."""

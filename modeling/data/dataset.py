@@ -1,0 +1,76 @@
+"""What every reader of data gives: a corpus, the queries of one split, and their judgments (qrels)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from ..errors import InputError
+
+Judgments = dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class RetrievalDataset:
+    """A corpus with the judged queries of one split.
+
+    Attributes:
+        name: Last part of the folder or repository name, used in tables.
+        split: Name of the split, e.g. ``"test"``.
+        corpus: Document id -> text (title, one space, text; stripped), in file order; or -> page image.
+        queries: Query id -> text, only the queries that the split judges.
+        qrels: Query id -> {document id: integer relevance}.
+        given: Query id -> what a table holds for training beside its document: ``negative_1`` ..., ``scores``.
+        vectors: ``document``, and perhaps ``query`` -> ``(texts or images, width)`` in their order, of a data set that
+            brings what some encoder gave; images that are there as vectors alone are None in the corpus.
+    """
+
+    name: str
+    split: str
+    corpus: Mapping[str, Any]
+    queries: dict[str, str]
+    qrels: Judgments
+    given: dict[str, dict[str, Any]] = field(default_factory=dict)
+    vectors: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def pairs(self) -> Dataset:
+        """One row ``{"query", "positive"}`` for each positive judgment in the order of the qrels."""
+        relevant = [(q, d) for q, judged in self.qrels.items() for d, score in judged.items() if score > 0]
+        columns = {"query": [self.queries[q] for q, _ in relevant], "positive": [self.corpus[d] for _, d in relevant]}
+        for name in next(iter(self.given.values()), {}):
+            columns[name if name.startswith("negative_") else "label"] = [self._given(q, name) for q, _ in relevant]
+        return Dataset.from_dict(columns)
+
+    def _given(self, query: str, name: str) -> Any:
+        """A negative of a query, or a teacher's scores of its document and of its negatives."""
+        value, length = self.given[query][name], len(self.given[query])
+        if name.startswith("negative_"):
+            if not isinstance(value, str) or not value.strip():
+                raise InputError(
+                    f"{self.name} {query}: {name} is {value!r}, which encodes to an arbitrary vector. Remove the row."
+                )
+            return value.strip()
+        fits = isinstance(value, list) and len(value) == length
+        if not fits or not all(isinstance(score, int | float) and math.isfinite(score) for score in value):
+            raise InputError(
+                f"{self.name} {query}: {name} is {value!r}; expected {length} numbers, of the document and of each of "
+                "its negatives."
+            )
+        return [float(score) for score in value]
+
+
+def dataset_name(source: str | Path) -> str:
+    """What tables and caches call a data set: the last part of its folder or of its id."""
+    return Path(source).name or Path(source).resolve().name
+
+
+def in_dev_tenth(query_id: str) -> bool:
+    """Whether a train query is set aside for dev, by a hash of its id."""
+    return int(hashlib.md5(query_id.encode(), usedforsecurity=False).hexdigest(), 16) % 10 == 0

@@ -1,0 +1,130 @@
+"""Retrieval data sets in BEIR layout, from a folder or from the Hugging Face Hub.
+
+A data set is a corpus, the queries of one split and their judgments (qrels). Everything is checked while it is read,
+because a silently skipped line moves nDCG by an amount that nobody can explain later.
+
+Folder layout, each ``.jsonl`` optionally gzipped (``.jsonl.gz``)::
+
+    corpus.jsonl      {"_id": "d1", "title": "optional", "text": "..."}
+    queries.jsonl     {"_id": "q1", "text": "..."}
+    qrels/test.tsv    header line, then: query id <TAB> document id <TAB> integer score
+
+On the Hub both common arrangements are read: configurations ``corpus``, ``queries`` and ``default`` in one repository,
+or ``corpus`` and ``queries`` with the judgments in ``<repository>-qrels``. So is a plain table of pairs, with a
+column ``query`` and one of ``document``, ``positive``, ``answer``, ``text`` or ``image``: equal documents are one, and
+each row is a judgment. Page images stay as they are stored until they are encoded. Such a table may bring its own
+hard negatives for training, in columns ``negative_1`` and so on, and in ``scores`` what a teacher gave to the document
+and to each of them. Images with captions, or vectors of both, are another kind of folder: see ``captions.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets.exceptions import DatasetsError
+
+from ..errors import InputError
+from .beir import check_qrels, hub_rows, load_part, open_hub, read_jsonl, read_tsv, text_of_document, texts_by_id
+from .captions import is_captions, load_captions
+from .dataset import RetrievalDataset, dataset_name, in_dev_tenth
+from .tables import from_pairs, open_pairs
+
+logger = logging.getLogger(__name__)
+
+
+def load_retrieval_dataset(
+    path_or_id: str | Path,
+    split: str = "test",
+    *,
+    revision: str | None = None,
+    keep_empty: bool = False,
+    restval: str = "train",
+) -> RetrievalDataset:
+    """Read one split of a retrieval data set.
+
+    A data set with a train split but no dev split still has a dev split here: the tenth of the train queries whose
+    hashed id says so, which ``split="train"`` then leaves out. Choosing settings on test is thus never necessary.
+
+    Args:
+        path_or_id: A folder in BEIR layout, or a data set id on the Hub such as ``"mteb/scifact"``.
+        split: Split of the qrels, e.g. ``"train"``, ``"dev"``, ``"test"``.
+        revision: Commit, tag or branch of a Hub data set.
+        keep_empty: Accept documents and queries without text instead of refusing the data set.
+        restval: For images with captions, see :func:`polyrep.data.captions.load_captions`.
+
+    Raises:
+        InputError: A file, line or field is missing or malformed; an id is duplicated or unknown; a text is empty.
+    """
+    source = str(path_or_id)
+    folder = Path(path_or_id)
+    if is_captions(folder):
+        return load_captions(folder, split, restval=restval)
+    if (table := open_pairs(source, revision)) is not None:
+        return from_pairs(source, table, split)
+    if any((folder / f"corpus.jsonl{suffix}").is_file() for suffix in ("", ".gz")):
+        corpus_rows = read_jsonl(folder, "corpus")
+        query_rows = read_jsonl(folder, "queries")
+        splits = {file.stem for file in (folder / "qrels").glob("*.tsv")}
+
+        def read_qrels(name: str) -> Iterator[tuple[str, Any, Any, Any]]:
+            return read_tsv(folder / "qrels" / f"{name}.tsv")
+
+    elif folder.is_dir() and not (folder / "README.md").is_file():
+        raise InputError(
+            f"{folder}: the folder has neither corpus.jsonl nor corpus.jsonl.gz, so it is no BEIR data set. "
+            f"Expected corpus.jsonl, queries.jsonl and qrels/{split}.tsv."
+        )
+    else:
+        if not folder.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+            raise InputError(f"{source}: no such folder, and not of the form ORG/NAME of a Hub data set either.")
+        corpus_rows, query_rows, splits, read_qrels = open_hub(source, revision)
+
+    wanted = split
+    if split in ("train", "dev") and "train" in splits and "dev" not in splits:
+        wanted = "train"
+        logger.info("%s has no dev split: dev is a fixed tenth of its train queries.", source)
+    if wanted not in splits:
+        raise InputError(f"{source}: no judgments for split {split!r}; it has {sorted(splits) or 'none'}.")
+
+    corpus = texts_by_id(corpus_rows, f"{source} corpus", keep_empty, text_of_document)
+    all_queries = texts_by_id(query_rows, f"{source} queries", keep_empty, lambda r: r["text"])
+    qrels = check_qrels(read_qrels(wanted), corpus, all_queries)
+    if wanted != split or (split == "train" and "dev" not in splits):
+        qrels = {q: judged for q, judged in qrels.items() if in_dev_tenth(q) == (split == "dev")}
+    if not qrels:
+        raise InputError(f"{source}: split {split!r} judges no query, so there is nothing to train on or to measure.")
+    queries = {q: text for q, text in all_queries.items() if q in qrels}
+    return RetrievalDataset(dataset_name(folder), split, corpus, queries, {q: qrels[q] for q in queries})
+
+
+def load_corpus(path_or_id: str | Path, *, revision: str | None = None, keep_empty: bool = False) -> RetrievalDataset:
+    """Read the documents alone: queries and judgments need not be there, and are left out if they are.
+
+    Args:
+        path_or_id: As for :func:`load_retrieval_dataset`.
+        revision: Likewise.
+        keep_empty: Likewise.
+
+    Raises:
+        InputError: The corpus is missing or malformed.
+    """
+    source, folder = str(path_or_id), Path(path_or_id)
+    if (table := open_pairs(source, revision, queries=False)) is not None:
+        corpus: Mapping[str, Any] = from_pairs(source, table, None).corpus
+    else:
+        if any(folder.glob("corpus.jsonl*")) or folder.is_dir() and not (folder / "README.md").is_file():
+            rows = read_jsonl(folder, "corpus")
+        else:
+            try:
+                rows = hub_rows(load_part(source, "corpus", revision), f"{source} corpus")
+            except (OSError, ValueError, DatasetsError) as error:
+                raise InputError(
+                    f"{source}: neither a folder with corpus.jsonl nor a readable Hub data set "
+                    f"({type(error).__name__}: {error}). Check the path, the id and the network."
+                ) from error
+        corpus = texts_by_id(rows, f"{source} corpus", keep_empty, text_of_document)
+    return RetrievalDataset(dataset_name(folder), "corpus", corpus, {}, {})
