@@ -24,7 +24,7 @@ from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 
 from polyrep.cache import embed
 from polyrep.data.load import load_retrieval_dataset
-from polyrep.hub import packaged_minilm
+from polyrep.hub.folder import packaged_minilm
 from polyrep.report import provenance, write_results
 
 DATA = Path(__file__).parent.parent / "data" / "tldr_pages"

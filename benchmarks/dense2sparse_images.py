@@ -37,7 +37,8 @@ from polyrep.errors import InputError
 from polyrep.evaluation import bootstrap_interval, compare
 from polyrep.files import read_json
 from polyrep.heads import Side, encode_dataset, encode_sparse
-from polyrep.hub import fastest_dtype, fetch, fingerprint, load
+from polyrep.hub.fingerprint import fingerprint
+from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import costs_of
 

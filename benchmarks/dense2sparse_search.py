@@ -37,7 +37,8 @@ from polyrep.cache import rows as rows_at
 from polyrep.data.load import load_retrieval_dataset
 from polyrep.errors import InputError
 from polyrep.heads import encode_dataset
-from polyrep.hub import fastest_dtype, fingerprint, load
+from polyrep.hub.fingerprint import fingerprint
+from polyrep.hub.folder import fastest_dtype, load
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import costs_of
 from polyrep.scoring import csr_rows, exact_search

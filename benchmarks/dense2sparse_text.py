@@ -35,7 +35,8 @@ from polyrep.data.load import load_retrieval_dataset
 from polyrep.evaluation import per_query_metrics, table_rows
 from polyrep.files import read_json
 from polyrep.heads import HeadData, Side, encode_side
-from polyrep.hub import fastest_dtype, fetch, fingerprint, load
+from polyrep.hub.fingerprint import fingerprint
+from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.objectives import info_nce
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import Ranking, rank_embeddings, rank_with_bm25

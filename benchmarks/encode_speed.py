@@ -31,7 +31,8 @@ from transformers import HfArgumentParser
 
 from polyrep import encoding
 from polyrep.data.load import load_corpus
-from polyrep.hub import fetch, fingerprint, load, packaged_minilm
+from polyrep.hub.fingerprint import fingerprint
+from polyrep.hub.folder import fetch, load, packaged_minilm
 from polyrep.report import provenance, write_results
 
 

@@ -26,7 +26,8 @@ from transformers import HfArgumentParser
 from polyrep.cache import embed
 from polyrep.data.load import load_retrieval_dataset
 from polyrep.evaluation import METRICS, metric_rows, per_query_metrics
-from polyrep.hub import fastest_dtype, fetch, fingerprint, load
+from polyrep.hub.fingerprint import fingerprint
+from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import Ranking, costs_of
 from polyrep.scoring import exact_search, tie_ranks

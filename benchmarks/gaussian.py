@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from polyrep.cache import embed
 from polyrep.data.load import load_retrieval_dataset
 from polyrep.gaussian import GaussianHead, GaussianHeadConfig, GaussianHeadObjective, GaussianOutput
-from polyrep.hub import fastest_dtype, fetch, fingerprint, load
+from polyrep.hub.fingerprint import fingerprint
+from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.report import provenance, write_results
 from polyrep.scoring import kl
 

@@ -32,7 +32,8 @@ from polyrep.cache import Embeddings, embed
 from polyrep.data.noise import narrowed
 from polyrep.gaussian import GaussianHead, GaussianOutput
 from polyrep.heads import HeadData, Side
-from polyrep.hub import fastest_dtype, fetch, fingerprint, load
+from polyrep.hub.fingerprint import fingerprint
+from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import Ranking, costs_of, rank_with_bm25
 from polyrep.scoring import exact_search

@@ -25,7 +25,8 @@ from polyrep.data.load import load_retrieval_dataset
 from polyrep.files import staged_folder, write_json
 from polyrep.gaussian import GaussianHead, GaussianOutput
 from polyrep.gaussian.show import draw_ellipses
-from polyrep.hub import fastest_dtype, fetch, fingerprint, load
+from polyrep.hub.fingerprint import fingerprint
+from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.report import provenance
 from polyrep.training import train
 

@@ -31,7 +31,8 @@ from polyrep.data.dataset import RetrievalDataset
 from polyrep.data.load import load_retrieval_dataset
 from polyrep.evaluation import bootstrap_interval, macro_interval, per_query_metrics, table_rows
 from polyrep.files import read_json
-from polyrep.hub import fastest_dtype, fetch, fingerprint, load
+from polyrep.hub.fingerprint import fingerprint
+from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.lemur import LemurModel, LemurPooling
 from polyrep.muvera import Muvera
 from polyrep.report import provenance, write_results

@@ -32,7 +32,8 @@ from polyrep.cache import Embeddings, embed
 from polyrep.data.load import load_retrieval_dataset
 from polyrep.evaluation import per_query_metrics, table_rows
 from polyrep.files import shipped_folder, staged_folder, write_json
-from polyrep.hub import fastest_dtype, fetch, fingerprint, load
+from polyrep.hub.fingerprint import fingerprint
+from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.multilayer import MultiLayerModel, MultiLayerObjective
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import Ranking, costs_of

@@ -24,7 +24,8 @@ from transformers import HfArgumentParser
 
 from polyrep.cache import Embeddings
 from polyrep.heads import HeadData, LayerSide, encode_layers
-from polyrep.hub import fastest_dtype, fetch, fingerprint, load
+from polyrep.hub.fingerprint import fingerprint
+from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.multilayer import MultiLayerHead
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import Ranking, costs_of, rank_with_bm25

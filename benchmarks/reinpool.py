@@ -19,7 +19,8 @@ import torch
 from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling
 
 from polyrep.data.load import load_retrieval_dataset
-from polyrep.hub import fastest_dtype, fingerprint, load
+from polyrep.hub.fingerprint import fingerprint
+from polyrep.hub.folder import fastest_dtype, load
 from polyrep.reinpool import ReinPoolConfig, ReinPoolModel, ReinPoolPooling
 from polyrep.report import provenance, write_results
 

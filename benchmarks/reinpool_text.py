@@ -34,7 +34,8 @@ from polyrep.data.load import load_retrieval_dataset
 from polyrep.evaluation import per_query_metrics, table_rows
 from polyrep.files import read_json, write_json
 from polyrep.heads import HeadData, HeadTrainer, TokenSide, encode_tokens
-from polyrep.hub import fastest_dtype, fetch, fingerprint, load
+from polyrep.hub.fingerprint import fingerprint
+from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.pooling import LADDER, Pool, by_head, hierarchical_clusters, hierarchical_shares, hierarchically, pooled
 from polyrep.recipes import HeadTrainingArguments, resolve
 from polyrep.reinpool import ReinPoolConfig, ReinPoolModel, SoftGateObjective

@@ -34,7 +34,8 @@ from polyrep.data.load import load_retrieval_dataset
 from polyrep.encoded import Origin, Shard
 from polyrep.files import read_json
 from polyrep.heads import encode_dataset
-from polyrep.hub import fastest_dtype, fetch, fingerprint, load
+from polyrep.hub.fingerprint import fingerprint
+from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.lemur import LemurPooling
 from polyrep.pooling import by_head, pooled
 from polyrep.report import provenance, write_results

@@ -18,7 +18,8 @@ from sentence_transformers.util import maxsim
 
 from polyrep.cache import embed
 from polyrep.data.load import load_retrieval_dataset
-from polyrep.hub import fingerprint, load
+from polyrep.hub.fingerprint import fingerprint
+from polyrep.hub.folder import load
 from polyrep.report import provenance, write_results
 from polyrep.scoring import exact_search, tie_ranks
 

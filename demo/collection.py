@@ -29,7 +29,8 @@ from polyrep.data.noise import cut_short, misspelt
 from polyrep.errors import InputError
 from polyrep.gaussian import GaussianOutput
 from polyrep.heads import LayerSide, encode_side, encode_sparse
-from polyrep.hub import fastest_dtype, fetch, fingerprint, load
+from polyrep.hub.fingerprint import fingerprint
+from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.pooling import by_head, pooled
 from polyrep.ready import ReadyIndex
 from polyrep.recommendation import COSTS

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 import polyrep
 from polyrep.errors import InputError
 from polyrep.files import staged_folder
-from polyrep.hub import packaged_minilm
+from polyrep.hub.folder import packaged_minilm
 
 SCALE = ".scale"
 """Ends the name of what a matrix of whole numbers is multiplied with, row by row."""

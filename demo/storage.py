@@ -23,7 +23,7 @@ import polyrep
 from polyrep.cache import FORMAT, Embeddings, Kind, encode_chunk, joined, open_cache
 from polyrep.errors import InputError
 from polyrep.files import file_sha256, staged_folder, write_json
-from polyrep.hub import Encoder
+from polyrep.hub.folder import Encoder
 
 PART = 256
 """Documents that are encoded and written together: what an interruption loses at most."""

@@ -12,7 +12,8 @@ from . import lemur as lemur
 from . import multilayer as multilayer
 from . import reinpool as reinpool
 from .errors import InputError
-from .hub import load, localize, save
+from .hub.code import localize
+from .hub.folder import load, save
 from .registry import ROOMS, Graph, Room, register
 
 __all__ = ["ROOMS", "Graph", "InputError", "Room", "load", "localize", "register", "save"]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .errors import InputError
-from .hub import PREFIX, Encoder
+from .hub.folder import PREFIX, Encoder
 
 _FILE = "adapters.safetensors"
 

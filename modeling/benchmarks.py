@@ -23,9 +23,9 @@ from sentence_transformers import MultiVectorEncoder, SparseEncoder
 from tqdm import tqdm
 
 from .cache import cache_key, kind_of
-from .cards import hub_source
 from .errors import InputError
-from .hub import Encoder
+from .hub.cards import hub_source
+from .hub.folder import Encoder
 from .report import METRIC_NAMES
 
 logger = logging.getLogger(__name__)

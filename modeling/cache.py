@@ -41,7 +41,8 @@ from transformers import PreTrainedModel
 
 from .errors import InputError
 from .files import staged_folder, write_json
-from .hub import VOLATILE, Encoder, without
+from .hub.fingerprint import NOT_FINGERPRINTED, without
+from .hub.folder import Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -288,7 +289,7 @@ def _describe(module: torch.nn.Module) -> dict[str, Any]:
         if isinstance(part, Module):
             configs[name] = part.get_config_dict()
         elif isinstance(part, PreTrainedModel):
-            configs[name] = without(part.config.to_diff_dict(), VOLATILE)
+            configs[name] = without(part.config.to_diff_dict(), NOT_FINGERPRINTED)
     weights = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         weights.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())

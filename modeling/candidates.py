@@ -24,7 +24,7 @@ from .cache import Embeddings, in_memory
 from .files import digest, shipped_folder
 from .fitting import Subject, code_digest, costs_of_fit, fit_run, fitted
 from .heads import HeadData
-from .hub import fastest_dtype
+from .hub.folder import fastest_dtype
 from .lemur import LemurModel, LemurPooling
 from .muvera import Muvera
 from .pooling import LADDER, by_head, hierarchical_clusters, hierarchically, pooled

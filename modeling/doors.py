@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .hub.folder import prompts_of
+
 TEXTS = ["open ports", "list a folder of files", "tar: archive many files into one file"]
 """Of different lengths, so that some are padded; short, so that no encoder cuts them."""
 
@@ -56,11 +58,6 @@ def encoded(model: Any) -> dict[str, Any]:
             for number, vector in enumerate(encode(some, show_progress_bar=False)):
                 found[f"{task}/{kind}/{number}"] = dense(vector)
     return found
-
-
-def prompts_of(model: Any) -> dict[str, str]:
-    """Task -> what ``encode_query`` and ``encode_document`` put before a text."""
-    return {task: model.prompts.get(task) or "" for task in ("query", "document")}
 
 
 def through_transformers(folder: Path, prompts: dict[str, str]) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from .encoded import PRECISIONS, Origin, manifest_of, shard_path, write_shard
 from .errors import InputError
 from .files import read_json, remove_leftovers, staged_file, write_json
 from .flags import parse
-from .hub import Encoder, fastest_dtype, fetch, fingerprint, load
+from .hub.fingerprint import fingerprint
+from .hub.folder import Encoder, fastest_dtype, fetch, load
 from .report import provenance
 
 SHARD_SIZES = {False: 4096, True: 512}

@@ -19,12 +19,13 @@ import pytrec_eval
 from sentence_transformers import MultiVectorEncoder
 
 from .benchmarks import left_out, measure, mteb_package, open_suites, refuse_unfit
-from .cards import hub_source
 from .data.dataset import RetrievalDataset
 from .data.load import load_retrieval_dataset
 from .errors import InputError
 from .flags import parse
-from .hub import Encoder, family_of, fastest_dtype, fetch, fingerprint, load
+from .hub.cards import hub_source
+from .hub.fingerprint import fingerprint
+from .hub.folder import Encoder, family_of, fastest_dtype, fetch, load
 from .report import provenance, write_results
 from .retrievers import Ranking, rank_with_bm25, rank_with_model
 

@@ -33,7 +33,8 @@ from . import __version__
 from .errors import InputError
 from .files import read_json, staged_folder, write_json
 from .flags import parse
-from .hub import PREFIX, check_folder, fingerprint
+from .hub.fingerprint import fingerprint
+from .hub.folder import PREFIX, check_folder
 from .registry import ROOMS, Graph, room_of
 
 TOLERANCE = 1e-4

@@ -28,7 +28,7 @@ from .data.made_queries import inverse_cloze
 from .errors import InputError
 from .files import digest, read_json, staged_folder, write_text
 from .heads import Side, encode_side
-from .hub import Encoder, load, save
+from .hub.folder import Encoder, load, save
 from .recipes import resolve
 from .reinpool import ReinPoolModel, ReinPoolPooling
 from .retrievers import mean_of_tokens, sum_of_tokens

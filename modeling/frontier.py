@@ -19,14 +19,15 @@ from tqdm import tqdm
 
 from .cache import Embeddings, kind_of
 from .candidates import FULL, LEARNED, METHODS, Candidate, Encoded
-from .cards import hub_source
 from .errors import InputError
 from .evaluation import METRICS, display_name, metric_rows, per_query_metrics, refuse_doubles
 from .files import digest
 from .fitting import Lessons, Subject, cloze, code_digest, judged
 from .flags import parse
 from .frontier_picture import draw
-from .hub import Encoder, fastest_dtype, fetch, fingerprint, load
+from .hub.cards import hub_source
+from .hub.fingerprint import fingerprint
+from .hub.folder import Encoder, fastest_dtype, fetch, load
 from .ready import DEPTH, held, rank_in_two_stages, rank_when_ready, timed_rows
 from .recommendation import Budget, fronts, learned_margins, parse_budget, recommend
 from .report import hardware, provenance, write_results

@@ -13,7 +13,8 @@ from .cache import embed, kind_of
 from .encoded import EncodedCorpus, Shard
 from .errors import InputError
 from .flags import parse
-from .hub import fastest_dtype, fetch, fingerprint, load
+from .hub.fingerprint import fingerprint
+from .hub.folder import fastest_dtype, fetch, load
 from .search import Hit, open_index
 
 

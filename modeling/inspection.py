@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from . import doors, export
-from .cards import ABSOLUTE_PATH, head_folders
 from .errors import InputError
 from .files import read_json, write_json
-from .hub import PREFIX, Encoder
+from .hub.cards import ABSOLUTE_PATH, head_folders
+from .hub.folder import PREFIX, Encoder
 from .registry import room_of
 
 TOLERANCE = 1e-4

@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 from .cache import embed
 from .data.dataset import RetrievalDataset
 from .errors import InputError
-from .hub import fastest_dtype, fetch, fingerprint, load
+from .hub.fingerprint import fingerprint
+from .hub.folder import fastest_dtype, fetch, load
 from .objectives import unwrapped
 from .recipes import RecipeArguments, negative_columns
 from .scoring import exact_search

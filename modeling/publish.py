@@ -22,13 +22,15 @@ import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from transformers import PreTrainedModel
 
-from .cards import PINNED, HubId, check_template, hub_place, own_rows, render_card, ways_to_open
 from .data.load import load_retrieval_dataset
 from .errors import InputError
 from .evaluation import display_name, evaluate
 from .files import file_sha256, read_json, shipped_folder, staged_folder, write_text
 from .flags import parse
-from .hub import Encoder, check_folder, fetch, fingerprint, is_hub_id, load, local, localize, refuse_foreign_code
+from .hub.cards import PINNED, HubId, check_template, hub_place, own_rows, render_card, ways_to_open
+from .hub.code import localize, refuse_foreign_code
+from .hub.fingerprint import fingerprint
+from .hub.folder import Encoder, check_folder, fetch, is_hub_id, load, local
 from .inspection import refuse_secrets, verify
 from .recipes import Plan
 from .registry import ROOMS, room_of

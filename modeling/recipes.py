@@ -34,7 +34,7 @@ from transformers import HfArgumentParser, PretrainedConfig, TrainingArguments
 
 from .errors import InputError
 from .files import read_json, shipped_folder
-from .hub import family_of
+from .hub.folder import family_of
 from .registry import ROOMS, Room
 
 

@@ -24,7 +24,7 @@ from .cache import Embeddings, embed, kind_of
 from .data.dataset import RetrievalDataset
 from .errors import InputError
 from .files import staged_file
-from .hub import Encoder
+from .hub.folder import Encoder
 from .scoring import exact_search, tie_ranks
 
 DEPTH = 1000

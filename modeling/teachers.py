@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .cache import Embeddings, embed
 from .errors import InputError
 from .files import read_json
-from .hub import Encoder, fastest_dtype, fetch, load
+from .hub.folder import Encoder, fastest_dtype, fetch, load
 from .scoring import CHUNK_ELEMENTS, csr_rows, filled
 
 Teacher = Encoder | CrossEncoder

@@ -32,19 +32,21 @@ from sentence_transformers.util.misc import import_from_string
 from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback, set_seed
 
 from .adapters import AdapterTrainerMixin, add_adapters, merge_adapters
-from .cards import check_template, data_licence, public_command, render_card, stated_licence
 from .data.dataset import RetrievalDataset, dataset_name
 from .data.load import load_corpus, load_retrieval_dataset
 from .data.made_queries import inverse_cloze, texts_as_queries
 from .errors import InputError
 from .files import read_json, staged_folder, write_json
 from .heads import HeadData, HeadTrainer
-from .hub import MINILM_ID, Encoder, family_of, fastest_dtype, fetch, fingerprint, load, local, localize, save
+from .hub.cards import check_template, data_licence, public_command, render_card, stated_licence
+from .hub.code import localize
+from .hub.fingerprint import fingerprint
+from .hub.folder import MINILM_ID, Encoder, family_of, fastest_dtype, fetch, load, local, save
+from .hub.vision import VisionEncoder, fetch_vision
 from .mining import Miner, RemineCallback
 from .recipes import QUERIES, TRAINERS, HeadArguments, Plan, RecipeArguments, resolve
 from .report import provenance
 from .teachers import open_teacher
-from .vision import VisionEncoder, fetch_vision
 
 
 def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:

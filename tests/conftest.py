@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertTokenizer
 
 import polyrep
-from polyrep.hub import packaged_minilm
+from polyrep.hub.folder import packaged_minilm
 
 ROOT = Path(__file__).parent.parent
 

@@ -45,7 +45,7 @@ from torch.distributed.run import get_args_parser
 from polyrep.cli import main
 from polyrep.encoded import EncodedCorpus
 from polyrep.files import read_json
-from polyrep.hub import fingerprint
+from polyrep.hub.fingerprint import fingerprint
 from polyrep.report import check_results
 
 QUICK_FRONTIER = ["--methods", "mean", "reinpool", "--fit_seconds", "1"]

@@ -32,7 +32,7 @@ from polyrep.dense2sparse import (
     DualEncoderModel,
 )
 from polyrep.gaussian import GaussianConfig, GaussianHeadConfig, GaussianModel, GaussianPooling, GaussianTransformer
-from polyrep.hub import Encoder
+from polyrep.hub.folder import Encoder
 from polyrep.lemur import LemurConfig, LemurModel, LemurPooling
 from polyrep.multilayer import MultiLayerConfig, MultiLayerHeadConfig, MultiLayerModel, MultiLayerPooling
 from polyrep.reinpool import ReinPoolConfig, ReinPoolModel, ReinPoolPooling

@@ -27,7 +27,7 @@ from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 
 from polyrep.cli import main
-from polyrep.hub import MINILM_ID, packaged_minilm
+from polyrep.hub.folder import MINILM_ID, packaged_minilm
 
 SHORT = {
     "max_steps": 2,

@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 import pytest
 from conftest import ROOT
 
-from polyrep.cards import VARIABLES
+from polyrep.hub.cards import VARIABLES
 
 PAGE = (ROOT / "docs" / "add-a-method.md").read_text(encoding="utf-8")
 

@@ -23,7 +23,8 @@ from polyrep.cli import main
 from polyrep.data.dataset import RetrievalDataset
 from polyrep.data.load import load_retrieval_dataset
 from polyrep.evaluation import METRICS, evaluate, per_query_metrics
-from polyrep.hub import fingerprint, load, save
+from polyrep.hub.fingerprint import fingerprint
+from polyrep.hub.folder import load, save
 from polyrep.report import check_results, to_markdown
 from polyrep.retrievers import rank_with_model
 

@@ -14,7 +14,7 @@ from small_world import SmallWorld
 from transformers import PreTrainedModel
 
 import polyrep
-from polyrep.cards import PINNED, render_card
+from polyrep.hub.cards import PINNED, render_card
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,8 @@ from polyrep.dense2sparse import (
 )
 from polyrep.dense2sparse.modeling_dense2sparse import _fingerprint_of
 from polyrep.heads import HeadData
-from polyrep.hub import fingerprint, packaged_minilm
+from polyrep.hub.fingerprint import fingerprint
+from polyrep.hub.folder import packaged_minilm
 from polyrep.training import train
 
 TEXTS = [*DOCUMENTS.values(), *QUERIES.values()]

@@ -33,7 +33,7 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import polyrep.cache
-import polyrep.vision
+import polyrep.hub.vision
 from polyrep import InputError
 from polyrep.dense2sparse import (
     Dense2SparseConfig,
@@ -45,7 +45,7 @@ from polyrep.dense2sparse import (
     DualEncoderLoss,
     DualEncoderModel,
 )
-from polyrep.hub import fastest_dtype
+from polyrep.hub.folder import fastest_dtype
 from polyrep.training import train
 
 COCO = ROOT / "data" / "coco_mini"
@@ -558,7 +558,7 @@ def features(folder: Path, **arrays: np.ndarray) -> Path:
 
 
 def test_features_of_the_tower_train_what_its_images_do(runs, tmp_path):
-    vision = polyrep.vision.VisionEncoder.open(runs["root"] / "vision", fastest_dtype("auto"))
+    vision = polyrep.hub.vision.VisionEncoder.open(runs["root"] / "vision", fastest_dtype("auto"))
     names = [json.loads(line)["image"] for line in (COCO / "captions.jsonl").read_text().splitlines()]
     own = vision.encode_document([Image.open(COCO / "images" / name).convert("RGB") for name in names])
     folder = features(tmp_path / "features", images=own.astype(np.float16))
@@ -724,7 +724,7 @@ def test_a_converted_mobilenet_is_the_plain_network(tmp_path):
 
 
 def test_a_vision_encoder_is_cached_as_texts_are(tmp_path):
-    vision = polyrep.vision.VisionEncoder.open(tiny_vision(tmp_path / "vision"), torch.float32)
+    vision = polyrep.hub.vision.VisionEncoder.open(tiny_vision(tmp_path / "vision"), torch.float32)
     images = {"a": photo(), "b": photo(seed=1)}
     found = polyrep.cache.embed(vision, images, task="document", cache_dir=tmp_path / "cache", dtype="float32")
     assert found.values.shape == (2, vision.get_embedding_dimension())

@@ -25,7 +25,7 @@ from polyrep.cli import main
 from polyrep.data import stream as sources
 from polyrep.encoded import EncodedCorpus
 from polyrep.encoding import encode
-from polyrep.hub import save
+from polyrep.hub.folder import save
 
 TEXTS = {
     f"d{n}": " ".join(["open", "ports", *list(DOCUMENTS.values())[n % 5].split()][: 2 + n % 7]) for n in range(23)

@@ -22,7 +22,8 @@ from polyrep.cli import main
 from polyrep.data.dataset import RetrievalDataset
 from polyrep.data.load import load_retrieval_dataset
 from polyrep.evaluation import METRICS, bootstrap_interval, compare, evaluate, holm, per_query_metrics
-from polyrep.hub import fastest_dtype, fingerprint, load
+from polyrep.hub.fingerprint import fingerprint
+from polyrep.hub.folder import fastest_dtype, load
 from polyrep.report import check_results
 from polyrep.retrievers import Ranking, rank_with_bm25, rank_with_model
 

@@ -24,7 +24,7 @@ from polyrep import export
 from polyrep.cli import main
 from polyrep.dense2sparse import Dense2SparseForRetrieval, Dense2SparseForRetrievalConfig, DualEncoderModel
 from polyrep.gaussian import GaussianConfig
-from polyrep.hub import fingerprint
+from polyrep.hub.fingerprint import fingerprint
 from polyrep.multilayer import MultiLayerConfig, MultiLayerHead, MultiLayerHeadConfig, MultiLayerModel
 from polyrep.reinpool import ReinPoolConfig
 

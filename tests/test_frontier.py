@@ -28,7 +28,7 @@ from polyrep.data.load import load_retrieval_dataset
 from polyrep.evaluation import evaluate
 from polyrep.fitting import REHEARSED, SHARE, Lessons, Subject, cloze, fit_within, in_measured_fifth, judged
 from polyrep.frontier_picture import area, draw, labelled
-from polyrep.hub import load
+from polyrep.hub.folder import load
 from polyrep.recommendation import fronts, parse_budget, recommend
 from polyrep.report import write_results
 

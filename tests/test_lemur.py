@@ -26,7 +26,7 @@ from polyrep import InputError
 from polyrep.data.load import load_corpus
 from polyrep.data.made_queries import texts_as_queries
 from polyrep.heads import OWN_WEIGHTS
-from polyrep.hub import fingerprint
+from polyrep.hub.fingerprint import fingerprint
 from polyrep.lemur import (
     LemurConfig,
     LemurIndex,

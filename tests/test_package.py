@@ -84,7 +84,7 @@ def test_constraints_name_exact_versions_of_every_dependency():
     named = {re.split(r"[<>=\[ ]", d)[0] for d in everything} - {"polyrep"}
     assert named <= set(pinned) and pinned["torch"] == "2.13.0"
     bounds = dict(d.split(">=") for d in project["dependencies"])
-    assert {k: f">={bounds[k]}" for k in ("transformers", "sentence-transformers")} == polyrep.hub.REQUIREMENTS
+    assert {k: f">={bounds[k]}" for k in ("transformers", "sentence-transformers")} == polyrep.hub.code.REQUIREMENTS
 
 
 def test_the_table_in_readme_is_that_of_results():

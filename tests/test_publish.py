@@ -25,9 +25,11 @@ from room_examples import EXAMPLES, gaussian_example, reinpool_example
 from transformers import PreTrainedModel
 
 import polyrep
-from polyrep import InputError, cards, doors, export, inspection, publish, upload
+from polyrep import InputError, doors, export, inspection, publish, upload
 from polyrep.cli import main
-from polyrep.hub import fingerprint, load
+from polyrep.hub import cards
+from polyrep.hub.fingerprint import fingerprint
+from polyrep.hub.folder import load
 from polyrep.inspection import refuse_secrets, verify
 from polyrep.report import provenance, write_results
 
@@ -250,7 +252,7 @@ def test_a_repository_is_complete_and_made_in_one_commit(published, hub):
     for name, content in files.items():
         assert b"/data/somewhere" not in content and str(Path.home()).encode() not in content, name
     settings = json.loads(files["config_sentence_transformers.json"])
-    assert settings["requirements"] == polyrep.hub.REQUIREMENTS
+    assert settings["requirements"] == polyrep.hub.code.REQUIREMENTS
     entries = yaml.safe_load(files[".eval_results/someone--tiny.yaml"])
     assert [(e["dataset"], e["value"]) for e in entries] == [({"id": "someone/tiny", "task_id": "default"}, 0.61234)]
     entries = yaml.safe_load(files[".eval_results/mteb--nano.yaml"])

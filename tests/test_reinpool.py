@@ -29,7 +29,7 @@ from transformers import AutoModel, BertModel
 
 import polyrep
 from polyrep import InputError
-from polyrep.hub import fingerprint
+from polyrep.hub.fingerprint import fingerprint
 from polyrep.objectives import row_uniform
 from polyrep.reinpool import (
     ReinforceObjective,

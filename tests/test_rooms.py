@@ -220,7 +220,7 @@ def test_saved_folders_name_no_installed_package_and_state_their_requirements(sa
             )
         assert (
             json.loads((folder / "config_sentence_transformers.json").read_text())["requirements"]
-            == polyrep.hub.REQUIREMENTS
+            == polyrep.hub.code.REQUIREMENTS
         )
         assert not list(folder.rglob("*.bin")) and list(folder.glob("*.safetensors"))
 
@@ -311,7 +311,7 @@ def test_one_config_class_and_model_type_for_each_model_class():
     models = [m for room in ROOMS.values() for m in (room.model, room.head) if m]
     types = [model.config_class.model_type for model in models]
     assert len({m.config_class for m in models}) == len(models) and len(set(types)) == len(types)
-    assert all(t.startswith(polyrep.hub.PREFIX) for t in types)
+    assert all(t.startswith(polyrep.hub.folder.PREFIX) for t in types)
 
 
 def test_save_leaves_nothing_half_written_and_keeps_other_files(examples, tmp_path, monkeypatch):

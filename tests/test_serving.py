@@ -26,7 +26,7 @@ import polyrep
 from polyrep.cache import in_memory
 from polyrep.encoded import Origin, manifest_of, write_shard
 from polyrep.files import write_json
-from polyrep.hub import fingerprint
+from polyrep.hub.fingerprint import fingerprint
 from polyrep.serving import Busy, Service
 
 pytest.importorskip("uvicorn")

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from ..cache import in_memory
 from ..errors import InputError
 from ..files import read_json, staged_folder, write_json
-from ..hub import save
+from ..hub.folder import save
 from ..scoring import exact_search, rescore, tie_ranks
 from .modeling_lemur import LemurModel, LemurPooling
 

@@ -24,12 +24,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel
 
-from . import room_of
-from .benchmarks import METRIC_NAMES
-from .doors import prompts_of
-from .errors import InputError
-from .hub import PREFIX, Encoder, is_hub_id, shipped_folder
-from .report import to_markdown
+from .. import room_of
+from ..benchmarks import METRIC_NAMES
+from ..errors import InputError
+from ..report import to_markdown
+from . import shipped_folder
+from .folder import PREFIX, Encoder, is_hub_id, prompts_of
 
 logger = logging.getLogger(__name__)
 

@@ -7,13 +7,8 @@ references to the installed package into the copy of the code that the folder ca
 
 from __future__ import annotations
 
-import hashlib
 import importlib.resources
-import json
 import re
-import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +20,15 @@ from safetensors import SafetensorError, safe_open
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from transformers import AutoModel, PreTrainedModel
 
-from .errors import InputError
-from .files import file_sha256, read_json, staged_folder, write_json, write_text
+from ..errors import InputError
+from ..files import file_sha256, read_json, staged_folder, write_text
+from .code import localize, refuse_foreign_code
+from .fingerprint import weight_files
 
 Encoder = SentenceTransformer | SparseEncoder | MultiVectorEncoder
 FAMILIES: dict[str, type[Encoder]] = {
     family.__name__: family for family in (SentenceTransformer, SparseEncoder, MultiVectorEncoder)
 }
-REQUIREMENTS = {"transformers": ">=5.17", "sentence-transformers": ">=6.0.1"}
-"""What a folder with polyrep code needs; sentence-transformers checks it on load and drops it on save."""
 
 MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -52,7 +47,6 @@ _TOKENIZERS = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-VOLATILE = ("transformers_version", "_name_or_path", "__version__")
 
 
 def load(
@@ -134,7 +128,7 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"{modules}: module path {outside[0]} leaves the folder. Refused; get a clean copy.")
     if not modules.is_file() and not (folder / "config.json").is_file():
         raise InputError(f"{folder}: neither modules.json nor config.json, so this is no model folder.")
-    weights = _weights(folder)
+    weights = weight_files(folder)
     if not weights:
         pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
         remedy = (
@@ -200,7 +194,7 @@ def save(model: Encoder | PreTrainedModel, folder: str | Path, *, readme: str | 
     Args:
         model: A sentence-transformers model of any family, or a PreTrainedModel.
         folder: Where to write.
-        readme: Text of the card, see :func:`polyrep.cards.render_card`; default: the model's own card.
+        readme: Text of the card, see :func:`polyrep.hub.cards.render_card`; default: the model's own card.
 
     Returns:
         The folder.
@@ -216,111 +210,6 @@ def save(model: Encoder | PreTrainedModel, folder: str | Path, *, readme: str | 
         if readme is not None:
             write_text(staged / "README.md", readme)
     return folder
-
-
-def localize(folder: str | Path) -> None:
-    """Make a saved folder independent of the installed package, in place.
-
-    ``modules.json`` written while a room's module is importable names it as ``polyrep.room.modeling_room.Class``.
-    This keeps the last two parts, which is how sentence-transformers names code inside a folder, copies the modeling
-    file to the folder's root, and restores the version requirements that saving drops.
-    """
-    folder = Path(folder)
-    for config in [*folder.rglob("config.json"), *folder.rglob("tokenizer_config.json")]:
-        content = read_json(config)
-        if (public := without(content, ("_name_or_path", "name_or_path"))) != content:
-            write_json(config, public)  # the builder's path is nobody's business
-    modules_file = folder / "modules.json"
-    if not modules_file.is_file():
-        return
-    modules = read_json(modules_file)
-    for module in modules:
-        name, _, class_name = module["type"].rpartition(".")
-        stem = name.rpartition(".")[2]
-        if name.startswith("sentence_transformers.") or name == stem:
-            continue  # stock, or local to the folder already
-        if name not in sys.modules:
-            raise InputError(f"{modules_file}: {module['type']} is not imported, so its code cannot be copied.")
-        shutil.copyfile(str(sys.modules[name].__file__), folder / f"{stem}.py")
-        module["type"] = f"{stem}.{class_name}"
-    write_json(modules_file, modules)
-    if any(folder.glob("modeling_*.py")):
-        config = folder / "config_sentence_transformers.json"
-        write_json(config, read_json(config) | {"requirements": REQUIREMENTS})
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over the weight files and module configs of a model folder.
-
-    Tokenizer, prompts and card do not count, nor do version stamps and the path a model was loaded from, so a copy
-    saved again has the same value.
-    """
-    digest = hashlib.sha256()
-    for file in _weights(folder):
-        digest.update(f"{file.relative_to(folder)}:{file_sha256(file)}\n".encode())
-    for name in ("config.json", "sentence_bert_config.json"):
-        for file in sorted(folder.rglob(name)):
-            content = json.dumps(without(read_json(file), VOLATILE), sort_keys=True)
-            digest.update(f"{file.relative_to(folder)}:{content}\n".encode())
-    return digest.hexdigest()
-
-
-def _weights(folder: Path) -> list[Path]:
-    """Every weight file of a model folder, those of its modules and of their parts included, but no exports."""
-    files = sorted(folder.rglob("*.safetensors"))
-    return [file for file in files if not {"onnx", "openvino"} & set(file.relative_to(folder).parts)]
-
-
-def without(content: Any, keys: tuple[str, ...]) -> Any:
-    """A copy of parsed JSON without some keys, at every depth."""
-    if isinstance(content, dict):
-        return {k: without(v, keys) for k, v in content.items() if k not in keys}
-    return [without(v, keys) for v in content] if isinstance(content, list) else content
-
-
-def refuse_foreign_code(folder: Path) -> None:
-    """Raise InputError if a folder takes code from elsewhere: it would change without anybody's looking at it."""
-    if foreign := _foreign_code(folder):
-        raise InputError(
-            f"{foreign[0]}: takes its code from another repository ({foreign[1]}), at whatever that holds today. "
-            "Refused; copy the code into the folder, or open the model without --trust_remote_code."
-        )
-
-
-def _foreign_code(folder: Path) -> tuple[Path, str] | None:
-    """The first reference ``OTHER/REPOSITORY--file.Class`` to code that the folder does not carry, and its file.
-
-    Such a reference may stand in the config of anything (model, tokenizer, processor, part, module) and at any depth.
-    """
-    for file in sorted(folder.rglob("*config*.json")):
-        if found := next(filter(_is_elsewhere, _references(read_json(file))), None):
-            return file, found
-    for module in read_json(folder / "modules.json") or []:
-        if _is_elsewhere(module["type"]):
-            return folder / "modules.json", module["type"]
-    return None
-
-
-def _is_elsewhere(reference: str) -> bool:
-    return "--" in reference
-
-
-def _references(content: Any) -> Iterator[str]:
-    """Every reference to code in the ``auto_map`` of a config or of one inside it."""
-    if isinstance(content, dict):
-        for key, value in content.items():
-            yield from _texts_in(value) if key == "auto_map" else _references(value)
-    elif isinstance(content, list):
-        for value in content:
-            yield from _references(value)
-
-
-def _texts_in(content: Any) -> Iterator[str]:
-    if isinstance(content, str):
-        yield content
-    elif isinstance(content, dict | list):
-        for value in content.values() if isinstance(content, dict) else content:
-            yield from _texts_in(value)
 
 
 def local(model: str) -> bool:
@@ -369,3 +258,8 @@ def _refuse_missing_weights(folder: Path, encoder: Encoder) -> None:
                 f"{folder / part['path']}: the weights file lacks {', '.join(missing[:3])} ({len(missing)} in all), "
                 "which would be random numbers. Fetch or save the model again."
             )
+
+
+def prompts_of(model: Any) -> dict[str, str]:
+    """Task -> what ``encode_query`` and ``encode_document`` put before a text."""
+    return {task: model.prompts.get(task) or "" for task in ("query", "document")}
