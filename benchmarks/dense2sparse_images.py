@@ -30,9 +30,9 @@ from scipy.sparse import csr_matrix
 from tqdm import tqdm
 from transformers import AutoModel, HfArgumentParser
 
-from polyrep.cache import Embeddings
 from polyrep.data.dataset import RetrievalDataset
 from polyrep.data.load import load_retrieval_dataset
+from polyrep.encoding.embeddings import Embeddings
 from polyrep.errors import InputError
 from polyrep.evaluation import bootstrap_interval, compare
 from polyrep.files import read_json

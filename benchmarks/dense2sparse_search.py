@@ -32,9 +32,9 @@ from scipy.sparse import csr_matrix
 from sentence_transformers.sparse_encoder.search_engines import semantic_search_seismic
 from transformers import AutoModel
 
-from polyrep.cache import Embeddings, in_memory, joined
-from polyrep.cache import rows as rows_at
 from polyrep.data.load import load_retrieval_dataset
+from polyrep.encoding.embeddings import Embeddings, in_memory, joined
+from polyrep.encoding.embeddings import rows as rows_at
 from polyrep.errors import InputError
 from polyrep.heads import encode_dataset
 from polyrep.hub.fingerprint import fingerprint

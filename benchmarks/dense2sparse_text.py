@@ -29,9 +29,9 @@ from sentence_transformers.base.modules import Dense
 from tqdm import tqdm
 from transformers import AutoModel, HfArgumentParser, set_seed
 
-from polyrep.cache import Embeddings
 from polyrep.data.dataset import RetrievalDataset
 from polyrep.data.load import load_retrieval_dataset
+from polyrep.encoding.embeddings import Embeddings
 from polyrep.evaluation import per_query_metrics, table_rows
 from polyrep.files import read_json
 from polyrep.heads import HeadData, Side, encode_side

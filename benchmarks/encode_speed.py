@@ -29,8 +29,8 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer
 from transformers import HfArgumentParser
 
-from polyrep import encoding
 from polyrep.data.load import load_corpus
+from polyrep.encoding.encode import encode as encoding
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fetch, load, packaged_minilm
 from polyrep.report import provenance, write_results

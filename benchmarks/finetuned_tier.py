@@ -23,8 +23,8 @@ import torch
 from frozen_tier import DEPTH, ROOT, gain_claim, significant
 from transformers import HfArgumentParser
 
-from polyrep.cache import embed
 from polyrep.data.load import load_retrieval_dataset
+from polyrep.encoding.cache import embed
 from polyrep.evaluation import METRICS, metric_rows, per_query_metrics
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, fetch, load

@@ -22,8 +22,8 @@ from reinpool import best_of
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
-from polyrep.cache import embed
 from polyrep.data.load import load_retrieval_dataset
+from polyrep.encoding.cache import embed
 from polyrep.gaussian import GaussianHead, GaussianHeadConfig, GaussianHeadObjective, GaussianOutput
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, fetch, load

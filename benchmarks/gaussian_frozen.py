@@ -28,8 +28,9 @@ from scipy.stats import kendalltau
 from sentence_transformers import SentenceTransformer
 from transformers import HfArgumentParser
 
-from polyrep.cache import Embeddings, embed
 from polyrep.data.noise import narrowed
+from polyrep.encoding.cache import embed
+from polyrep.encoding.embeddings import Embeddings
 from polyrep.gaussian import GaussianHead, GaussianOutput
 from polyrep.heads import HeadData, Side
 from polyrep.hub.fingerprint import fingerprint

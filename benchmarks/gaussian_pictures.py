@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 
-from polyrep.cache import embed
 from polyrep.data.load import load_retrieval_dataset
+from polyrep.encoding.cache import embed
 from polyrep.files import staged_folder, write_json
 from polyrep.gaussian import GaussianHead, GaussianOutput
 from polyrep.gaussian.show import draw_ellipses

@@ -25,10 +25,11 @@ from sentence_transformers.util import maxsim
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from polyrep.cache import Embeddings, embed, in_memory, joined
-from polyrep.cache import rows as rows_at
 from polyrep.data.dataset import RetrievalDataset
 from polyrep.data.load import load_retrieval_dataset
+from polyrep.encoding.cache import embed
+from polyrep.encoding.embeddings import Embeddings, in_memory, joined
+from polyrep.encoding.embeddings import rows as rows_at
 from polyrep.evaluation import bootstrap_interval, macro_interval, per_query_metrics, table_rows
 from polyrep.files import read_json
 from polyrep.hub.fingerprint import fingerprint

@@ -28,8 +28,9 @@ from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss,
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
-from polyrep.cache import Embeddings, embed
 from polyrep.data.load import load_retrieval_dataset
+from polyrep.encoding.cache import embed
+from polyrep.encoding.embeddings import Embeddings
 from polyrep.evaluation import per_query_metrics, table_rows
 from polyrep.files import shipped_folder, staged_folder, write_json
 from polyrep.hub.fingerprint import fingerprint

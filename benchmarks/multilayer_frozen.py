@@ -22,7 +22,7 @@ from frozen_tier import DEPTH, RAW, ROOT, chosen_on_dev, gain_claim, significant
 from sentence_transformers import SentenceTransformer
 from transformers import HfArgumentParser
 
-from polyrep.cache import Embeddings
+from polyrep.encoding.embeddings import Embeddings
 from polyrep.heads import HeadData, LayerSide, encode_layers
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, fetch, load

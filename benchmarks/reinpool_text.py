@@ -28,9 +28,10 @@ from sentence_transformers import MultiVectorEncoder
 from tqdm import tqdm
 from transformers import AutoModel, HfArgumentParser, set_seed
 
-from polyrep.cache import Embeddings, embed
 from polyrep.data.dataset import RetrievalDataset
 from polyrep.data.load import load_retrieval_dataset
+from polyrep.encoding.cache import embed
+from polyrep.encoding.embeddings import Embeddings, mean_of_tokens, sum_of_tokens
 from polyrep.evaluation import per_query_metrics, table_rows
 from polyrep.files import read_json, write_json
 from polyrep.heads import HeadData, HeadTrainer, TokenSide, encode_tokens
@@ -40,7 +41,7 @@ from polyrep.pooling import LADDER, Pool, by_head, hierarchical_clusters, hierar
 from polyrep.recipes import HeadTrainingArguments, resolve
 from polyrep.reinpool import ReinPoolConfig, ReinPoolModel, SoftGateObjective
 from polyrep.report import provenance, write_results
-from polyrep.retrievers import Ranking, keep_ranking, mean_of_tokens, rank_embeddings, sum_of_tokens
+from polyrep.retrievers import Ranking, keep_ranking, rank_embeddings
 from polyrep.scoring import tie_ranks
 from polyrep.training import train as train_run
 

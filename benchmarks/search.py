@@ -29,9 +29,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import AutoModel, HfArgumentParser
 
-from polyrep.cache import Embeddings, embed, in_memory, joined, rows
 from polyrep.data.load import load_retrieval_dataset
-from polyrep.encoded import Origin, Shard
+from polyrep.encoding.cache import embed
+from polyrep.encoding.embeddings import Embeddings, in_memory, joined, rows
+from polyrep.encoding.shards import Origin, Shard
 from polyrep.files import read_json
 from polyrep.heads import encode_dataset
 from polyrep.hub.fingerprint import fingerprint
@@ -98,7 +99,7 @@ class Representation:
 
     Attributes:
         name: In the table.
-        kind: As in :class:`polyrep.encoded.Origin`.
+        kind: As in :class:`polyrep.encoding.shards.Origin`.
         similarity: Likewise.
         queries: Vectors of the queries.
         documents: Of the real documents, in the order of the pool.

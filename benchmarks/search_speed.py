@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from sentence_transformers.util import maxsim
 
-from polyrep.cache import embed
 from polyrep.data.load import load_retrieval_dataset
+from polyrep.encoding.cache import embed
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import load
 from polyrep.report import provenance, write_results

@@ -23,9 +23,10 @@ from PIL import Image
 from storage import digest_of, digest_of_code, encoded, kept
 from torch import Tensor
 
-from polyrep.cache import Embeddings, encode_chunk, in_memory, rows
 from polyrep.data.dataset import RetrievalDataset
 from polyrep.data.noise import cut_short, misspelt
+from polyrep.encoding.embeddings import Embeddings, in_memory, rows, sum_of_tokens
+from polyrep.encoding.encoders import encode_chunk
 from polyrep.errors import InputError
 from polyrep.gaussian import GaussianOutput
 from polyrep.heads import LayerSide, encode_side, encode_sparse
@@ -35,7 +36,7 @@ from polyrep.pooling import by_head, pooled
 from polyrep.ready import ReadyIndex
 from polyrep.recommendation import COSTS
 from polyrep.reinpool.show import token_pieces
-from polyrep.retrievers import bytes_per_document, costs_of, sum_of_tokens
+from polyrep.retrievers import bytes_per_document, costs_of
 from polyrep.scoring import kl, rescore, tie_ranks
 
 RUNS = {

@@ -20,7 +20,9 @@ from packed import unpack
 from tqdm import tqdm
 
 import polyrep
-from polyrep.cache import FORMAT, Embeddings, Kind, encode_chunk, joined, open_cache
+from polyrep.encoding.cache import FORMAT, open_cache
+from polyrep.encoding.embeddings import Embeddings, Kind, joined
+from polyrep.encoding.encoders import encode_chunk
 from polyrep.errors import InputError
 from polyrep.files import file_sha256, staged_folder, write_json
 from polyrep.hub.folder import Encoder

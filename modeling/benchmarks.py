@@ -22,7 +22,8 @@ from typing import Any
 from sentence_transformers import MultiVectorEncoder, SparseEncoder
 from tqdm import tqdm
 
-from .cache import cache_key, kind_of
+from .encoding.cache import cache_key
+from .encoding.encoders import kind_of
 from .errors import InputError
 from .hub.cards import hub_source
 from .hub.folder import Encoder

@@ -20,7 +20,7 @@ from sentence_transformers.util import quantize_embeddings
 from torch import Tensor
 from transformers import AutoModel, set_seed
 
-from .cache import Embeddings, in_memory
+from .encoding.embeddings import Embeddings, in_memory, mean_of_tokens, sum_of_tokens
 from .files import digest, shipped_folder
 from .fitting import Subject, code_digest, costs_of_fit, fit_run, fitted
 from .heads import HeadData
@@ -28,7 +28,7 @@ from .hub.folder import fastest_dtype
 from .lemur import LemurModel, LemurPooling
 from .muvera import Muvera
 from .pooling import LADDER, by_head, hierarchical_clusters, hierarchically, pooled
-from .retrievers import bytes_per_document, mean_of_tokens, sum_of_tokens
+from .retrievers import bytes_per_document
 from .sparsify import (
     CSR_BATCH,
     CSR_RATE,

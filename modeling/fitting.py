@@ -21,17 +21,18 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from .cache import Embeddings, embed, kind_of, store
 from .data.dataset import RetrievalDataset
 from .data.load import load_corpus, load_retrieval_dataset
 from .data.made_queries import inverse_cloze
+from .encoding.cache import embed, store
+from .encoding.embeddings import Embeddings, mean_of_tokens, sum_of_tokens
+from .encoding.encoders import kind_of
 from .errors import InputError
 from .files import digest, read_json, staged_folder, write_text
 from .heads import Side, encode_side
 from .hub.folder import Encoder, load, save
 from .recipes import resolve
 from .reinpool import ReinPoolModel, ReinPoolPooling
-from .retrievers import mean_of_tokens, sum_of_tokens
 from .scoring import tie_ranks
 
 REHEARSED = 12
@@ -95,7 +96,7 @@ class Subject:
 
     @property
     def kind(self) -> str:
-        """``tokens`` or ``sentence``, see :data:`polyrep.cache.Kind`."""
+        """``tokens`` or ``sentence``, see :data:`polyrep.encoding.embeddings.Kind`."""
         return kind_of(self.model)
 
     @property

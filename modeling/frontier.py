@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from .cache import Embeddings, kind_of
 from .candidates import FULL, LEARNED, METHODS, Candidate, Encoded
+from .encoding.embeddings import Embeddings
+from .encoding.encoders import kind_of
 from .errors import InputError
 from .evaluation import METRICS, display_name, metric_rows, per_query_metrics, refuse_doubles
 from .files import digest

@@ -24,11 +24,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 
-from .cache import Embeddings, embed, in_memory
 from .data.dataset import RetrievalDataset
 from .data.noise import narrowed
+from .encoding.cache import embed
+from .encoding.embeddings import Embeddings, in_memory, mean_of_tokens, sum_of_tokens
 from .errors import InputError
-from .retrievers import mean_of_tokens, sum_of_tokens
 from .scoring import exact_search, tie_ranks
 from .teachers import Teacher, score_pairs
 
@@ -98,7 +98,7 @@ def encode_side(
         first: See :class:`Side`.
         tokenizer: Takes the place of the backbone's own where a head uses another vocabulary.
         vectors: ``(texts, width)``; with these nothing is encoded.
-        options: Those of :func:`polyrep.cache.embed`.
+        options: Those of :func:`polyrep.encoding.cache.embed`.
 
     Raises:
         InputError: The backbone's similarity is neither dot nor cosine.
@@ -179,7 +179,7 @@ def encode_tokens(
         task: ``query`` or ``document``.
         name: Readable part of the cache's name.
         first: See :class:`TokenSide`.
-        options: Those of :func:`polyrep.cache.embed`.
+        options: Those of :func:`polyrep.encoding.cache.embed`.
 
     Raises:
         InputError: A text has no vector, or one that is not finite or is zero; names its id.
@@ -252,7 +252,7 @@ def encode_layers(
         name: Readable part of the cache's name.
         first: See :class:`LayerSide`.
         token: ``mean`` of a text's tokens, or ``cls`` for the first.
-        options: Those of :func:`polyrep.cache.embed`.
+        options: Those of :func:`polyrep.encoding.cache.embed`.
     """
     kind: Any = {"mean": "layers", "cls": "cls_layers"}[token]
     return LayerSide(embed(model, texts, task=task, name=name, kind=kind, **options), first)
@@ -741,7 +741,7 @@ class HeadTrainer(Trainer):
 
 
 def encode_sparse(encode: Callable[[Features], Tensor], side: Side, *, show_progress: bool = True) -> Embeddings:
-    """Sparse vectors of cached texts, as :func:`polyrep.cache.embed` would give for the whole retriever.
+    """Sparse vectors of cached texts, as :func:`polyrep.encoding.cache.embed` would give for the whole retriever.
 
     Args:
         encode: Turns features into word weights ``(texts, words)``.

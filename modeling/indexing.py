@@ -9,8 +9,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .cache import embed, kind_of
-from .encoded import EncodedCorpus, Shard
+from .encoding.cache import embed
+from .encoding.encoders import kind_of
+from .encoding.shards import EncodedCorpus, Shard
 from .errors import InputError
 from .flags import parse
 from .hub.fingerprint import fingerprint

@@ -12,8 +12,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import mine_hard_negatives
 from transformers import TrainerCallback
 
-from .cache import embed
 from .data.dataset import RetrievalDataset
+from .encoding.cache import embed
 from .errors import InputError
 from .hub.fingerprint import fingerprint
 from .hub.folder import fastest_dtype, fetch, load

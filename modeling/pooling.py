@@ -18,7 +18,7 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 from tqdm import tqdm
 
-from .cache import Embeddings
+from .encoding.embeddings import Embeddings
 from .files import staged_file
 from .heads import TokenSide
 from .reinpool import ReinPoolModel

@@ -16,8 +16,8 @@ import torch
 from sentence_transformers.util import SimilarityFunction
 from torch import Tensor
 
-from .cache import Embeddings
-from .retrievers import TIMED_QUERIES, Ranking, costs_of, latency, row_of
+from .encoding.embeddings import Embeddings, row_of
+from .retrievers import TIMED_QUERIES, Ranking, costs_of, latency
 from .scoring import (
     csr_rows,
     exact_search,

@@ -20,20 +20,22 @@ from safetensors.numpy import save_file
 from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling
 from tqdm import tqdm
 
-from .cache import Embeddings, embed, kind_of
 from .data.dataset import RetrievalDataset
+from .encoding.cache import embed
+from .encoding.embeddings import Embeddings, mean_of_tokens, row_of, sum_of_tokens
+from .encoding.encoders import kind_of
 from .errors import InputError
 from .files import staged_file
 from .hub.folder import Encoder
 from .scoring import exact_search, tie_ranks
+
+logger = logging.getLogger(__name__)
 
 DEPTH = 1000
 """Runs are cut here, as MTEB cuts them."""
 
 TIMED_QUERIES = 32
 TIMED_DOCUMENTS = 128
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,8 @@ def rank_with_model(
         model: Any sentence-transformers model.
         dataset: Corpus and queries.
         pooling: For multi-vector models: ``"mean"`` or a number of vectors for hierarchical pooling.
-        cache_dir: See :func:`polyrep.cache.embed`.
-        dtype: See :func:`polyrep.cache.embed`.
+        cache_dir: See :func:`polyrep.encoding.cache.embed`.
+        dtype: See :func:`polyrep.encoding.cache.embed`.
         batch_size: Texts per forward pass.
 
     Raises:
@@ -258,38 +260,6 @@ def costs_of(queries: Embeddings, documents: Embeddings) -> dict[str, float]:
             "flops": flops(*shares),
         }
     return {"bytes_per_document": bytes_per_document("dense", dtype, dims=documents.dim)}
-
-
-def row_of(embeddings: Embeddings, row: int) -> Embeddings:
-    """One text of a cache as a cache of its own."""
-    if embeddings.offsets is None:
-        return replace(embeddings, values=embeddings.values[row : row + 1])
-    part = slice(*embeddings.offsets[row : row + 2])
-    indices = None if embeddings.indices is None else embeddings.indices[part]
-    return replace(
-        embeddings, values=embeddings.values[part], indices=indices, offsets=np.array([0, part.stop - part.start])
-    )
-
-
-def _sums(embeddings: Embeddings) -> np.ndarray:
-    """Sum of each text's vectors: ``(texts, dim)`` in float32. An empty text sums to zero."""
-    assert embeddings.offsets is not None
-    sums = np.zeros((len(embeddings), embeddings.dim), np.float32)
-    filled = embeddings.lengths > 0
-    sums[filled] = np.add.reduceat(embeddings.values, embeddings.offsets[:-1][filled], axis=0, dtype=np.float32)
-    return sums
-
-
-def sum_of_tokens(queries: Embeddings) -> Embeddings:
-    """Queries as one vector: MaxSim against a single document vector is the dot product with this sum."""
-    return replace(queries, kind="sentence", values=_sums(queries), offsets=None)
-
-
-def mean_of_tokens(documents: Embeddings) -> Embeddings:
-    """Documents as the normalised mean of their vectors."""
-    sums = _sums(documents)
-    unit = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
-    return replace(documents, kind="sentence", values=unit.astype(documents.values.dtype), offsets=None)
 
 
 def _hierarchical(documents: Embeddings, vectors: int) -> Embeddings:

@@ -17,7 +17,7 @@ from sentence_transformers.util import maxsim as _stock_maxsim
 from torch import Tensor
 from tqdm import tqdm
 
-from .cache import Embeddings
+from .encoding.embeddings import Embeddings
 from .errors import InputError
 
 CHUNK_ELEMENTS = 2**26

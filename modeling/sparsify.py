@@ -13,7 +13,7 @@ from sentence_transformers.sparse_encoder.losses import CSRLoss
 from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 from torch import nn
 
-from .cache import Embeddings
+from .encoding.embeddings import Embeddings
 from .files import staged_folder, write_json
 from .heads import HeadData, HeadTrainer, Side, encode_sparse
 from .recipes import HeadTrainingArguments

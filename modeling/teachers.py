@@ -14,7 +14,8 @@ import torch
 from sentence_transformers import CrossEncoder
 from tqdm import tqdm
 
-from .cache import Embeddings, embed
+from .encoding.cache import embed
+from .encoding.embeddings import Embeddings
 from .errors import InputError
 from .files import read_json
 from .hub.folder import Encoder, fastest_dtype, fetch, load
@@ -55,7 +56,7 @@ def score_pairs(
         documents: Id -> text or page image.
         pairs: ``(pairs, 2)`` place of a query and of a document.
         names: Readable part of the caches' names, of queries and of documents.
-        cache_dir: See :func:`polyrep.cache.embed`.
+        cache_dir: See :func:`polyrep.encoding.cache.embed`.
         batch_size: Texts, or pairs, of a forward pass.
 
     Returns:

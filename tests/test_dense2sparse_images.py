@@ -726,11 +726,17 @@ def test_a_converted_mobilenet_is_the_plain_network(tmp_path):
 def test_a_vision_encoder_is_cached_as_texts_are(tmp_path):
     vision = polyrep.hub.vision.VisionEncoder.open(tiny_vision(tmp_path / "vision"), torch.float32)
     images = {"a": photo(), "b": photo(seed=1)}
-    found = polyrep.cache.embed(vision, images, task="document", cache_dir=tmp_path / "cache", dtype="float32")
+    found = polyrep.encoding.cache.embed(
+        vision, images, task="document", cache_dir=tmp_path / "cache", dtype="float32"
+    )
     assert found.values.shape == (2, vision.get_embedding_dimension())
-    again = polyrep.cache.embed(vision, images, task="document", cache_dir=tmp_path / "cache", dtype="float32")
+    again = polyrep.encoding.cache.embed(
+        vision, images, task="document", cache_dir=tmp_path / "cache", dtype="float32"
+    )
     assert again.path == found.path
-    other = polyrep.cache.embed(vision, images | {"b": photo(seed=2)}, task="document", cache_dir=tmp_path / "cache")
+    other = polyrep.encoding.cache.embed(
+        vision, images | {"b": photo(seed=2)}, task="document", cache_dir=tmp_path / "cache"
+    )
     assert other.path != found.path
     with pytest.raises(NotImplementedError, match="part of a dual encoder"):
         vision[0].save("anywhere")

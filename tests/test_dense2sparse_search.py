@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 from polyrep import InputError
-from polyrep.cache import Embeddings
+from polyrep.encoding.embeddings import Embeddings
 from polyrep.report import check_results, to_markdown
 from polyrep.scoring import csr_rows, exact_search
 

@@ -20,11 +20,12 @@ from PIL import Image
 from room_examples import dual_encoder_example
 from scipy.sparse import csr_matrix
 
-from polyrep import InputError, encoding
+from polyrep import InputError
 from polyrep.cli import main
 from polyrep.data import stream as sources
-from polyrep.encoded import EncodedCorpus
-from polyrep.encoding import encode
+from polyrep.encoding.encode import encode
+from polyrep.encoding.encode import encode as encoding
+from polyrep.encoding.shards import EncodedCorpus
 from polyrep.hub.folder import save
 
 TEXTS = {
@@ -311,7 +312,7 @@ KILLS = """
 import os, random, signal, sys, time
 import torch
 torch.set_num_threads(1)
-from polyrep import encoding
+from polyrep.encoding.encode import encode as encoding
 from polyrep.cli import main
 
 began, begin = os.pipe()

@@ -26,9 +26,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTo
 
 import polyrep
 from polyrep import InputError
-from polyrep.cache import embed
 from polyrep.data.load import load_retrieval_dataset
 from polyrep.data.noise import narrowed
+from polyrep.encoding.cache import embed
 from polyrep.gaussian import (
     GaussianConfig,
     GaussianHead,

@@ -17,9 +17,9 @@ from sentence_transformers.sparse_encoder.losses import CSRLoss
 from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 
 from polyrep import InputError
-from polyrep.cache import Embeddings
 from polyrep.data.load import load_retrieval_dataset
 from polyrep.dense2sparse import Dense2SparseConfig, Dense2SparseModel
+from polyrep.encoding.embeddings import Embeddings
 from polyrep.heads import HeadData, HeadTrainer, Side, encode_sparse, encode_tokens
 from polyrep.recipes import HeadTrainingArguments
 

@@ -12,7 +12,7 @@ from test_encode import write_lines
 
 from polyrep import InputError
 from polyrep.cli import main
-from polyrep.encoded import EncodedCorpus
+from polyrep.encoding.shards import EncodedCorpus
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.search import Added, open_index
 

@@ -502,7 +502,7 @@ def test_texts_as_queries_are_documents_by_their_ids(tmp_path):
 
 
 def test_learned_tokens_come_in_runs_of_both_sides():
-    from polyrep.cache import Embeddings
+    from polyrep.encoding.embeddings import Embeddings
     from polyrep.heads import TokenSide
 
     def side(lengths: list[int], start: int) -> TokenSide:

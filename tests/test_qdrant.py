@@ -17,8 +17,8 @@ import yaml
 from conftest import ROOT, run_python
 from scipy.sparse import csr_matrix
 
-from polyrep.cache import Embeddings, in_memory
-from polyrep.encoded import Origin, Shard
+from polyrep.encoding.embeddings import Embeddings, in_memory
+from polyrep.encoding.shards import Origin, Shard
 from polyrep.errors import InputError
 from polyrep.search import Added, open_index
 

@@ -14,9 +14,9 @@ from sentence_transformers.sparse_encoder.evaluation import SparseInformationRet
 from test_scoring import brute_force, dense, sparse, texts_of
 
 from polyrep import InputError, retrievers
-from polyrep.cache import Embeddings
 from polyrep.data.dataset import RetrievalDataset
 from polyrep.data.load import load_retrieval_dataset
+from polyrep.encoding.embeddings import Embeddings
 from polyrep.retrievers import bytes_per_document, costs_of, flops, rank_with_bm25, rank_with_model
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from polyrep import InputError, scoring
-from polyrep.cache import Embeddings
+from polyrep.encoding.embeddings import Embeddings
 
 
 def dense(values: np.ndarray) -> Embeddings:

@@ -23,8 +23,8 @@ from conftest import DOCUMENTS, ROOT
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 
 import polyrep
-from polyrep.cache import in_memory
-from polyrep.encoded import Origin, manifest_of, write_shard
+from polyrep.encoding.embeddings import in_memory
+from polyrep.encoding.shards import Origin, manifest_of, write_shard
 from polyrep.files import write_json
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.serving import Busy, Service

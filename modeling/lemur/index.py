@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from ..cache import in_memory
+from ..encoding.embeddings import in_memory
 from ..errors import InputError
 from ..files import read_json, staged_folder, write_json
 from ..hub.folder import save

@@ -13,7 +13,7 @@ from urllib.parse import SplitResult
 
 import numpy as np
 
-from ..encoded import Shard
+from ..encoding.shards import Shard
 from ..errors import InputError
 from .local import Documents, FolderIndex, package
 from .protocol import Hit, Queries, refuse_unknown, whole_number

@@ -7,8 +7,8 @@ from urllib.parse import SplitResult
 
 import numpy as np
 
-from ..cache import rows
-from ..encoded import KINDS, Origin, Shard
+from ..encoding.embeddings import rows
+from ..encoding.shards import KINDS, Origin, Shard
 from ..errors import InputError
 from ..scoring import exact_search, rescore, tie_ranks
 from .local import Vectors

@@ -25,8 +25,8 @@ from urllib.parse import SplitResult, unquote
 import numpy as np
 from filelock import FileLock
 
-from ..cache import Embeddings, Kind, joined, rows
-from ..encoded import Origin, Shard, packed_ids, unpacked_ids
+from ..encoding.embeddings import Embeddings, Kind, joined, rows
+from ..encoding.shards import Origin, Shard, packed_ids, unpacked_ids
 from ..errors import InputError
 from ..files import write_json
 from .protocol import Added, Hit, Queries, admit, several, stages

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix, issparse
 
-from ..cache import Embeddings, in_memory
-from ..encoded import Origin, Shard
+from ..encoding.embeddings import Embeddings, in_memory
+from ..encoding.shards import Origin, Shard
 from ..errors import InputError
 
 Queries = Any
 """What ``encode_query`` returns: ``(queries, dim)`` as array or tensor; a list of ``(vectors, dim)`` where a query has
-several; ``(queries, vocabulary)`` sparse, of torch or scipy; or :class:`polyrep.cache.Embeddings`."""
+several; ``(queries, vocabulary)`` sparse, of torch or scipy; or :class:`polyrep.encoding.embeddings.Embeddings`."""
 
 
 class Hit(NamedTuple):
@@ -46,7 +46,7 @@ class Added:
 class Index(Protocol):
     """Documents by their ids, and the search in them.
 
-    Documents may have vectors of several kinds, each under the name of its :class:`polyrep.encoded.Origin`: add one
+    Documents may have vectors of several kinds, each under the name of its :class:`polyrep.encoding.shards.Origin`: add one
     corpus, then the other. Those back ends that hold one kind alone refuse the second.
     """
 

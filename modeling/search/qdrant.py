@@ -24,8 +24,8 @@ from urllib.parse import SplitResult
 
 import numpy as np
 
-from ..cache import Embeddings
-from ..encoded import Origin, Shard
+from ..encoding.embeddings import Embeddings
+from ..encoding.shards import Origin, Shard
 from ..errors import InputError
 from ..scoring import csr_rows
 from .local import folder_of

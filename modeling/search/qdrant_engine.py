@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-from ..encoded import Origin
+from ..encoding.shards import Origin
 from ..errors import InputError
 from ..files import read_json, staged_folder, write_json
 from .local import package

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..encoded import Origin
+from ..encoding.shards import Origin
 from ..errors import InputError
 from .local import package
 from .qdrant_engine import QUANTIZED, SIMILARITIES, datatype

@@ -14,8 +14,8 @@ from urllib.parse import SplitResult
 
 import numpy as np
 
-from ..cache import Embeddings, rows
-from ..encoded import Shard
+from ..encoding.embeddings import Embeddings, rows
+from ..encoding.shards import Shard
 from ..errors import InputError
 from ..scoring import csr_rows
 from .local import FolderIndex, Vectors, package

@@ -26,95 +26,28 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
-from sentence_transformers import MultiVectorEncoder, SparseEncoder
 from sentence_transformers.base.modules.module import Module
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .errors import InputError
-from .files import staged_folder, write_json
-from .hub.fingerprint import NOT_FINGERPRINTED, without
-from .hub.folder import Encoder
+from ..errors import InputError
+from ..files import staged_folder, write_json
+from ..hub.fingerprint import NOT_FINGERPRINTED, without
+from ..hub.folder import Encoder
+from .embeddings import Embeddings, Kind
+from .encoders import encode_chunk, kind_of, refuse_not_finite_vectors
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["sentence", "tokens", "sparse", "layers", "cls_layers"]
-"""What is kept of a text; see the module's table."""
 FORMAT = "polyrep-embeddings-1"
 CHUNK = 1024
 """Texts per chunk: enough that sorting by length inside it saves the padding, little enough to be no memory."""
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """Encoded texts, memory-mapped.
-
-    Attributes:
-        kind: What a text became; see the module's table.
-        values: The numbers, in the shape of the table.
-        offsets: ``(texts + 1,)`` bounds of each text's rows for ``tokens`` and ``sparse``; else None.
-        indices: ``(active terms,)`` vocabulary index of each value for ``sparse``; else None.
-        dim: Width of a vector (vocabulary size for ``sparse``).
-        seconds: Wall time that encoding took.
-        path: The cache folder.
-    """
-
-    kind: Kind
-    values: np.ndarray
-    offsets: np.ndarray | None
-    indices: np.ndarray | None
-    dim: int
-    seconds: float
-    path: Path
-
-    def __len__(self) -> int:
-        return len(self.values) if self.offsets is None else len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Vectors (``tokens``) or active terms (``sparse``) of each text; 1 or the number of layers otherwise."""
-        if self.offsets is None:
-            return np.full(len(self.values), 1 if self.values.ndim == 2 else self.values.shape[1])
-        return np.diff(self.offsets)
-
-
-def in_memory(values: np.ndarray, offsets: np.ndarray | None = None) -> Embeddings:
-    """Vectors that are there already as embeddings without a cache: one a text, or with ``offsets`` several."""
-    kind: Kind = "sentence" if offsets is None else "tokens"
-    return Embeddings(kind, values, offsets, None, values.shape[1], 0.0, Path())
-
-
-def rows(embeddings: Embeddings, positions: np.ndarray) -> Embeddings:
-    """Some texts of ``embeddings``, in the order of ``positions`` and in memory."""
-    if embeddings.offsets is None:
-        return replace(embeddings, values=embeddings.values[positions])
-    lengths = embeddings.lengths[positions]
-    bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    places = np.repeat(embeddings.offsets[positions] - bounds[:-1], lengths) + np.arange(bounds[-1])
-    indices = None if embeddings.indices is None else embeddings.indices[places]
-    return replace(embeddings, values=embeddings.values[places], indices=indices, offsets=bounds)
-
-
-def joined(blocks: Sequence[Embeddings]) -> Embeddings:
-    """Texts of all blocks, one after another; of a single block the block itself."""
-    if len(blocks) == 1:
-        return blocks[0]
-    offsets = indices = None
-    if blocks[0].offsets is not None:
-        lengths = np.concatenate([block.lengths for block in blocks])
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    if blocks[0].indices is not None:
-        indices = np.concatenate([block.indices for block in blocks if block.indices is not None])
-    values = np.concatenate([block.values for block in blocks])
-    return replace(blocks[0], values=values, offsets=offsets, indices=indices, path=Path())
 
 
 def embed(
@@ -206,7 +139,7 @@ def store(
     if not path.exists():
         with np.errstate(over="ignore"):  # refused below, by the id of its text
             values = np.ascontiguousarray(vectors, dtype)
-        refuse_not_finite(values, None, list(texts), dtype)
+        refuse_not_finite_vectors(values, None, list(texts), dtype)
         with staged_folder(path) as staged:
             (staged / "values.bin").write_bytes(values.data)
             arrays = {"values": (dtype, list(values.shape))}
@@ -245,13 +178,6 @@ def open_cache(path: str | Path, key: dict[str, Any] | None = None) -> Embedding
         # An empty file cannot be mapped (a sparse cache of texts without any active term).
         arrays[name] = np.memmap(file, dtype, "r", shape=tuple(shape)) if expected else np.empty(shape, dtype)
     return Embeddings(manifest["key"]["kind"], dim=manifest["dim"], seconds=manifest["seconds"], path=path, **arrays)
-
-
-def kind_of(model: Encoder) -> Kind:
-    """What a model of this family gives for a text."""
-    if isinstance(model, MultiVectorEncoder):
-        return "tokens"
-    return "sparse" if isinstance(model, SparseEncoder) else "sentence"
 
 
 def cache_key(model: Encoder, texts: Mapping[str, Any], *, task: str, kind: str, dtype: str) -> dict[str, Any]:
@@ -333,7 +259,7 @@ def _write(
                     values, lengths, indices, dim = encode_chunk(model, chunk, key["task"], key["kind"], batch_size)
                     with np.errstate(over="ignore"):  # an overflow is refused below, by the id of its text
                         values = values.astype(key["dtype"])
-                    refuse_not_finite(values, lengths, ids[start : start + CHUNK], key["dtype"])
+                    refuse_not_finite_vectors(values, lengths, ids[start : start + CHUNK], key["dtype"])
                     # Not tofile, which drops the last bytes without an error when the disk is full.
                     files["values"].write(np.ascontiguousarray(values).data)
                     if indices is not None:
@@ -363,94 +289,6 @@ def _return_freed_memory() -> None:
     """Give freed blocks back to the system: glibc keeps those of thousands of small arrays, and memory would creep."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-_Encoded = tuple[np.ndarray, np.ndarray | None, np.ndarray | None, int]
-
-
-def encode_chunk(model: Encoder, texts: list[Any], task: str, kind: Kind, batch_size: int) -> _Encoded:
-    """Encode texts or images without a cache.
-
-    Args:
-        model: Any sentence-transformers model.
-        texts: As many as fit into memory, encoded.
-        task: ``query`` or ``document``.
-        kind: What to keep.
-        batch_size: Texts per forward pass.
-
-    Returns:
-        Values, rows of each text (None: one), term indices (of sparse vectors alone) and the width of a vector.
-    """
-    return _ENCODERS[kind](model, texts, task, batch_size)
-
-
-def _encode_call(model: Any, task: str) -> Any:
-    return model.encode_query if task == "query" else model.encode_document
-
-
-def _encode_sentence(model: Encoder, texts: list[str], task: str, batch_size: int) -> _Encoded:
-    values = _encode_call(model, task)(texts, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
-    return values, None, None, values.shape[1]
-
-
-def _encode_tokens(model: Encoder, texts: list[str], task: str, batch_size: int) -> _Encoded:
-    vectors = _encode_call(model, task)(texts, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
-    values = np.concatenate(vectors)
-    return values, np.array([len(v) for v in vectors]), None, values.shape[1]
-
-
-def _encode_sparse(model: Encoder, texts: list[str], task: str, batch_size: int) -> _Encoded:
-    matrix = _encode_call(model, task)(
-        texts, batch_size=batch_size, show_progress_bar=False, convert_to_sparse_tensor=True, save_to_cpu=True
-    ).coalesce()  # (texts, vocabulary), sorted by text and then by term
-    text_of, term = matrix.indices().numpy()
-    return matrix.values().float().numpy(), np.bincount(text_of, minlength=len(texts)), term, matrix.shape[1]
-
-
-@torch.inference_mode()
-def _encode_layers(model: Encoder, texts: list[str], task: str, batch_size: int, cls: bool = False) -> _Encoded:
-    transformer: Any = model[0].eval()
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-    pooled: list[torch.Tensor] = []
-    prompt = model.prompts.get(task) or None
-    for start in range(0, len(texts), batch_size):
-        batch = model.preprocess([texts[i] for i in order[start : start + batch_size]], prompt=prompt, task=task)
-        inputs = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
-        accepted = {k: inputs[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in inputs}
-        states = torch.stack(transformer.model(**accepted, output_hidden_states=True).hidden_states, dim=1)
-        mask = inputs["attention_mask"]
-        if cls:
-            layers = states[torch.arange(len(mask)), :, mask.int().argmax(1)]
-        else:
-            weights = mask[:, None, :, None].to(states.dtype)  # (batch, 1, tokens, 1)
-            layers = (states * weights).sum(2, dtype=torch.float32) / weights.sum(2, dtype=torch.float32).clamp(min=1)
-        pooled.append(layers.float().cpu())  # (batch, layers + 1, dim)
-    values = torch.cat(pooled)[torch.tensor(np.argsort(order))].numpy()
-    return values, None, None, values.shape[2]
-
-
-_ENCODERS: dict[str, Any] = {
-    "sentence": _encode_sentence,
-    "tokens": _encode_tokens,
-    "sparse": _encode_sparse,
-    "layers": _encode_layers,
-    "cls_layers": partial(_encode_layers, cls=True),
-}
-
-
-def refuse_not_finite(values: np.ndarray, lengths: np.ndarray | None, ids: Sequence[str], dtype: str) -> None:
-    """Refuse vectors in ``dtype`` of which a number is not finite, by the id of the text."""
-    rows = ~np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
-    if rows.any():
-        text = (
-            int(np.argmax(rows))
-            if lengths is None
-            else int(np.searchsorted(np.cumsum(lengths), np.argmax(rows), "right"))
-        )
-        raise InputError(
-            f"{ids[text]!r}: its vector is not finite in {dtype}, so every score with it would be meaningless. "
-            "If its numbers exceed 65,504, use float32; else the model is broken."
-        )
 
 
 def _explain_miss(path: Path, key: dict[str, Any]) -> None:

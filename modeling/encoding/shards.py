@@ -32,9 +32,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from .cache import Embeddings, Kind
-from .errors import InputError
-from .files import file_sha256, read_json, staged_file, write_json
+from ..errors import InputError
+from ..files import file_sha256, read_json, staged_file, write_json
+from .embeddings import Embeddings, Kind
 
 FORMAT = "polyrep-encoded-1"
 PRECISIONS = ("float16", "float32", "int8", "binary")

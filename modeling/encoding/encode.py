@@ -24,15 +24,17 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .cache import CHUNK, Embeddings, Kind, encode_chunk, joined, kind_of, refuse_not_finite, rows
-from .data.stream import Document, Fields, Source, Span, open_source, picture
-from .encoded import PRECISIONS, Origin, manifest_of, shard_path, write_shard
-from .errors import InputError
-from .files import read_json, remove_leftovers, staged_file, write_json
-from .flags import parse
-from .hub.fingerprint import fingerprint
-from .hub.folder import Encoder, fastest_dtype, fetch, load
-from .report import provenance
+from ..data.stream import Document, Fields, Source, Span, open_source, picture
+from ..errors import InputError
+from ..files import read_json, remove_leftovers, staged_file, write_json
+from ..flags import parse
+from ..hub.fingerprint import fingerprint
+from ..hub.folder import Encoder, fastest_dtype, fetch, load
+from ..report import provenance
+from .cache import CHUNK
+from .embeddings import Embeddings, Kind, joined, rows
+from .encoders import encode_chunk, kind_of, refuse_not_finite_vectors
+from .shards import PRECISIONS, Origin, manifest_of, shard_path, write_shard
 
 SHARD_SIZES = {False: 4096, True: 512}
 """Records of a shard, by whether they are images."""
@@ -40,7 +42,7 @@ SHARD_SIZES = {False: 4096, True: 512}
 NAMES = {"sentence": "dense", "tokens": "multi", "sparse": "sparse"}
 """What vectors of a kind are called in an index, unless they are given a name."""
 
-VOLATILE = ("model", "command", "created", "commit", "hardware", "versions")
+NOT_COMPARED = ("model", "command", "created", "commit", "hardware", "versions")
 """What of a manifest may differ when work goes on."""
 
 
@@ -233,7 +235,7 @@ class _Work:
                 raise InputError(f"the model says {origin.dim} dimensions and gives {dim}. Its config is wrong.")
             with np.errstate(over="ignore"):  # refused in the next line, by the id of its document
                 values = values.astype(dtype)
-            refuse_not_finite(values, lengths, [documents[i].id for i in numbers], dtype)
+            refuse_not_finite_vectors(values, lengths, [documents[i].id for i in numbers], dtype)
             offsets = None if lengths is None else np.cumsum([0, *lengths], dtype=np.int64)
             terms = None if indices is None else indices.astype(np.int32)
             parts.append(Embeddings(kind, values, offsets, terms, dim, 0.0, Path()))
@@ -282,7 +284,7 @@ def _begin(output: Path, manifest: dict[str, Any]) -> None:
     differing = [
         name
         for name in dict.fromkeys([*known, *manifest])
-        if name not in VOLATILE and known.get(name) != manifest.get(name)
+        if name not in NOT_COMPARED and known.get(name) != manifest.get(name)
     ]
     if differing:
         raise InputError(

@@ -1,0 +1,109 @@
+"""Embeddings of many texts in flat arrays, and the arithmetic on them that needs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+Kind = Literal["sentence", "tokens", "sparse", "layers", "cls_layers"]
+"""What is kept of a text; see the module's table."""
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Encoded texts, memory-mapped.
+
+    Attributes:
+        kind: What a text became; see the module's table.
+        values: The numbers, in the shape of the table.
+        offsets: ``(texts + 1,)`` bounds of each text's rows for ``tokens`` and ``sparse``; else None.
+        indices: ``(active terms,)`` vocabulary index of each value for ``sparse``; else None.
+        dim: Width of a vector (vocabulary size for ``sparse``).
+        seconds: Wall time that encoding took.
+        path: The cache folder.
+    """
+
+    kind: Kind
+    values: np.ndarray
+    offsets: np.ndarray | None
+    indices: np.ndarray | None
+    dim: int
+    seconds: float
+    path: Path
+
+    def __len__(self) -> int:
+        return len(self.values) if self.offsets is None else len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Vectors (``tokens``) or active terms (``sparse``) of each text; 1 or the number of layers otherwise."""
+        if self.offsets is None:
+            return np.full(len(self.values), 1 if self.values.ndim == 2 else self.values.shape[1])
+        return np.diff(self.offsets)
+
+
+def in_memory(values: np.ndarray, offsets: np.ndarray | None = None) -> Embeddings:
+    """Vectors that are there already as embeddings without a cache: one a text, or with ``offsets`` several."""
+    kind: Kind = "sentence" if offsets is None else "tokens"
+    return Embeddings(kind, values, offsets, None, values.shape[1], 0.0, Path())
+
+
+def rows(embeddings: Embeddings, positions: np.ndarray) -> Embeddings:
+    """Some texts of ``embeddings``, in the order of ``positions`` and in memory."""
+    if embeddings.offsets is None:
+        return replace(embeddings, values=embeddings.values[positions])
+    lengths = embeddings.lengths[positions]
+    bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    places = np.repeat(embeddings.offsets[positions] - bounds[:-1], lengths) + np.arange(bounds[-1])
+    indices = None if embeddings.indices is None else embeddings.indices[places]
+    return replace(embeddings, values=embeddings.values[places], indices=indices, offsets=bounds)
+
+
+def joined(blocks: Sequence[Embeddings]) -> Embeddings:
+    """Texts of all blocks, one after another; of a single block the block itself."""
+    if len(blocks) == 1:
+        return blocks[0]
+    offsets = indices = None
+    if blocks[0].offsets is not None:
+        lengths = np.concatenate([block.lengths for block in blocks])
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    if blocks[0].indices is not None:
+        indices = np.concatenate([block.indices for block in blocks if block.indices is not None])
+    values = np.concatenate([block.values for block in blocks])
+    return replace(blocks[0], values=values, offsets=offsets, indices=indices, path=Path())
+
+
+def row_of(embeddings: Embeddings, row: int) -> Embeddings:
+    """One text of a cache as a cache of its own."""
+    if embeddings.offsets is None:
+        return replace(embeddings, values=embeddings.values[row : row + 1])
+    part = slice(*embeddings.offsets[row : row + 2])
+    indices = None if embeddings.indices is None else embeddings.indices[part]
+    return replace(
+        embeddings, values=embeddings.values[part], indices=indices, offsets=np.array([0, part.stop - part.start])
+    )
+
+
+def _sums(embeddings: Embeddings) -> np.ndarray:
+    """Sum of each text's vectors: ``(texts, dim)`` in float32. An empty text sums to zero."""
+    assert embeddings.offsets is not None
+    sums = np.zeros((len(embeddings), embeddings.dim), np.float32)
+    filled = embeddings.lengths > 0
+    sums[filled] = np.add.reduceat(embeddings.values, embeddings.offsets[:-1][filled], axis=0, dtype=np.float32)
+    return sums
+
+
+def sum_of_tokens(queries: Embeddings) -> Embeddings:
+    """Queries as one vector: MaxSim against a single document vector is the dot product with this sum."""
+    return replace(queries, kind="sentence", values=_sums(queries), offsets=None)
+
+
+def mean_of_tokens(documents: Embeddings) -> Embeddings:
+    """Documents as the normalised mean of their vectors."""
+    sums = _sums(documents)
+    unit = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
+    return replace(documents, kind="sentence", values=unit.astype(documents.values.dtype), offsets=None)

@@ -1,0 +1,110 @@
+"""Encode one chunk of texts or images with a model of any family, into flat arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import MultiVectorEncoder, SparseEncoder
+
+from ..errors import InputError
+from ..hub.folder import Encoder
+from .embeddings import Kind
+
+
+def kind_of(model: Encoder) -> Kind:
+    """What a model of this family gives for a text."""
+    if isinstance(model, MultiVectorEncoder):
+        return "tokens"
+    return "sparse" if isinstance(model, SparseEncoder) else "sentence"
+
+
+_Encoded = tuple[np.ndarray, np.ndarray | None, np.ndarray | None, int]
+
+
+def encode_chunk(model: Encoder, texts: list[Any], task: str, kind: Kind, batch_size: int) -> _Encoded:
+    """Encode texts or images without a cache.
+
+    Args:
+        model: Any sentence-transformers model.
+        texts: As many as fit into memory, encoded.
+        task: ``query`` or ``document``.
+        kind: What to keep.
+        batch_size: Texts per forward pass.
+
+    Returns:
+        Values, rows of each text (None: one), term indices (of sparse vectors alone) and the width of a vector.
+    """
+    return _ENCODERS[kind](model, texts, task, batch_size)
+
+
+def _encode_call(model: Any, task: str) -> Any:
+    return model.encode_query if task == "query" else model.encode_document
+
+
+def _encode_sentence(model: Encoder, texts: list[str], task: str, batch_size: int) -> _Encoded:
+    values = _encode_call(model, task)(texts, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
+    return values, None, None, values.shape[1]
+
+
+def _encode_tokens(model: Encoder, texts: list[str], task: str, batch_size: int) -> _Encoded:
+    vectors = _encode_call(model, task)(texts, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
+    values = np.concatenate(vectors)
+    return values, np.array([len(v) for v in vectors]), None, values.shape[1]
+
+
+def _encode_sparse(model: Encoder, texts: list[str], task: str, batch_size: int) -> _Encoded:
+    matrix = _encode_call(model, task)(
+        texts, batch_size=batch_size, show_progress_bar=False, convert_to_sparse_tensor=True, save_to_cpu=True
+    ).coalesce()  # (texts, vocabulary), sorted by text and then by term
+    text_of, term = matrix.indices().numpy()
+    return matrix.values().float().numpy(), np.bincount(text_of, minlength=len(texts)), term, matrix.shape[1]
+
+
+@torch.inference_mode()
+def _encode_layers(model: Encoder, texts: list[str], task: str, batch_size: int, cls: bool = False) -> _Encoded:
+    transformer: Any = model[0].eval()
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    pooled: list[torch.Tensor] = []
+    prompt = model.prompts.get(task) or None
+    for start in range(0, len(texts), batch_size):
+        batch = model.preprocess([texts[i] for i in order[start : start + batch_size]], prompt=prompt, task=task)
+        inputs = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+        accepted = {k: inputs[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in inputs}
+        states = torch.stack(transformer.model(**accepted, output_hidden_states=True).hidden_states, dim=1)
+        mask = inputs["attention_mask"]
+        if cls:
+            layers = states[torch.arange(len(mask)), :, mask.int().argmax(1)]
+        else:
+            weights = mask[:, None, :, None].to(states.dtype)  # (batch, 1, tokens, 1)
+            layers = (states * weights).sum(2, dtype=torch.float32) / weights.sum(2, dtype=torch.float32).clamp(min=1)
+        pooled.append(layers.float().cpu())  # (batch, layers + 1, dim)
+    values = torch.cat(pooled)[torch.tensor(np.argsort(order))].numpy()
+    return values, None, None, values.shape[2]
+
+
+_ENCODERS: dict[str, Any] = {
+    "sentence": _encode_sentence,
+    "tokens": _encode_tokens,
+    "sparse": _encode_sparse,
+    "layers": _encode_layers,
+    "cls_layers": partial(_encode_layers, cls=True),
+}
+
+
+def refuse_not_finite_vectors(values: np.ndarray, lengths: np.ndarray | None, ids: Sequence[str], dtype: str) -> None:
+    """Refuse vectors in ``dtype`` of which a number is not finite, by the id of the text."""
+    rows = ~np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+    if rows.any():
+        text = (
+            int(np.argmax(rows))
+            if lengths is None
+            else int(np.searchsorted(np.cumsum(lengths), np.argmax(rows), "right"))
+        )
+        raise InputError(
+            f"{ids[text]!r}: its vector is not finite in {dtype}, so every score with it would be meaningless. "
+            "If its numbers exceed 65,504, use float32; else the model is broken."
+        )
