@@ -41,7 +41,7 @@ from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, load
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import costs_of
-from polyrep.scoring import csr_rows, exact_search
+from polyrep.search.ranking import exact_search, sparse_rows
 
 SIZES = (1_000, 10_000, 100_000)
 TOP = 10
@@ -271,7 +271,7 @@ def _sparse_rows(
     queries: Embeddings, unexpanded: Embeddings, documents: Embeddings, repeats: int
 ) -> list[dict[str, Any]]:
     """Rows of exact search, and of each engine in one and in two stages."""
-    asked, kept = (csr_rows(side, 0, len(side), "dot") for side in (queries, documents))
+    asked, kept = (sparse_rows(side, 0, len(side), "dot") for side in (queries, documents))
     exact, _ = exact_search(queries, documents, np.arange(len(documents)), similarity="dot", k=TOP)
     best = rescore(asked, kept, exact)
     costs = costs_of(queries, documents)

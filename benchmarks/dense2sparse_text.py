@@ -40,7 +40,7 @@ from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.objectives import info_nce
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import Ranking, rank_embeddings, rank_with_bm25
-from polyrep.scoring import tie_ranks
+from polyrep.search.ranking import tie_ranks
 from polyrep.sparsify import (
     CSR_BATCH,
     CSR_RATE,

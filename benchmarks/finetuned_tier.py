@@ -30,7 +30,7 @@ from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import Ranking, costs_of
-from polyrep.scoring import exact_search, tie_ranks
+from polyrep.search.ranking import exact_search, tie_ranks
 from polyrep.training import train as train_run
 
 

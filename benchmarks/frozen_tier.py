@@ -29,7 +29,7 @@ from polyrep.evaluation import compare, macro_interval, per_query_metrics, table
 from polyrep.heads import HeadData, HeadTrainer
 from polyrep.recipes import Plan, resolve
 from polyrep.retrievers import Ranking
-from polyrep.scoring import tie_ranks
+from polyrep.search.ranking import tie_ranks
 
 ROOT = Path(__file__).parent.parent
 

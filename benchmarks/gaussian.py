@@ -28,7 +28,7 @@ from polyrep.gaussian import GaussianHead, GaussianHeadConfig, GaussianHeadObjec
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.report import provenance, write_results
-from polyrep.scoring import kl
+from polyrep.search.scoring import kl
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "data" / "tldr_pages"

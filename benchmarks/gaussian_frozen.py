@@ -37,7 +37,7 @@ from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import Ranking, costs_of, rank_with_bm25
-from polyrep.scoring import exact_search
+from polyrep.search.ranking import exact_search
 from polyrep.teachers import open_teacher
 
 RUN = ROOT / "hub_configs" / "gaussian-minilm-frozen"

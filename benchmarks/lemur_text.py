@@ -38,7 +38,7 @@ from polyrep.lemur import LemurModel, LemurPooling
 from polyrep.muvera import Muvera
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import Ranking, bytes_per_document, costs_of
-from polyrep.scoring import exact_search, filled, rescore, tie_ranks
+from polyrep.search.ranking import exact_search, filled, rescore, tie_ranks
 from polyrep.training import train as train_run
 
 ROOT = Path(__file__).parent.parent

@@ -38,7 +38,7 @@ from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.multilayer import MultiLayerModel, MultiLayerObjective
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import Ranking, costs_of
-from polyrep.scoring import exact_search, tie_ranks
+from polyrep.search.ranking import exact_search, tie_ranks
 
 SCALE = 20.0
 PLAIN, ADAPTIVE, OURS, RAW = "dual encoder", "AdaptiveLayerLoss", "early layers", "all-MiniLM-L6-v2"

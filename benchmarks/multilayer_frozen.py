@@ -29,7 +29,7 @@ from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.multilayer import MultiLayerHead
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import Ranking, costs_of, rank_with_bm25
-from polyrep.scoring import exact_search
+from polyrep.search.ranking import exact_search
 
 RUN = ROOT / "hub_configs" / "multilayer-minilm-frozen"
 CODE = [*sorted((ROOT / "modeling" / "multilayer").glob("[mo]*.py")), ROOT / "modeling" / "heads.py"]

@@ -42,7 +42,7 @@ from polyrep.recipes import HeadTrainingArguments, resolve
 from polyrep.reinpool import ReinPoolConfig, ReinPoolModel, SoftGateObjective
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import Ranking, keep_ranking, rank_embeddings
-from polyrep.scoring import tie_ranks
+from polyrep.search.ranking import tie_ranks
 from polyrep.training import train as train_run
 
 ROOT = Path(__file__).parent.parent

@@ -21,7 +21,7 @@ from polyrep.encoding.cache import embed
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import load
 from polyrep.report import provenance, write_results
-from polyrep.scoring import exact_search, tie_ranks
+from polyrep.search.ranking import exact_search, tie_ranks
 
 DATA = Path(__file__).parent.parent / "data" / "tldr_pages"
 

@@ -37,7 +37,8 @@ from polyrep.ready import ReadyIndex
 from polyrep.recommendation import COSTS
 from polyrep.reinpool.show import token_pieces
 from polyrep.retrievers import bytes_per_document, costs_of
-from polyrep.scoring import kl, rescore, tie_ranks
+from polyrep.search.ranking import rescore, tie_ranks
+from polyrep.search.scoring import kl
 
 RUNS = {
     "late-interaction-minilm": "final",

@@ -68,7 +68,7 @@ class Encoded:
     Attributes:
         queries: Encoded queries.
         documents: Encoded documents.
-        similarity: As for :func:`polyrep.scoring.exact_search`.
+        similarity: As for :func:`polyrep.search.ranking.exact_search`.
         costs: What replaces or joins the costs that follow from the arrays.
     """
 

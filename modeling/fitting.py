@@ -33,7 +33,7 @@ from .heads import Side, encode_side
 from .hub.folder import Encoder, load, save
 from .recipes import resolve
 from .reinpool import ReinPoolModel, ReinPoolPooling
-from .scoring import tie_ranks
+from .search.ranking import tie_ranks
 
 REHEARSED = 12
 """Steps of a rehearsal: enough that the first, which allocates, counts for little."""

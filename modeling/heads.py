@@ -29,7 +29,7 @@ from .data.noise import narrowed
 from .encoding.cache import embed
 from .encoding.embeddings import Embeddings, in_memory, mean_of_tokens, sum_of_tokens
 from .errors import InputError
-from .scoring import exact_search, tie_ranks
+from .search.ranking import exact_search, tie_ranks
 from .teachers import Teacher, score_pairs
 
 Features = dict[str, Tensor]

@@ -19,7 +19,7 @@ from .hub.fingerprint import fingerprint
 from .hub.folder import fastest_dtype, fetch, load
 from .objectives import unwrapped
 from .recipes import RecipeArguments, negative_columns
-from .scoring import exact_search
+from .search.ranking import exact_search
 from .teachers import open_teacher, score_pairs
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .scoring import padded_within
+from .search.scoring import padded_within
 
 BLOCK = 2**16
 """Tokens, padding included, that are encoded at a time."""

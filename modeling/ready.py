@@ -18,16 +18,16 @@ from torch import Tensor
 
 from .encoding.embeddings import Embeddings, row_of
 from .retrievers import TIMED_QUERIES, Ranking, costs_of, latency
-from .scoring import (
-    csr_rows,
+from .search.ranking import (
     exact_search,
-    maxsim_of_flat,
-    refuse_not_finite,
+    refuse_not_finite_scores,
     refuse_strangers,
     rescore,
     sort_keys,
+    sparse_rows,
     unpacked,
 )
+from .search.scoring import maxsim_of_flat
 
 MEMORY = 4 * 2**30
 """Bytes of float32 up to which an index is held in memory."""
@@ -54,8 +54,8 @@ class ReadyIndex:
 
     Args:
         documents: Encoded documents of kind ``sentence``, ``tokens`` or ``sparse``.
-        ranks: ``(documents,)`` what decides ties; see :func:`polyrep.scoring.tie_ranks`.
-        similarity: As for :func:`polyrep.scoring.exact_search`.
+        ranks: ``(documents,)`` what decides ties; see :func:`polyrep.search.ranking.tie_ranks`.
+        similarity: As for :func:`polyrep.search.ranking.exact_search`.
         device: Where to compute.
 
     Attributes:
@@ -69,7 +69,7 @@ class ReadyIndex:
         self.rank_of = torch.from_numpy(ranks)
         self.vectors = torch.empty(0)
         if documents.kind == "sparse":
-            self.postings = csr_rows(documents, 0, len(documents), similarity).T.tocsr()  # (vocabulary, documents)
+            self.postings = sparse_rows(documents, 0, len(documents), similarity).T.tocsr()  # (vocabulary, documents)
         elif self.in_memory:
             self.vectors = torch.from_numpy(self.documents.values).to(device)
             if similarity == "cosine":
@@ -88,13 +88,13 @@ class ReadyIndex:
         found = []
         for start, stop in _batches(queries):
             scores = self._scores(queries, start, stop).cpu()  # (queries, documents)
-            refuse_not_finite(scores)
+            refuse_not_finite_scores(scores)
             found.append(sort_keys(scores, self.rank_of).topk(min(k, scores.shape[1]), dim=1).values)
         return unpacked(torch.cat(found), self.rank_of)
 
     def _scores(self, queries: Embeddings, start: int, stop: int) -> Tensor:
         if queries.kind == "sparse":
-            return torch.from_numpy((csr_rows(queries, start, stop, self.similarity) @ self.postings).toarray())
+            return torch.from_numpy((sparse_rows(queries, start, stop, self.similarity) @ self.postings).toarray())
         if queries.offsets is None:
             batch = torch.from_numpy(np.asarray(queries.values[start:stop], np.float32)).to(self.device)
             if self.similarity == "cosine":

@@ -27,7 +27,7 @@ from .encoding.encoders import kind_of
 from .errors import InputError
 from .files import staged_file
 from .hub.folder import Encoder
-from .scoring import exact_search, tie_ranks
+from .search.ranking import exact_search, tie_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,10 @@ def rank_embeddings(
     similarity: str,
     device: str | torch.device = "cpu",
 ) -> Ranking:
-    """Search exactly, then time some queries alone; ``ranks`` decides ties, see :func:`polyrep.scoring.tie_ranks`."""
+    """Search exactly, then time some queries alone.
+
+    ``ranks`` decides ties, see :func:`polyrep.search.ranking.tie_ranks`.
+    """
     options: dict[str, Any] = {"similarity": similarity, "k": DEPTH, "device": device}
     positions, scores = exact_search(queries, documents, ranks, show_progress=True, **options)
     timed = []

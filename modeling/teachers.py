@@ -19,7 +19,8 @@ from .encoding.embeddings import Embeddings
 from .errors import InputError
 from .files import read_json
 from .hub.folder import Encoder, fastest_dtype, fetch, load
-from .scoring import CHUNK_ELEMENTS, csr_rows, filled
+from .search.ranking import filled, sparse_rows
+from .search.scoring import CHUNK_ELEMENTS
 
 Teacher = Encoder | CrossEncoder
 
@@ -91,7 +92,7 @@ def _of_embeddings(
         raise InputError(f"--teacher: scores by {similarity}. Use one with dot, cosine or maxsim.")
     scores = np.empty(len(pairs), np.float32)
     if queries.kind == "sparse":
-        asked, told = (csr_rows(side, 0, len(side), similarity) for side in (queries, documents))
+        asked, told = (sparse_rows(side, 0, len(side), similarity) for side in (queries, documents))
         for start in range(0, len(pairs), 4096):
             q, d = pairs[start : start + 4096].T
             scores[start : start + 4096] = np.asarray(asked[q].multiply(told[d]).sum(1)).ravel()

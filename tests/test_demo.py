@@ -38,7 +38,7 @@ from polyrep.gaussian import GaussianOutput
 from polyrep.gaussian.show import draw_ellipses
 from polyrep.reinpool.show import kept_tokens_flow, words_of
 from polyrep.retrievers import rank_with_bm25
-from polyrep.scoring import kl
+from polyrep.search.scoring import kl
 
 DATA = ROOT / "data" / "tldr_pages"
 MODELS = ROOT / "demo" / "models"

@@ -15,7 +15,7 @@ from conftest import ROOT
 from polyrep import InputError
 from polyrep.encoding.embeddings import Embeddings
 from polyrep.report import check_results, to_markdown
-from polyrep.scoring import csr_rows, exact_search
+from polyrep.search.ranking import exact_search, sparse_rows
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import dense2sparse_search as search
@@ -82,7 +82,7 @@ def test_faiss_finds_what_the_oracle_finds():
 def test_two_stages_with_all_candidates_are_exact_search(engine, queries, documents, oracle):
     # By word 0 alone, which every document has, the first stage ranks by something else entirely.
     own = (np.zeros(1, np.int32), np.ones(1, np.float16))
-    asked, kept = csr_rows(queries, 0, QUERIES, "dot"), csr_rows(documents, 0, DOCUMENTS, "dot")
+    asked, kept = sparse_rows(queries, 0, QUERIES, "dot"), sparse_rows(documents, 0, DOCUMENTS, "dot")
 
     def found(depth: int) -> list[list[int]]:
         both = search.TwoStages(engine, kept, depth)
@@ -99,7 +99,7 @@ def test_rescoring_is_a_loop_over_words(queries, documents):
     candidates = rng.integers(0, DOCUMENTS, (QUERIES, 30))
     candidates[2, 5:] = -1
     candidates[3] = -1
-    asked, kept = csr_rows(queries, 0, QUERIES, "dot"), csr_rows(documents, 0, DOCUMENTS, "dot")
+    asked, kept = sparse_rows(queries, 0, QUERIES, "dot"), sparse_rows(documents, 0, DOCUMENTS, "dot")
     found = search.rescore(asked, kept, candidates)
     weights = [dict(zip(*(part.tolist() for part in row), strict=True)) for row in search.rows_of(documents)]
     for row, (terms, values) in enumerate(search.rows_of(queries)):
@@ -145,7 +145,7 @@ def test_copies_are_as_many_as_asked_for_and_no_duplicates(documents):
 
 
 def test_copies_are_near_to_what_they_copy(documents):
-    made = csr_rows(search.replicated(documents, 2 * DOCUMENTS, seed=0), 0, 2 * DOCUMENTS, "dot")
+    made = sparse_rows(search.replicated(documents, 2 * DOCUMENTS, seed=0), 0, 2 * DOCUMENTS, "dot")
     originals, copies = made[:DOCUMENTS], made[DOCUMENTS:]
     shared = originals.multiply(copies > 0).tocsr()
     kept = shared.nnz / originals.nnz

@@ -43,7 +43,7 @@ from polyrep.gaussian.objective import SCALE, inclusion, listwise, shortened
 from polyrep.heads import HeadData
 from polyrep.mining import Miner, RemineCallback
 from polyrep.recipes import RecipeArguments
-from polyrep.scoring import kl
+from polyrep.search.scoring import kl
 from polyrep.teachers import open_teacher, score_pairs
 from polyrep.training import train
 
@@ -114,7 +114,7 @@ def test_the_oracle_is_exact_and_broadcasts(groups):
     query, document = made(torch.randn(6, 24).double()), made(torch.randn(9, 24).double())
     expected = -brute_force("kl", query, document)
     found = polyrep.gaussian.kl_divergence(query, document)
-    assert polyrep.gaussian.kl_divergence is polyrep.scoring.kl and found.shape == (6, 9)
+    assert polyrep.gaussian.kl_divergence is polyrep.search.scoring.kl and found.shape == (6, 9)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     several = SimpleNamespace(mean=query.mean.view(2, 3, -1), variance=query.variance.view(2, 3, -1))
     torch.testing.assert_close(kl(several, document), expected.view(2, 3, 9), rtol=1e-9, atol=1e-9)

@@ -37,7 +37,7 @@ from polyrep.lemur import (
     token_maxima,
 )
 from polyrep.lemur.objective import WINDOW, _sample_windows
-from polyrep.scoring import maxsim
+from polyrep.search.scoring import maxsim
 from polyrep.training import train
 
 DIM, LATENT = 12, 20

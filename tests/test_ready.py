@@ -13,7 +13,7 @@ from test_scoring import brute_force, dense, ragged, sparse, texts_of
 from polyrep import InputError, ready
 from polyrep.ready import ReadyIndex, rank_in_two_stages, rank_when_ready
 from polyrep.retrievers import Ranking, costs_of, keep_ranking
-from polyrep.scoring import exact_search, rescore, tie_ranks
+from polyrep.search.ranking import exact_search, rescore, tie_ranks
 
 RANKS = tie_ranks([f"d{i:02}" for i in range(12)])
 

@@ -41,7 +41,7 @@ from polyrep.reinpool import (
 )
 from polyrep.reinpool.modeling_reinpool import _fingerprint_of
 from polyrep.reinpool.objective import ndcg
-from polyrep.scoring import maxsim, packed_maxsim
+from polyrep.search.scoring import maxsim, packed_maxsim
 from polyrep.training import train
 
 TEXTS = [*DOCUMENTS.values(), *QUERIES.values()]

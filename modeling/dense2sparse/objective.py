@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError
 from ..objectives import gather, info_nce, row_uniform
-from ..scoring import dot
+from ..search.scoring import dot
 from .modeling_dense2sparse import Dense2SparseModel
 
 Features = dict[str, Tensor]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..registry import Graph, Room, register
-from ..scoring import kl as kl_divergence
+from ..search.scoring import kl as kl_divergence
 from .modeling_gaussian import (
     GaussianConfig,
     GaussianHead,

@@ -18,7 +18,7 @@ from ..encoding.embeddings import in_memory
 from ..errors import InputError
 from ..files import read_json, staged_folder, write_json
 from ..hub.folder import save
-from ..scoring import exact_search, rescore, tie_ranks
+from ..search.ranking import exact_search, rescore, tie_ranks
 from .modeling_lemur import LemurModel, LemurPooling
 
 FORMAT = "polyrep-lemur-index-1"

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from ..errors import InputError
 from ..heads import HeadData, TokenSide
-from ..scoring import padded_within
+from ..search.scoring import padded_within
 from .modeling_lemur import LemurModel, token_maxima
 
 logger = logging.getLogger(__name__)

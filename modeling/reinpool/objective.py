@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..errors import InputError
 from ..heads import pad_tokens
 from ..objectives import gather, row_uniform
-from ..scoring import packed_maxsim
+from ..search.scoring import packed_maxsim
 from .modeling_reinpool import ReinPoolModel
 
 Features = dict[str, Tensor]

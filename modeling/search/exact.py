@@ -10,9 +10,9 @@ import numpy as np
 from ..encoding.embeddings import rows
 from ..encoding.shards import KINDS, Origin, Shard
 from ..errors import InputError
-from ..scoring import exact_search, rescore, tie_ranks
 from .local import Vectors
 from .protocol import Added, Hit, Queries, admit, refuse_unknown, several, stages, whole_number
+from .ranking import exact_search, rescore, tie_ranks
 
 
 class ExactIndex:

@@ -46,8 +46,9 @@ class Added:
 class Index(Protocol):
     """Documents by their ids, and the search in them.
 
-    Documents may have vectors of several kinds, each under the name of its :class:`polyrep.encoding.shards.Origin`: add one
-    corpus, then the other. Those back ends that hold one kind alone refuse the second.
+    Documents may have vectors of several kinds, each under the name of its
+    :class:`polyrep.encoding.shards.Origin`: add one corpus, then the other. Those back ends that hold one kind alone
+    refuse the second.
     """
 
     origins: dict[str, Origin]

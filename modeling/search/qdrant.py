@@ -27,11 +27,11 @@ import numpy as np
 from ..encoding.embeddings import Embeddings
 from ..encoding.shards import Origin, Shard
 from ..errors import InputError
-from ..scoring import csr_rows
 from .local import folder_of
 from .protocol import Added, Hit, Queries, admit, refuse_unknown, several, stages, whole_number
 from .qdrant_engine import SIMILARITIES, Embedded, Engine
 from .qdrant_remote import Server, Unreachable
+from .ranking import sparse_rows
 
 FORMAT, LAYOUT, ORIGIN, SHARD = "polyrep", "polyrep/layout", "polyrep/origin/", "polyrep/shard/"
 NAMESPACE = uuid.UUID("5f1c6a1e-6d3c-5d0e-9a57-0c2b8f6f7a11")
@@ -243,7 +243,7 @@ class QdrantIndex:
     def _vectors(self, embeddings: Embeddings, start: int, stop: int, similarity: str) -> list[Any]:
         """Vectors of some texts as the engine takes them; None for a text that has none."""
         if embeddings.kind == "sparse":
-            rows = csr_rows(embeddings, start, stop, similarity)
+            rows = sparse_rows(embeddings, start, stop, similarity)
             bounds, terms, weights = rows.indptr.tolist(), rows.indices.tolist(), rows.data.tolist()
             sparse = self.engine.types.SparseVector
             return [

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from polyrep.objectives import gather, in_batch_labels
-from polyrep.scoring import dot
+from polyrep.search.scoring import dot
 
 
 class ToyLoss(torch.nn.Module):

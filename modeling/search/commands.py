@@ -9,14 +9,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .encoding.cache import embed
-from .encoding.encoders import kind_of
-from .encoding.shards import EncodedCorpus, Shard
-from .errors import InputError
-from .flags import parse
-from .hub.fingerprint import fingerprint
-from .hub.folder import fastest_dtype, fetch, load
-from .search import Hit, open_index
+from ..encoding.cache import embed
+from ..encoding.encoders import kind_of
+from ..encoding.shards import EncodedCorpus, Shard
+from ..errors import InputError
+from ..flags import parse
+from ..hub.fingerprint import fingerprint
+from ..hub.folder import fastest_dtype, fetch, load
+from . import Hit, open_index
 
 
 @dataclass

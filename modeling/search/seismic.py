@@ -17,9 +17,9 @@ import numpy as np
 from ..encoding.embeddings import Embeddings, rows
 from ..encoding.shards import Shard
 from ..errors import InputError
-from ..scoring import csr_rows
 from .local import FolderIndex, Vectors, package
 from .protocol import Hit, Queries, refuse_unknown, whole_number
+from .ranking import sparse_rows
 
 STEP = 65_536
 """Documents that are handed over at a time, which bounds the memory of their copies in wider types."""
@@ -99,7 +99,7 @@ class SeismicIndex(FolderIndex):
         if not len(pairs):
             return []
         sides = [rows(asked, pairs[:, 0]), rows(self.documents.settled(), pairs[:, 1])]
-        left, right = (csr_rows(side, 0, len(pairs), "dot").astype(np.float64) for side in sides)
+        left, right = (sparse_rows(side, 0, len(pairs), "dot").astype(np.float64) for side in sides)
         scores = np.asarray(left.multiply(right).sum(1)).ravel()
         order = np.lexsort((-scores, pairs[:, 0]))
         chosen = np.unique(pairs[:, 0])
@@ -144,7 +144,7 @@ class SeismicIndex(FolderIndex):
                 return self.engine
         dataset = getattr(self.seismic, f"SeismicDataset{wide}")(dim=vectors.dim)
         for start in range(0, len(vectors), STEP):
-            matrix = csr_rows(vectors, start, min(start + STEP, len(vectors)), "dot").copy()
+            matrix = sparse_rows(vectors, start, min(start + STEP, len(vectors)), "dot").copy()
             matrix.sum_duplicates()  # Seismic wants the words of a document in order
             names = [str(place) for place in range(start, start + matrix.shape[0])]
             dataset.add_documents_by_id(

@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .errors import InputError
-from .search import Hit, Index
+from ..errors import InputError
+from . import Hit, Index
 
 Task = Literal["query", "document"]
 
