@@ -36,11 +36,11 @@ from polyrep.encoding.embeddings import Embeddings
 from polyrep.errors import InputError
 from polyrep.evaluation import bootstrap_interval, compare
 from polyrep.files import read_json
-from polyrep.heads import Side, encode_dataset, encode_sparse
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import costs_of
+from polyrep.training.sides import Side, encode_dataset, encode_sparse
 
 ROOT = Path(__file__).parent.parent
 RUN = ROOT / "hub_configs" / "dense2sparse-mobilenet-minilm"

@@ -34,10 +34,8 @@ from polyrep.data.load import load_retrieval_dataset
 from polyrep.encoding.embeddings import Embeddings
 from polyrep.evaluation import per_query_metrics, table_rows
 from polyrep.files import read_json
-from polyrep.heads import HeadData, Side, encode_side
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, fetch, load
-from polyrep.objectives import info_nce
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import Ranking, rank_embeddings, rank_with_bm25
 from polyrep.search.ranking import tie_ranks
@@ -53,7 +51,10 @@ from polyrep.sparsify import (
     with_csr,
     with_head,
 )
-from polyrep.training import train as train_run
+from polyrep.training.losses import info_nce
+from polyrep.training.pairs import HeadData
+from polyrep.training.sides import Side, encode_side
+from polyrep.training.train import train as train_run
 
 ROOT = Path(__file__).parent.parent
 THREADS = torch.get_num_threads()  # now: training may raise it

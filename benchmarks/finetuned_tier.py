@@ -31,7 +31,7 @@ from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import Ranking, costs_of
 from polyrep.search.ranking import exact_search, tie_ranks
-from polyrep.training import train as train_run
+from polyrep.training.train import train as train_run
 
 
 @dataclass

@@ -26,10 +26,11 @@ from transformers import set_seed
 from polyrep.data.dataset import RetrievalDataset
 from polyrep.data.load import load_retrieval_dataset
 from polyrep.evaluation import compare, macro_interval, per_query_metrics, table_rows
-from polyrep.heads import HeadData, HeadTrainer
-from polyrep.recipes import Plan, resolve
 from polyrep.retrievers import Ranking
 from polyrep.search.ranking import tie_ranks
+from polyrep.training.head_trainer import HeadTrainer
+from polyrep.training.pairs import HeadData
+from polyrep.training.recipes import Plan, resolve
 
 ROOT = Path(__file__).parent.parent
 

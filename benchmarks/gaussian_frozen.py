@@ -32,13 +32,14 @@ from polyrep.data.noise import narrowed
 from polyrep.encoding.cache import embed
 from polyrep.encoding.embeddings import Embeddings
 from polyrep.gaussian import GaussianHead, GaussianOutput
-from polyrep.heads import HeadData, Side
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import Ranking, costs_of, rank_with_bm25
 from polyrep.search.ranking import exact_search
-from polyrep.teachers import open_teacher
+from polyrep.training.pairs import HeadData
+from polyrep.training.sides import Side
+from polyrep.training.teachers import open_teacher
 
 RUN = ROOT / "hub_configs" / "gaussian-minilm-frozen"
 ROOM = ROOT / "modeling" / "gaussian"

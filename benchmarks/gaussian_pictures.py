@@ -28,7 +28,7 @@ from polyrep.gaussian.show import draw_ellipses
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.report import provenance
-from polyrep.training import train
+from polyrep.training.train import train
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "data" / "tldr_pages"

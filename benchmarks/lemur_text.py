@@ -39,7 +39,7 @@ from polyrep.muvera import Muvera
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import Ranking, bytes_per_document, costs_of
 from polyrep.search.ranking import exact_search, filled, rescore, tie_ranks
-from polyrep.training import train as train_run
+from polyrep.training.train import train as train_run
 
 ROOT = Path(__file__).parent.parent
 RUN = ROOT / "hub_configs" / "lemur-minilm"

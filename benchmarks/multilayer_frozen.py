@@ -23,13 +23,14 @@ from sentence_transformers import SentenceTransformer
 from transformers import HfArgumentParser
 
 from polyrep.encoding.embeddings import Embeddings
-from polyrep.heads import HeadData, LayerSide, encode_layers
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.multilayer import MultiLayerHead
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import Ranking, costs_of, rank_with_bm25
 from polyrep.search.ranking import exact_search
+from polyrep.training.pairs import HeadData
+from polyrep.training.sides import LayerSide, encode_layers
 
 RUN = ROOT / "hub_configs" / "multilayer-minilm-frozen"
 CODE = [*sorted((ROOT / "modeling" / "multilayer").glob("[mo]*.py")), ROOT / "modeling" / "heads.py"]

@@ -34,16 +34,18 @@ from polyrep.encoding.cache import embed
 from polyrep.encoding.embeddings import Embeddings, mean_of_tokens, sum_of_tokens
 from polyrep.evaluation import per_query_metrics, table_rows
 from polyrep.files import read_json, write_json
-from polyrep.heads import HeadData, HeadTrainer, TokenSide, encode_tokens
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.pooling import LADDER, Pool, by_head, hierarchical_clusters, hierarchical_shares, hierarchically, pooled
-from polyrep.recipes import HeadTrainingArguments, resolve
 from polyrep.reinpool import ReinPoolConfig, ReinPoolModel, SoftGateObjective
 from polyrep.report import provenance, write_results
 from polyrep.retrievers import Ranking, keep_ranking, rank_embeddings
 from polyrep.search.ranking import tie_ranks
-from polyrep.training import train as train_run
+from polyrep.training.head_trainer import HeadTrainer
+from polyrep.training.pairs import HeadData
+from polyrep.training.recipes import HeadTrainingArguments, resolve
+from polyrep.training.sides import TokenSide, encode_tokens
+from polyrep.training.train import train as train_run
 
 ROOT = Path(__file__).parent.parent
 THREADS = torch.get_num_threads()  # now: training may raise it

@@ -34,7 +34,6 @@ from polyrep.encoding.cache import embed
 from polyrep.encoding.embeddings import Embeddings, in_memory, joined, rows
 from polyrep.encoding.shards import Origin, Shard
 from polyrep.files import read_json
-from polyrep.heads import encode_dataset
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.lemur import LemurPooling
@@ -42,6 +41,7 @@ from polyrep.pooling import by_head, pooled
 from polyrep.report import provenance, write_results
 from polyrep.search import Index, open_index
 from polyrep.sparsify import pruned, with_head
+from polyrep.training.sides import encode_dataset
 
 TOP = 10
 SHARD = 2048

@@ -29,7 +29,6 @@ from polyrep.encoding.embeddings import Embeddings, in_memory, rows, sum_of_toke
 from polyrep.encoding.encoders import encode_chunk
 from polyrep.errors import InputError
 from polyrep.gaussian import GaussianOutput
-from polyrep.heads import LayerSide, encode_side, encode_sparse
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.pooling import by_head, pooled
@@ -39,6 +38,7 @@ from polyrep.reinpool.show import token_pieces
 from polyrep.retrievers import bytes_per_document, costs_of
 from polyrep.search.ranking import rescore, tie_ranks
 from polyrep.search.scoring import kl
+from polyrep.training.sides import LayerSide, encode_side, encode_sparse
 
 RUNS = {
     "late-interaction-minilm": "final",

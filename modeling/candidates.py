@@ -23,7 +23,6 @@ from transformers import AutoModel, set_seed
 from .encoding.embeddings import Embeddings, in_memory, mean_of_tokens, sum_of_tokens
 from .files import digest, shipped_folder
 from .fitting import Subject, code_digest, costs_of_fit, fit_run, fitted
-from .heads import HeadData
 from .hub.folder import fastest_dtype
 from .lemur import LemurModel, LemurPooling
 from .muvera import Muvera
@@ -41,6 +40,7 @@ from .sparsify import (
     with_csr,
     with_head,
 )
+from .training.pairs import HeadData
 
 FULL = "full model"
 LEARNED = ("ReinPool", "LEMUR", "Dense2Sparse")

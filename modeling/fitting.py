@@ -29,11 +29,11 @@ from .encoding.embeddings import Embeddings, mean_of_tokens, sum_of_tokens
 from .encoding.encoders import kind_of
 from .errors import InputError
 from .files import digest, read_json, staged_folder, write_text
-from .heads import Side, encode_side
 from .hub.folder import Encoder, load, save
-from .recipes import resolve
 from .reinpool import ReinPoolModel, ReinPoolPooling
 from .search.ranking import tie_ranks
+from .training.recipes import resolve
+from .training.sides import Side, encode_side
 
 REHEARSED = 12
 """Steps of a rehearsal: enough that the first, which allocates, counts for little."""
@@ -284,7 +284,7 @@ def fit_run(on: Subject, run: str, flags: list[str], code: str, *, single: bool 
     Returns:
         The folder of the head, with ``training.json`` in the folder above.
     """
-    from .training import train  # with all that trains: kept rows need not wait for it
+    from .training.train import train  # with all that trains: kept rows need not wait for it
 
     backbone = on.single[0] if single else on.folder
     sides: tuple[Literal["query", "document"], ...] = ("query", "document")

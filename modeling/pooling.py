@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from .encoding.embeddings import Embeddings
 from .files import staged_file
-from .heads import TokenSide
 from .reinpool import ReinPoolModel
+from .training.sides import TokenSide
 
 LADDER = (1, 2, 4, 8, 16, 32)
 """Numbers of vectors at which pooled documents are compared."""

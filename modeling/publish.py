@@ -32,9 +32,9 @@ from .hub.code import localize, refuse_foreign_code
 from .hub.fingerprint import fingerprint
 from .hub.folder import Encoder, check_folder, fetch, is_hub_id, load, local
 from .inspection import refuse_secrets, verify
-from .recipes import Plan
 from .registry import ROOMS, room_of
 from .report import check_results
+from .training.recipes import Plan
 from .upload import check_repo_name, head_of, is_carried, kind_of, source_of, upload
 
 _LEFT_BEHIND = ("checkpoint-*", "runs", "trainer_state.json", "training_args.json", ".*")

@@ -15,8 +15,10 @@ from torch import nn
 
 from .encoding.embeddings import Embeddings
 from .files import staged_folder, write_json
-from .heads import HeadData, HeadTrainer, Side, encode_sparse
-from .recipes import HeadTrainingArguments
+from .training.head_trainer import HeadTrainer
+from .training.pairs import HeadData
+from .training.recipes import HeadTrainingArguments
+from .training.sides import Side, encode_sparse
 
 OPERATING_POINTS = {"48/128 words": (48, 128), "12/128 words": (12, 128)}
 """Words kept of a query and of a document: the best on dev with FLOPs of at most 5 and of at most 1 on every set."""
@@ -100,7 +102,7 @@ def fit_module(
 
     Args:
         module: What is kept.
-        objective: Takes features and labels as :class:`polyrep.heads.HeadTrainer` passes them.
+        objective: Takes features and labels as :class:`polyrep.training.head_trainer.HeadTrainer` passes them.
         data: The pairs.
         folder: Appears once all is written.
         steps: Of training.

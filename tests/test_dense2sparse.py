@@ -31,10 +31,10 @@ from polyrep.dense2sparse import (
     Dense2SparsePooling,
 )
 from polyrep.dense2sparse.modeling_dense2sparse import _fingerprint_of
-from polyrep.heads import HeadData
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import packaged_minilm
-from polyrep.training import train
+from polyrep.training.pairs import HeadData
+from polyrep.training.train import train
 
 TEXTS = [*DOCUMENTS.values(), *QUERIES.values()]
 

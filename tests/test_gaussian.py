@@ -40,12 +40,12 @@ from polyrep.gaussian import (
     GaussianTransformer,
 )
 from polyrep.gaussian.objective import SCALE, inclusion, listwise, shortened
-from polyrep.heads import HeadData
-from polyrep.mining import Miner, RemineCallback
-from polyrep.recipes import RecipeArguments
 from polyrep.search.scoring import kl
-from polyrep.teachers import open_teacher, score_pairs
-from polyrep.training import train
+from polyrep.training.mining import Miner, RemineCallback
+from polyrep.training.pairs import HeadData
+from polyrep.training.recipes import RecipeArguments
+from polyrep.training.teachers import open_teacher, score_pairs
+from polyrep.training.train import train
 
 TEXTS = list(DOCUMENTS.values())
 GROUPS = (None, 1, 4)

@@ -20,8 +20,10 @@ from polyrep import InputError
 from polyrep.data.load import load_retrieval_dataset
 from polyrep.dense2sparse import Dense2SparseConfig, Dense2SparseModel
 from polyrep.encoding.embeddings import Embeddings
-from polyrep.heads import HeadData, HeadTrainer, Side, encode_sparse, encode_tokens
-from polyrep.recipes import HeadTrainingArguments
+from polyrep.training.head_trainer import HeadTrainer
+from polyrep.training.pairs import HeadData
+from polyrep.training.recipes import HeadTrainingArguments
+from polyrep.training.sides import Side, encode_sparse, encode_tokens
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import dense2sparse_text as bench

@@ -25,7 +25,6 @@ import polyrep
 from polyrep import InputError
 from polyrep.data.load import load_corpus
 from polyrep.data.made_queries import texts_as_queries
-from polyrep.heads import OWN_WEIGHTS
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.lemur import (
     LemurConfig,
@@ -38,7 +37,8 @@ from polyrep.lemur import (
 )
 from polyrep.lemur.objective import WINDOW, _sample_windows
 from polyrep.search.scoring import maxsim
-from polyrep.training import train
+from polyrep.training.head_trainer import OWN_WEIGHTS
+from polyrep.training.train import train
 
 DIM, LATENT = 12, 20
 
@@ -503,7 +503,7 @@ def test_texts_as_queries_are_documents_by_their_ids(tmp_path):
 
 def test_learned_tokens_come_in_runs_of_both_sides():
     from polyrep.encoding.embeddings import Embeddings
-    from polyrep.heads import TokenSide
+    from polyrep.training.sides import TokenSide
 
     def side(lengths: list[int], start: int) -> TokenSide:
         values = np.arange(start, start + sum(lengths), dtype=np.float32)[:, None]

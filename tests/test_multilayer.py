@@ -26,7 +26,6 @@ import polyrep
 from polyrep import InputError
 from polyrep.cli import main
 from polyrep.data.load import load_retrieval_dataset
-from polyrep.heads import HeadData
 from polyrep.multilayer import (
     CachedMultiLayerObjective,
     MultiLayerConfig,
@@ -37,7 +36,8 @@ from polyrep.multilayer import (
     MultiLayerObjective,
     MultiLayerPooling,
 )
-from polyrep.training import train
+from polyrep.training.pairs import HeadData
+from polyrep.training.train import train
 
 TEXTS = ["show open ports", "make an archive of a folder", "file"]
 

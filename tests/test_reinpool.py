@@ -30,7 +30,6 @@ from transformers import AutoModel, BertModel
 import polyrep
 from polyrep import InputError
 from polyrep.hub.fingerprint import fingerprint
-from polyrep.objectives import row_uniform
 from polyrep.reinpool import (
     ReinforceObjective,
     ReinPoolConfig,
@@ -42,7 +41,8 @@ from polyrep.reinpool import (
 from polyrep.reinpool.modeling_reinpool import _fingerprint_of
 from polyrep.reinpool.objective import ndcg
 from polyrep.search.scoring import maxsim, packed_maxsim
-from polyrep.training import train
+from polyrep.training.losses import row_uniform
+from polyrep.training.train import train
 
 TEXTS = [*DOCUMENTS.values(), *QUERIES.values()]
 DIM = 8

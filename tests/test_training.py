@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from toy.objective import ToyLoss
 
 import polyrep
-from polyrep import InputError, objectives, recipes, training
+from polyrep import InputError, training
 from polyrep.cli import main
+from polyrep.training import losses as objectives
+from polyrep.training import recipes
 
 
 def losses(output: Path) -> list[float]:

@@ -11,7 +11,7 @@ from sentence_transformers.util import get_rank
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..objectives import gather, in_batch_labels, info_nce
+from ..training.losses import gather, in_batch_labels, info_nce
 from .modeling_dense2sparse import DualEncoderHead
 
 Features = dict[str, Tensor]

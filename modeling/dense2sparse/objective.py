@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
-from ..objectives import gather, info_nce, row_uniform
 from ..search.scoring import dot
+from ..training.losses import gather, info_nce, row_uniform
 from .modeling_dense2sparse import Dense2SparseModel
 
 Features = dict[str, Tensor]

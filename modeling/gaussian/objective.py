@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
-from ..objectives import gather, in_batch_labels, judged_relevant, learned_scale, refuse_single, unwrapped
+from ..training.losses import gather, in_batch_labels, judged_relevant, learned_scale, refuse_single, unwrapped
 from .modeling_gaussian import GaussianHead, GaussianOutput
 
 Features = dict[str, Tensor]
@@ -337,7 +337,7 @@ class GaussianHeadObjective(_GaussianContrast):
         return self.model(features["sentence_embedding"].to(self.log_scale.device), task=task).sentence_embedding
 
     def forward(self, features: list[Features], labels: Tensor) -> dict[str, Tensor]:
-        """Parts of the loss of a batch of :class:`polyrep.heads.HeadData`: queries, and their documents and others."""
+        """Parts of the loss of a batch of :class:`~polyrep.training.pairs.HeadData`: queries, and all its documents."""
         sides = [self.model(side["sentence_embedding"], task=t) for side, t in zip(features, _TASKS, strict=True)]
         queries, local = sides
         documents = GaussianOutput(

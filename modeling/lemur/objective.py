@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from ..errors import InputError
-from ..heads import HeadData, TokenSide
 from ..search.scoring import padded_within
+from ..training.pairs import HeadData
+from ..training.sides import TokenSide
 from .modeling_lemur import LemurModel, token_maxima
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
-from ..objectives import gather, in_batch_labels, judged_relevant, learned_scale, refuse_single, unwrapped
+from ..training.losses import gather, in_batch_labels, judged_relevant, learned_scale, refuse_single, unwrapped
 from .modeling_multilayer import MultiLayerHead, MultiLayerHeadConfig
 
 Features = dict[str, Tensor]
@@ -369,7 +369,7 @@ class MultiLayerHeadObjective(_LayerContrast):
         """Nothing is needed of the corpus before the first step."""
 
     def forward(self, features: list[Features], labels: Tensor) -> dict[str, Tensor]:
-        """Parts of the loss of a batch of :class:`polyrep.heads.HeadData`: queries, and their documents and others."""
+        """Parts of the loss of a batch of :class:`~polyrep.training.pairs.HeadData`: queries, and all its documents."""
         sides = []
         for side, task in zip(features, ("query", "document"), strict=True):
             states = side["layer_embeddings"][:, self.head_config.layers]

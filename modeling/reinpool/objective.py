@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
-from ..heads import pad_tokens
-from ..objectives import gather, row_uniform
 from ..search.scoring import packed_maxsim
+from ..training.losses import gather, row_uniform
+from ..training.pairs import pad_tokens
 from .modeling_reinpool import ReinPoolModel
 
 Features = dict[str, Tensor]

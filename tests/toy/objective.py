@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from polyrep.objectives import gather, in_batch_labels
 from polyrep.search.scoring import dot
+from polyrep.training.losses import gather, in_batch_labels
 
 
 class ToyLoss(torch.nn.Module):

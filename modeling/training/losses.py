@@ -11,7 +11,7 @@ from sentence_transformers.util import all_gather_with_grad, get_rank, get_world
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import InputError
+from ..errors import InputError
 
 
 def gather(documents: Tensor) -> Tensor:

@@ -14,13 +14,13 @@ import torch
 from sentence_transformers import CrossEncoder
 from tqdm import tqdm
 
-from .encoding.cache import embed
-from .encoding.embeddings import Embeddings
-from .errors import InputError
-from .files import read_json
-from .hub.folder import Encoder, fastest_dtype, fetch, load
-from .search.ranking import filled, sparse_rows
-from .search.scoring import CHUNK_ELEMENTS
+from ..encoding.cache import embed
+from ..encoding.embeddings import Embeddings
+from ..errors import InputError
+from ..files import read_json
+from ..hub.folder import Encoder, fastest_dtype, fetch, load
+from ..search.ranking import filled, sparse_rows
+from ..search.scoring import CHUNK_ELEMENTS
 
 Teacher = Encoder | CrossEncoder
 

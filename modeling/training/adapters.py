@@ -15,8 +15,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .errors import InputError
-from .hub.folder import PREFIX, Encoder
+from ..errors import InputError
+from ..hub.folder import PREFIX, Encoder
 
 _FILE = "adapters.safetensors"
 

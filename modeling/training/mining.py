@@ -12,14 +12,14 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import mine_hard_negatives
 from transformers import TrainerCallback
 
-from .data.dataset import RetrievalDataset
-from .encoding.cache import embed
-from .errors import InputError
-from .hub.fingerprint import fingerprint
-from .hub.folder import fastest_dtype, fetch, load
-from .objectives import unwrapped
+from ..data.dataset import RetrievalDataset
+from ..encoding.cache import embed
+from ..errors import InputError
+from ..hub.fingerprint import fingerprint
+from ..hub.folder import fastest_dtype, fetch, load
+from ..search.ranking import exact_search
+from .losses import unwrapped
 from .recipes import RecipeArguments, negative_columns
-from .search.ranking import exact_search
 from .teachers import open_teacher, score_pairs
 
 

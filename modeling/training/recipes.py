@@ -32,10 +32,10 @@ from sentence_transformers import (
 )
 from transformers import HfArgumentParser, PretrainedConfig, TrainingArguments
 
-from .errors import InputError
-from .files import read_json, shipped_folder
-from .hub.folder import family_of
-from .registry import ROOMS, Room
+from ..errors import InputError
+from ..files import read_json, shipped_folder
+from ..hub.folder import family_of
+from ..registry import ROOMS, Room
 
 
 @dataclass

@@ -1,0 +1,87 @@
+"""Write the untrained model of a run, or a trained head and its backbone, as a folder."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers.base.modules.transformer import Transformer
+from sentence_transformers.util.misc import import_from_string
+from transformers import AutoTokenizer, PreTrainedModel
+
+from ..errors import InputError
+from ..files import read_json, staged_folder, write_json
+from ..hub.code import localize
+from ..hub.folder import family_of, fetch, save
+from ..hub.vision import fetch_vision
+from .recipes import Plan
+
+
+def build(plan: Plan, folder: Path, head: PreTrainedModel | None = None) -> None:
+    """Write a model: the run's folder plus the backbone's weights and tokenizer, and a trained head if there is one.
+
+    A room builds itself through ``from_encoder``. Several modules in ``modules.json`` are built one by one: the first
+    from the backbone, stock ones from their own config with fresh weights, and a room's from its fields.
+    """
+    recipe = plan.recipe
+    backbone = fetch(recipe.backbone, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    with staged_folder(folder) as staged:
+        shutil.copytree(plan.run, staged, dirs_exist_ok=True, ignore=shutil.ignore_patterns("recipe.yaml"))
+        parts = read_json(plan.run / "modules.json") or [{}]
+        if plan.room and len(parts) == 1:
+            vision = (
+                {"vision": str(fetch_vision(plan.head.vision, plan.head.vision_revision))}
+                if plan.head and plan.head.vision
+                else {}
+            )
+            try:
+                options = {"head": head} if head is not None else plan.config
+                model = plan.room.model.from_encoder(str(backbone), **options, **vision)  # type: ignore[attr-defined]
+            except ValueError as error:  # how the config of a room refuses a value
+                raise InputError(str(error)) from error
+            model.save_pretrained(staged)
+            load_processor: Any = getattr(model, "load_processor", AutoTokenizer.from_pretrained)
+            load_processor(str(backbone), **vision).save_pretrained(staged)
+            _inherit(staged, backbone, getattr(model.config, "similarity_fn_name", None))
+            localize(staged)
+            return
+        family = family_of(plan.run)
+        trusted = {"trust_remote_code": recipe.trust_remote_code}
+        first = read_json(plan.run / "sentence_bert_config.json")
+        modules: list[torch.nn.Module] = [
+            Transformer(str(backbone), model_kwargs=trusted, processor_kwargs=trusted, config_kwargs=trusted, **first)
+        ]
+        for part in parts[1:]:
+            module, _, name = part["type"].rpartition(".")
+            if plan.room and plan.room.module and name == plan.room.module.__name__:
+                modules.append(plan.room.module(**plan.config))
+                continue
+            if not module.startswith("sentence_transformers."):
+                raise InputError(f"{plan.run}/modules.json: {part['type']} is neither stock nor of a registered room.")
+            module_class = getattr(importlib.import_module(module), name)
+            config = module_class.load_config(str(plan.run), subfolder=part["path"])
+            if "activation_function" in config:  # Dense names a class and takes an instance
+                config["activation_function"] = import_from_string(config["activation_function"])()
+            modules.append(module_class(**config))
+        settings = read_json(plan.run / "config_sentence_transformers.json")
+        keep = {key: settings[key] for key in ("prompts", "similarity_fn_name") if settings.get(key)}
+        try:
+            save(family(modules=modules, **keep), staged)
+        except ValueError as error:  # how a module of a room refuses what stands before it
+            raise InputError(str(error)) from error
+
+
+def _inherit(folder: Path, backbone: Path, similarity: str | None) -> None:
+    """Give a built model the backbone's maximal length and prompts, and its own score, where the run says nothing."""
+    for name, inherited in (
+        ("sentence_bert_config.json", ("max_seq_length",)),
+        ("config_sentence_transformers.json", ("prompts", "default_prompt_name")),
+    ):
+        own, theirs = read_json(folder / name), read_json(backbone / name)
+        own |= {key: theirs[key] for key in inherited if theirs.get(key) is not None and not own.get(key)}
+        if similarity and name.startswith("config_") and not own.get("similarity_fn_name"):
+            own["similarity_fn_name"] = similarity
+        write_json(folder / name, own)

@@ -1,0 +1,91 @@
+"""Checkpoints that one process writes, that open without polyrep, and that a run goes on from."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from ..errors import InputError
+from ..hub.code import localize
+
+
+class OneWriterMixin:
+    """Put before a sentence-transformers trainer: of several processes, only the main one writes a checkpoint.
+
+    Newer releases of transformers ask every process to save, while this ``_save`` takes itself for process zero's, so
+    all of them would write the same files at once.
+    """
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        trainer: Any = super()
+        if self.args.should_save:  # type: ignore[attr-defined]
+            trainer._save(*args, **kwargs)
+
+
+class CheckpointCallback(TrainerCallback):
+    """Makes every checkpoint a folder that opens without polyrep, and stops a run that is no longer finite.
+
+    Args:
+        objective: Its ``metrics``, if it has any, are logged as they are at that step.
+    """
+
+    def __init__(self, objective: Any = None):
+        self.objective = objective
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Raise InputError before a checkpoint is written, and an older one deleted for it, if a weight is NaN."""
+        if control.should_save and not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
+            raise InputError(f"a weight is not finite at step {state.global_step}; {_WHEN_NOT_FINITE}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Localise the checkpoint that was just written."""
+        if state.is_world_process_zero:
+            localize(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Raise InputError on a NaN or infinite loss; add the objective's figures to what is logged."""
+        loss = (logs or {}).get("loss", 0.0)
+        if logs and "loss" in logs and (metrics := getattr(self.objective, "metrics", None)):
+            shown = {name: round(float(value), 4) for name, value in metrics.items()}
+            logs.update(shown)
+            state.log_history[-1].update(shown)
+        if not math.isfinite(loss):
+            raise InputError(f"loss is {loss} at step {state.global_step}; {_WHEN_NOT_FINITE}")
+
+
+_WHEN_NOT_FINITE = (
+    "further steps cannot mend the model, so training stops. Lower --learning_rate or --max_grad_norm, or train in "
+    "float32; earlier checkpoints are intact."
+)
+
+
+def checkpoint_to_resume(output: Path, wanted: str | None) -> Path | None:
+    """The checkpoint that ``--resume_from_checkpoint`` asks for; None where it asks for none."""
+    if not wanted:
+        return None
+    if wanted.lower() not in ("last", "true"):
+        if not _is_complete(Path(wanted)):
+            raise InputError(f"--resume_from_checkpoint {wanted}: no complete checkpoint (trainer_state.json) there.")
+        return Path(wanted)
+    if (last := last_checkpoint(output)) is None:
+        raise InputError(f"--resume_from_checkpoint {wanted}: {output} holds no complete checkpoint to go on from.")
+    return last
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The latest complete checkpoint of a run; None where there is none."""
+    complete = [path for path in output.glob("checkpoint-*") if _is_complete(path)]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """The trainer writes its state last, so a checkpoint cut off while it was written has none that can be read."""
+    try:
+        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return False
