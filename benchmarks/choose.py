@@ -14,7 +14,7 @@ from typing import Any
 
 from scale import SYSTEMS, inserted
 
-from polyrep.candidates import FULL, LEARNED
+from polyrep.evaluation.frontier.rows import FULL, LEARNED
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "choose.md"

@@ -34,12 +34,12 @@ from polyrep.data.dataset import RetrievalDataset
 from polyrep.data.load import load_retrieval_dataset
 from polyrep.encoding.embeddings import Embeddings
 from polyrep.errors import InputError
-from polyrep.evaluation import bootstrap_interval, compare
+from polyrep.evaluation.statistics import bootstrap_interval, compare
+from polyrep.evaluation.systems import costs_of
 from polyrep.files import read_json
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.report import provenance, write_results
-from polyrep.retrievers import costs_of
 from polyrep.training.sides import Side, encode_dataset, encode_sparse
 
 ROOT = Path(__file__).parent.parent

@@ -36,10 +36,10 @@ from polyrep.data.load import load_retrieval_dataset
 from polyrep.encoding.embeddings import Embeddings, in_memory, joined
 from polyrep.encoding.embeddings import rows as rows_at
 from polyrep.errors import InputError
+from polyrep.evaluation.systems import costs_of
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, load
 from polyrep.report import provenance, write_results
-from polyrep.retrievers import costs_of
 from polyrep.search.ranking import exact_search, sparse_rows
 from polyrep.training.sides import encode_dataset
 

@@ -25,11 +25,12 @@ from transformers import HfArgumentParser
 
 from polyrep.data.load import load_retrieval_dataset
 from polyrep.encoding.cache import embed
-from polyrep.evaluation import METRICS, metric_rows, per_query_metrics
+from polyrep.evaluation.metrics import METRICS, per_query_metrics
+from polyrep.evaluation.systems import Ranking, costs_of
+from polyrep.evaluation.table import metric_rows
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, fetch, load
 from polyrep.report import provenance, write_results
-from polyrep.retrievers import Ranking, costs_of
 from polyrep.search.ranking import exact_search, tie_ranks
 from polyrep.training.train import train as train_run
 

@@ -25,8 +25,10 @@ from transformers import set_seed
 
 from polyrep.data.dataset import RetrievalDataset
 from polyrep.data.load import load_retrieval_dataset
-from polyrep.evaluation import compare, macro_interval, per_query_metrics, table_rows
-from polyrep.retrievers import Ranking
+from polyrep.evaluation.metrics import per_query_metrics
+from polyrep.evaluation.statistics import compare, macro_interval
+from polyrep.evaluation.systems import Ranking
+from polyrep.evaluation.table import table_rows
 from polyrep.search.ranking import tie_ranks
 from polyrep.training.head_trainer import HeadTrainer
 from polyrep.training.pairs import HeadData

@@ -24,9 +24,9 @@ from torch.nn import functional as F
 
 from polyrep.data.load import load_retrieval_dataset
 from polyrep.encoding.cache import embed
-from polyrep.gaussian import GaussianHead, GaussianHeadConfig, GaussianHeadObjective, GaussianOutput
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, fetch, load
+from polyrep.methods.gaussian import GaussianHead, GaussianHeadConfig, GaussianHeadObjective, GaussianOutput
 from polyrep.report import provenance, write_results
 from polyrep.search.scoring import kl
 

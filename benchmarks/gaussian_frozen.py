@@ -31,11 +31,11 @@ from transformers import HfArgumentParser
 from polyrep.data.noise import narrowed
 from polyrep.encoding.cache import embed
 from polyrep.encoding.embeddings import Embeddings
-from polyrep.gaussian import GaussianHead, GaussianOutput
+from polyrep.evaluation.systems import Ranking, costs_of, rank_with_bm25
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, fetch, load
+from polyrep.methods.gaussian import GaussianHead, GaussianOutput
 from polyrep.report import provenance, write_results
-from polyrep.retrievers import Ranking, costs_of, rank_with_bm25
 from polyrep.search.ranking import exact_search
 from polyrep.training.pairs import HeadData
 from polyrep.training.sides import Side

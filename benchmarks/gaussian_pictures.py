@@ -23,10 +23,10 @@ from matplotlib import pyplot as plt
 from polyrep.data.load import load_retrieval_dataset
 from polyrep.encoding.cache import embed
 from polyrep.files import staged_folder, write_json
-from polyrep.gaussian import GaussianHead, GaussianOutput
-from polyrep.gaussian.show import draw_ellipses
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, fetch, load
+from polyrep.methods.gaussian import GaussianHead, GaussianOutput
+from polyrep.methods.gaussian.show import draw_ellipses
 from polyrep.report import provenance
 from polyrep.training.train import train
 

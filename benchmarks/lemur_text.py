@@ -30,14 +30,16 @@ from polyrep.data.load import load_retrieval_dataset
 from polyrep.encoding.cache import embed
 from polyrep.encoding.embeddings import Embeddings, in_memory, joined
 from polyrep.encoding.embeddings import rows as rows_at
-from polyrep.evaluation import bootstrap_interval, macro_interval, per_query_metrics, table_rows
+from polyrep.evaluation.frontier.muvera import Muvera
+from polyrep.evaluation.metrics import per_query_metrics
+from polyrep.evaluation.statistics import bootstrap_interval, macro_interval
+from polyrep.evaluation.systems import Ranking, bytes_per_document, costs_of
+from polyrep.evaluation.table import table_rows
 from polyrep.files import read_json
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, fetch, load
-from polyrep.lemur import LemurModel, LemurPooling
-from polyrep.muvera import Muvera
+from polyrep.methods.lemur import LemurModel, LemurPooling
 from polyrep.report import provenance, write_results
-from polyrep.retrievers import Ranking, bytes_per_document, costs_of
 from polyrep.search.ranking import exact_search, filled, rescore, tie_ranks
 from polyrep.training.train import train as train_run
 

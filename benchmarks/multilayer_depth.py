@@ -31,13 +31,14 @@ from transformers import AutoTokenizer, HfArgumentParser, set_seed
 from polyrep.data.load import load_retrieval_dataset
 from polyrep.encoding.cache import embed
 from polyrep.encoding.embeddings import Embeddings
-from polyrep.evaluation import per_query_metrics, table_rows
+from polyrep.evaluation.metrics import per_query_metrics
+from polyrep.evaluation.systems import Ranking, costs_of
+from polyrep.evaluation.table import table_rows
 from polyrep.files import shipped_folder, staged_folder, write_json
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, fetch, load
-from polyrep.multilayer import MultiLayerModel, MultiLayerObjective
+from polyrep.methods.multilayer import MultiLayerModel, MultiLayerObjective
 from polyrep.report import provenance, write_results
-from polyrep.retrievers import Ranking, costs_of
 from polyrep.search.ranking import exact_search, tie_ranks
 
 SCALE = 20.0

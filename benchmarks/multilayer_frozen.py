@@ -23,11 +23,11 @@ from sentence_transformers import SentenceTransformer
 from transformers import HfArgumentParser
 
 from polyrep.encoding.embeddings import Embeddings
+from polyrep.evaluation.systems import Ranking, costs_of, rank_with_bm25
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, fetch, load
-from polyrep.multilayer import MultiLayerHead
+from polyrep.methods.multilayer import MultiLayerHead
 from polyrep.report import provenance, write_results
-from polyrep.retrievers import Ranking, costs_of, rank_with_bm25
 from polyrep.search.ranking import exact_search
 from polyrep.training.pairs import HeadData
 from polyrep.training.sides import LayerSide, encode_layers

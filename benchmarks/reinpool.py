@@ -21,7 +21,7 @@ from sentence_transformers.multi_vector_encoder.modules import HierarchicalToken
 from polyrep.data.load import load_retrieval_dataset
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, load
-from polyrep.reinpool import ReinPoolConfig, ReinPoolModel, ReinPoolPooling
+from polyrep.methods.reinpool import ReinPoolConfig, ReinPoolModel, ReinPoolPooling
 from polyrep.report import provenance, write_results
 
 ROOT = Path(__file__).parent.parent

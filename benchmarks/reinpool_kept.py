@@ -17,8 +17,8 @@ from polyrep.data.load import load_retrieval_dataset
 from polyrep.files import staged_folder, write_json, write_text
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import load
-from polyrep.reinpool import ReinPoolPooling
-from polyrep.reinpool.show import kept_tokens_html, kept_tokens_png, token_pieces
+from polyrep.methods.reinpool import ReinPoolPooling
+from polyrep.methods.reinpool.show import kept_tokens_html, kept_tokens_png, token_pieces
 from polyrep.report import provenance
 
 DATA = Path(__file__).parent.parent / "data" / "tldr_pages"

@@ -32,14 +32,23 @@ from polyrep.data.dataset import RetrievalDataset
 from polyrep.data.load import load_retrieval_dataset
 from polyrep.encoding.cache import embed
 from polyrep.encoding.embeddings import Embeddings, mean_of_tokens, sum_of_tokens
-from polyrep.evaluation import per_query_metrics, table_rows
+from polyrep.evaluation.frontier.pooling import (
+    LADDER,
+    Pool,
+    hierarchical_clusters,
+    hierarchical_shares,
+    hierarchically,
+    pooled,
+)
+from polyrep.evaluation.metrics import per_query_metrics
+from polyrep.evaluation.systems import Ranking, keep_ranking, rank_embeddings
+from polyrep.evaluation.table import table_rows
 from polyrep.files import read_json, write_json
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, fetch, load
-from polyrep.pooling import LADDER, Pool, by_head, hierarchical_clusters, hierarchical_shares, hierarchically, pooled
-from polyrep.reinpool import ReinPoolConfig, ReinPoolModel, SoftGateObjective
+from polyrep.methods.reinpool import ReinPoolConfig, ReinPoolModel, SoftGateObjective
+from polyrep.methods.reinpool.frontier import by_head
 from polyrep.report import provenance, write_results
-from polyrep.retrievers import Ranking, keep_ranking, rank_embeddings
 from polyrep.search.ranking import tie_ranks
 from polyrep.training.head_trainer import HeadTrainer
 from polyrep.training.pairs import HeadData

@@ -28,14 +28,15 @@ from polyrep.data.noise import cut_short, misspelt
 from polyrep.encoding.embeddings import Embeddings, in_memory, rows, sum_of_tokens
 from polyrep.encoding.encoders import encode_chunk
 from polyrep.errors import InputError
-from polyrep.gaussian import GaussianOutput
+from polyrep.evaluation.frontier.advice import COSTS
+from polyrep.evaluation.frontier.pooling import pooled
+from polyrep.evaluation.frontier.timed import ReadyIndex
+from polyrep.evaluation.systems import bytes_per_document, costs_of
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, fetch, load
-from polyrep.pooling import by_head, pooled
-from polyrep.ready import ReadyIndex
-from polyrep.recommendation import COSTS
-from polyrep.reinpool.show import token_pieces
-from polyrep.retrievers import bytes_per_document, costs_of
+from polyrep.methods.gaussian import GaussianOutput
+from polyrep.methods.reinpool.frontier import by_head
+from polyrep.methods.reinpool.show import token_pieces
 from polyrep.search.ranking import rescore, tie_ranks
 from polyrep.search.scoring import kl
 from polyrep.training.sides import LayerSide, encode_side, encode_sparse
@@ -246,7 +247,7 @@ class LayerScores:
 
 
 class Bm25:
-    """Lucene's BM25 as :func:`polyrep.retrievers.rank_with_bm25` has it, kept for one query at a time."""
+    """Lucene's BM25 as :func:`polyrep.evaluation.systems.rank_with_bm25` has it, kept for one query at a time."""
 
     def __init__(self, texts: Sequence[str], ranks: np.ndarray):
         tokens = bm25s.tokenize(list(texts), stopwords="en", show_progress=False)

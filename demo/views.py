@@ -13,9 +13,9 @@ from images import data_uri, embedded
 from matplotlib.figure import Figure
 from PIL import Image
 
-from polyrep.gaussian.show import SCALE, draw_ellipses
-from polyrep.recommendation import COSTS, LEVEL, amount
-from polyrep.reinpool.show import kept_tokens_flow, words_of
+from polyrep.evaluation.frontier.advice import COSTS, LEVEL, amount
+from polyrep.methods.gaussian.show import SCALE, draw_ellipses
+from polyrep.methods.reinpool.show import kept_tokens_flow, words_of
 
 SHOWN_HITS = 3
 """Hits of a card that are seen at once; the others unfold."""

@@ -6,14 +6,10 @@ Each method is a *room*: a sub-package whose ``modeling_<room>.py`` is also the 
 
 from __future__ import annotations
 
-from . import dense2sparse as dense2sparse
-from . import gaussian as gaussian
-from . import lemur as lemur
-from . import multilayer as multilayer
-from . import reinpool as reinpool
 from .errors import InputError
 from .hub.code import localize
 from .hub.folder import load, save
+from .methods import dense2sparse, gaussian, lemur, multilayer, reinpool
 from .registry import ROOMS, Graph, Room, register
 
 __all__ = ["ROOMS", "Graph", "InputError", "Room", "load", "localize", "register", "save"]

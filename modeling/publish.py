@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 
 from .data.load import load_retrieval_dataset
 from .errors import InputError
-from .evaluation import display_name, evaluate
+from .evaluation.evaluate import evaluate
+from .evaluation.table import display_name
 from .files import file_sha256, read_json, shipped_folder, staged_folder, write_text
 from .flags import parse
 from .hub.cards import PINNED, HubId, check_template, hub_place, own_rows, render_card, ways_to_open

@@ -34,10 +34,10 @@ from PIL import Image
 
 from polyrep import InputError
 from polyrep.data.load import load_retrieval_dataset
-from polyrep.gaussian import GaussianOutput
-from polyrep.gaussian.show import draw_ellipses
-from polyrep.reinpool.show import kept_tokens_flow, words_of
-from polyrep.retrievers import rank_with_bm25
+from polyrep.evaluation.systems import rank_with_bm25
+from polyrep.methods.gaussian import GaussianOutput
+from polyrep.methods.gaussian.show import draw_ellipses
+from polyrep.methods.reinpool.show import kept_tokens_flow, words_of
 from polyrep.search.scoring import kl
 
 DATA = ROOT / "data" / "tldr_pages"

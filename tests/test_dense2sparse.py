@@ -23,16 +23,16 @@ from transformers import AutoModel, BertConfig, BertForMaskedLM, BertModel, Bert
 import polyrep
 from polyrep import InputError
 from polyrep.data.load import load_retrieval_dataset
-from polyrep.dense2sparse import (
+from polyrep.hub.fingerprint import fingerprint
+from polyrep.hub.folder import packaged_minilm
+from polyrep.methods.dense2sparse import (
     Dense2SparseConfig,
     Dense2SparseForRetrieval,
     Dense2SparseLoss,
     Dense2SparseModel,
     Dense2SparsePooling,
 )
-from polyrep.dense2sparse.modeling_dense2sparse import _fingerprint_of
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.hub.folder import packaged_minilm
+from polyrep.methods.dense2sparse.modeling_dense2sparse import _fingerprint_of
 from polyrep.training.pairs import HeadData
 from polyrep.training.train import train
 

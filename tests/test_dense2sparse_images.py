@@ -35,7 +35,8 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 import polyrep.cache
 import polyrep.hub.vision
 from polyrep import InputError
-from polyrep.dense2sparse import (
+from polyrep.hub.folder import fastest_dtype
+from polyrep.methods.dense2sparse import (
     Dense2SparseConfig,
     Dense2SparseForRetrieval,
     Dense2SparseLoss,
@@ -45,7 +46,6 @@ from polyrep.dense2sparse import (
     DualEncoderLoss,
     DualEncoderModel,
 )
-from polyrep.hub.folder import fastest_dtype
 from polyrep.training.train import train
 
 COCO = ROOT / "data" / "coco_mini"
@@ -537,7 +537,7 @@ def test_what_was_trained_is_what_the_folder_holds(runs):
 
 
 def test_runs_evaluate_on_real_images(runs, capsys):
-    from polyrep.evaluation import evaluate
+    from polyrep.evaluation.evaluate import evaluate
 
     final = str(runs["words"] / "final")
     flags = ["--dataset", str(COCO), "--split", "test", "--baselines", "none", "--trust_remote_code", "true"]

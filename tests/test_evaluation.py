@@ -21,11 +21,13 @@ from polyrep import InputError, evaluation
 from polyrep.cli import main
 from polyrep.data.dataset import RetrievalDataset
 from polyrep.data.load import load_retrieval_dataset
-from polyrep.evaluation import METRICS, bootstrap_interval, compare, evaluate, holm, per_query_metrics
+from polyrep.evaluation.evaluate import evaluate
+from polyrep.evaluation.metrics import METRICS, per_query_metrics
+from polyrep.evaluation.statistics import bootstrap_interval, compare, holm
+from polyrep.evaluation.systems import Ranking, rank_with_bm25, rank_with_model
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import fastest_dtype, load
 from polyrep.report import check_results
-from polyrep.retrievers import Ranking, rank_with_bm25, rank_with_model
 
 # Metrics
 

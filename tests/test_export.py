@@ -22,11 +22,11 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer, ViTConfig, ViT
 import polyrep
 from polyrep import export
 from polyrep.cli import main
-from polyrep.dense2sparse import Dense2SparseForRetrieval, Dense2SparseForRetrievalConfig, DualEncoderModel
-from polyrep.gaussian import GaussianConfig
 from polyrep.hub.fingerprint import fingerprint
-from polyrep.multilayer import MultiLayerConfig, MultiLayerHead, MultiLayerHeadConfig, MultiLayerModel
-from polyrep.reinpool import ReinPoolConfig
+from polyrep.methods.dense2sparse import Dense2SparseForRetrieval, Dense2SparseForRetrievalConfig, DualEncoderModel
+from polyrep.methods.gaussian import GaussianConfig
+from polyrep.methods.multilayer import MultiLayerConfig, MultiLayerHead, MultiLayerHeadConfig, MultiLayerModel
+from polyrep.methods.reinpool import ReinPoolConfig
 
 SHORT = ["x"]
 MIXED = ["show open ports", "make an archive of a file", "q", "list a port file: a port file list a port"]

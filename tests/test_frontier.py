@@ -21,15 +21,18 @@ from test_retrievers import vectors_of
 from test_scoring import dense
 from transformers import AutoModel, BertConfig, BertTokenizer
 
-from polyrep import InputError, candidates, frontier
-from polyrep.candidates import FULL, METHODS, Candidate, Encoded, Method, quantised
+from polyrep import InputError, candidates
 from polyrep.cli import main
 from polyrep.data.load import load_retrieval_dataset
-from polyrep.evaluation import evaluate
-from polyrep.fitting import REHEARSED, SHARE, Lessons, Subject, cloze, fit_within, in_measured_fifth, judged
-from polyrep.frontier_picture import area, draw, labelled
+from polyrep.evaluation.evaluate import evaluate
+from polyrep.evaluation.frontier import command as frontier
+from polyrep.evaluation.frontier.advice import fronts, parse_budget, recommend
+from polyrep.evaluation.frontier.fit import REHEARSED, SHARE, fit_within
+from polyrep.evaluation.frontier.picture import area, draw, labelled
+from polyrep.evaluation.frontier.rivals import METHODS
+from polyrep.evaluation.frontier.rows import FULL, Candidate, Encoded, Method, quantised
+from polyrep.evaluation.frontier.subject import Lessons, Subject, cloze, in_measured_fifth, judged
 from polyrep.hub.folder import load
-from polyrep.recommendation import fronts, parse_budget, recommend
 from polyrep.report import write_results
 
 WORDS = 200

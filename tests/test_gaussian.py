@@ -29,7 +29,7 @@ from polyrep import InputError
 from polyrep.data.load import load_retrieval_dataset
 from polyrep.data.noise import narrowed
 from polyrep.encoding.cache import embed
-from polyrep.gaussian import (
+from polyrep.methods.gaussian import (
     GaussianConfig,
     GaussianHead,
     GaussianHeadConfig,
@@ -39,7 +39,7 @@ from polyrep.gaussian import (
     GaussianPooling,
     GaussianTransformer,
 )
-from polyrep.gaussian.objective import SCALE, inclusion, listwise, shortened
+from polyrep.methods.gaussian.objective import SCALE, inclusion, listwise, shortened
 from polyrep.search.scoring import kl
 from polyrep.training.mining import Miner, RemineCallback
 from polyrep.training.pairs import HeadData
@@ -113,8 +113,8 @@ def test_the_oracle_is_exact_and_broadcasts(groups):
     made = head(variance_groups=groups).double()
     query, document = made(torch.randn(6, 24).double()), made(torch.randn(9, 24).double())
     expected = -brute_force("kl", query, document)
-    found = polyrep.gaussian.kl_divergence(query, document)
-    assert polyrep.gaussian.kl_divergence is polyrep.search.scoring.kl and found.shape == (6, 9)
+    found = polyrep.methods.gaussian.kl_divergence(query, document)
+    assert polyrep.methods.gaussian.kl_divergence is polyrep.search.scoring.kl and found.shape == (6, 9)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     several = SimpleNamespace(mean=query.mean.view(2, 3, -1), variance=query.variance.view(2, 3, -1))
     torch.testing.assert_close(kl(several, document), expected.view(2, 3, 9), rtol=1e-9, atol=1e-9)

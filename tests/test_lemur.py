@@ -26,7 +26,7 @@ from polyrep import InputError
 from polyrep.data.load import load_corpus
 from polyrep.data.made_queries import texts_as_queries
 from polyrep.hub.fingerprint import fingerprint
-from polyrep.lemur import (
+from polyrep.methods.lemur import (
     LemurConfig,
     LemurIndex,
     LemurModel,
@@ -35,7 +35,7 @@ from polyrep.lemur import (
     ridge_solution,
     token_maxima,
 )
-from polyrep.lemur.objective import WINDOW, _sample_windows
+from polyrep.methods.lemur.objective import WINDOW, _sample_windows
 from polyrep.search.scoring import maxsim
 from polyrep.training.head_trainer import OWN_WEIGHTS
 from polyrep.training.train import train
@@ -185,7 +185,7 @@ def test_reduced_vectors_are_the_first_directions_of_the_features():
 
 
 def test_long_corpora_are_encoded_in_blocks(monkeypatch):
-    from polyrep.lemur import modeling_lemur
+    from polyrep.methods.lemur import modeling_lemur
 
     model, rows = head(), texts([9, 1, 4, 4, 2, 8])
     whole = pooled(model, rows, "document")
@@ -476,7 +476,7 @@ def test_random_features_take_no_step(run, tmp_path):
 
 def test_small_corpora_shrink_what_was_asked_for_and_say_so(run, tmp_path, caplog):
     _, flags = run
-    with caplog.at_level(logging.WARNING, "polyrep.lemur.objective"):
+    with caplog.at_level(logging.WARNING, "polyrep.methods.lemur.objective"):
         train(
             [*flags, "--output_dir", str(tmp_path / "out"), "--num_anchors", "500", "--rank", "20"]
             + ["--embedding_dim", "15", "--head_only", "true", "--max_steps", "2"],

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from polyrep import InputError, muvera
-from polyrep.muvera import Muvera
+from polyrep import InputError
+from polyrep.evaluation.frontier import muvera
+from polyrep.evaluation.frontier.muvera import Muvera
 
 LENGTHS = [3, 1, 7, 2, 12, 5]
 

@@ -11,8 +11,9 @@ import torch
 from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling
 from test_retrievers import vectors_of
 
-from polyrep.pooling import by_head, hierarchical_clusters, hierarchically, pooled
-from polyrep.reinpool import ReinPoolConfig, ReinPoolModel
+from polyrep.evaluation.frontier.pooling import hierarchical_clusters, hierarchically, pooled
+from polyrep.methods.reinpool import ReinPoolConfig, ReinPoolModel
+from polyrep.methods.reinpool.frontier import by_head
 
 LENGTHS = [5, 1, 12, 9, 2, 30]
 

@@ -10,9 +10,10 @@ import pytest
 from test_retrievers import vectors_of
 from test_scoring import brute_force, dense, ragged, sparse, texts_of
 
-from polyrep import InputError, ready
-from polyrep.ready import ReadyIndex, rank_in_two_stages, rank_when_ready
-from polyrep.retrievers import Ranking, costs_of, keep_ranking
+from polyrep import InputError
+from polyrep.evaluation.frontier import timed as ready
+from polyrep.evaluation.frontier.timed import ReadyIndex, rank_in_two_stages, rank_when_ready
+from polyrep.evaluation.systems import Ranking, costs_of, keep_ranking
 from polyrep.search.ranking import exact_search, rescore, tie_ranks
 
 RANKS = tie_ranks([f"d{i:02}" for i in range(12)])

@@ -30,7 +30,7 @@ from transformers import AutoModel, BertModel
 import polyrep
 from polyrep import InputError
 from polyrep.hub.fingerprint import fingerprint
-from polyrep.reinpool import (
+from polyrep.methods.reinpool import (
     ReinforceObjective,
     ReinPoolConfig,
     ReinPoolModel,
@@ -38,8 +38,8 @@ from polyrep.reinpool import (
     SoftGateObjective,
     spherical_kmeans,
 )
-from polyrep.reinpool.modeling_reinpool import _fingerprint_of
-from polyrep.reinpool.objective import ndcg
+from polyrep.methods.reinpool.modeling_reinpool import _fingerprint_of
+from polyrep.methods.reinpool.objective import ndcg
 from polyrep.search.scoring import maxsim, packed_maxsim
 from polyrep.training.losses import row_uniform
 from polyrep.training.train import train

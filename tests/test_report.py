@@ -189,7 +189,7 @@ def test_the_picture_has_a_panel_for_each_data_set(tmp_path):
 
 
 def test_equal_values_have_an_interval_of_length_zero(tmp_path):
-    from polyrep.evaluation import bootstrap_interval
+    from polyrep.evaluation.statistics import bootstrap_interval
 
     values = np.full(37, 1 / np.log2(3))
     alike = row("alike", float(values.mean()), interval=list(bootstrap_interval(values)), bytes_per_document=10.0)

@@ -13,11 +13,12 @@ from conftest import DOCUMENTS, QUERIES
 from sentence_transformers.sparse_encoder.evaluation import SparseInformationRetrievalEvaluator
 from test_scoring import brute_force, dense, sparse, texts_of
 
-from polyrep import InputError, retrievers
+from polyrep import InputError
 from polyrep.data.dataset import RetrievalDataset
 from polyrep.data.load import load_retrieval_dataset
 from polyrep.encoding.embeddings import Embeddings
-from polyrep.retrievers import bytes_per_document, costs_of, flops, rank_with_bm25, rank_with_model
+from polyrep.evaluation import systems as retrievers
+from polyrep.evaluation.systems import bytes_per_document, costs_of, flops, rank_with_bm25, rank_with_model
 
 
 def vectors_of(rng: np.random.Generator, lengths: list[int], dim: int = 12, dtype: str = "float32") -> Embeddings:

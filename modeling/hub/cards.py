@@ -25,8 +25,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel
 
 from .. import room_of
-from ..benchmarks import METRIC_NAMES
 from ..errors import InputError
+from ..evaluation.mteb import METRIC_NAMES
 from ..report import to_markdown
 from . import shipped_folder
 from .folder import PREFIX, Encoder, is_hub_id, prompts_of

@@ -13,8 +13,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.module import Module
 from transformers import AutoModel
 
-from ..dense2sparse.modeling_dense2sparse import image_features, image_processor_of
 from ..errors import InputError
+from ..methods.dense2sparse.modeling_dense2sparse import image_features, image_processor_of
 
 
 def fetch_vision(name: str, revision: str | None = None) -> Path:

@@ -1,0 +1,1 @@
+"""Metrics, statistics, tables; MTEB; every way to make an index smaller."""

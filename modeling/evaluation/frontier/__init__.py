@@ -1,0 +1,1 @@
+"""Every way to make an index of one model smaller, in one table."""

@@ -1,0 +1,326 @@
+"""What do I lose and what do I save: every way to make the index of one model on one corpus smaller, in one table.
+
+The corpus is encoded once. Each method is fitted within a time, ranked on an index held ready, and kept under a hash
+of all it depends on, so that a second run makes only what is missing. Compact rows also serve as the first of two
+stages, whose documents the full model orders.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ...encoding.embeddings import Embeddings
+from ...encoding.encoders import kind_of
+from ...errors import InputError
+from ...files import digest
+from ...flags import parse
+from ...hub.cards import hub_source
+from ...hub.fingerprint import fingerprint
+from ...hub.folder import Encoder, fastest_dtype, fetch, load
+from ...report import hardware, provenance, write_results
+from ..metrics import METRICS, per_query_metrics
+from ..systems import Ranking, costs_of, keep_ranking, latency, rank_with_bm25
+from ..table import display_name, metric_rows, refuse_doubles
+from .advice import Budget, fronts, learned_margins, parse_budget, recommend
+from .fit import code_digest
+from .picture import draw
+from .rivals import METHODS
+from .rows import FULL, LEARNED, Candidate, Encoded
+from .subject import Lessons, Subject, cloze, judged
+from .timed import DEPTH, held, rank_in_two_stages, rank_when_ready, timed_rows
+
+STAGE_DEPTHS = (50, 200)
+BUDGETS = ["bytes=256", "bytes=1024", "bytes=4096"]
+BM25 = "BM25"
+
+NOTE = (
+    "Search ms: one query alone on an index held ready, in float32 in memory unless the row says otherwise; making "
+    "the query's vectors is no part of it. int8 and one-bit rows are timed as they are computed here, after "
+    "dequantising. Two stages store both and take the time of both; they return no more documents than they score "
+    "again, which bounds their Recall@100. Front: no other row is as good at as few bytes (or milliseconds) and "
+    "better in one of the two."
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class FrontierArguments:
+    """What to compare, on what, and how much it may cost."""
+
+    _argument_group_name = "frontier"
+
+    dataset: list[str] = field(default_factory=list, metadata={"help": "BEIR folders or Hub data set ids."})
+    frontier: bool = field(default=True, metadata={"help": "This command."})
+    methods: list[str] = field(default_factory=lambda: ["all"], metadata={"help": f"all, or of {', '.join(METHODS)}."})
+    budget: list[str] = field(
+        default_factory=list,
+        metadata={
+            "action": "extend",
+            "help": "Most bytes a document or ms a query, e.g. bytes=256, ms=5, bytes=2048,ms=5; may be repeated. "
+            f"Default: {' '.join(BUDGETS)}.",
+        },
+    )
+    split: str = field(default="test", metadata={"help": "Split of the judgments that is measured."})
+    queries: str = field(
+        default="judged",
+        metadata={
+            "help": "judged: learn from train, measure --split. inverse_cloze: sentences of the documents, removed "
+            "from them, for a corpus without queries; a fifth is measured, the others are learned from."
+        },
+    )
+    fit_seconds: float = field(default=90.0, metadata={"help": "Most seconds to fit a head, encoding left out."})
+    output: str | None = field(default=None, metadata={"help": "Folder for <name>.json, <name>.md and <name>.png."})
+    name: str | None = field(default=None, metadata={"help": "Name of the three files; default: frontier-<data set>."})
+    revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of a Hub model."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that the model carries (pin --revision)."}
+    )
+    keep_empty: bool = field(default=False, metadata={"help": "Accept empty texts instead of refusing the data set."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens per text; default: the model's own."})
+    model_dtype: str = field(
+        default="auto", metadata={"help": "Weights in memory: float32, bfloat16, float16, or auto for the fastest."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Texts per forward pass."})
+    cache_dir: str = field(default=".cache/embeddings", metadata={"help": "Where embeddings are kept."})
+    frontier_cache: str = field(default=".cache/frontier", metadata={"help": "Where heads and rows are kept."})
+    settings_tried: int = field(default=1, metadata={"help": "How many settings were tried before this table."})
+    seed: int = field(default=0, metadata={"help": "Seed of fits, draws and the bootstrap."})
+
+
+@dataclass
+class Measured:
+    """Rows of one data set, and what could not be made one."""
+
+    rankings: list[Ranking] = field(default_factory=list)
+    failures: list[dict[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row to be ranked: its name, what it depends on, and how it is made."""
+
+    system: str
+    depends: Any
+    make: Callable[[], Ranking]
+    stages: bool = False
+
+
+def frontier(argv: list[str], *, prog: str = "polyrep evaluate", untrusted: Collection[str] = ()) -> dict[str, Any]:
+    """Compare every way to make a model's index smaller; print the table and what fits each budget.
+
+    Args:
+        argv: The model and flags.
+        prog: How it was called.
+        untrusted: Models whose code does not run whatever the flag says.
+
+    Returns:
+        The results, in the layout of :func:`polyrep.report.write_results`, with ``recommendations`` and ``failures``.
+
+    Raises:
+        InputError: The model, a data set or a flag cannot be used.
+    """
+    about = "Compare every way to make the index of MODEL smaller on a corpus, and say what fits a budget."
+    args, source = parse(FrontierArguments, argv, prog, about, "MODEL", "Folder, Hub id, or minilm.")
+    budgets = [parse_budget(text) for text in args.budget or BUDGETS]
+    _refuse_flags(args)
+    trusted = args.trust_remote_code and source not in untrusted
+    parts = [_read(args, path) for path in args.dataset]
+    refuse_doubles(args.dataset, [dataset.name for dataset, _ in parts])
+    folder = fetch(source, revision=args.revision, trust_remote_code=trusted)
+    weights = fastest_dtype(args.model_dtype)
+    model = load(folder, trust_remote_code=trusted, dtype=weights)
+    methods = chosen_methods(args.methods, source, model)
+    if args.max_length:
+        model.max_seq_length = args.max_length
+    rows: list[dict[str, Any]] = []
+    recommendations: list[dict[str, Any]] = []
+    claims: list[dict[str, Any]] = []
+    failures: list[dict[str, str]] = []
+    for path, (dataset, lessons) in zip(args.dataset, parts, strict=True):
+        on = Subject(
+            model,
+            folder,
+            dataset,
+            lessons,
+            args.cache_dir,
+            Path(args.frontier_cache),
+            fit_seconds=args.fit_seconds,
+            seed=args.seed,
+            weights=weights,
+            batch_size=args.batch_size,
+            trust_remote_code=trusted,
+        )
+        measured = measure(on, methods)
+        found, advice, margins = tabulate(on, measured.rankings, budgets)
+        rows += [row | hub_source(path) for row in found]
+        recommendations += advice
+        claims += margins
+        failures += measured.failures
+    results = {
+        "name": args.name or f"frontier-{'-'.join(dataset.name for dataset, _ in parts)}",
+        **provenance(shlex.join(["python", prog, *argv] if prog.endswith(".py") else [*prog.split(), *argv])),
+        "seeds": [args.seed],
+        "settings_tried": args.settings_tried,
+        "models": {display_name(source): fingerprint(folder)},
+        "rows": rows,
+        "claims": claims,
+        "recommendations": recommendations,
+        "failures": failures,
+        "notes": [NOTE, *(lessons.note for _, lessons in parts if lessons.note)],
+        "fit_seconds": args.fit_seconds,
+    }
+    print(write_results(results, Path(args.output) if args.output else None, picture=draw))
+    return results
+
+
+def chosen_methods(names: list[str], source: str, model: Encoder) -> list[str]:
+    """The methods that are asked for and apply to the model.
+
+    Raises:
+        InputError: A method was named that does not apply, or the model is none to make smaller.
+    """
+    if not isinstance(model, Encoder) or kind_of(model) not in ("tokens", "sentence"):
+        raise InputError(
+            f"{source}: is a {type(model).__name__}, but an index is made smaller here from dense vectors, one or "
+            "several a text. Name a SentenceTransformer or a MultiVectorEncoder."
+        )
+    fitting = [name for name, method in METHODS.items() if kind_of(model) in method.kinds]
+    for name in names:
+        if name != "all" and name not in fitting:
+            raise InputError(
+                f"--methods {name}: is not for a {type(model).__name__} such as {source}. Use all, or some of "
+                f"{', '.join(fitting)}."
+            )
+    return [name for name in fitting if "all" in names or name in names]
+
+
+def measure(on: Subject, methods: list[str]) -> Measured:
+    """Rank every row of one data set, or take it from where it is kept; a row that fails does not stop the others.
+
+    Raises:
+        Exception: Whatever stopped the full model's own row.
+    """
+    # Times are of the machine, the device and the number of threads, and so are fits within a time.
+    machine = [hardware(), str(on.model.device)]
+    data = [on.queries.path.name, on.documents.path.name, on.dataset.qrels, on.seed, machine]
+    learned = [on.lessons.dataset.queries, on.lessons.dataset.qrels, on.lessons.flags, on.fit_seconds]
+    jobs = list(_jobs(on, methods, learned))
+    out = Measured()
+    full: list[Embeddings] = []
+    total = len(jobs) + len(STAGE_DEPTHS) * sum(job.stages for job in jobs)
+    with tqdm(total=total, desc=on.dataset.name, unit="row") as progress:
+        while jobs:
+            job = jobs.pop(0)  # and with it what it holds, once it is done
+            progress.set_postfix_str(job.system)
+            key = digest([job.system, data, job.depends])
+            try:
+                ranking = keep_ranking(_place(on, key), job.system, job.make, DEPTH)
+            except (Exception, SystemExit) as error:  # the latter is how a parser refuses a flag
+                if job.system == FULL:
+                    raise
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                logger.warning("%s, %s failed: %s", on.dataset.name, job.system, reason, exc_info=error)
+                out.failures.append({"system": job.system, "dataset": on.dataset.name, "reason": reason})
+                progress.update(1 + len(STAGE_DEPTHS) * job.stages)
+                continue
+            out.rankings.append(ranking)
+            progress.update()
+            if job.stages:
+                jobs[:0] = [_second_stage(on, ranking, depth, [key, depth], full) for depth in STAGE_DEPTHS]
+    return out
+
+
+def _place(on: Subject, key: str) -> Path:
+    return on.kept / "rows" / f"{on.dataset.name}-{key}.safetensors"
+
+
+def _jobs(on: Subject, methods: list[str], learned: Any) -> Iterator[Job]:
+    """The rows of one stage, the references first."""
+    whole = Candidate(FULL, lambda: Encoded(on.queries, on.documents, on.similarity))
+    yield Job(FULL, code_digest("ready.py", "scoring.py", "retrievers.py"), lambda: _ranked(on, whole))
+    if isinstance(next(iter(on.dataset.corpus.values())), str):  # images have no words to find them by
+        yield Job(BM25, code_digest("retrievers.py", "ready.py"), lambda: _bm25(on), True)
+    for name in methods:
+        method = METHODS[name]
+        depends = [method.digest(), learned if method.run else None]
+        for candidate in method.rows(on):
+            yield Job(candidate.system, depends, lambda c=candidate: _ranked(on, c), candidate.first_stage)  # type: ignore[misc]
+
+
+def _ranked(on: Subject, candidate: Candidate) -> Ranking:
+    row = candidate.make()
+    options: dict[str, Any] = {"similarity": row.similarity, "device": on.model.device}
+    ranking = rank_when_ready(candidate.system, row.queries, row.documents, on.ranks, **options)
+    return replace(ranking, costs=ranking.costs | row.costs)
+
+
+def _bm25(on: Subject) -> Ranking:
+    """BM25 with the time of the queries that every row is timed by."""
+    ranking = rank_with_bm25(on.dataset, DEPTH)
+    assert ranking.seconds is not None
+    rows = timed_rows(len(ranking.seconds))
+    seconds = np.full(len(ranking.seconds), np.nan)
+    seconds[rows] = ranking.seconds[rows]
+    costs = ranking.costs | latency(seconds[rows].tolist())
+    costs.pop("encode_docs_per_s")  # which no other row has: their texts were encoded once, perhaps on another day
+    return replace(ranking, seconds=seconds, costs=costs)
+
+
+def _second_stage(on: Subject, first: Ranking, depth: int, depends: Any, full: list[Embeddings]) -> Job:
+    system = f"{first.system}, rerank {depth}"
+
+    def make() -> Ranking:
+        if not full:  # in memory from the first row that reads it on
+            full.append(held(on.documents))
+        size = costs_of(on.queries, on.documents)["bytes_per_document"]
+        options: dict[str, Any] = {"similarity": on.similarity, "device": on.model.device, "full_bytes": size}
+        return rank_in_two_stages(system, first, depth, on.queries, full[0], on.ranks, **options)
+
+    return Job(system, [depends, code_digest("ready.py", "scoring.py")], make)
+
+
+def tabulate(
+    on: Subject, rankings: list[Ranking], budgets: list[Budget]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of one data set with intervals, tests against the full model and fronts; advice for each budget; claims."""
+    values = {ranking.system: per_query_metrics(on.dataset, ranking) for ranking in rankings}
+    stacked = {system: {metric: of[metric][None] for metric in METRICS} for system, of in values.items()}
+    costs = {ranking.system: ranking.costs for ranking in rankings}
+    rows = metric_rows(on.dataset.name, on.dataset.split, stacked, costs, FULL, on.seed)
+    main = [row for row in rows if row["metric"] == "nDCG@10"]
+    for row, found in zip(main, fronts(main), strict=True):
+        row["pareto"] = found
+    per_query = {system: of["nDCG@10"] for system, of in values.items()}
+    advice = recommend(main, per_query, budgets, full=FULL, seed=on.seed)
+    same = f" Rows were chosen and measured on the same {len(on.dataset.queries):,} queries."
+    advice = [entry | {"dataset": on.dataset.name, "text": entry["text"] + same} for entry in advice]
+    margins = learned_margins(main, per_query, LEARNED, seed=on.seed)
+    return rows, advice, [entry | {"dataset": on.dataset.name} for entry in margins]
+
+
+def _read(args: FrontierArguments, path: str) -> tuple[Any, Lessons]:
+    if args.queries == "inverse_cloze":
+        return cloze(path, Path(args.frontier_cache) / "cloze", keep_empty=args.keep_empty)
+    return judged(path, args.split, keep_empty=args.keep_empty)
+
+
+def _refuse_flags(args: FrontierArguments) -> None:
+    if not args.frontier:
+        raise InputError("--frontier false: then it is the ordinary table. Leave the flag out.")
+    if not args.dataset:
+        raise InputError("no --dataset, so there is nothing to measure on. Name data sets.")
+    if args.queries not in ("judged", "inverse_cloze"):
+        raise InputError(f"--queries {args.queries!r}: use judged or inverse_cloze.")
+    if not 0 < args.fit_seconds < float("inf"):
+        raise InputError(f"--fit_seconds {args.fit_seconds}: no time to fit a head in. Use e.g. 90.")
+    if unknown := [name for name in args.methods if name != "all" and name not in METHODS]:
+        raise InputError(f"--methods {unknown[0]}: unknown. Use all, or some of {', '.join(METHODS)}.")

@@ -1,0 +1,186 @@
+"""Ways to make an index smaller or faster, each as rows for one table: what the frontier command compares.
+
+A method is a function of a :class:`~polyrep.evaluation.frontier.subject.Subject` that lists its rows; a row's vectors are made when it is
+ranked, so that kept rows cost nothing and rows of one fit share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from sentence_transformers.util import quantize_embeddings
+
+from ...encoding.embeddings import Embeddings, in_memory, sum_of_tokens
+from ...files import digest, shipped_folder
+from ..systems import bytes_per_document
+from .fit import code_digest
+from .subject import Subject
+
+FULL = "full model"
+LEARNED = ("ReinPool", "LEMUR", "Dense2Sparse")
+"""Methods of this package that learn, by what stands before a comma in their rows."""
+
+QUANTISED = (1, 4, 16, 32)
+"""Numbers of vectors that are quantised, too."""
+
+STAGES = (1, 8)
+"""Numbers of vectors at which pooled documents are a first stage, too."""
+
+BLOCK = 2**18
+"""Vectors that are quantised at a time."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a row searches.
+
+    Attributes:
+        queries: Encoded queries.
+        documents: Encoded documents.
+        similarity: As for :func:`polyrep.search.ranking.exact_search`.
+        costs: What replaces or joins the costs that follow from the arrays.
+    """
+
+    queries: Embeddings
+    documents: Embeddings
+    similarity: str
+    costs: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A row to be.
+
+    Attributes:
+        system: Its name.
+        make: Makes its vectors.
+        first_stage: Whether it also serves as the first of two stages.
+    """
+
+    system: str
+    make: Callable[[], Encoded]
+    first_stage: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make an index smaller.
+
+    Attributes:
+        rows: Lists its rows.
+        kinds: Of the models that it applies to.
+        code: Files of the package that its rows depend on.
+        run: What is fitted by it: the name of a shipped run, or anything else that tells its settings.
+    """
+
+    rows: Callable[[Subject], Iterator[Candidate]]
+    kinds: tuple[str, ...]
+    code: tuple[str, ...] = ()
+    run: str = ""
+
+    def digest(self) -> str:
+        """Hash of the code and of the recipe that its rows depend on."""
+        recipe = shipped_folder("hub_configs") / self.run
+        files = sorted(recipe.glob("*.*")) if self.run else []
+        learned = ("fitting.py", "training.py", "data.py") if self.run else ()
+        return digest([code_digest(*COMMON, *learned, *self.code), [file.read_text("utf-8") for file in files]])
+
+    def fit_digest(self) -> str:
+        """Hash of the code that what it fits depends on."""
+        return code_digest("fitting.py", *self.code)
+
+
+class Once(Generic[T]):
+    """Something that several rows share, made when the first of them asks; what went wrong is told to each of them."""
+
+    def __init__(self, make: Callable[[], T]):
+        self.make = make
+        self.made: list[T] = []
+        self.error: BaseException | None = None
+
+    def __call__(self) -> T:
+        """The thing."""
+        if self.error is not None:
+            raise self.error
+        if not self.made:
+            try:
+                self.made.append(self.make())
+            except (Exception, SystemExit) as error:
+                self.error = error
+                raise
+        return self.made[0]
+
+
+PRECISIONS = {"int8": "int8", "one-bit": "binary"}
+"""Name in tables -> name in sentence-transformers."""
+
+COMMON = ("candidates.py", "ready.py", "retrievers.py", "scoring.py")
+
+
+def quantised(row: Encoded, precision: str | None) -> Encoded:
+    """A row with its documents quantised, as vectors again: what an index computes with, and the bytes that it stores.
+
+    Queries stay as they are, so that scores are those of asymmetric rescoring. The ranges of int8 are those of the
+    documents; a value stands for the middle of its bucket. One bit is the sign, of vectors of unit length.
+
+    Args:
+        row: Dense vectors, one or several a document.
+        precision: ``int8`` or ``binary``; None for no change.
+    """
+    if precision is None:
+        return row
+    values, dim = row.documents.values, row.documents.dim
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(values), BLOCK)]
+    low = np.min([values[block].min(0) for block in blocks], axis=0).astype(np.float32)
+    high = np.max([values[block].max(0) for block in blocks], axis=0).astype(np.float32)
+    steps = np.where(high > low, (high - low) / 255, 0)
+    found = np.empty(values.shape, np.float16)
+    for block in blocks:
+        part = np.asarray(values[block], np.float32)
+        if precision == "binary":
+            bits = np.unpackbits(quantize_embeddings(part, "ubinary"), axis=-1, count=dim)  # type: ignore[arg-type]
+            found[block] = (2.0 * bits - 1) * dim**-0.5
+        else:
+            codes = quantize_embeddings(part, "int8", ranges=np.stack([low, high]))
+            found[block] = low + (np.asarray(codes, np.float32) + 128.5) * steps
+    several = row.documents.kind == "tokens"
+    vectors = float(row.documents.lengths.mean())
+    if precision == "binary":
+        size = bytes_per_document("binary", dims=dim, vectors=vectors) + 8 * several  # and an offset
+    else:
+        size = bytes_per_document("multi" if several else "dense", "int8", dims=dim, vectors=vectors)
+    return replace(row, documents=replace(row.documents, values=found), costs=row.costs | {"bytes_per_document": size})
+
+
+def lazily_quantised(make: Callable[[], Encoded], precision: str) -> Encoded:
+    return quantised(make(), precision)
+
+
+def one_vector(on: Subject, documents: Embeddings, costs: dict[str, float] | None = None) -> Encoded:
+    """One vector a document against the sum of the query's, which is MaxSim then."""
+    return Encoded(sum_of_tokens(on.queries), documents, "dot", costs or {})
+
+
+def few_vectors(on: Subject, documents: Embeddings, costs: dict[str, float]) -> Encoded:
+    """Pooled documents; if each has one vector, as one vector."""
+    costs = costs | {"vectors_per_document": float(documents.lengths.mean())}
+    if (documents.lengths == 1).all():
+        return one_vector(on, replace(documents, kind="sentence", offsets=None), costs)
+    return Encoded(on.queries, documents, on.similarity, costs)
+
+
+def as_vectors(tokens: Embeddings, encode: Callable[..., torch.Tensor], dtype: Any = np.float16) -> Embeddings:
+    """One vector a text, by a function of flat token vectors and their offsets, a few thousand texts at a time."""
+    assert tokens.offsets is not None
+    parts = []
+    for start in range(0, len(tokens), 4096):
+        bounds = tokens.offsets[start : start + 4097]
+        values = tokens.values[bounds[0] : bounds[-1]]
+        parts.append(encode(values, bounds - bounds[0]).cpu().numpy().astype(dtype))
+    return in_memory(np.concatenate(parts))

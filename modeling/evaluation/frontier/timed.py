@@ -1,0 +1,209 @@
+"""Indexes held ready, as a search engine holds them: what it takes to answer one query, and two stages of search.
+
+Exact search for evaluation reads the memory map anew for each batch, so that any corpus fits. Here the vectors lie in
+memory in float32 and sparse ones as postings, so that the time of a query is that of scoring alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers.util import SimilarityFunction
+from torch import Tensor
+
+from ...encoding.embeddings import Embeddings, row_of
+from ...search.ranking import (
+    exact_search,
+    refuse_not_finite_scores,
+    refuse_strangers,
+    rescore,
+    sort_keys,
+    sparse_rows,
+    unpacked,
+)
+from ...search.scoring import maxsim_of_flat
+from ..systems import TIMED_QUERIES, Ranking, costs_of, latency
+
+MEMORY = 4 * 2**30
+"""Bytes of float32 up to which an index is held in memory."""
+
+DEPTH = 200
+"""Documents kept of a query: as many as a second stage reads."""
+
+SIMILARITIES = 2**22
+"""Numbers of the largest intermediate of token vectors: it stays in a processor's cache, which is twice as fast."""
+
+QUERY_VECTORS = 1024
+"""Most vectors of the queries that are scored together."""
+
+
+def held(documents: Embeddings) -> Embeddings:
+    """Documents with their vectors in memory in float32; as they are if that takes more than :data:`MEMORY`."""
+    if documents.kind == "sparse" or documents.values.size * 4 > MEMORY:
+        return documents
+    return replace(documents, values=np.array(documents.values, np.float32))
+
+
+class ReadyIndex:
+    """Documents prepared for exact search, query by query.
+
+    Args:
+        documents: Encoded documents of kind ``sentence``, ``tokens`` or ``sparse``.
+        ranks: ``(documents,)`` what decides ties; see :func:`polyrep.search.ranking.tie_ranks`.
+        similarity: As for :func:`polyrep.search.ranking.exact_search`.
+        device: Where to compute.
+
+    Attributes:
+        in_memory: Whether the vectors lie in memory; if not, each search reads the memory map.
+    """
+
+    def __init__(self, documents: Embeddings, ranks: np.ndarray, similarity: str, device: str | torch.device = "cpu"):
+        self.ranks, self.similarity, self.device = ranks, similarity, device
+        self.documents = held(documents)
+        self.in_memory = documents.kind == "sparse" or self.documents is not documents
+        self.rank_of = torch.from_numpy(ranks)
+        self.vectors = torch.empty(0)
+        if documents.kind == "sparse":
+            self.postings = sparse_rows(documents, 0, len(documents), similarity).T.tocsr()  # (vocabulary, documents)
+        elif self.in_memory:
+            self.vectors = torch.from_numpy(self.documents.values).to(device)
+            if similarity == "cosine":
+                self.vectors = torch.nn.functional.normalize(self.vectors, dim=-1)
+
+    def search(self, queries: Embeddings, k: int = DEPTH) -> tuple[np.ndarray, np.ndarray]:
+        """The best ``k`` documents of each query: positions and scores, each ``(queries, min(k, documents))``.
+
+        Raises:
+            InputError: The two sides do not fit together, or a score is not finite.
+        """
+        refuse_strangers(queries, self.documents)
+        if not self.in_memory:
+            options: dict[str, Any] = {"similarity": self.similarity, "k": k, "device": self.device}
+            return exact_search(queries, self.documents, self.ranks, **options)
+        found = []
+        for start, stop in _batches(queries):
+            scores = self._scores(queries, start, stop).cpu()  # (queries, documents)
+            refuse_not_finite_scores(scores)
+            found.append(sort_keys(scores, self.rank_of).topk(min(k, scores.shape[1]), dim=1).values)
+        return unpacked(torch.cat(found), self.rank_of)
+
+    def _scores(self, queries: Embeddings, start: int, stop: int) -> Tensor:
+        if queries.kind == "sparse":
+            return torch.from_numpy((sparse_rows(queries, start, stop, self.similarity) @ self.postings).toarray())
+        if queries.offsets is None:
+            batch = torch.from_numpy(np.asarray(queries.values[start:stop], np.float32)).to(self.device)
+            if self.similarity == "cosine":
+                return torch.nn.functional.normalize(batch, dim=-1) @ self.vectors.T
+            return SimilarityFunction.to_similarity_fn(self.similarity)(batch, self.vectors)
+        bounds = queries.offsets[start : stop + 1]
+        batch = torch.from_numpy(np.asarray(queries.values[bounds[0] : bounds[-1]], np.float32)).to(self.device)
+        owner = torch.from_numpy(np.repeat(np.arange(stop - start), np.diff(bounds)))
+        scores = torch.zeros(stop - start, len(self.documents), device=self.device)
+        offsets = self.documents.offsets
+        assert offsets is not None
+        first = 0
+        while first < len(self.documents):
+            most = offsets[first] + SIMILARITIES // max(1, len(batch))
+            last = max(first + 1, int(np.searchsorted(offsets, most, side="right")) - 1)
+            part = torch.from_numpy(offsets[first : last + 1] - offsets[first])
+            tokens = self.vectors[offsets[first] : offsets[last]]
+            block = maxsim_of_flat(batch, tokens, part, self.similarity, owner)  # (documents, queries with vectors)
+            scores[: block.shape[1], first:last] = block.T
+            first = last
+        return scores
+
+
+def _batches(queries: Embeddings) -> Iterator[tuple[int, int]]:
+    size = 256 if queries.offsets is None else max(1, QUERY_VECTORS // max(1, int(queries.lengths.max())))
+    return ((start, min(start + size, len(queries))) for start in range(0, len(queries), size))
+
+
+def timed_rows(queries: int) -> np.ndarray:
+    """Places of the queries that are timed, spread over all of them."""
+    return np.unique(np.linspace(0, queries - 1, min(TIMED_QUERIES, queries)).astype(int))
+
+
+def rank_when_ready(
+    system: str,
+    queries: Embeddings,
+    documents: Embeddings,
+    ranks: np.ndarray,
+    *,
+    similarity: str,
+    device: str | torch.device = "cpu",
+) -> Ranking:
+    """Search exactly on a :class:`ReadyIndex`, then time some queries alone, after one that warms up.
+
+    Returns:
+        The ranking, :data:`DEPTH` deep; with ``from_memory_map`` among its costs if the index was not in memory.
+    """
+    index = ReadyIndex(documents, ranks, similarity, device)
+    positions, scores = index.search(queries)
+    seconds = np.full(len(queries), np.nan)
+    rows = timed_rows(len(queries))
+    index.search(row_of(queries, int(rows[0])))
+    for row in rows:
+        query = row_of(queries, int(row))
+        started = time.perf_counter()
+        index.search(query)
+        seconds[row] = time.perf_counter() - started
+    costs = costs_of(queries, documents) | latency(seconds[rows].tolist())
+    if not index.in_memory:
+        costs["from_memory_map"] = 1.0
+    return Ranking(system, positions, scores, costs, seconds)
+
+
+def rank_in_two_stages(
+    system: str,
+    first: Ranking,
+    depth: int,
+    queries: Embeddings,
+    documents: Embeddings,
+    ranks: np.ndarray,
+    *,
+    similarity: str,
+    full_bytes: float,
+    device: str | torch.device = "cpu",
+) -> Ranking:
+    """The best ``depth`` documents of a first stage, ordered by the full model's own score.
+
+    Args:
+        system: Name of the row.
+        first: What the first stage found, with its seconds.
+        depth: Documents of a query that are scored again.
+        queries: Encoded by the full model.
+        documents: Encoded by the full model, best :func:`held` in memory.
+        ranks: What decides ties.
+        similarity: The full model's.
+        full_bytes: Bytes a document of the full vectors as an index stores them.
+        device: Where to compute.
+
+    Returns:
+        The ranking. Its bytes are those of both stages, and of the first alone ``first_stage_bytes``; the time of a
+        query is that of both.
+    """
+    assert first.seconds is not None
+    found = first.positions[:, :depth]
+    options: dict[str, Any] = {"similarity": similarity, "device": device}
+    positions, scores = rescore(queries, documents, found, ranks, **options)
+    seconds = np.full(len(queries), np.nan)
+    for row in timed_rows(len(queries)):
+        query = row_of(queries, int(row))
+        started = time.perf_counter()
+        rescore(query, documents, found[row : row + 1], ranks, **options)
+        seconds[row] = first.seconds[row] + time.perf_counter() - started
+    own = first.costs["bytes_per_document"]
+    taken = ("fit_seconds", "steps", "from_memory_map")
+    costs: dict[str, float] = {name: first.costs[name] for name in taken if name in first.costs}
+    if isinstance(documents.values, np.memmap):
+        costs["from_memory_map"] = 1.0
+    costs |= {
+        "first_stage_bytes": own,
+        "bytes_per_document": own + full_bytes,
+    }
+    return Ranking(system, positions, scores, costs | latency(seconds[~np.isnan(seconds)].tolist()), seconds)

@@ -1,0 +1,287 @@
+"""Systems to compare: a model through exact search, the same model with its vectors pooled, and BM25.
+
+Each returns a :class:`Ranking`: what it found for every query, and what that cost in bytes, terms and seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling
+from tqdm import tqdm
+
+from ..data.dataset import RetrievalDataset
+from ..encoding.cache import embed
+from ..encoding.embeddings import Embeddings, mean_of_tokens, row_of, sum_of_tokens
+from ..encoding.encoders import kind_of
+from ..errors import InputError
+from ..files import staged_file
+from ..hub.folder import Encoder
+from ..search.ranking import exact_search, tie_ranks
+
+logger = logging.getLogger(__name__)
+
+DEPTH = 1000
+"""Runs are cut here, as MTEB cuts them."""
+
+TIMED_QUERIES = 32
+TIMED_DOCUMENTS = 128
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What one system found on one data set, and its costs.
+
+    Attributes:
+        system: Name of the row in tables.
+        positions: ``(queries, depth)`` positions of documents in the corpus, best first.
+        scores: ``(queries, depth)`` their scores.
+        costs: Figures for the table; see :func:`costs_of`. ``search_ms`` is one query alone through exact search,
+            reading the index from its memory map included; with ``encode_docs_per_s`` it depends on the machine.
+        seconds: ``(queries,)`` what each query took alone, NaN where it was not timed; None where nobody asked.
+    """
+
+    system: str
+    positions: np.ndarray
+    scores: np.ndarray
+    costs: dict[str, float] = field(default_factory=dict)
+    seconds: np.ndarray | None = None
+
+
+def bytes_per_document(
+    kind: str, dtype: str = "float16", *, dims: int = 0, nnz: float = 0.0, vectors: float = 0.0
+) -> float:
+    """Size of one document in an index, in bytes, before any compression of the index itself.
+
+    Args:
+        kind: ``dense`` (dims numbers), ``sparse`` (a 4-byte term id and a number per active term), ``multi`` (vectors
+            of dims numbers and an 8-byte offset) or ``binary`` (one bit per dimension of each vector).
+        dtype: numpy name of the numbers.
+        dims: Numbers per vector.
+        nnz: Mean active terms per document, for ``sparse``.
+        vectors: Mean vectors per document, for ``multi``; for ``binary`` default 1.
+
+    Raises:
+        InputError: An unknown kind.
+    """
+    itemsize = np.dtype(dtype).itemsize
+    match kind:
+        case "dense":
+            return dims * itemsize
+        case "sparse":
+            return nnz * (4 + itemsize)
+        case "multi":
+            return vectors * dims * itemsize + 8
+        case "binary":
+            return (vectors or 1) * -(-dims // 8)
+    raise InputError(f"bytes_per_document: unknown kind {kind!r}; use dense, sparse, multi or binary.")
+
+
+def flops(queries: np.ndarray, documents: np.ndarray) -> float:
+    """Mean number of terms that a query and a document share, the work of an inverted index for one pair.
+
+    Args:
+        queries: ``(vocabulary,)`` share of the queries in which each term is active.
+        documents: ``(vocabulary,)`` likewise for documents.
+    """
+    return float(queries @ documents)
+
+
+def rank_with_model(
+    name: str,
+    model: Encoder,
+    dataset: RetrievalDataset,
+    *,
+    pooling: list[str] | None = None,
+    cache_dir: str | Path | None = None,
+    dtype: str = "float16",
+    batch_size: int = 16,
+) -> list[Ranking]:
+    """Encode through the cache and search exactly; one ranking, and one more for each pooling of token vectors.
+
+    Args:
+        name: Row name.
+        model: Any sentence-transformers model.
+        dataset: Corpus and queries.
+        pooling: For multi-vector models: ``"mean"`` or a number of vectors for hierarchical pooling.
+        cache_dir: See :func:`polyrep.encoding.cache.embed`.
+        dtype: See :func:`polyrep.encoding.cache.embed`.
+        batch_size: Texts per forward pass.
+
+    Raises:
+        InputError: ``pooling`` is malformed, or the model has one vector a text.
+    """
+    for how in pooling or []:
+        if how != "mean" and not (how.isdecimal() and int(how) > 0):
+            raise InputError(f"pooling {how!r}: expected `mean` or a number of vectors such as 8.")
+    if pooling and kind_of(model) != "tokens":
+        raise InputError(f"{name}: pooling {pooling} is for models with several vectors a text; this one has one.")
+    options: dict[str, Any] = {"cache_dir": cache_dir, "dtype": dtype, "batch_size": batch_size}
+    documents = embed(model, dataset.corpus, task="document", name=dataset.name, **options)
+    queries = embed(model, dataset.queries, task="query", name=f"{dataset.name}-{dataset.split}", **options)
+    similarity = str(model.similarity_fn_name)
+    ranks = tie_ranks(list(dataset.corpus))
+    # A cache may be of another day, so speed is measured now, on documents spread over the corpus.
+    sample = list(dataset.corpus.values())[:: max(1, len(documents) // TIMED_DOCUMENTS)]
+    model.encode_document(sample[:batch_size], batch_size=batch_size)  # the first call allocates
+    started = time.perf_counter()
+    model.encode_document(sample, batch_size=batch_size)
+    speed = {"encode_docs_per_s": len(sample) / (time.perf_counter() - started)}
+
+    def ranked(system: str, q: Embeddings, d: Embeddings, similarity: str) -> Ranking:
+        ranking = rank_embeddings(system, q, d, ranks, similarity=similarity, device=model.device)
+        return replace(ranking, costs=ranking.costs | speed)
+
+    rankings = [ranked(name, queries, documents, similarity)]
+    for how in pooling or []:
+        if how == "mean":
+            rankings.append(ranked(f"{name}, mean", sum_of_tokens(queries), mean_of_tokens(documents), "dot"))
+        else:
+            rankings.append(
+                ranked(f"{name}, hierarchical {how}", queries, _hierarchical(documents, int(how)), similarity)
+            )
+    return rankings
+
+
+def rank_embeddings(
+    system: str,
+    queries: Embeddings,
+    documents: Embeddings,
+    ranks: np.ndarray,
+    *,
+    similarity: str,
+    device: str | torch.device = "cpu",
+) -> Ranking:
+    """Search exactly, then time some queries alone.
+
+    ``ranks`` decides ties, see :func:`polyrep.search.ranking.tie_ranks`.
+    """
+    options: dict[str, Any] = {"similarity": similarity, "k": DEPTH, "device": device}
+    positions, scores = exact_search(queries, documents, ranks, show_progress=True, **options)
+    timed = []
+    for row in np.linspace(0, len(queries) - 1, min(TIMED_QUERIES, len(queries))).astype(int):
+        started = time.perf_counter()
+        exact_search(row_of(queries, int(row)), documents, ranks, **options)
+        timed.append(time.perf_counter() - started)
+    return Ranking(system, positions, scores, costs_of(queries, documents) | latency(timed))
+
+
+def rank_with_bm25(dataset: RetrievalDataset, depth: int | None = None) -> Ranking:
+    """BM25 (Lucene's variant, k1 = 1.5, b = 0.75) with English stop words and no stemming, by ``bm25s``."""
+    try:
+        import bm25s
+    except ModuleNotFoundError:
+        raise InputError(
+            'bm25: the package bm25s is not installed. Run `pip install "polyrep[quickstart]"`.'
+        ) from None
+    started = time.perf_counter()
+    tokens = bm25s.tokenize(list(dataset.corpus.values()), stopwords="en", show_progress=False)
+    index = bm25s.BM25(method="lucene")
+    index.index(tokens, show_progress=False)
+    seconds = time.perf_counter() - started
+    queries = bm25s.tokenize(list(dataset.queries.values()), stopwords="en", return_ids=False, show_progress=False)
+    # Ties must fall as everywhere else: put the documents in order of falling id, then sort stably.
+    by_id = sorted(range(len(dataset.corpus)), key=list(dataset.corpus).__getitem__, reverse=True)
+    positions, scores, timed = [], [], []
+    for query in tqdm(queries, desc="bm25", unit="query"):
+        begun = time.perf_counter()
+        found = index.get_scores(query) if query else np.zeros(len(by_id), np.float32)
+        order = np.argsort(-found[by_id], kind="stable")[: depth or DEPTH]
+        timed.append(time.perf_counter() - begun)
+        positions.append(np.asarray(by_id)[order])
+        scores.append(found[positions[-1]])
+    # bm25s keeps one score per (term, document) pair, in float32.
+    nnz = len(index.scores["data"]) / len(dataset.corpus)
+    postings = np.diff(index.scores["indptr"])  # documents of each term
+    askings = np.zeros(len(postings))  # queries of each term
+    for query in queries:
+        askings[index.get_tokens_ids(query)] += 1  # a repeated term counts once
+    costs = {
+        "bytes_per_document": bytes_per_document("sparse", "float32", nnz=nnz),
+        "active_dims": nnz,
+        "flops": flops(askings / len(queries), postings / len(dataset.corpus)),
+        "encode_docs_per_s": len(dataset.corpus) / seconds,
+    }
+    return Ranking("BM25", np.stack(positions), np.stack(scores), costs | latency(timed), np.array(timed))
+
+
+def keep_ranking(path: Path, system: str, make: Callable[[], Ranking], depth: int) -> Ranking:
+    """A ranking from the file ``path``, made and kept there first if it is missing or cannot be read.
+
+    Args:
+        path: A ``.safetensors`` file, which appears once it is whole.
+        system: Name of the row.
+        make: Makes the ranking.
+        depth: Documents of a query that are kept.
+    """
+    if path.is_file():
+        try:
+            with safe_open(path, framework="numpy") as stored:
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+                costs = json.loads(stored.metadata()["costs"])
+            return Ranking(system, tensors["positions"], tensors["scores"], costs, tensors.get("seconds"))
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            logger.warning("%s is damaged (%s), so its row is made again.", path, error)
+    made = make()
+    positions, scores = (np.ascontiguousarray(part[:, :depth]) for part in (made.positions, made.scores))
+    tensors = {"positions": positions, "scores": scores}
+    if made.seconds is not None:
+        tensors["seconds"] = made.seconds
+    with staged_file(path) as partial:
+        save_file(tensors, partial, metadata={"costs": json.dumps(made.costs, allow_nan=False)})
+    return replace(made, system=system, positions=positions, scores=scores)
+
+
+def costs_of(queries: Embeddings, documents: Embeddings) -> dict[str, float]:
+    """Bytes per document; for sparse vectors also active dimensions of both sides and FLOPs."""
+    dtype = str(documents.values.dtype)
+    if documents.kind == "tokens":
+        vectors = float(documents.lengths.mean())
+        return {
+            "bytes_per_document": bytes_per_document("multi", dtype, dims=documents.dim, vectors=vectors),
+            "vectors_per_document": vectors,
+        }
+    if documents.kind == "sparse":
+        shares = [
+            np.bincount(np.asarray(side.indices), minlength=side.dim) / len(side) for side in (queries, documents)
+        ]
+        nnz = float(documents.lengths.mean())
+        return {
+            "bytes_per_document": bytes_per_document("sparse", dtype, nnz=nnz),
+            "active_dims": nnz,
+            "query_active_dims": float(queries.lengths.mean()),
+            "flops": flops(*shares),
+        }
+    return {"bytes_per_document": bytes_per_document("dense", dtype, dims=documents.dim)}
+
+
+def _hierarchical(documents: Embeddings, vectors: int) -> Embeddings:
+    """Documents pooled to at most ``vectors`` each by sentence-transformers' Ward clustering, no protected token."""
+    assert documents.offsets is not None
+    pooled: list[np.ndarray] = []
+    bounds = zip(documents.offsets[:-1], documents.offsets[1:], strict=True)
+    for start, stop in tqdm(bounds, desc=f"pool to {vectors}", unit="text", total=len(documents)):
+        tokens = torch.from_numpy(np.array(documents.values[start:stop], np.float32))
+        # The library takes a factor and rounds down; half a vector more makes it land on the number asked for.
+        factor = max(len(tokens) / (vectors + 0.5), 1.0)
+        pooled.append(HierarchicalTokenPooling(factor, num_protected_tokens=0).pool_one(tokens).numpy())
+    offsets = np.cumsum([0, *map(len, pooled)])
+    return replace(documents, values=np.concatenate(pooled).astype(documents.values.dtype), offsets=offsets)
+
+
+def latency(seconds: Sequence[float]) -> dict[str, float]:
+    """Median and 99th percentile of seconds, in milliseconds."""
+    return {
+        "search_ms_p50": 1000 * float(np.percentile(seconds, 50)),
+        "search_ms_p99": 1000 * float(np.percentile(seconds, 99)),
+    }

@@ -1,0 +1,75 @@
+"""Dense2Sparse: read ``modeling_dense2sparse.py`` for what it is, then ``objective.py`` for how it is learned.
+
+Across images and text, ``contrastive.py`` comes before: it brings a text and a vision encoder into one space, for a
+head to turn into words.
+"""
+
+from __future__ import annotations
+
+from ...registry import Graph, Room, register
+from .contrastive import DualEncoderLoss
+from .modeling_dense2sparse import (
+    CheckedTransformer,
+    Dense2SparseConfig,
+    Dense2SparseForRetrieval,
+    Dense2SparseForRetrievalConfig,
+    Dense2SparseModel,
+    Dense2SparseOutput,
+    Dense2SparsePooling,
+    DualEncoderConfig,
+    DualEncoderHead,
+    DualEncoderHeadConfig,
+    DualEncoderModel,
+)
+from .objective import Dense2SparseLoss
+
+__all__ = [
+    "CheckedTransformer",
+    "Dense2SparseConfig",
+    "Dense2SparseForRetrieval",
+    "Dense2SparseForRetrievalConfig",
+    "Dense2SparseLoss",
+    "Dense2SparseModel",
+    "Dense2SparseOutput",
+    "Dense2SparsePooling",
+    "DualEncoderConfig",
+    "DualEncoderHead",
+    "DualEncoderHeadConfig",
+    "DualEncoderLoss",
+    "DualEncoderModel",
+]
+
+register(
+    Room(
+        model=Dense2SparseForRetrieval,
+        head=Dense2SparseModel,
+        module=Dense2SparsePooling,
+        objectives={"Dense2SparseLoss": Dense2SparseLoss},
+        card="dense2sparse",
+        graphs={
+            Dense2SparseModel: {
+                "model": Graph(
+                    {
+                        "sentence_embedding": ("batch", "input_dim"),
+                        "input_ids": ("batch", "tokens"),
+                        "attention_mask": ("batch", "tokens"),
+                    }
+                )
+            }
+        },
+    )
+)
+register(
+    Room(
+        model=DualEncoderModel,
+        head=DualEncoderHead,
+        objectives={"DualEncoderLoss": DualEncoderLoss},
+        card="dual_encoder",
+        graphs={
+            DualEncoderHead: {
+                "text": Graph({"sentence_embedding": ("batch", "text_dim")}),
+                "image": Graph({"sentence_embedding": ("batch", "image_dim")}, fixed={"modality": "image"}),
+            }
+        },
+    )
+)

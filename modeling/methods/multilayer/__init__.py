@@ -1,0 +1,48 @@
+"""MultiLayer: read ``modeling_multilayer.py`` for what it is, then ``objective.py`` for how it is learned."""
+
+from __future__ import annotations
+
+from ...registry import Graph, Room, register
+from .modeling_multilayer import (
+    MultiLayerConfig,
+    MultiLayerHead,
+    MultiLayerHeadConfig,
+    MultiLayerModel,
+    MultiLayerOutput,
+    MultiLayerPooling,
+)
+from .objective import CachedMultiLayerObjective, MultiLayerHeadObjective, MultiLayerObjective
+
+__all__ = [
+    "CachedMultiLayerObjective",
+    "MultiLayerConfig",
+    "MultiLayerHead",
+    "MultiLayerHeadConfig",
+    "MultiLayerHeadObjective",
+    "MultiLayerModel",
+    "MultiLayerObjective",
+    "MultiLayerOutput",
+    "MultiLayerPooling",
+]
+
+register(
+    Room(
+        model=MultiLayerModel,
+        head=MultiLayerHead,
+        module=MultiLayerPooling,
+        objectives={
+            "MultiLayerObjective": MultiLayerObjective,
+            "CachedMultiLayerObjective": CachedMultiLayerObjective,
+            "MultiLayerHeadObjective": MultiLayerHeadObjective,
+        },
+        card="multilayer",
+        graphs={
+            MultiLayerHead: {
+                "model": Graph(
+                    {"layer_embeddings": ("batch", "layers", "hidden_size")},
+                    outputs=("sentence_embedding", "token_embeddings"),
+                )
+            }
+        },
+    )
+)
