@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 @dataclass(frozen=True)
 class Graph:
-    """One ONNX graph of a model, where ``export-onnx`` cannot tell by itself; see :mod:`polyrep.export`.
+    """One ONNX graph of a model, where ``export-onnx`` cannot tell by itself; see :mod:`polyrep.publishing.export`.
 
     A retriever needs none: its graphs read what its folder's tokenizer and image processor give.
 

@@ -20,13 +20,13 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, ViTConfig, ViTModel
 
 import polyrep
-from polyrep import export
 from polyrep.cli import main
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.methods.dense2sparse import Dense2SparseForRetrieval, Dense2SparseForRetrievalConfig, DualEncoderModel
 from polyrep.methods.gaussian import GaussianConfig
 from polyrep.methods.multilayer import MultiLayerConfig, MultiLayerHead, MultiLayerHeadConfig, MultiLayerModel
 from polyrep.methods.reinpool import ReinPoolConfig
+from polyrep.publishing import export
 
 SHORT = ["x"]
 MIXED = ["show open ports", "make an archive of a file", "q", "list a port file: a port file list a port"]

@@ -25,12 +25,13 @@ from room_examples import EXAMPLES, gaussian_example, reinpool_example
 from transformers import PreTrainedModel
 
 import polyrep
-from polyrep import InputError, doors, export, inspection, publish, upload
+from polyrep import InputError, publish
 from polyrep.cli import main
 from polyrep.hub import cards
 from polyrep.hub.fingerprint import fingerprint
 from polyrep.hub.folder import load
-from polyrep.inspection import refuse_secrets, verify
+from polyrep.publishing import doors, export, inspection, upload
+from polyrep.publishing.inspection import refuse_secrets, verify
 from polyrep.report import provenance, write_results
 
 TEXTS = list(QUERIES.values())

@@ -57,7 +57,10 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
         check_template(card)
     push_to = None
     if args.push_to_hub:
-        from ..publish import measure_and_publish, refuse_unpublishable  # with all that measures: others need not wait
+        from ..publishing.after_training import (  # with all that measures: others need not wait
+            measure_and_publish,
+            refuse_unpublishable,
+        )
 
         push_to = refuse_unpublishable(plan, card)
         args.push_to_hub = False  # the trainer would push checkpoints, without card or results

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .hub.folder import prompts_of
+from ..hub.folder import prompts_of
 
 TEXTS = ["open ports", "list a folder of files", "tar: archive many files into one file"]
 """Of different lengths, so that some are padded; short, so that no encoder cuts them."""

@@ -29,13 +29,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, PreTrainedModel
 
-from . import __version__
-from .errors import InputError
-from .files import read_json, staged_folder, write_json
-from .flags import parse
-from .hub.fingerprint import fingerprint
-from .hub.folder import PREFIX, check_folder
-from .registry import ROOMS, Graph, room_of
+from .. import __version__
+from ..errors import InputError
+from ..files import read_json, staged_folder, write_json
+from ..flags import parse
+from ..hub.fingerprint import fingerprint
+from ..hub.folder import PREFIX, check_folder
+from ..registry import ROOMS, Graph, room_of
 
 TOLERANCE = 1e-4
 """Largest difference from torch, absolute for numbers up to one and relative beyond."""

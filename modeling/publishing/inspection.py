@@ -19,12 +19,12 @@ from huggingface_hub import get_token
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from ..errors import InputError
+from ..files import read_json, write_json
+from ..hub.cards import ABSOLUTE_PATH, head_folders
+from ..hub.folder import PREFIX, Encoder
+from ..registry import room_of
 from . import doors, export
-from .errors import InputError
-from .files import read_json, write_json
-from .hub.cards import ABSOLUTE_PATH, head_folders
-from .hub.folder import PREFIX, Encoder
-from .registry import room_of
 
 TOLERANCE = 1e-4
 """Largest difference between a number here and through a door, relative to the largest of its vector if above one."""

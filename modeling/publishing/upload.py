@@ -21,8 +21,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from .errors import InputError
-from .files import read_json
+from ..errors import InputError
+from ..files import read_json
 
 _CARRIED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "onnx/*.onnx", "onnx/*.data")
 """What of a folder belongs to a model, at any depth; nothing else is uploaded."""

@@ -1,0 +1,1 @@
+"""Export, inspect, open through every door, upload."""
