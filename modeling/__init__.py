@@ -6,10 +6,10 @@ Each method is a *room*: a sub-package whose ``modeling_<room>.py`` is also the 
 
 from __future__ import annotations
 
+from . import methods as methods
 from .errors import InputError
 from .hub.code import localize
 from .hub.folder import load, save
-from .methods import dense2sparse, gaussian, lemur, multilayer, reinpool
 from .registry import ROOMS, Graph, Room, register
 
 __all__ = ["ROOMS", "Graph", "InputError", "Room", "load", "localize", "register", "save"]

@@ -9,15 +9,18 @@ from collections.abc import Sequence
 from .errors import InputError
 
 COMMANDS = {
-    "train": "training:train",
-    "evaluate": "evaluation:evaluate",
-    "encode": "encoding:encode",
-    "index": "indexing:index",
-    "search": "indexing:search",
-    "export-onnx": "export:export_onnx",
-    "publish": "publish:publish",
+    "train": "training.train:train",
+    "evaluate": "evaluation.evaluate:evaluate",
+    "encode": "encoding.encode:encode",
+    "index": "search.commands:index",
+    "search": "search.commands:search",
+    "export-onnx": "publishing.export:export_onnx",
+    "publish": "publishing.publish:publish",
 }
 """Verb -> module of polyrep and its function; imported only when it is asked for."""
+
+FRONTIER = "evaluation.frontier.command:frontier"
+"""What ``evaluate --frontier`` is, with all that fits heads: an ordinary table need not wait for it."""
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
@@ -28,7 +31,10 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         print(f"usage: polyrep {{{','.join(COMMANDS)}}} ... (each takes --help)")
         return 0 if verb in ("-h", "--help") else 2
     try:
-        module, _, function = COMMANDS[verb].partition(":")
+        command = COMMANDS[verb]
+        if verb == "evaluate" and any(word.partition("=")[0] == "--frontier" for word in arguments):
+            command = FRONTIER
+        module, _, function = command.partition(":")
         run = getattr(importlib.import_module(f".{module}", __package__), function)
         run(arguments[1:], prog=prog or f"polyrep {verb}")
     except InputError as error:

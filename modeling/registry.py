@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,10 @@ class Room:
         card: Name of the template in ``model_cards/``.
         graphs: Model or head -> name -> what ``export-onnx`` writes of it: of a head all its graphs, of a retriever
             what differs from the default. The graph that needs no name is ``model``.
+        frontier: Its rows in the frontier, a :class:`polyrep.evaluation.frontier.rows.Method`, as ``module:name`` inside
+            its folder: imported when they are asked for.
+        mean_pooled: A function, named likewise, that turns a late-interaction model into one whose vectors are the
+            mean of its tokens; of one room.
     """
 
     model: type[PreTrainedModel]
@@ -50,6 +55,18 @@ class Room:
     objectives: dict[str, type[Any]] = field(default_factory=dict)
     card: str | None = None
     graphs: Mapping[type[PreTrainedModel], Mapping[str, Graph]] = field(default_factory=dict)
+    frontier: str = ""
+    mean_pooled: str = ""
+
+    @property
+    def package(self) -> str:
+        """Name of the folder that tells the method, as it is imported."""
+        return self.model.__module__.rpartition(".")[0]
+
+    def named(self, reference: str) -> Any:
+        """What ``module:name`` is in the folder of the method, which is imported for it."""
+        module, _, name = reference.partition(":")
+        return getattr(importlib.import_module(f"{self.package}.{module}"), name)
 
     @property
     def config(self) -> Any:

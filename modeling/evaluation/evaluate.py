@@ -95,10 +95,6 @@ def evaluate(argv: list[str], *, prog: str = "polyrep evaluate", untrusted: Coll
     Raises:
         InputError: A model, data set or flag cannot be used.
     """
-    if any(word.partition("=")[0] == "--frontier" for word in argv):
-        from .frontier.command import frontier  # with all that fits heads: an ordinary table need not wait for it
-
-        return frontier(argv, prog=prog, untrusted=untrusted)
     about = "Measure MODELs and print the table; write it as JSON, Markdown and PNG with --output."
     wanted = "Folders, Hub ids, or minilm; bm25 needs no model."
     args, models = parse(EvaluationArguments, argv, prog, about, "MODEL", wanted, nargs="+")

@@ -99,6 +99,7 @@ def refuse_doubles(sources: Sequence[str], names: Sequence[str]) -> None:
 
 
 def refuse_unknown(reference: str, systems: Collection[str]) -> None:
+    """InputError if no system is called ``reference``."""
     if reference not in systems:
         raise InputError(f"--reference {reference!r}: no such system; there are {', '.join(map(repr, systems))}.")
 

@@ -24,10 +24,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel
 
-from .. import room_of
 from ..errors import InputError
-from ..evaluation.mteb import METRIC_NAMES
-from ..report import to_markdown
+from ..registry import room_of
+from ..report import METRIC_NAMES, to_markdown
 from . import shipped_folder
 from .folder import PREFIX, Encoder, is_hub_id, prompts_of
 

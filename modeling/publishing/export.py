@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, PreTrainedModel
 
-from .. import __version__
 from ..errors import InputError
 from ..files import read_json, staged_folder, write_json
 from ..flags import parse
@@ -513,7 +512,7 @@ def _manifest(folder: Path, part: Path, model: PreTrainedModel, graphs: dict[str
         "similarity": settings.get("similarity_fn_name"),
         "prompts": {name: text for name, text in (settings.get("prompts") or {}).items() if text},
         "versions": {
-            "polyrep": __version__,
+            "polyrep": importlib.metadata.version("polyrep"),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "onnx": onnx.__version__,

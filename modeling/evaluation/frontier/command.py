@@ -25,6 +25,7 @@ from ...flags import parse
 from ...hub.cards import hub_source
 from ...hub.fingerprint import fingerprint
 from ...hub.folder import Encoder, fastest_dtype, fetch, load
+from ...registry import ROOMS
 from ...report import hardware, provenance, write_results
 from ..metrics import METRICS, per_query_metrics
 from ..systems import Ranking, costs_of, keep_ranking, latency, rank_with_bm25
@@ -32,8 +33,8 @@ from ..table import display_name, metric_rows, refuse_doubles
 from .advice import Budget, fronts, learned_margins, parse_budget, recommend
 from .fit import code_digest
 from .picture import draw
-from .rivals import METHODS
-from .rows import FULL, LEARNED, Candidate, Encoded
+from .rivals import RIVALS
+from .rows import COMMON, FULL, Candidate, Encoded, Method
 from .subject import Lessons, Subject, cloze, judged
 from .timed import DEPTH, held, rank_in_two_stages, rank_when_ready, timed_rows
 
@@ -60,7 +61,9 @@ class FrontierArguments:
 
     dataset: list[str] = field(default_factory=list, metadata={"help": "BEIR folders or Hub data set ids."})
     frontier: bool = field(default=True, metadata={"help": "This command."})
-    methods: list[str] = field(default_factory=lambda: ["all"], metadata={"help": f"all, or of {', '.join(METHODS)}."})
+    methods: list[str] = field(
+        default_factory=lambda: ["all"], metadata={"help": "all, or some by name; a wrong name lists them."}
+    )
     budget: list[str] = field(
         default_factory=list,
         metadata={
@@ -182,6 +185,17 @@ def frontier(argv: list[str], *, prog: str = "polyrep evaluate", untrusted: Coll
     return results
 
 
+def all_methods() -> dict[str, Method]:
+    """Name of ``--methods`` -> method: the rivals, and the rows that rooms bring."""
+    rooms = {room.package.rpartition(".")[2]: room.named(room.frontier) for room in ROOMS.values() if room.frontier}
+    return RIVALS | rooms
+
+
+def learned_titles() -> tuple[str, ...]:
+    """Methods of this package that learn, by what stands before a comma in their rows."""
+    return tuple(method.title for method in all_methods().values() if method.title)
+
+
 def chosen_methods(names: list[str], source: str, model: Encoder) -> list[str]:
     """The methods that are asked for and apply to the model.
 
@@ -193,7 +207,7 @@ def chosen_methods(names: list[str], source: str, model: Encoder) -> list[str]:
             f"{source}: is a {type(model).__name__}, but an index is made smaller here from dense vectors, one or "
             "several a text. Name a SentenceTransformer or a MultiVectorEncoder."
         )
-    fitting = [name for name, method in METHODS.items() if kind_of(model) in method.kinds]
+    fitting = [name for name, method in all_methods().items() if kind_of(model) in method.kinds]
     for name in names:
         if name != "all" and name not in fitting:
             raise InputError(
@@ -246,11 +260,12 @@ def _place(on: Subject, key: str) -> Path:
 def _jobs(on: Subject, methods: list[str], learned: Any) -> Iterator[Job]:
     """The rows of one stage, the references first."""
     whole = Candidate(FULL, lambda: Encoded(on.queries, on.documents, on.similarity))
-    yield Job(FULL, code_digest("ready.py", "scoring.py", "retrievers.py"), lambda: _ranked(on, whole))
+    yield Job(FULL, code_digest(*COMMON), lambda: _ranked(on, whole))
     if isinstance(next(iter(on.dataset.corpus.values())), str):  # images have no words to find them by
-        yield Job(BM25, code_digest("retrievers.py", "ready.py"), lambda: _bm25(on), True)
+        yield Job(BM25, code_digest(*COMMON), lambda: _bm25(on), True)
+    known = all_methods()
     for name in methods:
-        method = METHODS[name]
+        method = known[name]
         depends = [method.digest(), learned if method.run else None]
         for candidate in method.rows(on):
             yield Job(candidate.system, depends, lambda c=candidate: _ranked(on, c), candidate.first_stage)  # type: ignore[misc]
@@ -285,7 +300,7 @@ def _second_stage(on: Subject, first: Ranking, depth: int, depends: Any, full: l
         options: dict[str, Any] = {"similarity": on.similarity, "device": on.model.device, "full_bytes": size}
         return rank_in_two_stages(system, first, depth, on.queries, full[0], on.ranks, **options)
 
-    return Job(system, [depends, code_digest("ready.py", "scoring.py")], make)
+    return Job(system, [depends, code_digest(*COMMON)], make)
 
 
 def tabulate(
@@ -303,7 +318,7 @@ def tabulate(
     advice = recommend(main, per_query, budgets, full=FULL, seed=on.seed)
     same = f" Rows were chosen and measured on the same {len(on.dataset.queries):,} queries."
     advice = [entry | {"dataset": on.dataset.name, "text": entry["text"] + same} for entry in advice]
-    margins = learned_margins(main, per_query, LEARNED, seed=on.seed)
+    margins = learned_margins(main, per_query, learned_titles(), seed=on.seed)
     return rows, advice, [entry | {"dataset": on.dataset.name} for entry in margins]
 
 
@@ -322,5 +337,6 @@ def _refuse_flags(args: FrontierArguments) -> None:
         raise InputError(f"--queries {args.queries!r}: use judged or inverse_cloze.")
     if not 0 < args.fit_seconds < float("inf"):
         raise InputError(f"--fit_seconds {args.fit_seconds}: no time to fit a head in. Use e.g. 90.")
-    if unknown := [name for name in args.methods if name != "all" and name not in METHODS]:
-        raise InputError(f"--methods {unknown[0]}: unknown. Use all, or some of {', '.join(METHODS)}.")
+    known = all_methods()
+    if unknown := [name for name in args.methods if name != "all" and name not in known]:
+        raise InputError(f"--methods {unknown[0]}: unknown. Use all, or some of {', '.join(known)}.")

@@ -127,6 +127,6 @@ def steady_threads() -> Iterator[None]:
 
 def code_digest(*names: str) -> str:
     """Hash of files of the package, by name in it; a folder stands for all its Python files."""
-    root = Path(__file__).parent
+    root = Path(__file__).parents[2]
     files = [file for name in names for file in [root / name, *sorted((root / name).glob("*.py"))] if file.is_file()]
     return digest([file.read_text(encoding="utf-8") for file in files])

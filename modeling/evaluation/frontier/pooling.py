@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,6 @@ from tqdm import tqdm
 
 from ...encoding.embeddings import Embeddings
 from ...files import staged_file
-from ...methods.reinpool import ReinPoolModel
 from ...training.sides import TokenSide
 
 LADDER = (1, 2, 4, 8, 16, 32)
@@ -71,7 +71,7 @@ def pooled(documents: Embeddings, pool: Pool, *, binary: bool = False, desc: str
 
 
 def hierarchically(
-    documents: Embeddings, clusters: dict[int, np.ndarray], numbers: Iterable[int], head: ReinPoolModel | None = None
+    documents: Embeddings, clusters: dict[int, np.ndarray], numbers: Iterable[int], head: Any = None
 ) -> Pool:
     """HierarchicalTokenPooling without a protected token, and through the projection of a head where given.
 

@@ -13,9 +13,6 @@ from safetensors.torch import load_model
 from transformers import set_seed
 
 from ...encoding.embeddings import Embeddings, mean_of_tokens
-from ...methods.dense2sparse.frontier import dense2sparse
-from ...methods.lemur.frontier import lemur
-from ...methods.reinpool.frontier import reinpool
 from ...training.pairs import HeadData
 from .csr import CSR_BATCH, CSR_RATE, CSR_SIZES, CSR_STEPS, csr, fit_module, with_csr
 from .fit import costs_of_fit, fitted
@@ -79,7 +76,7 @@ def muvera(on: Subject) -> Iterator[Candidate]:
 
 def csr_rows(on: Subject) -> Iterator[Candidate]:
     """The stock sparse auto-encoder at several numbers of active dimensions."""
-    code = METHODS["csr"].fit_digest()
+    code = RIVALS["csr"].fit_digest()
     for size in CSR_SIZES:
 
         def make(size: int = size) -> Encoded:
@@ -120,16 +117,13 @@ def quantization(on: Subject) -> Iterator[Candidate]:
         yield Candidate(f"{FULL}, {name}", partial(lazily_quantised, whole, precision), on.kind == "sentence")
 
 
-METHODS = {
-    "mean": Method(mean, ("tokens",)),
-    "hierarchical": Method(hierarchical, ("tokens",), ("pooling.py",)),
-    "reinpool": Method(reinpool, ("tokens",), ("pooling.py", "heads.py", "reinpool"), "reinpool-minilm"),
-    "lemur": Method(lemur, ("tokens",), ("heads.py", "lemur"), "lemur-minilm"),
-    "muvera": Method(muvera, ("tokens",), ("muvera.py",)),
-    "dense2sparse": Method(
-        dense2sparse, ("tokens", "sentence"), ("sparsify.py", "heads.py", "dense2sparse"), "dense2sparse-minilm"
-    ),
-    "csr": Method(csr_rows, ("tokens", "sentence"), ("sparsify.py", "heads.py"), "csr"),
-    "quantization": Method(quantization, ("tokens", "sentence")),
+_HERE = "evaluation/frontier/"
+
+RIVALS = {
+    "mean": Method(mean, ("tokens",), (_HERE + "rivals.py",)),
+    "hierarchical": Method(hierarchical, ("tokens",), (_HERE + "rivals.py", _HERE + "pooling.py")),
+    "muvera": Method(muvera, ("tokens",), (_HERE + "rivals.py", _HERE + "muvera.py")),
+    "csr": Method(csr_rows, ("tokens", "sentence"), (_HERE + "rivals.py", _HERE + "csr.py"), "csr"),
+    "quantization": Method(quantization, ("tokens", "sentence"), (_HERE + "rivals.py",)),
 }
 """Name of ``--methods`` -> method."""

@@ -1,7 +1,7 @@
 """Ways to make an index smaller or faster, each as rows for one table: what the frontier command compares.
 
-A method is a function of a :class:`~polyrep.evaluation.frontier.subject.Subject` that lists its rows; a row's vectors are made when it is
-ranked, so that kept rows cost nothing and rows of one fit share it.
+A method is a function of a :class:`~polyrep.evaluation.frontier.subject.Subject` that lists its rows; a row's vectors
+are made when it is ranked, so that kept rows cost nothing and rows of one fit share it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,6 @@ from .fit import code_digest
 from .subject import Subject
 
 FULL = "full model"
-LEARNED = ("ReinPool", "LEMUR", "Dense2Sparse")
-"""Methods of this package that learn, by what stands before a comma in their rows."""
-
 QUANTISED = (1, 4, 16, 32)
 """Numbers of vectors that are quantised, too."""
 
@@ -77,23 +74,25 @@ class Method:
         kinds: Of the models that it applies to.
         code: Files of the package that its rows depend on.
         run: What is fitted by it: the name of a shipped run, or anything else that tells its settings.
+        title: What stands before a comma in the rows of a room; empty for a rival.
     """
 
     rows: Callable[[Subject], Iterator[Candidate]]
     kinds: tuple[str, ...]
     code: tuple[str, ...] = ()
     run: str = ""
+    title: str = ""
 
     def digest(self) -> str:
         """Hash of the code and of the recipe that its rows depend on."""
         recipe = shipped_folder("hub_configs") / self.run
         files = sorted(recipe.glob("*.*")) if self.run else []
-        learned = ("fitting.py", "training.py", "data.py") if self.run else ()
+        learned = ("evaluation/frontier/fit.py", "training", "data") if self.run else ()
         return digest([code_digest(*COMMON, *learned, *self.code), [file.read_text("utf-8") for file in files]])
 
     def fit_digest(self) -> str:
         """Hash of the code that what it fits depends on."""
-        return code_digest("fitting.py", *self.code)
+        return code_digest("evaluation/frontier/fit.py", *self.code)
 
 
 class Once(Generic[T]):
@@ -120,7 +119,14 @@ class Once(Generic[T]):
 PRECISIONS = {"int8": "int8", "one-bit": "binary"}
 """Name in tables -> name in sentence-transformers."""
 
-COMMON = ("candidates.py", "ready.py", "retrievers.py", "scoring.py")
+COMMON = (
+    "evaluation/frontier/rows.py",
+    "evaluation/frontier/timed.py",
+    "evaluation/systems.py",
+    "search/ranking.py",
+    "search/scoring.py",
+)
+"""Code that every row depends on."""
 
 
 def quantised(row: Encoded, precision: str | None) -> Encoded:
@@ -159,6 +165,7 @@ def quantised(row: Encoded, precision: str | None) -> Encoded:
 
 
 def lazily_quantised(make: Callable[[], Encoded], precision: str) -> Encoded:
+    """A row quantised when it is asked for."""
     return quantised(make(), precision)
 
 

@@ -23,7 +23,7 @@ from ...encoding.encoders import kind_of
 from ...errors import InputError
 from ...files import digest, staged_folder, write_text
 from ...hub.folder import Encoder, load, save
-from ...methods.reinpool import ReinPoolModel, ReinPoolPooling
+from ...registry import ROOMS
 from ...search.ranking import tie_ranks
 from ...training.sides import Side, encode_side
 
@@ -118,12 +118,8 @@ class Subject:
             return self.folder, self.model  # type: ignore[return-value]
         folder = self.kept / "single" / digest([str(self.model), self.documents.path.name])
         if not folder.exists():
-            head = ReinPoolModel.from_backbone(self.model, num_layers=0, output="sentence_embedding")
-            modules = [*self.model.children(), ReinPoolPooling(head)]
-            save(
-                SentenceTransformer(modules=modules, prompts=self.model.prompts, similarity_fn_name="dot"),  # type: ignore[arg-type]
-                folder,
-            )
+            pool = next(room.named(room.mean_pooled) for room in ROOMS.values() if room.mean_pooled)
+            save(pool(self.model), folder)
         return folder, load(folder, trust_remote_code=True, dtype=self.weights)
 
     def side(self, dataset: RetrievalDataset, task: Literal["query", "document"]) -> Side:

@@ -46,6 +46,7 @@ register(
         module=Dense2SparsePooling,
         objectives={"Dense2SparseLoss": Dense2SparseLoss},
         card="dense2sparse",
+        frontier="frontier:METHOD",
         graphs={
             Dense2SparseModel: {
                 "model": Graph(

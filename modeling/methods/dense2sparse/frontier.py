@@ -13,20 +13,18 @@ from transformers import AutoModel
 
 from ...encoding.embeddings import Embeddings
 from ...evaluation.frontier.fit import costs_of_fit, fit_run
-from ...evaluation.frontier.rivals import METHODS
-from ...evaluation.frontier.rows import Candidate, Encoded, Once
+from ...evaluation.frontier.rows import Candidate, Encoded, Method, Once
 from ...evaluation.frontier.subject import Subject
 from ...hub.folder import fastest_dtype
 from ...training.sides import Side, encode_sparse
 
 
-def dense2sparse(on: Subject) -> Iterator[Candidate]:
+def rows(on: Subject) -> Iterator[Candidate]:
     """A Dense2Sparse head at its two operating points."""
-    method = METHODS["dense2sparse"]
 
     def make() -> tuple[Embeddings, Embeddings, dict[str, float]]:
         half = ["--bf16", str(fastest_dtype("auto") == torch.bfloat16)]
-        folder = fit_run(on, method.run, half, method.fit_digest(), single=True)
+        folder = fit_run(on, METHOD.run, half, METHOD.fit_digest(), single=True)
         head = AutoModel.from_pretrained(folder).eval()
         queries = with_head(head, on.side(on.dataset, "query"), "query")
         return queries, with_head(head, on.side(on.dataset, "document"), "document"), costs_of_fit(folder.parent)
@@ -94,3 +92,6 @@ def pruned(embeddings: Embeddings, words: int | None = None, mass: float | None 
         indices=embeddings.indices[kept],
         offsets=np.concatenate([[0], np.cumsum(counts)]),
     )
+
+
+METHOD = Method(rows, ("tokens", "sentence"), ("methods/dense2sparse",), "dense2sparse-minilm", "Dense2Sparse")

@@ -15,6 +15,9 @@ encoder onto a word-piece vocabulary. Where this code leaves the paper:
 - Only words that can be learned are expanded to (``expansion_size``); every known word counts as a text's own.
 """
 
+# mypy: ignore-errors
+# Shipped: it speaks to transformers and torch through attributes that these type as Tensor | Module.
+
 from __future__ import annotations
 
 import hashlib

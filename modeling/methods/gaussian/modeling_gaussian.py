@@ -24,6 +24,9 @@ would see both as distance. Before training a document is [0 | 0 | m] and a quer
 vector. Other divergences factor in the same way.
 """
 
+# mypy: ignore-errors
+# Shipped: it speaks to transformers and torch through attributes that these type as Tensor | Module.
+
 from __future__ import annotations
 
 import copy

@@ -337,7 +337,7 @@ class GaussianHeadObjective(_GaussianContrast):
         return self.model(features["sentence_embedding"].to(self.log_scale.device), task=task).sentence_embedding
 
     def forward(self, features: list[Features], labels: Tensor) -> dict[str, Tensor]:
-        """Parts of the loss of a batch of :class:`~polyrep.training.pairs.HeadData`: queries, and all its documents."""
+        """Parts of the loss of a batch of :class:`~polyrep.training.pairs.HeadData`: queries, and all documents."""
         sides = [self.model(side["sentence_embedding"], task=t) for side, t in zip(features, _TASKS, strict=True)]
         queries, local = sides
         documents = GaussianOutput(

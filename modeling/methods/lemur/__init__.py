@@ -26,6 +26,7 @@ register(
         module=LemurPooling,
         objectives={"LemurObjective": LemurObjective},
         card="lemur",
+        frontier="frontier:METHOD",
         graphs={LemurModel: {"model": Graph(_TOKENS)}},
     )
 )

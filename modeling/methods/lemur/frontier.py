@@ -11,23 +11,21 @@ from torch import Tensor
 
 from ...encoding.embeddings import in_memory
 from ...evaluation.frontier.fit import costs_of_fit, fit_run
-from ...evaluation.frontier.rivals import METHODS
-from ...evaluation.frontier.rows import PRECISIONS, Candidate, Encoded, Once, quantised
+from ...evaluation.frontier.rows import PRECISIONS, Candidate, Encoded, Method, Once, quantised
 from ...evaluation.frontier.subject import Subject
-from . import LemurModel, LemurPooling
+from .modeling_lemur import LemurModel, LemurPooling
 
 LEMUR_DIMS = (2048, 512, 256, 128)
 """Of the features themselves, and of the directions that matter most."""
 
 
-def lemur(on: Subject) -> Iterator[Candidate]:
+def rows(on: Subject) -> Iterator[Candidate]:
     """A LEMUR head: one vector whose inner product follows MaxSim, at several widths."""
-    method = METHODS["lemur"]
 
     def make() -> tuple[LemurModel, dict[str, Tensor], dict[str, float]]:
         # MaxSim is its teacher, so that a corpus without queries of its own needs no sentences taken from it.
         flags = [] if on.lessons.has_queries else ["--queries", "texts"]
-        folder = fit_run(on, method.run, flags, method.fit_digest())
+        folder = fit_run(on, METHOD.run, flags, METHOD.fit_digest())
         head = LemurPooling.from_pretrained(str(folder), embedding_dim=LEMUR_DIMS[0]).model.eval()
         sides = {
             "query": head.encode_query_tokens(on.queries.values, on.queries.offsets),
@@ -49,3 +47,6 @@ def lemur(on: Subject) -> Iterator[Candidate]:
         for name, precision in PRECISIONS.items():
             if precision == "int8" or dim == 512:
                 yield Candidate(f"LEMUR, {dim}, {name}", partial(row, dim, precision), (dim, name) == (512, "int8"))
+
+
+METHOD = Method(rows, ("tokens",), ("methods/lemur",), "lemur-minilm", "LEMUR")

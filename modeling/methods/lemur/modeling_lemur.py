@@ -16,6 +16,9 @@ Where this differs from the paper and its code:
 - Queries have one definition, the masked sum over ``query_scale``, and everything that is random has a seed.
 """
 
+# mypy: ignore-errors
+# Shipped: it speaks to transformers and torch through attributes that these type as Tensor | Module.
+
 from __future__ import annotations
 
 import hashlib

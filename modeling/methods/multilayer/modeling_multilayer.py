@@ -15,6 +15,9 @@ The last is ours, and made for an encoder that stays frozen, as ``projection`` i
 are also layers that count from either end, so that one recipe serves encoders of any depth, and ``pool_queries``.
 """
 
+# mypy: ignore-errors
+# Shipped: it speaks to transformers and torch through attributes that these type as Tensor | Module.
+
 from __future__ import annotations
 
 import contextlib

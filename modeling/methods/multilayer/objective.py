@@ -369,7 +369,7 @@ class MultiLayerHeadObjective(_LayerContrast):
         """Nothing is needed of the corpus before the first step."""
 
     def forward(self, features: list[Features], labels: Tensor) -> dict[str, Tensor]:
-        """Parts of the loss of a batch of :class:`~polyrep.training.pairs.HeadData`: queries, and all its documents."""
+        """Parts of the loss of a batch of :class:`~polyrep.training.pairs.HeadData`: queries, and all documents."""
         sides = []
         for side, task in zip(features, ("query", "document"), strict=True):
             states = side["layer_embeddings"][:, self.head_config.layers]

@@ -27,6 +27,8 @@ register(
         module=ReinPoolPooling,
         objectives={"SoftGateObjective": SoftGateObjective, "ReinforceObjective": ReinforceObjective},
         card="reinpool",
+        frontier="frontier:METHOD",
+        mean_pooled="frontier:mean_pooled",
         graphs={
             ReinPoolModel: {  # the filter alone is enough for a pooling of one's own
                 "model": Graph(_TOKENS, outputs=("keep_probability",)),

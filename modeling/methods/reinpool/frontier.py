@@ -5,24 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import product
+from typing import Any
 
 import numpy as np
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from torch import Tensor
 from transformers import AutoModel
 
 from ...encoding.embeddings import Embeddings
 from ...evaluation.frontier.fit import costs_of_fit, fit_run
 from ...evaluation.frontier.pooling import LADDER, Pool, pooled
-from ...evaluation.frontier.rivals import METHODS
-from ...evaluation.frontier.rows import PRECISIONS, QUANTISED, STAGES, Candidate, Encoded, Once, few_vectors, quantised
+from ...evaluation.frontier.rows import (
+    PRECISIONS,
+    QUANTISED,
+    STAGES,
+    Candidate,
+    Encoded,
+    Method,
+    Once,
+    few_vectors,
+    quantised,
+)
 from ...evaluation.frontier.subject import Subject
-from . import ReinPoolModel
+from .modeling_reinpool import ReinPoolModel, ReinPoolPooling
 
 
 def by_head(head: ReinPoolModel, numbers: Iterable[int]) -> Pool:
     """Pooling by a fitted ReinPool head."""
 
-    def pool(rows: np.ndarray, tokens: Tensor, mask: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+    def pool(_: np.ndarray, tokens: Tensor, mask: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
         weights = head.decide(head.keep_logits(tokens, mask), mask)
         pools = {k: head.pool(tokens, weights, k) for k in numbers}
         return {k: (head.fold(vectors), there) for k, (vectors, there) in pools.items()}
@@ -30,12 +41,18 @@ def by_head(head: ReinPoolModel, numbers: Iterable[int]) -> Pool:
     return pool
 
 
-def reinpool(on: Subject) -> Iterator[Candidate]:
+def mean_pooled(model: MultiVectorEncoder) -> SentenceTransformer:
+    """A late-interaction model whose one vector a text is the mean of its tokens, of a query their sum."""
+    head = ReinPoolModel.from_backbone(model, num_layers=0, output="sentence_embedding")
+    modules: list[Any] = [*model.children(), ReinPoolPooling(head)]
+    return SentenceTransformer(modules=modules, prompts=model.prompts, similarity_fn_name="dot")
+
+
+def rows(on: Subject) -> Iterator[Candidate]:
     """A ReinPool head, at several numbers of vectors, in half precision, one byte and one bit."""
-    method = METHODS["reinpool"]
 
     def make() -> tuple[dict[int, Embeddings], dict[str, float]]:
-        folder = fit_run(on, method.run, [], method.fit_digest())
+        folder = fit_run(on, METHOD.run, [], METHOD.fit_digest())
         head = AutoModel.from_pretrained(folder).eval()
         return pooled(on.documents, by_head(head, LADDER)), costs_of_fit(folder.parent)
 
@@ -49,3 +66,8 @@ def reinpool(on: Subject) -> Iterator[Candidate]:
         yield Candidate(f"ReinPool, {k}", partial(row, k, None), k in STAGES)
     for k, (name, precision) in product(QUANTISED, PRECISIONS.items()):
         yield Candidate(f"ReinPool, {k}, {name}", partial(row, k, precision), (k, name) == (1, "one-bit"))
+
+
+METHOD = Method(
+    rows, ("tokens",), ("methods/reinpool", "evaluation/frontier/pooling.py"), "reinpool-minilm", "ReinPool"
+)

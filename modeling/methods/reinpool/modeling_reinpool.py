@@ -11,6 +11,9 @@ and what is kept is averaged. The paper publishes neither its algorithm in full 
 - ``refinement`` lets each pooled vector look back at the tokens once more and move. It starts as no change at all.
 """
 
+# mypy: ignore-errors
+# Shipped: it speaks to transformers and torch through attributes that these type as Tensor | Module.
+
 from __future__ import annotations
 
 import hashlib
