@@ -43,8 +43,8 @@ class Room:
         card: Name of the template in ``model_cards/``.
         graphs: Model or head -> name -> what ``export-onnx`` writes of it: of a head all its graphs, of a retriever
             what differs from the default. The graph that needs no name is ``model``.
-        frontier: Its rows in the frontier, a :class:`polyrep.evaluation.frontier.rows.Method`, as ``module:name`` inside
-            its folder: imported when they are asked for.
+        frontier: Its rows in the frontier, a :class:`~polyrep.evaluation.frontier.rows.Method`, as ``module:name``
+            inside its folder: imported when they are asked for.
         mean_pooled: A function, named likewise, that turns a late-interaction model into one whose vectors are the
             mean of its tokens; of one room.
     """

@@ -11,6 +11,7 @@ A retriever reads what its tokenizer and its image processor give. What a head r
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import inspect
 import logging
