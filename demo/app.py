@@ -23,7 +23,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import gradio as gr
 import images
 import views
-from collection import LONGEST, RUNS, Collection, few, within
+from collection import LONGEST, RUNS, Collection, few
 from storage import open_models
 
 from polyrep.data.load import load_retrieval_dataset
@@ -319,7 +319,7 @@ def _frontier_tab() -> None:
             raise InputError("Choose how many bytes and milliseconds there are.")
         results = tables[name if name in tables else FRONTIERS[0]]
         budget = {"bytes": size, "ms": time}
-        return views.recommended(results, within(views.quality_rows(results), budget), budget)
+        return views.recommended(results, budget)
 
     def shown(name: str) -> str:
         name = name if name in tables else FRONTIERS[0]

@@ -28,7 +28,6 @@ from polyrep.data.noise import cut_short, misspelt
 from polyrep.encoding.embeddings import Embeddings, in_memory, rows, sum_of_tokens
 from polyrep.encoding.encoders import encode_chunk
 from polyrep.errors import InputError
-from polyrep.evaluation.frontier.advice import COSTS
 from polyrep.evaluation.frontier.pooling import pooled
 from polyrep.evaluation.frontier.timed import ReadyIndex
 from polyrep.evaluation.systems import bytes_per_document, costs_of
@@ -601,17 +600,6 @@ def timed(call: Callable[[], Any], repeats: int = REPEATS) -> tuple[Any, float]:
         call()
         taken.append(1000 * (time.perf_counter() - started))
     return result, statistics.median(taken) if taken else math.nan
-
-
-def within(results: Sequence[Mapping[str, Any]], budget: Mapping[str, float]) -> Mapping[str, Any] | None:
-    """The best row of a table of results that meets a budget, of equal ones the cheapest; None if none does.
-
-    Args:
-        results: Rows of nDCG@10 with their costs.
-        budget: ``bytes`` of a document, ``ms`` of a query -> the most that it may be.
-    """
-    fitting = [row for row in results if all(row[COSTS[unit]] <= most for unit, most in budget.items())]
-    return max(fitting, key=lambda row: (row["value"], *(-row[cost] for cost in COSTS.values())), default=None)
 
 
 def few(dataset: RetrievalDataset, documents: int, needed: Sequence[str] = ()) -> RetrievalDataset:

@@ -13,7 +13,7 @@ from images import data_uri, embedded
 from matplotlib.figure import Figure
 from PIL import Image
 
-from polyrep.evaluation.frontier.advice import COSTS, LEVEL, amount
+from polyrep.evaluation.frontier.advice import COSTS, LEVEL, amount, best_of, within
 from polyrep.methods.gaussian.show import SCALE, draw_ellipses
 from polyrep.methods.reinpool.show import kept_tokens_flow, words_of
 
@@ -210,12 +210,13 @@ def layers(found: LayerScores) -> str:
     return f"""<section aria-label="Layer scores">{_scrolling("What each layer adds to a score", table)}</section>"""
 
 
-def recommended(results: Mapping[str, Any], row: Mapping[str, Any] | None, budget: Mapping[str, float]) -> str:
+def recommended(results: Mapping[str, Any], budget: Mapping[str, float]) -> str:
     """What to take within a budget, and what that loses."""
     limits = " and ".join(amount(unit, most) for unit, most in budget.items())
-    if row is None:
+    rows = quality_rows(results)
+    if not (fitting := within(rows, budget)):
         return refusal(f"Within {limits}: no representation of this table. Allow more of either.")
-    full = next(other for other in quality_rows(results) if other["system"] == "full model")
+    row, full = best_of(fitting), next(row for row in rows if row["system"] == "full model")
     low, high = row["interval"]
     level = ""
     if "p_value" in row:

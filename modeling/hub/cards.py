@@ -25,9 +25,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel
 
 from ..errors import InputError
+from ..files import shipped_folder
 from ..registry import room_of
 from ..report import METRIC_NAMES, to_markdown
-from . import shipped_folder
 from .folder import PREFIX, Encoder, is_hub_id, prompts_of
 
 logger = logging.getLogger(__name__)

@@ -62,6 +62,16 @@ def fronts(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return found
 
 
+def within(rows: Iterable[Mapping[str, Any]], budget: Budget) -> list[Mapping[str, Any]]:
+    """Rows that meet a budget, see :func:`parse_budget`."""
+    return [row for row in rows if all(row[COSTS[unit]] <= most for unit, most in budget.items())]
+
+
+def best_of(rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The best of some rows of nDCG@10, of equal ones the cheapest; there must be one."""
+    return max(rows, key=lambda row: (row["value"], *(-row[cost] for cost in COSTS.values())))
+
+
 def recommend(
     rows: Sequence[Mapping[str, Any]],
     per_query: Mapping[str, np.ndarray],
@@ -90,19 +100,19 @@ def recommend(
     beside_full = _tests(per_query, [system for system in by_name if system != full], full, seed)
     found = []
     for budget in budgets:
-        fitting = [row for row in rows if all(row[COSTS[unit]] <= most for unit, most in budget.items())]
+        fitting = within(rows, budget)
         entry: dict[str, Any] = {"budget": budget, "system": None, "cheapest": None, "as_good_as_full": None}
-        within = " and ".join(amount(unit, most) for unit, most in budget.items())
+        limits = " and ".join(amount(unit, most) for unit, most in budget.items())
         if not fitting:
             nearest = min(rows, key=lambda row: max(row[COSTS[unit]] / most for unit, most in budget.items()))
             needs = " and ".join(amount(unit, nearest[COSTS[unit]]) for unit in budget)
-            text = f"Within {within}: no row. The nearest is {nearest['system']}, which needs {needs} and has nDCG@10 "
+            text = f"Within {limits}: no row. The nearest is {nearest['system']}, which needs {needs} and has nDCG@10 "
             found.append(entry | {"nearest": nearest["system"], "text": f"{text}{nearest['value']:.3f}."})
             continue
-        best = max(fitting, key=lambda row: (row["value"], -row[COSTS["bytes"]], -row[COSTS["ms"]]))
+        best = best_of(fitting)
         unit = "bytes" if "bytes" in budget else "ms"
         entry["system"] = best["system"]
-        sentences = [f"Within {within}: {best['system']}, nDCG@10 {best['value']:.3f}"]
+        sentences = [f"Within {limits}: {best['system']}, nDCG@10 {best['value']:.3f}"]
         if best is whole:
             sentences[0] += ". It is the full model itself, which fits."
         else:
