@@ -22,8 +22,8 @@ from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 
-from polyrep.data.load import load_retrieval_dataset
-from polyrep.encoding.cache import embed
+from polyrep.data import load_retrieval_dataset
+from polyrep.encoding import embed
 from polyrep.hub.folder import packaged_minilm
 from polyrep.report import provenance, write_results
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from scale import SYSTEMS, inserted
 
-from polyrep.evaluation.frontier.rows import FULL, LEARNED
+from polyrep.evaluation.frontier.command import learned_titles
+from polyrep.evaluation.frontier.rows import FULL
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "choose.md"
@@ -23,7 +24,7 @@ SETS = ("tldr_pages", "scifact")
 BYTES = (16, 72, 128, 264, 520, 2056, 4104, None)
 MILLISECONDS = (0.5, 3, 12)
 ENGINES = ("FAISS flat", "FAISS HNSW", "Seismic", "Qdrant")
-FITTED = (*LEARNED, "CSR")
+FITTED = (*learned_titles(), "CSR")
 """Methods that a corpus is needed for before the first document can be encoded."""
 
 NAMED = (

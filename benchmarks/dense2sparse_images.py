@@ -30,15 +30,14 @@ from scipy.sparse import csr_matrix
 from tqdm import tqdm
 from transformers import AutoModel, HfArgumentParser
 
-from polyrep.data.dataset import RetrievalDataset
-from polyrep.data.load import load_retrieval_dataset
-from polyrep.encoding.embeddings import Embeddings
+from polyrep.data import RetrievalDataset, load_retrieval_dataset
+from polyrep.encoding import Embeddings
 from polyrep.errors import InputError
 from polyrep.evaluation.statistics import bootstrap_interval, compare
 from polyrep.evaluation.systems import costs_of
 from polyrep.files import read_json
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.hub.folder import fastest_dtype, fetch, load
+from polyrep.hub import fetch, fingerprint, load
+from polyrep.hub.folder import fastest_dtype
 from polyrep.report import provenance, write_results
 from polyrep.training.sides import Side, encode_dataset, encode_sparse
 

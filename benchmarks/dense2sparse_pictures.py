@@ -16,9 +16,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from polyrep.data.load import load_retrieval_dataset
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.hub.folder import load
+from polyrep.data import load_retrieval_dataset
+from polyrep.hub import fingerprint, load
 from polyrep.report import provenance, write_results
 
 DATA = Path(__file__).parent.parent / "data" / "coco_mini"

@@ -32,15 +32,17 @@ from scipy.sparse import csr_matrix
 from sentence_transformers.sparse_encoder.search_engines import semantic_search_seismic
 from transformers import AutoModel
 
-from polyrep.data.load import load_retrieval_dataset
-from polyrep.encoding.embeddings import Embeddings, in_memory, joined
+from polyrep.data import load_retrieval_dataset
+from polyrep.encoding import Embeddings
+from polyrep.encoding.embeddings import in_memory, joined
 from polyrep.encoding.embeddings import rows as rows_at
 from polyrep.errors import InputError
 from polyrep.evaluation.systems import costs_of
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.hub.folder import fastest_dtype, load
+from polyrep.hub import fingerprint, load
+from polyrep.hub.folder import fastest_dtype
 from polyrep.report import provenance, write_results
-from polyrep.search.ranking import exact_search, sparse_rows
+from polyrep.search import exact_search
+from polyrep.search.ranking import sparse_rows
 from polyrep.training.sides import encode_dataset
 
 SIZES = (1_000, 10_000, 100_000)

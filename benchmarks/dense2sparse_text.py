@@ -29,16 +29,15 @@ from sentence_transformers.base.modules import Dense
 from tqdm import tqdm
 from transformers import AutoModel, HfArgumentParser, set_seed
 
-from polyrep.data.dataset import RetrievalDataset
-from polyrep.data.load import load_retrieval_dataset
-from polyrep.encoding.embeddings import Embeddings
+from polyrep.data import RetrievalDataset, load_retrieval_dataset
+from polyrep.encoding import Embeddings
 from polyrep.evaluation.frontier.csr import CSR_BATCH, CSR_RATE, CSR_SIZES, CSR_STEPS, csr, fit_module, with_csr
 from polyrep.evaluation.metrics import per_query_metrics
 from polyrep.evaluation.systems import Ranking, rank_embeddings, rank_with_bm25
 from polyrep.evaluation.table import table_rows
 from polyrep.files import read_json
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.hub.folder import fastest_dtype, fetch, load
+from polyrep.hub import fetch, fingerprint, load
+from polyrep.hub.folder import fastest_dtype
 from polyrep.methods.dense2sparse.frontier import OPERATING_POINTS, pruned, with_head
 from polyrep.report import provenance, write_results
 from polyrep.search.ranking import tie_ranks

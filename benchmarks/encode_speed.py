@@ -29,10 +29,10 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer
 from transformers import HfArgumentParser
 
-from polyrep.data.load import load_corpus
+from polyrep.data import load_corpus
 from polyrep.encoding.encode import encode as encoding
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.hub.folder import fetch, load, packaged_minilm
+from polyrep.hub import fetch, fingerprint, load
+from polyrep.hub.folder import packaged_minilm
 from polyrep.report import provenance, write_results
 
 

@@ -23,15 +23,16 @@ import torch
 from frozen_tier import DEPTH, ROOT, gain_claim, significant
 from transformers import HfArgumentParser
 
-from polyrep.data.load import load_retrieval_dataset
-from polyrep.encoding.cache import embed
+from polyrep.data import load_retrieval_dataset
+from polyrep.encoding import embed
 from polyrep.evaluation.metrics import METRICS, per_query_metrics
 from polyrep.evaluation.systems import Ranking, costs_of
 from polyrep.evaluation.table import metric_rows
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.hub.folder import fastest_dtype, fetch, load
+from polyrep.hub import fetch, fingerprint, load
+from polyrep.hub.folder import fastest_dtype
 from polyrep.report import provenance, write_results
-from polyrep.search.ranking import exact_search, tie_ranks
+from polyrep.search import exact_search
+from polyrep.search.ranking import tie_ranks
 from polyrep.training.train import train as train_run
 
 

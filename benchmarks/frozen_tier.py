@@ -23,8 +23,7 @@ from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 from transformers import set_seed
 
-from polyrep.data.dataset import RetrievalDataset
-from polyrep.data.load import load_retrieval_dataset
+from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.evaluation.metrics import per_query_metrics
 from polyrep.evaluation.statistics import compare, macro_interval
 from polyrep.evaluation.systems import Ranking

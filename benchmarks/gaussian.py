@@ -22,13 +22,13 @@ from reinpool import best_of
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
-from polyrep.data.load import load_retrieval_dataset
-from polyrep.encoding.cache import embed
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.hub.folder import fastest_dtype, fetch, load
-from polyrep.methods.gaussian import GaussianHead, GaussianHeadConfig, GaussianHeadObjective, GaussianOutput
+from polyrep.data import load_retrieval_dataset
+from polyrep.encoding import embed
+from polyrep.hub import fetch, fingerprint, load
+from polyrep.hub.folder import fastest_dtype
+from polyrep.methods import GaussianHead, GaussianHeadConfig, GaussianHeadObjective, GaussianOutput
 from polyrep.report import provenance, write_results
-from polyrep.search.scoring import kl
+from polyrep.search import kl
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "data" / "tldr_pages"

@@ -29,14 +29,13 @@ from sentence_transformers import SentenceTransformer
 from transformers import HfArgumentParser
 
 from polyrep.data.noise import narrowed
-from polyrep.encoding.cache import embed
-from polyrep.encoding.embeddings import Embeddings
+from polyrep.encoding import Embeddings, embed
 from polyrep.evaluation.systems import Ranking, costs_of, rank_with_bm25
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.hub.folder import fastest_dtype, fetch, load
-from polyrep.methods.gaussian import GaussianHead, GaussianOutput
+from polyrep.hub import fetch, fingerprint, load
+from polyrep.hub.folder import fastest_dtype
+from polyrep.methods import GaussianHead, GaussianOutput
 from polyrep.report import provenance, write_results
-from polyrep.search.ranking import exact_search
+from polyrep.search import exact_search
 from polyrep.training.pairs import HeadData
 from polyrep.training.sides import Side
 from polyrep.training.teachers import open_teacher

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 
-from polyrep.data.load import load_retrieval_dataset
-from polyrep.encoding.cache import embed
+from polyrep.data import load_retrieval_dataset
+from polyrep.encoding import embed
 from polyrep.files import staged_folder, write_json
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.hub.folder import fastest_dtype, fetch, load
-from polyrep.methods.gaussian import GaussianHead, GaussianOutput
+from polyrep.hub import fetch, fingerprint, load
+from polyrep.hub.folder import fastest_dtype
+from polyrep.methods import GaussianHead, GaussianOutput
 from polyrep.methods.gaussian.show import draw_ellipses
 from polyrep.report import provenance
 from polyrep.training.train import train

@@ -25,10 +25,9 @@ from sentence_transformers.util import maxsim
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from polyrep.data.dataset import RetrievalDataset
-from polyrep.data.load import load_retrieval_dataset
-from polyrep.encoding.cache import embed
-from polyrep.encoding.embeddings import Embeddings, in_memory, joined
+from polyrep.data import RetrievalDataset, load_retrieval_dataset
+from polyrep.encoding import Embeddings, embed
+from polyrep.encoding.embeddings import in_memory, joined
 from polyrep.encoding.embeddings import rows as rows_at
 from polyrep.evaluation.frontier.muvera import Muvera
 from polyrep.evaluation.metrics import per_query_metrics
@@ -36,11 +35,12 @@ from polyrep.evaluation.statistics import bootstrap_interval, macro_interval
 from polyrep.evaluation.systems import Ranking, bytes_per_document, costs_of
 from polyrep.evaluation.table import table_rows
 from polyrep.files import read_json
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.hub.folder import fastest_dtype, fetch, load
-from polyrep.methods.lemur import LemurModel, LemurPooling
+from polyrep.hub import fetch, fingerprint, load
+from polyrep.hub.folder import fastest_dtype
+from polyrep.methods import LemurModel, LemurPooling
 from polyrep.report import provenance, write_results
-from polyrep.search.ranking import exact_search, filled, rescore, tie_ranks
+from polyrep.search import exact_search
+from polyrep.search.ranking import filled, rescore, tie_ranks
 from polyrep.training.train import train as train_run
 
 ROOT = Path(__file__).parent.parent

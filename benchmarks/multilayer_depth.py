@@ -28,18 +28,18 @@ from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss,
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
-from polyrep.data.load import load_retrieval_dataset
-from polyrep.encoding.cache import embed
-from polyrep.encoding.embeddings import Embeddings
+from polyrep.data import load_retrieval_dataset
+from polyrep.encoding import Embeddings, embed
 from polyrep.evaluation.metrics import per_query_metrics
 from polyrep.evaluation.systems import Ranking, costs_of
 from polyrep.evaluation.table import table_rows
 from polyrep.files import shipped_folder, staged_folder, write_json
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.hub.folder import fastest_dtype, fetch, load
-from polyrep.methods.multilayer import MultiLayerModel, MultiLayerObjective
+from polyrep.hub import fetch, fingerprint, load
+from polyrep.hub.folder import fastest_dtype
+from polyrep.methods import MultiLayerModel, MultiLayerObjective
 from polyrep.report import provenance, write_results
-from polyrep.search.ranking import exact_search, tie_ranks
+from polyrep.search import exact_search
+from polyrep.search.ranking import tie_ranks
 
 SCALE = 20.0
 PLAIN, ADAPTIVE, OURS, RAW = "dual encoder", "AdaptiveLayerLoss", "early layers", "all-MiniLM-L6-v2"

@@ -22,13 +22,13 @@ from frozen_tier import DEPTH, RAW, ROOT, chosen_on_dev, gain_claim, significant
 from sentence_transformers import SentenceTransformer
 from transformers import HfArgumentParser
 
-from polyrep.encoding.embeddings import Embeddings
+from polyrep.encoding import Embeddings
 from polyrep.evaluation.systems import Ranking, costs_of, rank_with_bm25
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.hub.folder import fastest_dtype, fetch, load
-from polyrep.methods.multilayer import MultiLayerHead
+from polyrep.hub import fetch, fingerprint, load
+from polyrep.hub.folder import fastest_dtype
+from polyrep.methods import MultiLayerHead
 from polyrep.report import provenance, write_results
-from polyrep.search.ranking import exact_search
+from polyrep.search import exact_search
 from polyrep.training.pairs import HeadData
 from polyrep.training.sides import LayerSide, encode_layers
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling
 
-from polyrep.data.load import load_retrieval_dataset
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.hub.folder import fastest_dtype, load
-from polyrep.methods.reinpool import ReinPoolConfig, ReinPoolModel, ReinPoolPooling
+from polyrep.data import load_retrieval_dataset
+from polyrep.hub import fingerprint, load
+from polyrep.hub.folder import fastest_dtype
+from polyrep.methods import ReinPoolConfig, ReinPoolModel, ReinPoolPooling
 from polyrep.report import provenance, write_results
 
 ROOT = Path(__file__).parent.parent

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 
-from polyrep.data.load import load_retrieval_dataset
+from polyrep.data import load_retrieval_dataset
 from polyrep.files import staged_folder, write_json, write_text
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.hub.folder import load
-from polyrep.methods.reinpool import ReinPoolPooling
+from polyrep.hub import fingerprint, load
+from polyrep.methods import ReinPoolPooling
 from polyrep.methods.reinpool.show import kept_tokens_html, kept_tokens_png, token_pieces
 from polyrep.report import provenance
 

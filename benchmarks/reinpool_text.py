@@ -28,10 +28,9 @@ from sentence_transformers import MultiVectorEncoder
 from tqdm import tqdm
 from transformers import AutoModel, HfArgumentParser, set_seed
 
-from polyrep.data.dataset import RetrievalDataset
-from polyrep.data.load import load_retrieval_dataset
-from polyrep.encoding.cache import embed
-from polyrep.encoding.embeddings import Embeddings, mean_of_tokens, sum_of_tokens
+from polyrep.data import RetrievalDataset, load_retrieval_dataset
+from polyrep.encoding import Embeddings, embed
+from polyrep.encoding.embeddings import mean_of_tokens, sum_of_tokens
 from polyrep.evaluation.frontier.pooling import (
     LADDER,
     Pool,
@@ -44,9 +43,9 @@ from polyrep.evaluation.metrics import per_query_metrics
 from polyrep.evaluation.systems import Ranking, keep_ranking, rank_embeddings
 from polyrep.evaluation.table import table_rows
 from polyrep.files import read_json, write_json
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.hub.folder import fastest_dtype, fetch, load
-from polyrep.methods.reinpool import ReinPoolConfig, ReinPoolModel, SoftGateObjective
+from polyrep.hub import fetch, fingerprint, load
+from polyrep.hub.folder import fastest_dtype
+from polyrep.methods import ReinPoolConfig, ReinPoolModel, SoftGateObjective
 from polyrep.methods.reinpool.frontier import by_head
 from polyrep.report import provenance, write_results
 from polyrep.search.ranking import tie_ranks

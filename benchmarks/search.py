@@ -29,16 +29,16 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import AutoModel, HfArgumentParser
 
-from polyrep.data.load import load_retrieval_dataset
-from polyrep.encoding.cache import embed
-from polyrep.encoding.embeddings import Embeddings, in_memory, joined, rows
+from polyrep.data import load_retrieval_dataset
+from polyrep.encoding import Embeddings, embed
+from polyrep.encoding.embeddings import in_memory, joined, rows
 from polyrep.encoding.shards import Origin, Shard
 from polyrep.evaluation.frontier.pooling import pooled
 from polyrep.files import read_json
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.hub.folder import fastest_dtype, fetch, load
+from polyrep.hub import fetch, fingerprint, load
+from polyrep.hub.folder import fastest_dtype
+from polyrep.methods import LemurPooling
 from polyrep.methods.dense2sparse.frontier import pruned, with_head
-from polyrep.methods.lemur import LemurPooling
 from polyrep.methods.reinpool.frontier import by_head
 from polyrep.report import provenance, write_results
 from polyrep.search import Index, open_index

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from sentence_transformers.util import maxsim
 
-from polyrep.data.load import load_retrieval_dataset
-from polyrep.encoding.cache import embed
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.hub.folder import load
+from polyrep.data import load_retrieval_dataset
+from polyrep.encoding import embed
+from polyrep.hub import fingerprint, load
 from polyrep.report import provenance, write_results
-from polyrep.search.ranking import exact_search, tie_ranks
+from polyrep.search import exact_search
+from polyrep.search.ranking import tie_ranks
 
 DATA = Path(__file__).parent.parent / "data" / "tldr_pages"
 

@@ -26,7 +26,7 @@ import views
 from collection import LONGEST, RUNS, Collection, few
 from storage import open_models
 
-from polyrep.data.load import load_retrieval_dataset
+from polyrep.data import load_retrieval_dataset
 from polyrep.errors import InputError
 
 HERE = Path(__file__).resolve().parent

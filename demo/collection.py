@@ -23,21 +23,22 @@ from PIL import Image
 from storage import digest_of, digest_of_code, encoded, kept
 from torch import Tensor
 
-from polyrep.data.dataset import RetrievalDataset
+from polyrep.data import RetrievalDataset
 from polyrep.data.noise import cut_short, misspelt
-from polyrep.encoding.embeddings import Embeddings, in_memory, rows, sum_of_tokens
+from polyrep.encoding import Embeddings
+from polyrep.encoding.embeddings import in_memory, rows, sum_of_tokens
 from polyrep.encoding.encoders import encode_chunk
 from polyrep.errors import InputError
 from polyrep.evaluation.frontier.pooling import pooled
 from polyrep.evaluation.frontier.timed import ReadyIndex
 from polyrep.evaluation.systems import bytes_per_document, costs_of
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.hub.folder import fastest_dtype, fetch, load
-from polyrep.methods.gaussian import GaussianOutput
+from polyrep.hub import fetch, fingerprint, load
+from polyrep.hub.folder import fastest_dtype
+from polyrep.methods import GaussianOutput
 from polyrep.methods.reinpool.frontier import by_head
 from polyrep.methods.reinpool.show import token_pieces
+from polyrep.search import kl
 from polyrep.search.ranking import rescore, tie_ranks
-from polyrep.search.scoring import kl
 from polyrep.training.sides import LayerSide, encode_side, encode_sparse
 
 RUNS = {

@@ -16,7 +16,7 @@ from pathlib import Path
 from collection import RUNS, keys
 from storage import open_models, place
 
-from polyrep.data.load import load_retrieval_dataset
+from polyrep.data import load_retrieval_dataset
 from polyrep.errors import InputError
 from polyrep.files import staged_folder
 

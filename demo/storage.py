@@ -20,12 +20,13 @@ from packed import unpack
 from tqdm import tqdm
 
 import polyrep
+from polyrep.encoding import Embeddings
 from polyrep.encoding.cache import FORMAT, open_cache
-from polyrep.encoding.embeddings import Embeddings, Kind, joined
+from polyrep.encoding.embeddings import Kind, joined
 from polyrep.encoding.encoders import encode_chunk
 from polyrep.errors import InputError
 from polyrep.files import file_sha256, staged_folder, write_json
-from polyrep.hub.folder import Encoder
+from polyrep.hub import Encoder
 
 PART = 256
 """Documents that are encoded and written together: what an interruption loses at most."""

@@ -43,9 +43,9 @@ from small_world import SmallWorld
 from torch.distributed.run import get_args_parser
 
 from polyrep.cli import main
-from polyrep.encoding.shards import EncodedCorpus
+from polyrep.encoding import EncodedCorpus
 from polyrep.files import read_json
-from polyrep.hub.fingerprint import fingerprint
+from polyrep.hub import fingerprint
 from polyrep.report import check_results
 
 QUICK_FRONTIER = ["--methods", "mean", "reinpool", "--fit_seconds", "1"]

@@ -20,8 +20,8 @@ from toy.modeling_toy import ToyHead, ToyHeadConfig, ToyModel, ToyPooling
 from transformers import AutoTokenizer, MobileNetV2Config, MobileNetV2Model
 from transformers.models.mobilenet_v2.image_processing_pil_mobilenet_v2 import MobileNetV2ImageProcessorPil
 
-from polyrep.hub.folder import Encoder
-from polyrep.methods.dense2sparse import (
+from polyrep.hub import Encoder
+from polyrep.methods import (
     CheckedTransformer,
     Dense2SparseConfig,
     Dense2SparseForRetrieval,
@@ -31,17 +31,22 @@ from polyrep.methods.dense2sparse import (
     DualEncoderConfig,
     DualEncoderHeadConfig,
     DualEncoderModel,
-)
-from polyrep.methods.gaussian import (
     GaussianConfig,
     GaussianHeadConfig,
     GaussianModel,
     GaussianPooling,
     GaussianTransformer,
+    LemurConfig,
+    LemurModel,
+    LemurPooling,
+    MultiLayerConfig,
+    MultiLayerHeadConfig,
+    MultiLayerModel,
+    MultiLayerPooling,
+    ReinPoolConfig,
+    ReinPoolModel,
+    ReinPoolPooling,
 )
-from polyrep.methods.lemur import LemurConfig, LemurModel, LemurPooling
-from polyrep.methods.multilayer import MultiLayerConfig, MultiLayerHeadConfig, MultiLayerModel, MultiLayerPooling
-from polyrep.methods.reinpool import ReinPoolConfig, ReinPoolModel, ReinPoolPooling
 
 
 @dataclass

@@ -19,14 +19,12 @@ from sentence_transformers import SentenceTransformer
 
 from polyrep import InputError, evaluation
 from polyrep.cli import main
-from polyrep.data.dataset import RetrievalDataset
-from polyrep.data.load import load_retrieval_dataset
+from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.evaluation.evaluate import evaluate
 from polyrep.evaluation.metrics import METRICS, per_query_metrics
 from polyrep.evaluation.mteb import open_suites
 from polyrep.evaluation.systems import rank_with_model
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.hub.folder import load, save
+from polyrep.hub import fingerprint, load, save
 from polyrep.report import check_results, to_markdown
 
 ROUNDED = 5.1e-6

@@ -24,8 +24,8 @@ from conftest import DOCUMENTS, run_python
 from PIL import Image
 
 from polyrep import InputError, cache
-from polyrep.encoding.cache import cache_key, embed, open_cache
-from polyrep.encoding.embeddings import Embeddings
+from polyrep.encoding import Embeddings, embed
+from polyrep.encoding.cache import cache_key, open_cache
 
 TEXTS = DOCUMENTS | {"long": "open the list of ports " * 9, "short": "x"}  # cut off at 64 tokens; and the shortest
 HALF = {"rtol": 2**-11, "atol": 1e-6}  # float16 has 11 significant bits, and rounding errs by half of the last

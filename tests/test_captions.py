@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from polyrep import InputError
+from polyrep.data import load_retrieval_dataset
 from polyrep.data.captions import is_captions
-from polyrep.data.load import load_retrieval_dataset
-from polyrep.encoding.cache import embed
+from polyrep.encoding import embed
 
 ROOT = Path(__file__).parent.parent
 SPLITS = ["train", "restval", "val", "test", "train"]

@@ -14,7 +14,8 @@ from small_world import SmallWorld
 from transformers import PreTrainedModel
 
 import polyrep
-from polyrep.hub.cards import PINNED, render_card
+from polyrep.hub import render_card
+from polyrep.hub.cards import PINNED
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from room_examples import EXAMPLES, Example
 
-from polyrep.methods.multilayer import MultiLayerConfig
+from polyrep.methods import MultiLayerConfig
 
 # Batches of two shapes; neither size is one that a model has, which a compiler would take for it.
 BATCHES = (

@@ -16,9 +16,7 @@ from conftest import DOCUMENTS, QRELS, QUERIES, ROOT, write_beir
 from PIL import Image
 
 from polyrep import InputError
-from polyrep.data.dataset import RetrievalDataset
-from polyrep.data.load import load_corpus, load_retrieval_dataset
-from polyrep.data.made_queries import inverse_cloze
+from polyrep.data import RetrievalDataset, inverse_cloze, load_corpus, load_retrieval_dataset
 
 HEADER = "query-id\tcorpus-id\tscore\n"
 

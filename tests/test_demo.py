@@ -33,13 +33,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from polyrep import InputError
-from polyrep.data.load import load_retrieval_dataset
+from polyrep.data import load_retrieval_dataset
 from polyrep.evaluation.frontier.advice import best_of, within
 from polyrep.evaluation.systems import rank_with_bm25
-from polyrep.methods.gaussian import GaussianOutput
+from polyrep.methods import GaussianOutput
 from polyrep.methods.gaussian.show import draw_ellipses
 from polyrep.methods.reinpool.show import kept_tokens_flow, words_of
-from polyrep.search.scoring import kl
+from polyrep.search import kl
 
 DATA = ROOT / "data" / "tldr_pages"
 MODELS = ROOT / "demo" / "models"

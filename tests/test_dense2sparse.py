@@ -22,10 +22,10 @@ from transformers import AutoModel, BertConfig, BertForMaskedLM, BertModel, Bert
 
 import polyrep
 from polyrep import InputError
-from polyrep.data.load import load_retrieval_dataset
-from polyrep.hub.fingerprint import fingerprint
+from polyrep.data import load_retrieval_dataset
+from polyrep.hub import fingerprint
 from polyrep.hub.folder import packaged_minilm
-from polyrep.methods.dense2sparse import (
+from polyrep.methods import (
     Dense2SparseConfig,
     Dense2SparseForRetrieval,
     Dense2SparseLoss,

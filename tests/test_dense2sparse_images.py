@@ -36,7 +36,7 @@ import polyrep.cache
 import polyrep.hub.vision
 from polyrep import InputError
 from polyrep.hub.folder import fastest_dtype
-from polyrep.methods.dense2sparse import (
+from polyrep.methods import (
     Dense2SparseConfig,
     Dense2SparseForRetrieval,
     Dense2SparseLoss,
@@ -240,7 +240,7 @@ def test_a_checkpoint_without_its_maps_is_refused(tmp_path):
 
 
 def test_given_vectors_are_brought_to_the_length_of_the_encoders_own(images_model, tmp_path):
-    from polyrep.data.load import load_retrieval_dataset
+    from polyrep.data import load_retrieval_dataset
     from polyrep.training.sides import encode_dataset
 
     arrays = {"images": np.random.default_rng(0).normal(size=(12, 12)), "captions": np.ones((60, 12))}

@@ -13,9 +13,10 @@ import pytest
 from conftest import ROOT
 
 from polyrep import InputError
-from polyrep.encoding.embeddings import Embeddings
+from polyrep.encoding import Embeddings
 from polyrep.report import check_results, to_markdown
-from polyrep.search.ranking import exact_search, sparse_rows
+from polyrep.search import exact_search
+from polyrep.search.ranking import sparse_rows
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import dense2sparse_search as search

@@ -23,10 +23,10 @@ from scipy.sparse import csr_matrix
 from polyrep import InputError
 from polyrep.cli import main
 from polyrep.data import stream as sources
+from polyrep.encoding import EncodedCorpus
 from polyrep.encoding.encode import encode
 from polyrep.encoding.encode import encode as encoding
-from polyrep.encoding.shards import EncodedCorpus
-from polyrep.hub.folder import save
+from polyrep.hub import save
 
 TEXTS = {
     f"d{n}": " ".join(["open", "ports", *list(DOCUMENTS.values())[n % 5].split()][: 2 + n % 7]) for n in range(23)

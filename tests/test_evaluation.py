@@ -19,14 +19,13 @@ from PIL import Image
 
 from polyrep import InputError, evaluation
 from polyrep.cli import main
-from polyrep.data.dataset import RetrievalDataset
-from polyrep.data.load import load_retrieval_dataset
+from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.evaluation.evaluate import evaluate
 from polyrep.evaluation.metrics import METRICS, per_query_metrics
 from polyrep.evaluation.statistics import bootstrap_interval, compare, holm
 from polyrep.evaluation.systems import Ranking, rank_with_bm25, rank_with_model
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.hub.folder import fastest_dtype, load
+from polyrep.hub import fingerprint, load
+from polyrep.hub.folder import fastest_dtype
 from polyrep.report import check_results
 
 # Metrics

@@ -21,11 +21,18 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer, ViTConfig, ViT
 
 import polyrep
 from polyrep.cli import main
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.methods.dense2sparse import Dense2SparseForRetrieval, Dense2SparseForRetrievalConfig, DualEncoderModel
-from polyrep.methods.gaussian import GaussianConfig
-from polyrep.methods.multilayer import MultiLayerConfig, MultiLayerHead, MultiLayerHeadConfig, MultiLayerModel
-from polyrep.methods.reinpool import ReinPoolConfig
+from polyrep.hub import fingerprint
+from polyrep.methods import (
+    Dense2SparseForRetrieval,
+    Dense2SparseForRetrievalConfig,
+    DualEncoderModel,
+    GaussianConfig,
+    MultiLayerConfig,
+    MultiLayerHead,
+    MultiLayerHeadConfig,
+    MultiLayerModel,
+    ReinPoolConfig,
+)
 from polyrep.publishing import export
 
 SHORT = ["x"]

@@ -23,7 +23,7 @@ from transformers import AutoModel, BertConfig, BertTokenizer
 
 from polyrep import InputError, candidates
 from polyrep.cli import main
-from polyrep.data.load import load_retrieval_dataset
+from polyrep.data import load_retrieval_dataset
 from polyrep.evaluation.evaluate import evaluate
 from polyrep.evaluation.frontier import command as frontier
 from polyrep.evaluation.frontier.advice import fronts, parse_budget, recommend
@@ -32,7 +32,7 @@ from polyrep.evaluation.frontier.picture import area, draw, labelled
 from polyrep.evaluation.frontier.rivals import METHODS
 from polyrep.evaluation.frontier.rows import FULL, Candidate, Encoded, Method, quantised
 from polyrep.evaluation.frontier.subject import Lessons, Subject, cloze, in_measured_fifth, judged
-from polyrep.hub.folder import load
+from polyrep.hub import load
 from polyrep.report import write_results
 
 WORDS = 200

@@ -26,10 +26,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTo
 
 import polyrep
 from polyrep import InputError
-from polyrep.data.load import load_retrieval_dataset
+from polyrep.data import load_retrieval_dataset
 from polyrep.data.noise import narrowed
-from polyrep.encoding.cache import embed
-from polyrep.methods.gaussian import (
+from polyrep.encoding import embed
+from polyrep.methods import (
     GaussianConfig,
     GaussianHead,
     GaussianHeadConfig,
@@ -40,7 +40,7 @@ from polyrep.methods.gaussian import (
     GaussianTransformer,
 )
 from polyrep.methods.gaussian.objective import SCALE, inclusion, listwise, shortened
-from polyrep.search.scoring import kl
+from polyrep.search import kl
 from polyrep.training.mining import Miner, RemineCallback
 from polyrep.training.pairs import HeadData
 from polyrep.training.recipes import RecipeArguments

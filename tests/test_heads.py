@@ -17,9 +17,9 @@ from sentence_transformers.sparse_encoder.losses import CSRLoss
 from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 
 from polyrep import InputError
-from polyrep.data.load import load_retrieval_dataset
-from polyrep.encoding.embeddings import Embeddings
-from polyrep.methods.dense2sparse import Dense2SparseConfig, Dense2SparseModel
+from polyrep.data import load_retrieval_dataset
+from polyrep.encoding import Embeddings
+from polyrep.methods import Dense2SparseConfig, Dense2SparseModel
 from polyrep.training.head_trainer import HeadTrainer
 from polyrep.training.pairs import HeadData
 from polyrep.training.recipes import HeadTrainingArguments

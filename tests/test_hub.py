@@ -14,7 +14,7 @@ from toy.modeling_toy import ToyHead, ToyHeadConfig
 
 import polyrep
 from polyrep import InputError, hub
-from polyrep.hub.cards import render_card
+from polyrep.hub import render_card
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from test_encode import write_lines
 
 from polyrep import InputError
 from polyrep.cli import main
-from polyrep.encoding.shards import EncodedCorpus
-from polyrep.hub.fingerprint import fingerprint
+from polyrep.encoding import EncodedCorpus
+from polyrep.hub import fingerprint
 from polyrep.search import Added, open_index
 
 

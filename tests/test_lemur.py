@@ -23,10 +23,9 @@ from torch.nn import functional as F
 
 import polyrep
 from polyrep import InputError
-from polyrep.data.load import load_corpus
-from polyrep.data.made_queries import texts_as_queries
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.methods.lemur import (
+from polyrep.data import load_corpus, texts_as_queries
+from polyrep.hub import fingerprint
+from polyrep.methods import (
     LemurConfig,
     LemurIndex,
     LemurModel,
@@ -36,7 +35,7 @@ from polyrep.methods.lemur import (
     token_maxima,
 )
 from polyrep.methods.lemur.objective import WINDOW, _sample_windows
-from polyrep.search.scoring import maxsim
+from polyrep.search import maxsim
 from polyrep.training.head_trainer import OWN_WEIGHTS
 from polyrep.training.train import train
 
@@ -502,7 +501,7 @@ def test_texts_as_queries_are_documents_by_their_ids(tmp_path):
 
 
 def test_learned_tokens_come_in_runs_of_both_sides():
-    from polyrep.encoding.embeddings import Embeddings
+    from polyrep.encoding import Embeddings
     from polyrep.training.sides import TokenSide
 
     def side(lengths: list[int], start: int) -> TokenSide:

@@ -25,8 +25,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTo
 import polyrep
 from polyrep import InputError
 from polyrep.cli import main
-from polyrep.data.load import load_retrieval_dataset
-from polyrep.methods.multilayer import (
+from polyrep.data import load_retrieval_dataset
+from polyrep.methods import (
     CachedMultiLayerObjective,
     MultiLayerConfig,
     MultiLayerHead,

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import polyrep
 from polyrep.errors import InputError
-from polyrep.hub.fingerprint import fingerprint
+from polyrep.hub import fingerprint
 from polyrep.hub.folder import packaged_minilm
 
 SHIPPED = Path(packed.__file__).parent / "models"

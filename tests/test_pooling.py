@@ -12,7 +12,7 @@ from sentence_transformers.multi_vector_encoder.modules import HierarchicalToken
 from test_retrievers import vectors_of
 
 from polyrep.evaluation.frontier.pooling import hierarchical_clusters, hierarchically, pooled
-from polyrep.methods.reinpool import ReinPoolConfig, ReinPoolModel
+from polyrep.methods import ReinPoolConfig, ReinPoolModel
 from polyrep.methods.reinpool.frontier import by_head
 
 LENGTHS = [5, 1, 12, 9, 2, 30]

@@ -27,9 +27,7 @@ from transformers import PreTrainedModel
 import polyrep
 from polyrep import InputError, publish
 from polyrep.cli import main
-from polyrep.hub import cards
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.hub.folder import load
+from polyrep.hub import cards, fingerprint, load
 from polyrep.publishing import doors, export, inspection, upload
 from polyrep.publishing.inspection import refuse_secrets, verify
 from polyrep.report import provenance, write_results

@@ -17,7 +17,8 @@ import yaml
 from conftest import ROOT, run_python
 from scipy.sparse import csr_matrix
 
-from polyrep.encoding.embeddings import Embeddings, in_memory
+from polyrep.encoding import Embeddings
+from polyrep.encoding.embeddings import in_memory
 from polyrep.encoding.shards import Origin, Shard
 from polyrep.errors import InputError
 from polyrep.search import Added, open_index

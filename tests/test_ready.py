@@ -14,7 +14,8 @@ from polyrep import InputError
 from polyrep.evaluation.frontier import timed as ready
 from polyrep.evaluation.frontier.timed import ReadyIndex, rank_in_two_stages, rank_when_ready
 from polyrep.evaluation.systems import Ranking, costs_of, keep_ranking
-from polyrep.search.ranking import exact_search, rescore, tie_ranks
+from polyrep.search import exact_search
+from polyrep.search.ranking import rescore, tie_ranks
 
 RANKS = tie_ranks([f"d{i:02}" for i in range(12)])
 

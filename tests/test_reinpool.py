@@ -29,8 +29,8 @@ from transformers import AutoModel, BertModel
 
 import polyrep
 from polyrep import InputError
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.methods.reinpool import (
+from polyrep.hub import fingerprint
+from polyrep.methods import (
     ReinforceObjective,
     ReinPoolConfig,
     ReinPoolModel,
@@ -40,7 +40,8 @@ from polyrep.methods.reinpool import (
 )
 from polyrep.methods.reinpool.modeling_reinpool import _fingerprint_of
 from polyrep.methods.reinpool.objective import ndcg
-from polyrep.search.scoring import maxsim, packed_maxsim
+from polyrep.search import maxsim
+from polyrep.search.scoring import packed_maxsim
 from polyrep.training.losses import row_uniform
 from polyrep.training.train import train
 

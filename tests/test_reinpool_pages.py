@@ -35,7 +35,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 import polyrep
 from polyrep import InputError
-from polyrep.methods.reinpool.modeling_reinpool import ReinPoolConfig, ReinPoolModel, ReinPoolPooling
+from polyrep.methods import ReinPoolConfig, ReinPoolModel, ReinPoolPooling
 from polyrep.methods.reinpool.show import kept_patches, kept_tokens_html, kept_tokens_png, token_pieces
 
 QUERIES = ["what plan covers drugs", "the image . what image"]

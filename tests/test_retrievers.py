@@ -14,9 +14,8 @@ from sentence_transformers.sparse_encoder.evaluation import SparseInformationRet
 from test_scoring import brute_force, dense, sparse, texts_of
 
 from polyrep import InputError
-from polyrep.data.dataset import RetrievalDataset
-from polyrep.data.load import load_retrieval_dataset
-from polyrep.encoding.embeddings import Embeddings
+from polyrep.data import RetrievalDataset, load_retrieval_dataset
+from polyrep.encoding import Embeddings
 from polyrep.evaluation import systems as retrievers
 from polyrep.evaluation.systems import bytes_per_document, costs_of, flops, rank_with_bm25, rank_with_model
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from polyrep import InputError, scoring
-from polyrep.encoding.embeddings import Embeddings
+from polyrep.encoding import Embeddings
 
 
 def dense(values: np.ndarray) -> Embeddings:

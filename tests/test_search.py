@@ -16,7 +16,8 @@ import torch
 from scipy.sparse import csr_matrix
 
 from polyrep import InputError
-from polyrep.encoding.embeddings import Embeddings, in_memory
+from polyrep.encoding import Embeddings
+from polyrep.encoding.embeddings import in_memory
 from polyrep.encoding.shards import Origin, Shard
 from polyrep.search import Added, Hit, Index, open_index
 from polyrep.search.protocol import as_embeddings

@@ -26,8 +26,8 @@ import polyrep
 from polyrep.encoding.embeddings import in_memory
 from polyrep.encoding.shards import Origin, manifest_of, write_shard
 from polyrep.files import write_json
-from polyrep.hub.fingerprint import fingerprint
-from polyrep.search.serving import Busy, Service
+from polyrep.hub import fingerprint
+from polyrep.search import Busy, Service
 
 pytest.importorskip("uvicorn")
 

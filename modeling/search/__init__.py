@@ -16,13 +16,27 @@ from urllib.parse import parse_qsl, urlsplit
 
 from ..errors import InputError
 from .protocol import Added, Hit, Index, Queries
+from .ranking import exact_search
+from .scoring import kl, maxsim
+from .serving import Busy, Service
 
-__all__ = ["Added", "Hit", "Index", "Queries", "open_index"]
+__all__ = [
+    "Added",
+    "Busy",
+    "Hit",
+    "Index",
+    "Queries",
+    "Service",
+    "exact_search",
+    "kl",
+    "maxsim",
+    "open_index",
+]
 
 BACKENDS = {
     "memory": "exact:ExactIndex",
-    "faiss": "dense:FaissIndex",
-    "seismic": "sparse:SeismicIndex",
+    "faiss": "faiss:FaissIndex",
+    "seismic": "seismic:SeismicIndex",
     "qdrant": "qdrant:open_embedded",
     "qdrant+http": "qdrant:open_server",
     "qdrant+https": "qdrant:open_server",

@@ -76,6 +76,6 @@ def card_context(plan: Plan, counts: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def changed(values: Any, defaults: Any) -> dict[str, Any]:
+def not_default(values: Any, defaults: Any) -> dict[str, Any]:
     """Fields that differ from the defaults."""
     return {key: value for key, value in vars(values).items() if value != getattr(defaults, key)}

@@ -159,7 +159,7 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
         output / "training.json",
         provenance(plan.command)
         | {
-            "recipe": plan.defaults | changed(recipe, RecipeArguments()) | plan.config | plan.objective_arguments,
+            "recipe": plan.defaults | not_default(recipe, RecipeArguments()) | plan.config | plan.objective_arguments,
             "learning_rate": args.learning_rate,
             "steps": trainer.state.global_step,
             "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,

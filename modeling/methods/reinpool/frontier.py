@@ -45,7 +45,7 @@ def mean_pooled(model: MultiVectorEncoder) -> SentenceTransformer:
     """A late-interaction model whose one vector a text is the mean of its tokens, of a query their sum."""
     head = ReinPoolModel.from_backbone(model, num_layers=0, output="sentence_embedding")
     modules: list[Any] = [*model.children(), ReinPoolPooling(head)]
-    return SentenceTransformer(modules=modules, prompts=model.prompts, similarity_fn_name="dot")
+    return SentenceTransformer(modules=modules, prompts=model.prompts, similarity_fn_name="dot")  # type: ignore[arg-type]
 
 
 def rows(on: Subject) -> Iterator[Candidate]:
