@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 from transformers import HfArgumentParser
 
 from polyrep.data import load_corpus
-from polyrep.encoding.encode import encode as encoding
+from polyrep.encoding import encode as encoding
 from polyrep.hub import fetch, fingerprint, load
 from polyrep.hub.folder import packaged_minilm
 from polyrep.report import provenance, write_results

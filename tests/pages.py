@@ -231,7 +231,7 @@ class Reader:
                 around.enter_context(mock.patch.object(constants, name, value))
             around.enter_context(mock.patch.dict(os.environ, HF_TOKEN="hf_test"))
             if self.opened == words[1]:
-                around.enter_context(mock.patch("polyrep.publish.verify"))
+                around.enter_context(mock.patch("polyrep.publishing.publish.verify"))
             output = said_by(lambda: main(words))
             _, files = hub.repositories[flag(words, "--repo")].commits[-1]
             assert {"README.md", "model.safetensors"} <= set(files)

@@ -17,9 +17,10 @@ from PIL import Image
 from room_examples import EXAMPLES
 from sentence_transformers import SentenceTransformer
 
-from polyrep import InputError, evaluation
+from polyrep import InputError
 from polyrep.cli import main
 from polyrep.data import RetrievalDataset, load_retrieval_dataset
+from polyrep.evaluation import evaluate as evaluation
 from polyrep.evaluation.evaluate import evaluate
 from polyrep.evaluation.metrics import METRICS, per_query_metrics
 from polyrep.evaluation.mteb import open_suites

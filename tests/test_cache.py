@@ -23,8 +23,8 @@ import torch
 from conftest import DOCUMENTS, run_python
 from PIL import Image
 
-from polyrep import InputError, cache
-from polyrep.encoding import Embeddings, embed
+from polyrep import InputError
+from polyrep.encoding import Embeddings, cache, embed, encoders
 from polyrep.encoding.cache import cache_key, open_cache
 
 TEXTS = DOCUMENTS | {"long": "open the list of ports " * 9, "short": "x"}  # cut off at 64 tokens; and the shortest
@@ -226,7 +226,7 @@ def test_a_second_call_does_not_use_the_model(monkeypatch, sentence_model, tmp_p
         return embed(sentence_model, texts, task="document", cache_dir=tmp_path, show_progress=False)
 
     first = call(TEXTS)
-    monkeypatch.setitem(cache._ENCODERS, "sentence", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setitem(encoders._ENCODERS, "sentence", lambda *_: pytest.fail("encoded again"))
     second = call(dict(TEXTS))
     assert second.path == first.path and second.seconds == first.seconds
     np.testing.assert_array_equal(second.values, first.values)
@@ -534,7 +534,7 @@ def test_stored_vectors_are_found_instead_of_encoded(tmp_path, monkeypatch, sent
     vectors = np.arange(64, dtype=np.float32).reshape(2, 32)
     where = {"task": "document", "cache_dir": tmp_path, "name": "known"}
     stored = cache.store(sentence_model, texts, vectors, **where)
-    monkeypatch.setitem(cache._ENCODERS, "sentence", None)  # nothing can be encoded any more
+    monkeypatch.setitem(encoders._ENCODERS, "sentence", None)  # nothing can be encoded any more
     found = embed(sentence_model, texts, **where)
     assert found.path == stored.path and found.dim == 32 and found.values.dtype == np.float16
     np.testing.assert_array_equal(found.values, vectors)

@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-import polyrep.cache
+import polyrep.encoding.cache
 import polyrep.hub.vision
 from polyrep import InputError
 from polyrep.hub.folder import fastest_dtype
@@ -591,7 +591,7 @@ def test_vectors_of_both_sides_need_no_encoding(towers, tmp_path, monkeypatch):
     generator = np.random.default_rng(0)
     arrays = {n: generator.normal(size=(c, width)).astype(np.float32) for n, c in (("images", 12), ("captions", 60))}
     data = features(tmp_path / "vectors", **arrays)
-    monkeypatch.setattr("polyrep.heads.embed", lambda *_, **__: pytest.fail("encoded"))
+    monkeypatch.setattr("polyrep.training.sides.embed", lambda *_, **__: pytest.fail("encoded"))
     flags = ["--datasets", str(data), "--max_steps", "2", "--per_device_train_batch_size", "8", "--bf16", "false"]
     train(
         ["dense2sparse-mobilenet-minilm", "--backbone", str(folder), *flags, "--output_dir", str(tmp_path / "out")]

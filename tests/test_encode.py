@@ -24,8 +24,8 @@ from polyrep import InputError
 from polyrep.cli import main
 from polyrep.data import stream as sources
 from polyrep.encoding import EncodedCorpus
+from polyrep.encoding import encode as encoding
 from polyrep.encoding.encode import encode
-from polyrep.encoding.encode import encode as encoding
 from polyrep.hub import save
 
 TEXTS = {
@@ -312,7 +312,7 @@ KILLS = """
 import os, random, signal, sys, time
 import torch
 torch.set_num_threads(1)
-from polyrep.encoding.encode import encode as encoding
+from polyrep.encoding import encode as encoding
 from polyrep.cli import main
 
 began, begin = os.pipe()

@@ -17,9 +17,10 @@ import torch
 from conftest import ROOT, write_beir
 from PIL import Image
 
-from polyrep import InputError, evaluation
+from polyrep import InputError
 from polyrep.cli import main
 from polyrep.data import RetrievalDataset, load_retrieval_dataset
+from polyrep.evaluation import statistics, table
 from polyrep.evaluation.evaluate import evaluate
 from polyrep.evaluation.metrics import METRICS, per_query_metrics
 from polyrep.evaluation.statistics import bootstrap_interval, compare, holm
@@ -203,7 +204,7 @@ def test_a_seed_decides_the_resampling():
 
 
 def test_queries_are_drawn_with_replacement():
-    means = evaluation._resampled_means(np.array([0.0, 1.0, 2.0]), 0, 30_000)
+    means = statistics._resampled_means(np.array([0.0, 1.0, 2.0]), 0, 30_000)
     expected = {0: 1, 1: 3, 2: 6, 3: 7, 4: 6, 5: 3, 6: 1}  # of the 27 triples of 0, 1, 2 how many have this sum
     sums, counts = np.unique(np.round(3 * means).astype(int), return_counts=True)
     assert sums.tolist() == list(expected)
@@ -280,7 +281,7 @@ def test_the_seed_reaches_every_interval_and_test_of_a_table():
     dataset = judged({f"q{i}": {ids[i]: 1} for i in range(30)}, ids)
     good, poor = ((np.eye(30) + rng.normal(0, noise, (30, 30))).astype(np.float32) for noise in (0.4, 0.6))
     rankings = [replace(ranked(scores, ids)[0], system=name) for name, scores in (("good", good), ("poor", poor))]
-    tables = {seed: evaluation.table_rows(dataset, rankings, "poor", seed) for seed in (1, 2)}
+    tables = {seed: table.table_rows(dataset, rankings, "poor", seed) for seed in (1, 2)}
     for seed, rows in tables.items():
         for ranking, row in zip([r for r in rankings for _ in METRICS], rows, strict=True):
             values = per_query_metrics(dataset, ranking)[row["metric"]]
@@ -453,7 +454,7 @@ def test_the_command_line_says_what_is_wrong_and_returns_2(capsys, beir):
     ],
 )
 def test_a_row_is_called_like_its_folder(system, name):
-    assert evaluation.display_name(system) == name
+    assert table.display_name(system) == name
 
 
 @pytest.mark.parametrize("capability", ["avx512_bf16", "amx_bf16", None])

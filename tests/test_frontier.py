@@ -21,11 +21,12 @@ from test_retrievers import vectors_of
 from test_scoring import dense
 from transformers import AutoModel, BertConfig, BertTokenizer
 
-from polyrep import InputError, candidates
+from polyrep import InputError
 from polyrep.cli import main
 from polyrep.data import load_retrieval_dataset
 from polyrep.evaluation.evaluate import evaluate
 from polyrep.evaluation.frontier import command as frontier
+from polyrep.evaluation.frontier import rows as candidates
 from polyrep.evaluation.frontier.advice import fronts, parse_budget, recommend
 from polyrep.evaluation.frontier.fit import REHEARSED, SHARE, fit_within
 from polyrep.evaluation.frontier.picture import area, draw, labelled

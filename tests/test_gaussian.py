@@ -426,7 +426,7 @@ def test_the_five_lines(backbone, sentence_model, tmp_path):
     document = auto(**tokenizer(TEXTS, padding=True, return_tensors="pt"), task="document")
     np.testing.assert_allclose(document.sentence_embedding.detach(), d, atol=1e-5)
     assert document.mean.shape == (5, 15) and document.variance.shape == (5, 15) and document.uncertainty.shape == (5,)
-    exact = -polyrep.gaussian.kl_divergence(query, document)
+    exact = -polyrep.methods.gaussian.kl_divergence(query, document)
     constant = (exact - model.similarity(q, d)).detach()
     torch.testing.assert_close(constant, constant[:, :1].expand_as(constant), atol=1e-3, rtol=1e-4)
     piped = SentenceTransformer(modules=[*sentence_model.children(), GaussianPooling(input_dim=32, mean_dim=15)])

@@ -14,6 +14,8 @@ from toy.modeling_toy import ToyHead, ToyHeadConfig
 
 import polyrep
 from polyrep import InputError, hub
+from polyrep.files import file_sha256
+from polyrep.hub import folder as folders
 from polyrep.hub import render_card
 
 
@@ -49,23 +51,23 @@ def test_a_plain_transformers_backbone_opens(backbone):
 
 
 def test_minilm_is_the_published_model():
-    folder = hub.packaged_minilm()
-    assert hub.file_sha256(folder / "model.safetensors") == hub.MINILM_SHA256
+    folder = folders.packaged_minilm()
+    assert file_sha256(folder / "model.safetensors") == folders.MINILM_SHA256
     assert hub.fetch("minilm") == folder
 
 
 def test_other_weights_under_the_name_of_minilm_are_refused(monkeypatch):
-    monkeypatch.setattr(hub, "MINILM_SHA256", "0" * 64)
+    monkeypatch.setattr(folders, "MINILM_SHA256", "0" * 64)
     with pytest.raises(InputError, match="(?s)model.safetensors: SHA-256 is 53aa51.*expected 0000.*Refused"):
         polyrep.load("minilm")
 
 
 def test_without_its_package_minilm_says_what_to_install(monkeypatch):
     monkeypatch.setattr(
-        hub.importlib.resources, "files", lambda name: (_ for _ in ()).throw(ModuleNotFoundError(name))
+        folders.importlib.resources, "files", lambda name: (_ for _ in ()).throw(ModuleNotFoundError(name))
     )
     with pytest.raises(InputError, match="pip install"):
-        hub.packaged_minilm()
+        folders.packaged_minilm()
 
 
 def remove(name: str):
@@ -132,7 +134,7 @@ def test_the_family_is_the_one_that_the_files_name(tmp_path, settings, architect
     (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
     if settings is not None:
         (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(settings))
-    assert hub.family_of(tmp_path).__name__ == family
+    assert folders.family_of(tmp_path).__name__ == family
 
 
 def test_the_fingerprint_follows_weights_and_configs_only(folder, tmp_path):

@@ -25,10 +25,10 @@ from room_examples import EXAMPLES, gaussian_example, reinpool_example
 from transformers import PreTrainedModel
 
 import polyrep
-from polyrep import InputError, publish
+from polyrep import InputError
 from polyrep.cli import main
 from polyrep.hub import cards, fingerprint, load
-from polyrep.publishing import doors, export, inspection, upload
+from polyrep.publishing import doors, export, inspection, publish, upload
 from polyrep.publishing.inspection import refuse_secrets, verify
 from polyrep.report import provenance, write_results
 
@@ -115,7 +115,7 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> st
 PUBLISH = """
 import json, os, sys, time, urllib.request
 time.sleep = lambda seconds: None  # what the client waits before it tries again
-from polyrep import publish
+from polyrep.publishing import publish
 from polyrep.cli import main
 from polyrep.publish import verify
 

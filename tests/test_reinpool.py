@@ -1154,15 +1154,16 @@ def test_every_checkpoint_is_a_head_that_opens(trained, objective):
 
 KILLED = """
 import os, signal, sys
-from polyrep import training
+from polyrep.training import checkpoints, frozen
+from polyrep.training.train import train
 
-class Kill(training.CheckpointCallback):
+class Kill(checkpoints.CheckpointCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-training.CheckpointCallback = Kill
-training.train(sys.argv[1:])
+frozen.CheckpointCallback = Kill
+train(sys.argv[1:])
 """
 
 

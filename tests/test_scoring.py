@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from polyrep import InputError, scoring
+from polyrep import InputError
 from polyrep.encoding import Embeddings
+from polyrep.search import ranking, scoring
 
 
 def dense(values: np.ndarray) -> Embeddings:
@@ -78,9 +79,9 @@ def cases() -> list[tuple[str, Embeddings, Embeddings]]:
 @pytest.mark.parametrize(("similarity", "queries", "documents"), cases())
 @pytest.mark.parametrize("budget", [2**26, 200])  # one chunk, and chunks of a few documents
 def test_search_finds_what_a_loop_finds(monkeypatch, similarity, queries, documents, budget):
-    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", budget)
+    monkeypatch.setattr(ranking, "CHUNK_ELEMENTS", budget)
     ids = [f"d{i}" for i in range(len(documents))]
-    positions, scores = scoring.exact_search(queries, documents, scoring.tie_ranks(ids), similarity=similarity, k=10)
+    positions, scores = ranking.exact_search(queries, documents, ranking.tie_ranks(ids), similarity=similarity, k=10)
     for row, query in enumerate(texts_of(queries)):
         expected = [(brute_force(query, d, similarity), ids[i], i) for i, d in enumerate(texts_of(documents))]
         best = sorted(expected, key=lambda e: (round(e[0], 5), e[1]), reverse=True)[:10]
@@ -91,14 +92,14 @@ def test_search_finds_what_a_loop_finds(monkeypatch, similarity, queries, docume
 
 
 def test_ties_go_to_the_higher_document_id_also_at_the_cut(monkeypatch):
-    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 14)  # two documents a chunk
+    monkeypatch.setattr(ranking, "CHUNK_ELEMENTS", 14)  # two documents a chunk
     values = np.zeros((9, 7), np.float32)
     values[4, 0] = 1.0
     values[6, 0] = -0.0
     query = np.eye(1, 7, dtype=np.float32)
     ids = ["b", "a", "i", "c", "d", "h", "g", "e", "f"]
-    positions, scores = scoring.exact_search(
-        dense(query), dense(values), scoring.tie_ranks(ids), similarity="dot", k=4
+    positions, scores = ranking.exact_search(
+        dense(query), dense(values), ranking.tie_ranks(ids), similarity="dot", k=4
     )
     assert [ids[p] for p in positions[0]] == ["d", "i", "h", "g"]
     assert scores[0].tolist() == [1.0, 0.0, 0.0, 0.0]
@@ -106,16 +107,16 @@ def test_ties_go_to_the_higher_document_id_also_at_the_cut(monkeypatch):
 
 def test_sort_keys_keep_the_order_of_every_sign_and_the_score_itself():
     scores = torch.tensor([[-torch.finfo(torch.float32).max, -2.0, -1e-30, 0.0, 1e-30, 1.5, 3e38]])
-    keys = scoring.sort_keys(scores, torch.arange(7))
+    keys = ranking.sort_keys(scores, torch.arange(7))
     assert (keys.diff() > 0).all()
-    torch.testing.assert_close(scoring.scores_of(keys), scores, rtol=0, atol=0)
+    torch.testing.assert_close(ranking.scores_of(keys), scores, rtol=0, atol=0)
 
 
 def test_a_document_without_vectors_comes_last():
     rng = np.random.default_rng(1)
     queries, documents = ragged(rng, [3]), ragged(rng, [2, 0, 4])
-    positions, scores = scoring.exact_search(
-        queries, documents, scoring.tie_ranks(["a", "b", "c"]), similarity="maxsim", k=3
+    positions, scores = ranking.exact_search(
+        queries, documents, ranking.tie_ranks(["a", "b", "c"]), similarity="maxsim", k=3
     )
     assert positions[0, -1] == 1 and scores[0, -1] == scoring.EMPTY_DOCUMENT_SCORE
 
@@ -130,13 +131,13 @@ def test_maxsim_ignores_padding():
 
 def test_embeddings_that_do_not_fit_together_are_refused():
     with pytest.raises(InputError, match="width 3.*width 4"):
-        scoring.exact_search(
-            dense(np.ones((1, 3))), dense(np.ones((2, 4))), scoring.tie_ranks(["a", "b"]), similarity="dot"
+        ranking.exact_search(
+            dense(np.ones((1, 3))), dense(np.ones((2, 4))), ranking.tie_ranks(["a", "b"]), similarity="dot"
         )
     with pytest.raises(InputError, match="'maxsim'|'euclidean'"):
         rng = np.random.default_rng(3)
-        scoring.exact_search(sparse(rng, 2), sparse(rng, 2), scoring.tie_ranks(["a", "b"]), similarity="euclidean")
+        ranking.exact_search(sparse(rng, 2), sparse(rng, 2), ranking.tie_ranks(["a", "b"]), similarity="euclidean")
     with pytest.raises(InputError, match="not finite"):
-        scoring.exact_search(
-            dense(np.full((1, 3), np.nan)), dense(np.ones((1, 3))), scoring.tie_ranks(["a"]), similarity="dot"
+        ranking.exact_search(
+            dense(np.full((1, 3), np.nan)), dense(np.ones((1, 3))), ranking.tie_ranks(["a"]), similarity="dot"
         )

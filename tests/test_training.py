@@ -18,10 +18,11 @@ from torch.nn import functional as F
 from toy.objective import ToyLoss
 
 import polyrep
-from polyrep import InputError, training
+from polyrep import InputError
 from polyrep.cli import main
 from polyrep.training import losses as objectives
 from polyrep.training import recipes
+from polyrep.training.build import build
 
 
 def losses(output: Path) -> list[float]:
@@ -87,7 +88,7 @@ def test_ctrl_c_leaves_the_last_checkpoint_intact_and_resuming_gives_the_same_lo
     interrupt = """
 import os, signal, sys, toy
 from transformers import TrainerCallback
-from polyrep import training
+from polyrep.training import whole
 from polyrep.cli import main
 
 class Interrupt(TrainerCallback):
@@ -95,8 +96,8 @@ class Interrupt(TrainerCallback):
         if state.global_step == 4:
             os.kill(os.getpid(), signal.SIGINT)
 
-plain = training.CheckpointCallback
-training.CheckpointCallback = lambda *_: type("Both", (Interrupt, plain), {})()
+plain = whole.CheckpointCallback
+whole.CheckpointCallback = lambda *_: type("Both", (Interrupt, plain), {})()
 sys.exit(main(sys.argv[1:]))
 """
     result = run_python("-c", interrupt, "train", str(toy_run), "--output_dir", str(output))
@@ -179,7 +180,7 @@ def test_the_shipped_recipe_resolves_and_any_flag_overrides(tmp_path):
         0
     ] == f"# accelerate launch train.py hub_configs/{plan.run.name}"
     folder = tmp_path / "init"
-    training.build(plan, folder)
+    build(plan, folder)
     model = polyrep.load(folder)
     assert isinstance(model, MultiVectorEncoder)
     assert [type(m).__name__ for m in model] == ["Transformer", "Dense", "MultiVectorMask", "Normalize"]

@@ -29,7 +29,7 @@ from .build import build
 from .checkpoints import checkpoint_to_resume, last_checkpoint
 from .frozen import head_trainer, with_backbone
 from .recipes import RecipeArguments, resolve
-from .record import card_context, print_plan
+from .record import card_context, not_default, print_plan
 from .whole import family_trainer
 
 
