@@ -30,7 +30,7 @@ from polyrep.evaluation.frontier import rows as candidates
 from polyrep.evaluation.frontier.advice import fronts, parse_budget, recommend
 from polyrep.evaluation.frontier.fit import REHEARSED, SHARE, fit_within
 from polyrep.evaluation.frontier.picture import area, draw, labelled
-from polyrep.evaluation.frontier.rivals import METHODS
+from polyrep.evaluation.frontier.rivals import RIVALS
 from polyrep.evaluation.frontier.rows import FULL, Candidate, Encoded, Method, quantised
 from polyrep.evaluation.frontier.subject import Lessons, Subject, cloze, in_measured_fifth, judged
 from polyrep.hub import load
@@ -269,7 +269,7 @@ def test_a_method_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, pag
         made = candidates.Once(fail)
         return iter([Candidate("broken, 1", made, True), Candidate("broken, 2", made)])
 
-    monkeypatch.setitem(METHODS, "muvera", Method(broken, ("tokens",)))
+    monkeypatch.setitem(RIVALS, "muvera", Method(broken, ("tokens",)))
     argv = flags_of(tmp_path, models["late"], "--dataset", pages, "--methods", "muvera", "mean", "--output", tmp_path)
     assert main(["evaluate", *argv]) == 0
     results = json.loads((tmp_path / "frontier-pages.json").read_text())
