@@ -22,6 +22,7 @@ from transformers import AutoModel, BertConfig, BertForMaskedLM, BertModel, Bert
 
 import polyrep
 from polyrep import InputError
+from polyrep.cli import train
 from polyrep.data import load_retrieval_dataset
 from polyrep.hub import fingerprint
 from polyrep.hub.folder import packaged_minilm
@@ -34,7 +35,6 @@ from polyrep.methods import (
 )
 from polyrep.methods.dense2sparse.modeling_dense2sparse import _fingerprint_of
 from polyrep.training.pairs import HeadData
-from polyrep.training.train import train
 
 TEXTS = [*DOCUMENTS.values(), *QUERIES.values()]
 

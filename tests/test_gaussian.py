@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTo
 
 import polyrep
 from polyrep import InputError
+from polyrep.cli import train
 from polyrep.data import load_retrieval_dataset
 from polyrep.data.noise import narrowed
 from polyrep.encoding import embed
@@ -41,11 +42,10 @@ from polyrep.methods import (
 )
 from polyrep.methods.gaussian.objective import SCALE, inclusion, listwise, shortened
 from polyrep.search import kl
+from polyrep.training.arguments import RecipeArguments
 from polyrep.training.mining import Miner, RemineCallback
 from polyrep.training.pairs import HeadData
-from polyrep.training.recipes import RecipeArguments
 from polyrep.training.teachers import open_teacher, score_pairs
-from polyrep.training.train import train
 
 TEXTS = list(DOCUMENTS.values())
 GROUPS = (None, 1, 4)
@@ -666,11 +666,13 @@ def test_negatives_are_mined_again_with_the_model_so_far(plain, tmp_path):
     model = SentenceTransformer(str(plain), device="cpu")
     data = HeadData(kind="sentence", negatives=1, labels=True, depth=2)
     data.add(model, dataset, cache_dir=tmp_path / "cache")
-    before = data.parts[0][2].copy()
+    (before,) = data.parts
     data.mine_again(lambda features, task: features["sentence_embedding"] * (1 if task == "query" else -1))
-    vectors = [torch.from_numpy(side.embeddings.values.astype(np.float32)) for side in data.parts[0][:2]]
+    sides = before.queries, before.documents
+    vectors = [torch.from_numpy(side.embeddings.values.astype(np.float32)) for side in sides]
     expected = (-vectors[0] @ vectors[1].T).topk(2).indices
-    assert (data.parts[0][2] == expected.numpy()).all() and (data.parts[0][2] != before).any()
+    (part,) = data.parts
+    assert (part.nearest == expected.numpy()).all() and (part.nearest != before.nearest).any()
 
 
 def test_a_whole_model_mines_by_its_own_score_and_shows_it_to_the_trainer(plain, tmp_path, monkeypatch):

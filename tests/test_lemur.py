@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 import polyrep
 from polyrep import InputError
+from polyrep.cli import train
 from polyrep.data import load_corpus, texts_as_queries
 from polyrep.hub import fingerprint
 from polyrep.methods import (
@@ -37,7 +38,6 @@ from polyrep.methods import (
 from polyrep.methods.lemur.objective import WINDOW, _sample_windows
 from polyrep.search import maxsim
 from polyrep.training.head_trainer import OWN_WEIGHTS
-from polyrep.training.train import train
 
 DIM, LATENT = 12, 20
 

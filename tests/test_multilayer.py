@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTo
 
 import polyrep
 from polyrep import InputError
-from polyrep.cli import main
+from polyrep.cli import main, train
 from polyrep.data import load_retrieval_dataset
 from polyrep.methods import (
     CachedMultiLayerObjective,
@@ -37,7 +37,6 @@ from polyrep.methods import (
     MultiLayerPooling,
 )
 from polyrep.training.pairs import HeadData
-from polyrep.training.train import train
 
 TEXTS = ["show open ports", "make an archive of a folder", "file"]
 

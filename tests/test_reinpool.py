@@ -29,6 +29,7 @@ from transformers import AutoModel, BertModel
 
 import polyrep
 from polyrep import InputError
+from polyrep.cli import train
 from polyrep.hub import fingerprint
 from polyrep.methods import (
     ReinforceObjective,
@@ -43,7 +44,6 @@ from polyrep.methods.reinpool.objective import ndcg
 from polyrep.search import maxsim
 from polyrep.search.scoring import packed_maxsim
 from polyrep.training.losses import row_uniform
-from polyrep.training.train import train
 
 TEXTS = [*DOCUMENTS.values(), *QUERIES.values()]
 DIM = 8
@@ -1155,7 +1155,7 @@ def test_every_checkpoint_is_a_head_that_opens(trained, objective):
 KILLED = """
 import os, signal, sys
 from polyrep.training import checkpoints, frozen
-from polyrep.training.train import train
+from polyrep.cli import train
 
 class Kill(checkpoints.CheckpointCallback):
     def on_step_begin(self, args, state, control, **kwargs):

@@ -20,8 +20,8 @@ from toy.objective import ToyLoss
 import polyrep
 from polyrep import InputError
 from polyrep.cli import main
+from polyrep.training import arguments, recipes
 from polyrep.training import losses as objectives
-from polyrep.training import recipes
 from polyrep.training.build import build
 
 
@@ -316,6 +316,6 @@ def test_unknown_commands_and_runs_say_what_there_is(capsys):
 
 
 def test_several_gpus_in_one_process_are_refused(toy_run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(recipes.SentenceTrainingArguments, "n_gpu", 2)
+    monkeypatch.setattr(arguments.SentenceTrainingArguments, "n_gpu", 2)
     assert main(["train", str(toy_run), "--output_dir", str(tmp_path / "out")]) == 2
     assert "2 GPUs" in capsys.readouterr().err and not (tmp_path / "out").exists()
