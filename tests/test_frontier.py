@@ -93,7 +93,7 @@ def flags_of(folder: Path, model: Path, *flags: Any) -> list[str]:
 
 
 def run(folder: Path, model: Path, *flags: Any) -> dict[str, Any]:
-    return evaluate(flags_of(folder, model, *flags))
+    return frontier.frontier(flags_of(folder, model, *flags))
 
 
 def main_rows(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
