@@ -192,9 +192,9 @@ def _open(args: FrontierArguments, source: str) -> list[FullModel]:
 
 
 def all_methods() -> dict[str, Method]:
-    """Name of ``--methods`` -> method: the rivals, and the rows that rooms bring."""
+    """Name of ``--methods`` -> method: what rooms bring, then their rivals."""
     rooms = {room.package.rpartition(".")[2]: room.named(room.frontier) for room in ROOMS.values() if room.frontier}
-    return RIVALS | rooms
+    return rooms | RIVALS
 
 
 def learned_titles() -> tuple[str, ...]:
