@@ -65,11 +65,16 @@ def beir(tmp_path: Path) -> Path:
     return write_beir(tmp_path / "tiny")
 
 
-RUN_CLI = "import sys, toy; from polyrep.cli import main; sys.exit(main(sys.argv[1:]))"
-"""Program text for a process that knows the test room."""
+CLI = str(ROOT / "tests" / "toy_cli.py")
 
 
 def run_python(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     """Run Python with the tests importable; the caller looks at returncode, stdout and stderr."""
     options = {"env": os.environ | {"PYTHONPATH": str(ROOT / "tests")}, "timeout": 300} | options
     return subprocess.run([warm.python(), *arguments], capture_output=True, text=True, **options)
+
+
+def run_two_processes(program: str | Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in two processes that know of each other, as `torchrun` and `accelerate launch` start them."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return run_python(*launch, str(program), *arguments)

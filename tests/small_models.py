@@ -21,6 +21,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertT
 import polyrep
 from polyrep.hub.folder import packaged_minilm
 
+HERE, SOURCE = Path(polyrep.__file__).parent, Path(__file__).parent.parent / "modeling"
+assert HERE == SOURCE or "site-packages" in polyrep.__file__, f"tests of {SOURCE} would test {HERE}"
+
 assert (
     Path(polyrep.__file__).parent == Path(__file__).parent.parent / "modeling" or "site-packages" in polyrep.__file__
 )
