@@ -320,7 +320,7 @@ def test_save_leaves_nothing_half_written_and_keeps_other_files(examples, tmp_pa
     (folder / "notes.txt").write_text("mine")
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     monkeypatch.setattr(
-        polyrep.hub, "localize", lambda folder: (_ for _ in ()).throw(OSError("No space left on device"))
+        polyrep.hub.folder, "localize", lambda folder: (_ for _ in ()).throw(OSError("No space left on device"))
     )
     with pytest.raises(OSError, match="No space left"):
         polyrep.save(model, folder)
@@ -332,4 +332,4 @@ def test_rooms_are_the_packages_own_folders():
     package = Path(polyrep.__file__).parent  # modeling/ of the clone, or the installed wheel
     for room_type, room in ROOMS.items():
         if room_type != "polyrep_toy":
-            assert Path(str(sys.modules[room.model.__module__].__file__)).parent.parent == package
+            assert Path(str(sys.modules[room.model.__module__].__file__)).parent.parent == package / "methods"
