@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm
 import yaml
 from conftest import CLI, QUERIES, run_python, write_beir
 from hub_server import HubServer, Repository, running_hub
@@ -27,7 +29,7 @@ import polyrep
 from polyrep import InputError
 from polyrep.cli import main
 from polyrep.hub import cards, fingerprint, load
-from polyrep.publishing import doors, export, inspection, publish, upload
+from polyrep.publishing import after_training, doors, export, inspection, publish, upload
 from polyrep.publishing.inspection import refuse_secrets, verify
 from polyrep.report import provenance, write_results
 
@@ -88,6 +90,12 @@ def finish(model: Any, output: Path, name: str = "final", recipe: dict[str, Any]
     return folder
 
 
+@pytest.fixture(autouse=True)
+def warm_doors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that opens folders without polyrep is a fork of one without it."""
+    monkeypatch.setattr(sys, "executable", warm.python())
+
+
 @pytest.fixture(scope="module")
 def models(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     scratch = tmp_path_factory.mktemp("examples")
@@ -116,7 +124,7 @@ import json, os, sys, time, urllib.request
 time.sleep = lambda seconds: None  # what the client waits before it tries again
 from polyrep.publishing import publish
 from polyrep.cli import main
-from polyrep.publish import verify
+from polyrep.publishing.inspection import verify
 
 for step in json.loads(sys.argv[1]):
     if step.get("trusting"):
@@ -695,7 +703,9 @@ def test_a_run_that_could_not_be_published_is_refused_before_it_trains(toy_run, 
 def test_data_of_vectors_alone_cannot_be_measured(toy_run, tmp_path, capsys, monkeypatch):
     data = write_beir(tmp_path / "tiny")
     loaded = polyrep.data.load.load_retrieval_dataset(data)
-    monkeypatch.setattr(publish, "load_retrieval_dataset", lambda *_, **__: replace(loaded, vectors={"query": None}))
+    monkeypatch.setattr(
+        after_training, "load_retrieval_dataset", lambda *_, **__: replace(loaded, vectors={"query": None})
+    )
     target = ["--push_to_hub", "true", "--hub_model_id", "a/b", "--datasets", str(data), "--dry_run", "true", *CARD]
     assert main(["train", str(toy_run), *target]) == 2
     assert "brings vectors, not what they were made of" in capsys.readouterr().err
