@@ -9,13 +9,13 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import warm
 from conftest import ROOT
 
 from polyrep.hub.cards import VARIABLES
@@ -184,7 +184,7 @@ def run(copy: Path, *arguments: str, installed: bool = True) -> str:
     """What Python says that runs in the copy, with the copy's polyrep; fails if it fails."""
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
     environment["PYTHONPATH"] = str(copy / ".site") if installed else ""
-    command, nothing = [sys.executable, *arguments], subprocess.DEVNULL
+    command, nothing = [warm.python(), *arguments], subprocess.DEVNULL
     ran = subprocess.run(
         command, cwd=copy, env=environment, stdin=nothing, capture_output=True, text=True, timeout=600
     )

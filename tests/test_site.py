@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import warm
 
 ROOT = Path(__file__).parent.parent
 METHODS = ("dense2sparse", "gaussian", "lemur", "multilayer", "reinpool")
@@ -69,7 +70,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", "docs", "."]
+    command = [warm.python(), "-m", "sphinx", "-q", "-W", "--keep-going", "-c", "docs", "."]
     run = subprocess.run(
         [*command, str(folder / "html"), "-d", str(folder / "doctrees")],
         cwd=ROOT,
