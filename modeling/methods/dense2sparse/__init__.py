@@ -66,6 +66,7 @@ register(
         head=DualEncoderHead,
         objectives={"DualEncoderLoss": DualEncoderLoss},
         card="dual_encoder",
+        example="example_dual_encoder:build",
         graphs={
             DualEncoderHead: {
                 "text": Graph({"sentence_embedding": ("batch", "text_dim")}),
