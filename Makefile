@@ -74,7 +74,7 @@ results: $(VENV)/.dev
 	$(BIN)/python benchmarks/gaussian_frozen.py --output results
 	$(BIN)/python benchmarks/gaussian_pictures.py --output results
 
-# Images with captions: a folder of image features or images that is yours, see modeling/captions.py.
+# Images with captions: a folder of image features or images that is yours, see modeling/data/captions.py.
 results-images: $(VENV)/.dev
 	test -n "$(CAPTIONS)" -a -n "$(VISION)"
 	$(BIN)/accelerate launch train.py hub_configs/dual-encoder-mobilenet-minilm \

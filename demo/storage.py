@@ -26,7 +26,7 @@ from polyrep.encoding.embeddings import Kind, joined
 from polyrep.encoding.encoders import encode_chunk
 from polyrep.errors import InputError
 from polyrep.files import file_sha256, staged_folder, write_json
-from polyrep.hub import Encoder
+from polyrep.hub.folder import Encoder
 
 PART = 256
 """Documents that are encoded and written together: what an interruption loses at most."""

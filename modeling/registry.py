@@ -78,6 +78,7 @@ class Room:
 
 
 ROOMS: dict[str, Room] = {}
+"""``model_type`` of a model's config -> its room."""
 
 
 def register(room: Room) -> None:
