@@ -49,7 +49,9 @@ from polyrep.training.train import train as train_run
 ROOT = Path(__file__).parent.parent
 THREADS = torch.get_num_threads()  # now: training may raise it
 RUN = ROOT / "hub_configs" / "dense2sparse-minilm"
-CODE = [*sorted((ROOT / "modeling" / "dense2sparse").glob("*.py")), ROOT / "modeling" / "heads.py"]
+CODE = [
+    file for part in ("methods/dense2sparse", "training") for file in sorted((ROOT / "modeling" / part).glob("*.py"))
+]
 
 CONTROL = ["--control", "caption"]
 LABELS = ["--label_weight", "0.5"]

@@ -41,8 +41,9 @@ from polyrep.training.sides import Side
 from polyrep.training.teachers import open_teacher
 
 RUN = ROOT / "hub_configs" / "gaussian-minilm-frozen"
-ROOM = ROOT / "modeling" / "gaussian"
-CODE = [*sorted(ROOM.glob("[mo]*.py")), *(ROOT / "modeling" / f"{name}.py" for name in ("heads", "noise", "teachers"))]
+ROOM = ROOT / "modeling" / "methods" / "gaussian"
+CODE = [*sorted(ROOM.glob("[mo]*.py")), *sorted((ROOT / "modeling" / "training").glob("*.py"))]
+CODE += [ROOT / "modeling" / "data" / "noise.py"]
 
 CONTROL = "vector"
 DIMS = 369

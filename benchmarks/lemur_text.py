@@ -46,8 +46,7 @@ from polyrep.training.train import train as train_run
 ROOT = Path(__file__).parent.parent
 RUN = ROOT / "hub_configs" / "lemur-minilm"
 CODE = [
-    *sorted((ROOT / "modeling" / "lemur").glob("[mo]*.py")),
-    *(ROOT / "modeling" / name for name in ("heads.py", "training.py", "data.py")),
+    file for part in ("methods/lemur", "training", "data") for file in sorted((ROOT / "modeling" / part).glob("*.py"))
 ]
 
 DIMS = (2048, 512, 256, 128)

@@ -33,7 +33,9 @@ from polyrep.training.pairs import HeadData
 from polyrep.training.sides import LayerSide, encode_layers
 
 RUN = ROOT / "hub_configs" / "multilayer-minilm-frozen"
-CODE = [*sorted((ROOT / "modeling" / "multilayer").glob("[mo]*.py")), ROOT / "modeling" / "heads.py"]
+CODE = [
+    file for part in ("methods/multilayer", "training") for file in sorted((ROOT / "modeling" / part).glob("*.py"))
+]
 
 RATES = ("3e-4", "1e-3")
 CONTROL_RATES = ("3e-4", "6e-4", "1e-3", "2e-3")

@@ -58,7 +58,7 @@ from polyrep.training.train import train as train_run
 ROOT = Path(__file__).parent.parent
 THREADS = torch.get_num_threads()  # now: training may raise it
 RUN = ROOT / "hub_configs" / "reinpool-minilm"
-CODE = [*sorted((ROOT / "modeling" / "reinpool").glob("[mo]*.py")), ROOT / "modeling" / "heads.py"]
+CODE = [file for part in ("methods/reinpool", "training") for file in sorted((ROOT / "modeling" / part).glob("*.py"))]
 
 BINARY = (1, 4, 16, 32)
 KEPT_DEPTH = 100

@@ -301,7 +301,7 @@ def test_a_changed_ingredient_changes_the_key_and_is_named(monkeypatch, caplog, 
         open_cache(path, after)
     assert str(path) in str(refusal.value) and named in str(refusal.value)
     assert str(refusal.value).count(": cached") == 1 + (change == "number of texts")  # that changes the hash as well
-    caplog.set_level(logging.INFO, logger="polyrep.cache")
+    caplog.set_level(logging.INFO, logger="polyrep.encoding.cache")
     assert call(**settings).path != path and len(names(tmp_path)) == 2
     same_name = not settings.keys() & {"task", "kind"}
     assert (f"{path.name} differs in" in caplog.text and named in caplog.text) == same_name

@@ -24,7 +24,6 @@ from transformers import AutoModel, BertConfig, BertTokenizer
 from polyrep import InputError
 from polyrep.cli import main
 from polyrep.data import load_retrieval_dataset
-from polyrep.evaluation.evaluate import evaluate
 from polyrep.evaluation.frontier import command as frontier
 from polyrep.evaluation.frontier import rows as candidates
 from polyrep.evaluation.frontier.advice import fronts, parse_budget, recommend
@@ -93,7 +92,7 @@ def flags_of(folder: Path, model: Path, *flags: Any) -> list[str]:
 
 
 def run(folder: Path, model: Path, *flags: Any) -> dict[str, Any]:
-    return evaluate(flags_of(folder, model, *flags))
+    return frontier.frontier(flags_of(folder, model, *flags))
 
 
 def main_rows(results: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ from test_scoring import brute_force, dense, sparse, texts_of
 
 from polyrep import InputError
 from polyrep.data import RetrievalDataset, load_retrieval_dataset
-from polyrep.encoding import Embeddings
+from polyrep.encoding import Embeddings, embeddings
 from polyrep.evaluation import systems as retrievers
 from polyrep.evaluation.systems import bytes_per_document, costs_of, flops, rank_with_bm25, rank_with_model
 
@@ -185,9 +185,9 @@ def test_pooling_merges_the_vectors_that_are_close():
 
 def test_the_mean_of_a_text_without_vectors_is_zero():
     documents = vectors_of(np.random.default_rng(5), [0, 2, 0, 0, 3, 0])
-    sums = retrievers._sums(documents)
+    sums = embeddings._sums(documents)
     np.testing.assert_allclose(sums, [text.sum(axis=0) for text in texts_of(documents)], rtol=1e-5, atol=1e-6)
-    assert np.isfinite(retrievers.mean_of_tokens(documents).values).all()
+    assert np.isfinite(embeddings.mean_of_tokens(documents).values).all()
 
 
 @pytest.mark.parametrize("how", ["median", "0", "-1", "1.5", "²", ""])
