@@ -1,8 +1,8 @@
 """What is kept between two starts of the demo: unpacked models, and a corpus once it is encoded.
 
-Encoded things are folders in the format of :mod:`polyrep.cache`, memory-mapped when they are opened. Their keys name
-the model's files, the rooms' code and the texts but no library and no processor, so that a folder made on one machine
-serves another.
+Encoded things are folders in the format of :mod:`polyrep.encoding.embeddings`, memory-mapped when they are opened.
+Their keys name the model's files, the rooms' code and the texts but no library and no processor, so that a folder made
+on one machine serves another.
 """
 
 from __future__ import annotations

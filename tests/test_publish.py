@@ -117,7 +117,7 @@ import json, os, sys, time, urllib.request
 time.sleep = lambda seconds: None  # what the client waits before it tries again
 from polyrep.publishing import publish
 from polyrep.cli import main
-from polyrep.publish import verify
+from polyrep.publishing.inspection import verify
 
 for step in json.loads(sys.argv[1]):
     if step.get("trusting"):

@@ -2,7 +2,7 @@
 
 Numbers agree with MTEB: pytrec_eval metrics, document text = title + space + text, runs cut at 1,000, ties by higher
 document id first. Every comparison is a paired bootstrap over queries, corrected for the number of rows in its table.
-Public benchmarks by name are MTEB's own business: see ``benchmarks.py``.
+Public benchmarks by name are MTEB's own business: see ``mteb.py``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sparse vectors from cached dense ones: by a Dense2Sparse head, and by the stock sparse auto-encoder as its rival."""
+"""Sparse vectors from cached dense ones: by the stock sparse auto-encoder, as a rival of learned words."""
 
 from __future__ import annotations
 
