@@ -49,8 +49,10 @@ class Room:
         card: Name of the template in ``model_cards/``.
         graphs: Model or head -> name -> what ``export-onnx`` writes of it: of a head all its graphs, of a retriever
             what differs from the default. The graph that needs no name is ``model``.
-        frontier: Its rows in the frontier, a :class:`~polyrep.evaluation.frontier.rows.Method`, as ``module:name``
-            inside its folder: imported when they are asked for.
+        example: Its tiny model for the shared tests, a function of a backbone and a scratch folder that gives a
+            :class:`~polyrep.hub.example.Example`, as ``module:name`` inside its folder.
+        frontier: Its rows in the frontier, a :class:`~polyrep.evaluation.frontier.rows.Method`, named
+            likewise. None of these is imported before it is asked for.
         mean_pooled: A function, named likewise, that turns a late-interaction model into one whose vectors are the
             mean of its tokens; of one room.
         seeded: Whether the head draws what is not learned: its config then takes the ``seed`` of the run.
@@ -70,6 +72,7 @@ class Room:
     objectives: dict[str, type[Any]] = field(default_factory=dict)
     card: str | None = None
     graphs: Mapping[type[PreTrainedModel], Mapping[str, Graph]] = field(default_factory=dict)
+    example: str = "example:build"
     frontier: str = ""
     mean_pooled: str = ""
     seeded: bool = False
@@ -95,6 +98,7 @@ class Room:
 
 
 ROOMS: dict[str, Room] = {}
+"""``model_type`` of a model's config -> its room."""
 
 
 def register(room: Room) -> None:

@@ -17,7 +17,7 @@ import torch
 from conftest import DOCUMENTS, ROOT, run_python, run_two_processes
 from datasets import Dataset
 from PIL import Image
-from room_examples import dual_encoder_example
+from room_examples import EXAMPLES
 from scipy.sparse import csr_matrix
 
 from polyrep import InputError
@@ -52,7 +52,7 @@ def static(static_model, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def image_model(backbone, tmp_path_factory) -> Path:
     scratch = tmp_path_factory.mktemp("images")
-    model = dual_encoder_example(backbone, scratch).models["retriever"]
+    model = EXAMPLES["polyrep_dual_encoder"](backbone, scratch).models["retriever"]
     return save(model, scratch / "saved")
 
 

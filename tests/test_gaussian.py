@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import faiss
 import numpy as np
 import pytest
-import room_examples
 import torch
 from conftest import CLI, DOCUMENTS, QRELS, QUERIES, run_two_processes, write_beir
 from datasets import Dataset
@@ -30,6 +29,7 @@ from polyrep.cli import main, train
 from polyrep.data import load_retrieval_dataset
 from polyrep.data.noise import narrowed
 from polyrep.encoding import embed
+from polyrep.hub import example
 from polyrep.methods import (
     GaussianConfig,
     GaussianHead,
@@ -320,7 +320,7 @@ def encoder_of(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
 
 def one_folder(backbone: Path, folder: Path, **config) -> Path:
     """A saved GaussianModel that sentence-transformers opens."""
-    model = room_examples.one_folder(
+    model = example.one_folder(
         GaussianModel.from_encoder(str(backbone), **config), backbone, folder, transformer=GaussianTransformer
     )
     return polyrep.save(model, folder)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import CLI, DOCUMENTS, QRELS, QUERIES, run_python, run_two_processes, write_beir
-from room_examples import one_folder
 from safetensors.torch import load_file
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Normalize, Transformer
@@ -26,6 +25,7 @@ import polyrep
 from polyrep import InputError
 from polyrep.cli import main, train
 from polyrep.data import load_retrieval_dataset
+from polyrep.hub.example import one_folder
 from polyrep.methods import (
     CachedMultiLayerObjective,
     MultiLayerConfig,

@@ -22,7 +22,7 @@ import yaml
 from conftest import CLI, QUERIES, run_python, write_beir
 from hub_server import HubServer, Repository, running_hub
 from huggingface_hub import ModelCard
-from room_examples import EXAMPLES, gaussian_example, reinpool_example
+from room_examples import EXAMPLES
 from transformers import PreTrainedModel
 
 import polyrep
@@ -99,7 +99,7 @@ def warm_doors(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def models(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     scratch = tmp_path_factory.mktemp("examples")
-    gaussian, reinpool = (build(backbone, scratch) for build in (gaussian_example, reinpool_example))
+    gaussian, reinpool = (EXAMPLES[f"polyrep_{name}"](backbone, scratch) for name in ("gaussian", "reinpool"))
     gaussian.models["retriever"].prompts = {"query": "port: ", "document": "file: "}
     return {"gaussian": gaussian.models["retriever"], "reinpool": reinpool.models["pipeline"]}
 
