@@ -23,7 +23,7 @@ from ..hub.cards import hub_source
 from ..hub.fingerprint import fingerprint
 from ..hub.folder import Encoder, family_of, fastest_dtype, fetch, load
 from ..report import provenance, write_results
-from .mteb import left_out, measure, mteb_package, open_suites, refuse_unfit
+from .mteb import left_out, mteb_package, open_suites, refuse_unfit, run_suites
 from .systems import Ranking, rank_with_bm25, rank_with_model
 from .table import display_name, refuse_doubles, refuse_unknown, table_rows
 
@@ -169,7 +169,7 @@ def evaluate(argv: list[str], *, prog: str = "polyrep evaluate", untrusted: Coll
                 batch_size=args.batch_size,
             )
         if suites:
-            measured = measure(
+            measured = run_suites(
                 name,
                 model,
                 suites,

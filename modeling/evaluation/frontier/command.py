@@ -36,7 +36,7 @@ from .picture import draw
 from .rivals import RIVALS
 from .rows import COMMON, FULL, Candidate, Encoded, Method
 from .subject import Lessons, Subject, cloze, judged
-from .timed import DEPTH, held, rank_in_two_stages, rank_when_ready, timed_rows
+from .timed import RERANK_DEPTH, loaded, rank_in_two_stages, rank_when_ready, timed_rows
 
 STAGE_DEPTHS = (50, 200)
 BUDGETS = ["bytes=256", "bytes=1024", "bytes=4096"]
@@ -237,7 +237,7 @@ def measure(on: Subject, methods: list[str]) -> Measured:
             progress.set_postfix_str(job.system)
             key = digest([job.system, data, job.depends])
             try:
-                ranking = keep_ranking(_place(on, key), job.system, job.make, DEPTH)
+                ranking = keep_ranking(_place(on, key), job.system, job.make, RERANK_DEPTH)
             except (Exception, SystemExit) as error:  # the latter is how a parser refuses a flag
                 if job.system == FULL:
                     raise
@@ -280,7 +280,7 @@ def _ranked(on: Subject, candidate: Candidate) -> Ranking:
 
 def _bm25(on: Subject) -> Ranking:
     """BM25 with the time of the queries that every row is timed by."""
-    ranking = rank_with_bm25(on.dataset, DEPTH)
+    ranking = rank_with_bm25(on.dataset, RERANK_DEPTH)
     assert ranking.seconds is not None
     rows = timed_rows(len(ranking.seconds))
     seconds = np.full(len(ranking.seconds), np.nan)
@@ -295,7 +295,7 @@ def _second_stage(on: Subject, first: Ranking, depth: int, depends: Any, full: l
 
     def make() -> Ranking:
         if not full:  # in memory from the first row that reads it on
-            full.append(held(on.documents))
+            full.append(loaded(on.documents))
         size = costs_of(on.queries, on.documents)["bytes_per_document"]
         options: dict[str, Any] = {"similarity": on.similarity, "device": on.model.device, "full_bytes": size}
         return rank_in_two_stages(system, first, depth, on.queries, full[0], on.ranks, **options)
