@@ -1,8 +1,8 @@
 """What is kept between two starts of the demo: unpacked models, and a corpus once it is encoded.
 
-Encoded things are folders in the format of :mod:`polyrep.cache`, memory-mapped when they are opened. Their keys name
-the model's files, the rooms' code and the texts but no library and no processor, so that a folder made on one machine
-serves another.
+Encoded things are folders in the format of :mod:`polyrep.encoding.embeddings`, memory-mapped when they are opened.
+Their keys name the model's files, the rooms' code and the texts but no library and no processor, so that a folder made
+on one machine serves another.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from polyrep.encoding.embeddings import Kind, joined
 from polyrep.encoding.encoders import encode_chunk
 from polyrep.errors import InputError
 from polyrep.files import file_sha256, staged_folder, write_json
-from polyrep.hub import Encoder
+from polyrep.hub.folder import Encoder
 
 PART = 256
 """Documents that are encoded and written together: what an interruption loses at most."""

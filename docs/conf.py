@@ -7,6 +7,8 @@ The source folder is the repository, not ``docs/``, so that a page may link to r
 from __future__ import annotations
 
 import re
+import sys
+from importlib import import_module
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +17,25 @@ from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx import addnodes
 from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 logger = logging.getLogger(__name__)
+PACKAGE = Path(__file__).parent.parent / "modeling"
+INTERNAL = {
+    "cli": "finds the verb of a command line and calls it",
+    "publishing.doors": "runs in a process without polyrep, when a model is published",
+    "files": "writes whole files or none",
+    "flags": "makes flags of a dataclass",
+    "publishing.inspection": "checks what publish uploads",
+    "search.local": "what the engines of one process share",
+    "search.qdrant_engine": "stands behind search.qdrant",
+    "search.qdrant_remote": "stands behind search.qdrant",
+    "publishing.upload": "speaks with the Hub for publish",
+}
+"""Modules without a place in the API reference, and why nobody calls them."""
 
 project = "polyrep"
 project_copyright = "the polyrep authors"
@@ -38,7 +54,7 @@ highlight_language = "text"  # of blocks without a language
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!polyrep\.).*"),
-    (r"py:.*", r"polyrep\.candidates\.T"),  # a type variable
+    (r"py:.*", r"polyrep\.evaluation\.frontier\.rows\.T"),  # a type variable
     (r"py:.*", r"polyrep\.search\.(local\.FolderIndex|qdrant_engine\.Engine)"),  # bases that nobody calls
 ]
 # Tables of results and files of the repository have pages because others link to them, but no place in the menu.
@@ -126,6 +142,58 @@ def link_folders(app: Sphinx, document: nodes.document) -> None:
             link.replace_self(link.children)
 
 
+class Wing(SphinxDirective):
+    """``.. wing:: search`` is the reference of a folder of the package; ``methods/*`` of several, none of the root.
+
+    Each module is a section. A package names what is imported from it, which is told where it is defined.
+    """
+
+    optional_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Read the folders and write what autodoc needs."""
+        folders = sorted(PACKAGE.glob(self.arguments[0])) if self.arguments else [PACKAGE]
+        files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
+        written = []
+        for file in files:
+            self.env.note_dependency(str(file))
+            module = ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+            if module not in INTERNAL:
+                written += _section(f"polyrep.{module}".removesuffix(".__init__"))
+        return self.parse_text_to_nodes("\n".join(written), allow_section_headings=True)
+
+
+def _section(name: str) -> list[str]:
+    """One module's lines of reStructuredText."""
+    module: Any = import_module(name)
+    lines = [name, "-" * len(name), "", f".. automodule:: {name}"]
+    if "__all__" in vars(module):
+        homes = {public: _home(module, public) for public in module.__all__}
+        own = [public for public, home in homes.items() if home == f"{name}.{public}"]
+        lines += [f"   :members: {', '.join(own)}" if own else "   :no-members:", "", "Import from here:"]
+        lines += [f":py:obj:`{public} <{home}>`" for public, home in homes.items()]
+    elif ".modeling_" in name:
+        lines += ["   :show-inheritance:"]
+    elif name.endswith(".objective"):
+        lines += ["   :inherited-members: Module"]  # objectives of a method share a base
+    return [*lines, ""]
+
+
+def _home(module: Any, name: str) -> str:
+    """Where a name that a package hands on is defined: of a function or class; the one table that is, is ROOMS."""
+    thing = getattr(module, name)
+    return f"{thing.__module__}.{thing.__qualname__}" if callable(thing) else f"polyrep.registry.{name}"
+
+
+def follow_public_name(app: Sphinx, env: Any, node: addnodes.pending_xref, content: nodes.Element) -> Any:
+    """Lead a name as users import it, ``polyrep.search.Index``, to where it is defined."""
+    module, _, name = node["reftarget"].rpartition(".")
+    if module.startswith("polyrep") and name in getattr(sys.modules.get(module), "__all__", ()):
+        home = _home(sys.modules[module], name)
+        return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, node["reftype"], home, node, content)
+    return None
+
+
 def plain_signature(
     app: Sphinx, what: str, name: str, thing: Any, options: Any, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
@@ -143,6 +211,8 @@ def keep_colon(app: Sphinx, what: str, name: str, thing: Any, options: Any, line
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Add what this file defines to Sphinx."""
+    app.add_directive("wing", Wing)
+    app.connect("missing-reference", follow_public_name)
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
     app.connect("doctree-read", link_folders)
     app.connect("autodoc-process-signature", plain_signature)

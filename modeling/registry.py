@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from sentence_transformers.base.modules.module import Module
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,10 @@ class Room:
         card: Name of the template in ``model_cards/``.
         graphs: Model or head -> name -> what ``export-onnx`` writes of it: of a head all its graphs, of a retriever
             what differs from the default. The graph that needs no name is ``model``.
-        frontier: Its rows in the frontier, a :class:`~polyrep.evaluation.frontier.rows.Method`, as ``module:name``
-            inside its folder: imported when they are asked for.
+        example: Its tiny model for the shared tests, a function of a backbone and a scratch folder that gives a
+            :class:`~polyrep.hub.example.Example`, as ``module:name`` inside its folder.
+        frontier: Its rows in the frontier, a :class:`~polyrep.evaluation.frontier.rows.Method`, named
+            likewise. None of these is imported before it is asked for.
         mean_pooled: A function, named likewise, that turns a late-interaction model into one whose vectors are the
             mean of its tokens; of one room.
         seeded: Whether the head draws what is not learned: its config then takes the ``seed`` of the run.
@@ -59,7 +61,8 @@ class Room:
             model of its own, ``model.from_encoder`` and ``load_processor`` take its folder as ``vision``.
         open_backbone: ``(folder, dtype)`` to the backbone, for folders that are no sentence-transformers model; None,
             or one that returns None, for any other.
-        load_processor: ``(backbone, **vision)`` to what the folder of a run prepares its inputs with.
+        load_processor: ``(backbone, **vision)`` to what prepares the inputs of the model; None: the
+            backbone's tokenizer.
         head_from_words: ``(folder, tokenizer, backbone, **config)`` to a head that reads the words of another model
             (``--vocabulary``); None for a head that reads none.
     """
@@ -70,12 +73,13 @@ class Room:
     objectives: dict[str, type[Any]] = field(default_factory=dict)
     card: str | None = None
     graphs: Mapping[type[PreTrainedModel], Mapping[str, Graph]] = field(default_factory=dict)
+    example: str = "example:build"
     frontier: str = ""
     mean_pooled: str = ""
     seeded: bool = False
     joins_vision: bool = False
     open_backbone: Callable[[str, torch.dtype], Any] | None = None
-    load_processor: Callable[..., Any] = AutoTokenizer.from_pretrained
+    load_processor: Callable[..., Any] | None = None
     head_from_words: Callable[..., PreTrainedModel] | None = None
 
     @property
@@ -95,6 +99,7 @@ class Room:
 
 
 ROOMS: dict[str, Room] = {}
+"""``model_type`` of a model's config -> its room."""
 
 
 def register(room: Room) -> None:

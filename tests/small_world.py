@@ -21,13 +21,13 @@ from typing import Any
 import yaml
 from conftest import ROOT
 from huggingface_hub import constants
-from room_examples import tiny_vision
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 
 from polyrep.cli import main
 from polyrep.hub.folder import MINILM_ID, packaged_minilm
+from polyrep.methods.dense2sparse.example_dual_encoder import tiny_vision
 
 SHORT = {
     "max_steps": 2,

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from room_examples import EXAMPLES, Example
+from room_examples import EXAMPLES
 
+from polyrep.hub.example import Example
 from polyrep.methods import MultiLayerConfig
 
 # Batches of two shapes; neither size is one that a model has, which a compiler would take for it.

@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import ROOT, run_python
 from PIL import Image
-from room_examples import dual_encoder, image_text_folder, tiny_vision
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SparseEncoder
@@ -47,6 +46,7 @@ from polyrep.methods import (
     DualEncoderLoss,
     DualEncoderModel,
 )
+from polyrep.methods.dense2sparse.example_dual_encoder import dual_encoder, image_text_folder, tiny_vision
 
 COCO = ROOT / "data" / "coco_mini"
 TEXTS = ["list a file", "ports of a list"]

@@ -49,6 +49,20 @@ def test_links_between_pages_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_files_of_the_package_that_a_text_names_are_there():
+    folders = ("docs", "demo", "data", "model_cards", "results")
+    texts = [
+        ROOT / "Makefile",
+        *ROOT.glob("*.md"),
+        *(text for name in folders for text in (ROOT / name).rglob("*.md")),
+    ]
+    for text in texts:
+        for path in re.findall(r"\bmodeling/[\w/.]*\w", text.read_text()):
+            assert (ROOT / path).exists() or "/attentive" in path, (
+                f"{text.name}: {path}"
+            )  # which add-a-method.md makes
+
+
 def test_equations_have_no_command_that_github_refuses():
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         assert "\\operatorname" not in page.read_text(), f"{page.name}: write \\mathrm"

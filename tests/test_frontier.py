@@ -22,7 +22,7 @@ from test_scoring import dense
 from transformers import AutoModel, BertConfig, BertTokenizer
 
 from polyrep import InputError
-from polyrep.cli import evaluate, main
+from polyrep.cli import main
 from polyrep.data import load_retrieval_dataset
 from polyrep.evaluation.frontier import command as frontier
 from polyrep.evaluation.frontier import rows as candidates

@@ -12,9 +12,8 @@ from types import SimpleNamespace
 import faiss
 import numpy as np
 import pytest
-import room_examples
 import torch
-from conftest import DOCUMENTS, QRELS, QUERIES, RUN_CLI, run_python, write_beir
+from conftest import CLI, DOCUMENTS, QRELS, QUERIES, run_two_processes, write_beir
 from datasets import Dataset
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
@@ -26,10 +25,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTo
 
 import polyrep
 from polyrep import InputError
-from polyrep.cli import train
+from polyrep.cli import main, train
 from polyrep.data import load_retrieval_dataset
 from polyrep.data.noise import narrowed
 from polyrep.encoding import embed
+from polyrep.hub import example
 from polyrep.methods import (
     GaussianConfig,
     GaussianHead,
@@ -320,7 +320,7 @@ def encoder_of(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
 
 def one_folder(backbone: Path, folder: Path, **config) -> Path:
     """A saved GaussianModel that sentence-transformers opens."""
-    model = room_examples.one_folder(
+    model = example.one_folder(
         GaussianModel.from_encoder(str(backbone), **config), backbone, folder, transformer=GaussianTransformer
     )
     return polyrep.save(model, folder)
@@ -784,12 +784,12 @@ def test_memory_of_a_step_does_not_hold_every_pair_by_dimension():
     assert max(sizes) <= max(64 * 65, 64 * 64) < 64 * 64 * 32
 
 
-def test_the_published_runs_say_what_they_train(plain, tmp_path):
+def test_the_published_runs_say_what_they_train(plain, tmp_path, capsys):
     data = write_beir(tmp_path / "tiny", split="train")
     for run, extra in (("gaussian-minilm", flags), ("gaussian-minilm-frozen", head_flags)):
-        found = run_python("-c", RUN_CLI, "train", run, *extra(plain, data, tmp_path / "run"), "--dry_run", "true")
-        assert found.returncode == 0 and "objective" in found.stdout, found.stderr
-        assert "'variance_groups': 1" in found.stdout and "difficulty_weight" in found.stdout
+        assert main(["train", run, *extra(plain, data, tmp_path / "run"), "--dry_run", "true"]) == 0
+        said = capsys.readouterr().out
+        assert "objective" in said and "'variance_groups': 1" in said and "difficulty_weight" in said
 
 
 def test_index_dims_that_do_not_fit_are_refused_by_train(plain, tmp_path):
@@ -810,11 +810,8 @@ def test_two_processes_train_what_one_does(plain, tmp_path, kind):
     if kind == "whole":
         more += ["--hard_negatives", "1", "--negative_margin", "0", "--mined_cache", str(tmp_path / "mined")]
     train([run, *common(plain, data, tmp_path / "one", *more)])
-    program = tmp_path / "cli.py"
-    program.write_text(RUN_CLI)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
     several = [*common(plain, data, tmp_path / "two", *more), "--per_device_train_batch_size", "1"]
-    result = run_python(*launch, "train", run, *several)
+    result = run_two_processes(CLI, "train", run, *several)
     assert result.returncode == 0, result.stderr[-3000:]
     weights = [load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two")]
     for name, tensor in weights[0].items():
@@ -824,5 +821,5 @@ def test_two_processes_train_what_one_does(plain, tmp_path, kind):
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
     if kind == "whole":  # both maps in one pass each, and texts cut short
         mixed = [*several, "--inclusion_weight", "1", "--difficulty_weight", "1", "--overwrite", "true"]
-        result = run_python(*launch, "train", run, *mixed)
+        result = run_two_processes(CLI, "train", run, *mixed)
         assert result.returncode == 0, result.stderr[-3000:]

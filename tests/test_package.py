@@ -34,6 +34,33 @@ def imports_of(file: Path) -> set[str]:
     return names | {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) if not node.level}
 
 
+LAYERS = ["errors", "files", "flags", "report", "registry"]  # the ground, then the wings as data travels
+LAYERS += ["data", "hub", "encoding", "search", "training", "evaluation", "methods", "cli", "__init__"]
+MODULES = sorted(file.relative_to(ROOT / "modeling") for file in (ROOT / "modeling").rglob("*.py"))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_a_module_imports_its_own_wing_and_what_lies_below(module):
+    own, imported = module.parts[0].removesuffix(".py"), set()
+    for node in ast.walk(ast.parse((ROOT / "modeling" / module).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            imported.add([*module.parts[: -node.level], *(node.module or "__init__").split(".")][0])
+    below = {own, *LAYERS[: LAYERS.index("methods" if own == "publishing" else own)]}  # these two stand side by side
+    assert imported <= below | ({"publishing"} if "methods" in below - {own} else set())
+    assert not [name for name in imports_of(ROOT / "modeling" / module) if name.split(".")[0] == "polyrep"]
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.parts[0] not in ("methods", "__init__.py")], ids=str)
+def test_no_code_outside_methods_names_a_method(module):
+    methods = {m.parts[1] for m in MODULES if m.parts[0] == "methods" and len(m.parts) > 2}
+    named = re.compile("|".join(method.replace("_", "_?") for method in methods), re.I)
+    nodes = list(ast.walk(ast.parse((ROOT / "modeling" / module).read_text())))
+    values = [value for node in nodes for value in vars(node).values()]
+    words = [w for value in values for w in (value if isinstance(value, list) else [value]) if isinstance(w, str)]
+    prose = [n.value.value for n in nodes if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+    assert methods and not [word for word in words if named.search(word) and word not in prose]
+
+
 def test_nothing_imports_the_source_folder_by_its_own_name():
     offenders = [f for f in tracked(".py") if any(name.split(".")[0] == "modeling" for name in imports_of(f))]
     assert not offenders and tracked(".py")

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm
 import yaml
-from conftest import QUERIES, RUN_CLI, run_python, write_beir
+from conftest import CLI, QUERIES, run_python, write_beir
 from hub_server import HubServer, Repository, running_hub
 from huggingface_hub import ModelCard
-from room_examples import EXAMPLES, gaussian_example, reinpool_example
+from room_examples import EXAMPLES
 from transformers import PreTrainedModel
 
 import polyrep
@@ -89,10 +90,16 @@ def finish(model: Any, output: Path, name: str = "final", recipe: dict[str, Any]
     return folder
 
 
+@pytest.fixture(autouse=True)
+def warm_doors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that opens folders without polyrep is a fork of one without it."""
+    monkeypatch.setattr(sys, "executable", warm.python())
+
+
 @pytest.fixture(scope="module")
 def models(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     scratch = tmp_path_factory.mktemp("examples")
-    gaussian, reinpool = (build(backbone, scratch) for build in (gaussian_example, reinpool_example))
+    gaussian, reinpool = (EXAMPLES[f"polyrep_{name}"](backbone, scratch) for name in ("gaussian", "reinpool"))
     gaussian.models["retriever"].prompts = {"query": "port: ", "document": "file: "}
     return {"gaussian": gaussian.models["retriever"], "reinpool": reinpool.models["pipeline"]}
 
@@ -117,7 +124,7 @@ import json, os, sys, time, urllib.request
 time.sleep = lambda seconds: None  # what the client waits before it tries again
 from polyrep.publishing import publish
 from polyrep.cli import main
-from polyrep.publish import verify
+from polyrep.publishing.inspection import verify
 
 for step in json.loads(sys.argv[1]):
     if step.get("trusting"):
@@ -170,19 +177,12 @@ print("REPORT" + json.dumps(report))
 """
 
 
-def on_hub(hub: HubServer, cache: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a program whose Hub is ours; these settings are read when huggingface_hub is imported."""
+def on_hub(hub: HubServer, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with a Hub that is ours."""
     environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test", "HF_HOME": str(cache)}
     environment |= {"PYTHONPATH": str(Path(__file__).parent), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=cache,
-        timeout=600,
-    )
+    return run_python(*arguments, env=environment, cwd=cache)
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def published(
         step("lost", gaussian, "someone/lost", trusting=True, drops=100),  # more than the client tries
         step("recovered", gaussian, "someone/lost", trusting=True, drops=0),
     ]
-    ran = on_hub(hub, root, PUBLISH, json.dumps(steps))
+    ran = on_hub(hub, root, "-c", PUBLISH, json.dumps(steps))
     statuses = [line.split()[1] for line in ran.stdout.splitlines() if line.startswith("STATUS")]
     assert len(statuses) == len(steps), ran.stderr[-3000:]
     assert {path: path.read_bytes() for path in before} == before, "publishing must not change a folder"
@@ -310,7 +310,7 @@ def test_others_open_it_at_that_commit_without_polyrep(published, hub, models, t
         "gaussian": ("SentenceTransformer", "someone/gaussian", hub.repositories["someone/gaussian"].commits[1][0]),
         "reinpool": ("MultiVectorEncoder", "org/reinpool", hub.repositories["org/reinpool"].commits[1][0]),
     }
-    ran = on_hub(hub, tmp_path, OPEN, json.dumps(jobs), json.dumps(TEXTS))
+    ran = on_hub(hub, tmp_path, "-c", OPEN, json.dumps(jobs), json.dumps(TEXTS))
     assert ran.returncode == 0, ran.stderr[-3000:]
     report = json.loads(ran.stdout.partition("REPORT")[2])
     assert report["heads agree"]
@@ -351,7 +351,7 @@ def test_train_publishes_what_it_measured(toy_run, hub, tmp_path):
     shutil.copyfile(data / "qrels" / "train.tsv", data / "qrels" / "test.tsv")
     flags = ["--datasets", str(data), "--output_dir", str(tmp_path / "out"), "--card", "late_interaction"]
     target = ["--push_to_hub", "true", "--hub_model_id", "someone/toy", "--hub_private_repo", "true"]
-    ran = on_hub(hub, tmp_path, RUN_CLI, "train", str(toy_run), *flags, *target)
+    ran = on_hub(hub, tmp_path, CLI, "train", str(toy_run), *flags, *target)
     assert ran.returncode == 0, ran.stderr[-3000:]
     repository = hub.repositories["someone/toy"]
     assert repository.private and len(repository.commits) == 2

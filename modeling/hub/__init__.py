@@ -3,6 +3,6 @@
 from .cards import render_card
 from .code import localize
 from .fingerprint import fingerprint
-from .folder import Encoder, fetch, load, save
+from .folder import fetch, load, save
 
-__all__ = ["Encoder", "fetch", "fingerprint", "load", "localize", "render_card", "save"]
+__all__ = ["fetch", "fingerprint", "load", "localize", "render_card", "save"]

@@ -13,8 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..hub.folder import prompts_of
-
 TEXTS = ["open ports", "list a folder of files", "tar: archive many files into one file"]
 """Of different lengths, so that some are padded; short, so that no encoder cuts them."""
 
@@ -125,7 +123,7 @@ def main(job: Path) -> None:
         if kind == "family":
             options = {"trust_remote_code": wanted["trusted"], "device": "cpu"}
             model = getattr(sentence_transformers, how[0])(str(folder), **options)
-            found, prompts = encoded(model), prompts_of(model)
+            found, prompts = encoded(model), {task: model.prompts.get(task) or "" for task in prompts}
         elif kind == "transformers":
             found = through_transformers(folder, prompts)
         elif kind == "head":

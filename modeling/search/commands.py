@@ -16,7 +16,8 @@ from ..errors import InputError
 from ..flags import parse
 from ..hub.fingerprint import fingerprint
 from ..hub.folder import fastest_dtype, fetch, load
-from . import Hit, open_index
+from .backends import open_index
+from .protocol import Hit
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from ..errors import InputError
-from . import Hit, Index
+from .protocol import Hit, Index
 
 Task = Literal["query", "document"]
 

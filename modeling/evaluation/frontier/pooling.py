@@ -1,7 +1,7 @@
 """A corpus of token vectors pooled to fewer of them, at several numbers of vectors in one pass.
 
-ReinPool's head and hierarchical clustering both go over the cached token vectors once and give every number of
-vectors that is asked for, which is how a ladder of them costs little more than one.
+A fitted head and hierarchical clustering both go over the cached token vectors once and give every number of vectors
+that is asked for, which is how a ladder of them costs little more than one.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def hierarchically(
         documents: The corpus.
         clusters: Those of :func:`hierarchical_clusters`.
         numbers: Numbers of vectors.
-        head: A ReinPool head.
+        head: A head that pools.
     """
 
     def pool(rows: np.ndarray, tokens: Tensor, mask: Tensor) -> dict[int, tuple[Tensor, Tensor]]:

@@ -72,6 +72,7 @@ register(
         card="dual_encoder",
         joins_vision=True,
         load_processor=DualEncoderModel.load_processor,
+        example="example_dual_encoder:build",
         graphs={
             DualEncoderHead: {
                 "text": Graph({"sentence_embedding": ("batch", "text_dim")}),
