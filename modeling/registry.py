@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from sentence_transformers.base.modules.module import Module
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class Room:
             model of its own, ``model.from_encoder`` and ``load_processor`` take its folder as ``vision``.
         open_backbone: ``(folder, dtype)`` to the backbone, for folders that are no sentence-transformers model; None,
             or one that returns None, for any other.
-        load_processor: ``(backbone, **vision)`` to what the folder of a run prepares its inputs with.
+        load_processor: ``(backbone, **vision)`` to what prepares the inputs of the model; None: the
+            backbone's tokenizer.
         head_from_words: ``(folder, tokenizer, backbone, **config)`` to a head that reads the words of another model
             (``--vocabulary``); None for a head that reads none.
     """
@@ -78,7 +79,7 @@ class Room:
     seeded: bool = False
     joins_vision: bool = False
     open_backbone: Callable[[str, torch.dtype], Any] | None = None
-    load_processor: Callable[..., Any] = AutoTokenizer.from_pretrained
+    load_processor: Callable[..., Any] | None = None
     head_from_words: Callable[..., PreTrainedModel] | None = None
 
     @property

@@ -45,7 +45,7 @@ CASES = [
 @pytest.mark.parametrize("kind,similarity", CASES)
 def test_a_ready_index_finds_what_exact_search_finds(monkeypatch, kind, similarity, in_memory):
     monkeypatch.setattr(ready, "MEMORY", 2**20 if in_memory else 0)
-    monkeypatch.setattr(ready, "SIMILARITIES", 100)  # several blocks of documents
+    monkeypatch.setattr(ready, "BLOCK_ELEMENTS", 100)  # several blocks of documents
     monkeypatch.setattr(ready, "QUERY_VECTORS", 8)
     queries, documents = sides(kind)
     index = ReadyIndex(documents, RANKS, similarity)
@@ -102,7 +102,7 @@ def test_a_ranking_has_the_time_of_the_queries_that_were_timed(monkeypatch):
     searched = []
     stock = ReadyIndex.search
 
-    def slow(self, asked, k=ready.DEPTH):
+    def slow(self, asked, k=ready.RERANK_DEPTH):
         searched.append(len(asked))
         time.sleep(0.02)
         return stock(self, asked, k)
@@ -130,7 +130,7 @@ def test_two_stages_cost_what_both_cost():
     first = replace(first, seconds=np.array([5.0, np.nan, 7.0]), costs=first.costs | {"fit_seconds": 3.0})
     own, full = first.costs["bytes_per_document"], costs_of(queries, documents)["bytes_per_document"]
     options = {"similarity": "maxsim", "full_bytes": full}
-    both = rank_in_two_stages("both", first, 4, queries, ready.held(documents), RANKS, **options)
+    both = rank_in_two_stages("both", first, 4, queries, ready.loaded(documents), RANKS, **options)
     assert both.costs["first_stage_bytes"] == own and both.costs["bytes_per_document"] == own + full
     assert both.costs["fit_seconds"] == 3 and 6000 < both.costs["search_ms_p50"] < 6500  # the mean of 5 and 7 seconds
     for found, candidates in zip(both.positions, first.positions, strict=True):

@@ -23,7 +23,7 @@ from ..hub.cards import hub_source
 from ..hub.fingerprint import fingerprint
 from ..hub.folder import Encoder, family_of, fastest_dtype, fetch, load
 from ..report import provenance, write_results
-from .mteb import Suite, left_out, measure, mteb_package, open_suites, refuse_unfit
+from .mteb import Suite, left_out, mteb_package, open_suites, refuse_unfit, run_suites
 from .systems import Ranking, rank_with_bm25, rank_with_model
 from .table import display_name, refuse_doubles, refuse_unknown, table_rows
 
@@ -258,7 +258,7 @@ def _measure(
         for dataset in datasets:
             found.rankings[dataset.name] += rank_with_model(system.name, model, dataset, **options)
         if suites:
-            measured = measure(
+            measured = run_suites(
                 system.name,
                 model,
                 suites,

@@ -48,7 +48,7 @@ class Suite:
 
 
 @dataclass
-class Measured:
+class SuiteRows:
     """Rows of one model, and what kept other rows away.
 
     Attributes:
@@ -141,7 +141,7 @@ def refuse_unfit(system: str, model: Encoder, suites: Sequence[Suite]) -> None:
             )
 
 
-def measure(
+def run_suites(
     system: str,
     model: Encoder,
     suites: Sequence[Suite],
@@ -150,7 +150,7 @@ def measure(
     cache_dir: str | Path,
     batch_size: int = 16,
     unavailable: Mapping[str, str] | None = None,
-) -> Measured:
+) -> SuiteRows:
     """Run the tasks that are not in the cache yet, and make rows of all: main scores, and the mean of each benchmark.
 
     Every task is in the cache once it is done, so what was interrupted goes on from there.
@@ -171,7 +171,7 @@ def measure(
     mteb = mteb_package()
     cache = mteb.ResultCache(cache_path=cache_dir)
     wrapped = _wrap(system, model, fingerprint)
-    measured = Measured(unavailable=dict(unavailable or {}))
+    measured = SuiteRows(unavailable=dict(unavailable or {}))
     tasks = {label: task for suite in suites for label, task in suite.tasks.items()}
     results: dict[str, Any] = {}
     with tqdm(tasks.items(), desc=system, unit="task") as progress:

@@ -32,7 +32,7 @@ from ..hub.folder import Encoder, check_folder, is_hub_id, load
 from ..registry import ROOMS, room_of
 from ..report import check_results
 from .inspection import refuse_secrets, verify
-from .upload import check_repo_name, head_of, is_carried, kind_of, source_of, upload
+from .upload import check_repo_name, head_of, is_carried, model_kind, source_of, upload
 
 _LEFT_BEHIND = ("checkpoint-*", "runs", "trainer_state.json", "training_args.json", ".*")
 """What a trainer or an editor leaves, by the name of the file or of a folder above it."""
@@ -123,7 +123,7 @@ def publish_folder(folder: Path, args: PublishArguments) -> str | None:
     finished = collect(folder, args.results, args.card, hub_ids)
     if args.output and (Path(args.output).exists() or finished.folder in Path(args.output).resolve().parents):
         raise InputError(f"--output {args.output}: exists, or is in the model's folder. Name a new one elsewhere.")
-    head = None if args.dry_run else head_of(args.repo, kind_of(finished.folder), private=args.private)
+    head = None if args.dry_run else head_of(args.repo, model_kind(finished.folder), private=args.private)
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(args.output) if args.output else Path(scratch) / "repository"
         with staged_folder(target) as staged:

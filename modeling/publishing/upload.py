@@ -71,7 +71,7 @@ def head_of(repo: str, kind: str | None, *, private: bool) -> str | None:
 
     Args:
         repo: Its name.
-        kind: Of the model that would replace it, see :func:`kind_of`; None while that is not known.
+        kind: Of the model that would replace it, see :func:`model_kind`; None while that is not known.
         private: Whether it must not be seen by others.
 
     Raises:
@@ -98,7 +98,7 @@ def head_of(repo: str, kind: str | None, *, private: bool) -> str | None:
                     api.hf_hub_download(repo, name, revision=info.sha, local_dir=scratch)
             except EntryNotFoundError:
                 continue
-        theirs = kind_of(Path(scratch))
+        theirs = model_kind(Path(scratch))
     if theirs != kind:
         raise InputError(
             f"{repo}: holds a model of another kind ({theirs}) than this one ({kind}), which would be replaced. "
@@ -151,7 +151,7 @@ def source_of(repo: str) -> str:
     return f"https://huggingface.co/{repo}"
 
 
-def kind_of(folder: Path) -> str:
+def model_kind(folder: Path) -> str:
     """Model type, family and own modules of a folder: what a repository's users rely on to stay the same."""
     family = read_json(folder / "config_sentence_transformers.json").get("model_type")
     modules = [module["type"].rpartition(".")[2] for module in read_json(folder / "modules.json") or []]

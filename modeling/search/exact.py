@@ -11,7 +11,7 @@ from ..encoding.embeddings import rows
 from ..encoding.shards import KINDS, Origin, Shard
 from ..errors import InputError
 from .local import Vectors
-from .protocol import Added, Hit, Queries, admit, refuse_unknown, several, stages, whole_number
+from .protocol import Added, Hit, Queries, checked_origin, refuse_unknown, stages, unique_ids, whole_number
 from .ranking import exact_search, rescore, tie_ranks
 
 
@@ -46,7 +46,7 @@ class ExactIndex:
         """See :class:`polyrep.search.Index`."""
         written = replaced = known = 0
         for shard in shards:
-            origin = admit(self.origins, shard.origin, self.where, kinds=KINDS, force=self.force)
+            origin = checked_origin(self.origins, shard.origin, self.where, kinds=KINDS, force=self.force)
             key = origin.name, shard.checksum
             if key in self._shards:
                 known += 1
@@ -63,7 +63,7 @@ class ExactIndex:
         """See :class:`polyrep.search.Index`. Ties go to the higher id."""
         (origin, asked), *second = stages(self.origins, queries, k, self.where)
         store = self._vectors[origin.name]
-        vectors = store.settled()
+        vectors = store.contiguous()
         if not len(asked) or not len(vectors):
             return [[] for _ in range(len(asked))]
         depth = max(k, self.prefetch) if second else k
@@ -74,7 +74,7 @@ class ExactIndex:
             return store.hits(positions, scores)
         ((origin, asked),) = second
         other = self._vectors[origin.name]
-        vectors, ranks = other.settled(), self._tie_ranks(origin)
+        vectors, ranks = other.contiguous(), self._tie_ranks(origin)
         found = []
         for row, candidates in enumerate(positions.tolist()):
             places = [other.position.get(store.ids[candidate], -1) for candidate in candidates]
@@ -86,7 +86,7 @@ class ExactIndex:
 
     def delete(self, ids: Iterable[str]) -> int:
         """See :class:`polyrep.search.Index`. Shards are forgotten, so that adding one again brings documents back."""
-        asked = {*several(ids)}
+        asked = {*unique_ids(ids)}
         removed = asked & self._ids()
         for store in self._vectors.values():
             store.remove(removed)
@@ -103,7 +103,7 @@ class ExactIndex:
         return set().union(*(store.position for store in self._vectors.values()))
 
     def _tie_ranks(self, origin: Origin) -> np.ndarray:
-        """Of the documents in their present order, which is that of settled vectors."""
+        """Of the documents in their present order, which is that of contiguous vectors."""
         if origin.name not in self._ranks:
             self._ranks[origin.name] = tie_ranks(self._vectors[origin.name].ids)
         return self._ranks[origin.name]

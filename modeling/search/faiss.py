@@ -63,7 +63,7 @@ class FaissIndex(FolderIndex):
 
     def search(self, queries: Queries, k: int = 10) -> list[list[Hit]]:
         """See :class:`polyrep.search.Index`."""
-        asked = self._asked(queries, k)
+        asked = self._query_vectors(queries, k)
         wanted = min(k, self.count())
         if not len(asked) or not wanted:
             return [[] for _ in range(len(asked))]

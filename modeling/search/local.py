@@ -29,7 +29,7 @@ from ..encoding.embeddings import Embeddings, Kind, joined, rows
 from ..encoding.shards import Origin, Shard, packed_ids, unpacked_ids
 from ..errors import InputError
 from ..files import write_json
-from .protocol import Added, Hit, Queries, admit, several, stages
+from .protocol import Added, Hit, Queries, checked_origin, stages, unique_ids
 
 FORMAT = "polyrep-index-1"
 MANIFEST = "polyrep.json"
@@ -122,7 +122,7 @@ class Vectors(Documents):
         self.blocks.append(vectors)
         return self.append(ids)
 
-    def settled(self) -> Embeddings:
+    def contiguous(self) -> Embeddings:
         """Vectors of all documents in the order of ``ids``, which have no gaps then; something was added before."""
         vectors = joined(self.blocks)
         if self.unused:
@@ -171,7 +171,7 @@ class FolderIndex(ABC):
         changed = False
         try:
             for shard in shards:
-                origin = self._admitted(shard.origin)
+                origin = self._checked_origin(shard.origin)
                 if shard.checksum in self.shards:
                     known += 1
                     continue
@@ -190,7 +190,7 @@ class FolderIndex(ABC):
 
     def delete(self, ids: Iterable[str]) -> int:
         """See :class:`polyrep.search.Index`. Shards are forgotten, so that adding one again brings documents back."""
-        removed = self.documents.remove(several(ids))
+        removed = self.documents.remove(unique_ids(ids))
         if removed:
             self.shards.clear()
             try:
@@ -200,8 +200,8 @@ class FolderIndex(ABC):
                 raise
         return removed
 
-    def _admitted(self, origin: Origin) -> Origin:
-        known = admit(self.origins, origin, self.where, kinds=[self.kind], force=self.force)
+    def _checked_origin(self, origin: Origin) -> Origin:
+        known = checked_origin(self.origins, origin, self.where, kinds=[self.kind], force=self.force)
         if origin.similarity not in self.similarities:
             raise InputError(
                 f"{self.where}: vectors {origin.name!r} are compared by {origin.similarity}; this back end knows "
@@ -214,7 +214,7 @@ class FolderIndex(ABC):
             )
         return known
 
-    def _asked(self, queries: Queries | Mapping[str, Queries], k: int) -> Embeddings:
+    def _query_vectors(self, queries: Queries | Mapping[str, Queries], k: int) -> Embeddings:
         """Queries of the one stage that there can be."""
         if isinstance(queries, Mapping) and len(queries) > 1:
             raise InputError(

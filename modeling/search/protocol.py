@@ -83,7 +83,9 @@ class Index(Protocol):
         """Documents in the index."""
 
 
-def admit(origins: Mapping[str, Origin], new: Origin, where: str, *, kinds: Sequence[str], force: bool) -> Origin:
+def checked_origin(
+    origins: Mapping[str, Origin], new: Origin, where: str, *, kinds: Sequence[str], force: bool
+) -> Origin:
     """The origin that an index goes on with once ``new`` is added, or a refusal.
 
     Args:
@@ -201,7 +203,7 @@ def _array(part: Any) -> np.ndarray:
     return part.detach().cpu().float().numpy() if isinstance(part, torch.Tensor) else np.asarray(part)
 
 
-def several(ids: Iterable[str]) -> list[str]:
+def unique_ids(ids: Iterable[str]) -> list[str]:
     """Ids without doubles; a single text, whose letters would be taken for ids, is refused."""
     if isinstance(ids, str):
         raise InputError(f"delete({ids!r}): takes a list of ids, as there may be several: delete([{ids!r}]).")

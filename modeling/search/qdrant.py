@@ -28,12 +28,12 @@ from ..encoding.embeddings import Embeddings
 from ..encoding.shards import Origin, Shard
 from ..errors import InputError
 from .local import folder_of
-from .protocol import Added, Hit, Queries, admit, refuse_unknown, several, stages, whole_number
+from .protocol import Added, Hit, Queries, checked_origin, refuse_unknown, stages, unique_ids, whole_number
 from .qdrant_engine import SIMILARITIES, Embedded, Engine
 from .qdrant_remote import Server, Unreachable
 from .ranking import sparse_rows
 
-FORMAT, LAYOUT, ORIGIN, SHARD = "polyrep", "polyrep/layout", "polyrep/origin/", "polyrep/shard/"
+VERSION, LAYOUT, ORIGIN, SHARD = "polyrep", "polyrep/layout", "polyrep/origin/", "polyrep/shard/"
 NAMESPACE = uuid.UUID("5f1c6a1e-6d3c-5d0e-9a57-0c2b8f6f7a11")
 """Under it a document's id becomes the UUID of its point; Qdrant takes no strings."""
 
@@ -106,8 +106,8 @@ class QdrantIndex:
         self.engine, self.where, self.prefetch, self.force = engine, engine.where, prefetch, force
         self.records = engine.open()
         self.layout: dict[str, Any] = self.records.get(LAYOUT, layout)
-        if self.records.get(FORMAT, 1) != 1:
-            raise InputError(f"{self.where}: of format {self.records[FORMAT]}, not 1. Use the polyrep that wrote it.")
+        if self.records.get(VERSION, 1) != 1:
+            raise InputError(f"{self.where}: of format {self.records[VERSION]}, not 1. Use the polyrep that wrote it.")
         defaults = {"quantization": "none", "on_disk": "false"}
         for name, value in layout.items():
             if (made := self.layout.get(name, defaults.get(name))) != value:
@@ -165,7 +165,7 @@ class QdrantIndex:
 
     def delete(self, ids: Iterable[str]) -> int:
         """Remove documents; returns how many were there."""
-        points, deleted = [point_id(identifier) for identifier in several(ids)], 0
+        points, deleted = [point_id(identifier) for identifier in unique_ids(ids)], 0
         for start in range(0, len(points) if self.origins else 0, POINTS):
             if found := self.engine.existing(points[start : start + POINTS]):
                 # Forgotten before, not after: a shard that is said to be whole must be.
@@ -185,7 +185,7 @@ class QdrantIndex:
         self.engine.close()
 
     def _add(self, shard: Shard, added: Added) -> Added:
-        origin = admit(self.origins, shard.origin, self.where, kinds=tuple(SIMILARITIES), force=self.force)
+        origin = checked_origin(self.origins, shard.origin, self.where, kinds=tuple(SIMILARITIES), force=self.force)
         if origin.similarity not in SIMILARITIES[origin.kind]:
             raise InputError(
                 f"{self.where}: cannot score {origin.kind} vectors by {origin.similarity}, only by "
@@ -208,7 +208,7 @@ class QdrantIndex:
         if self.origins:
             self.engine.extend(self.origins | {origin.name: origin}, origin, self.layout, records)
         else:
-            records = {FORMAT: 1, LAYOUT: self.layout} | records
+            records = {VERSION: 1, LAYOUT: self.layout} | records
             self.engine.create(origin, self.layout, records)
         self.records |= records
         self.origins[origin.name] = origin

@@ -48,7 +48,7 @@ def exact_search(
     Raises:
         InputError: The two sides do not fit together, or a score is not finite.
     """
-    refuse_strangers(queries, documents)
+    refuse_unlike_sides(queries, documents)
     rank_of = torch.from_numpy(ranks)
     k = min(k, len(documents))
     order = np.argsort(documents.lengths, kind="stable")  # equal lengths side by side: little padding
@@ -65,7 +65,7 @@ def exact_search(
     return unpacked(torch.cat(found), rank_of)
 
 
-def refuse_strangers(queries: Embeddings, documents: Embeddings) -> None:
+def refuse_unlike_sides(queries: Embeddings, documents: Embeddings) -> None:
     """Refuse two sides that one model cannot have made."""
     if (queries.kind, queries.dim) != (documents.kind, documents.dim):
         raise InputError(
@@ -107,7 +107,7 @@ def rescore(
     Raises:
         InputError: The two sides do not fit together, or a score is not finite.
     """
-    refuse_strangers(queries, documents)
+    refuse_unlike_sides(queries, documents)
     if queries.kind == "sparse":
         raise InputError("rescore: sparse vectors are no second stage. Pass both sides of a model with dense vectors.")
     found = torch.empty(positions.shape, device=device)

@@ -70,7 +70,7 @@ class SeismicIndex(FolderIndex):
 
     def search(self, queries: Queries, k: int = 10) -> list[list[Hit]]:
         """See :class:`polyrep.search.Index`."""
-        asked = self._asked(queries, k)
+        asked = self._query_vectors(queries, k)
         wanted = min(k, self.count())
         found: list[list[Hit]] = [[] for _ in range(len(asked))]
         if not wanted:
@@ -98,7 +98,7 @@ class SeismicIndex(FolderIndex):
         """What was found for each query, by true inner products of ``(pairs, 2)`` queries and documents."""
         if not len(pairs):
             return []
-        sides = [rows(asked, pairs[:, 0]), rows(self.documents.settled(), pairs[:, 1])]
+        sides = [rows(asked, pairs[:, 0]), rows(self.documents.contiguous(), pairs[:, 1])]
         left, right = (sparse_rows(side, 0, len(pairs), "dot").astype(np.float64) for side in sides)
         scores = np.asarray(left.multiply(right).sum(1)).ravel()
         order = np.lexsort((-scores, pairs[:, 0]))
@@ -125,7 +125,7 @@ class SeismicIndex(FolderIndex):
 
     def _write(self, folder: Path) -> dict[str, np.ndarray]:
         self.engine = None
-        vectors = self.documents.settled()
+        vectors = self.documents.contiguous()
         assert vectors.offsets is not None and vectors.indices is not None
         return {"values": vectors.values, "offsets": vectors.offsets, "indices": vectors.indices}
 
@@ -133,7 +133,7 @@ class SeismicIndex(FolderIndex):
         """Seismic's index of the present documents: from memory, from its file, or made."""
         if self.engine is not None:
             return self.engine
-        vectors = self.documents.settled()
+        vectors = self.documents.contiguous()
         wide = "LV" if vectors.dim > 2**16 else ""  # Seismic numbers words in 16 bits otherwise
         kind = getattr(self.seismic, f"SeismicIndex{wide}")
         folder = self.path / f"{self.generation:08d}"

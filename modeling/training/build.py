@@ -10,7 +10,7 @@ from typing import Any
 from sentence_transformers.base.modules.transformer import Transformer
 from sentence_transformers.util.misc import import_from_string
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from ..errors import InputError, refusals
 from ..files import read_json, staged_folder, write_json
@@ -51,7 +51,8 @@ def _build_one_folder(plan: Plan, room: Room, backbone: Path, folder: Path, head
     with refusals():
         model = retriever.from_encoder(str(backbone), **options, **vision)
     model.save_pretrained(folder)
-    room.load_processor(str(backbone), **vision).save_pretrained(folder)
+    load_processor = room.load_processor or AutoTokenizer.from_pretrained
+    load_processor(str(backbone), **vision).save_pretrained(folder)
     _inherit(folder, backbone, getattr(model.config, "similarity_fn_name", None))
     localize(folder)
 

@@ -36,7 +36,7 @@ from .full_model import FullModel
 from .picture import draw
 from .rivals import RIVALS
 from .rows import COMMON, FULL, Candidate, Encoded, Method
-from .timed import DEPTH, held, rank_in_two_stages, rank_when_ready, timed_rows
+from .timed import RERANK_DEPTH, loaded, rank_in_two_stages, rank_when_ready, timed_rows
 
 STAGE_DEPTHS = (50, 200)
 BUDGETS = ["bytes=256", "bytes=1024", "bytes=4096"]
@@ -192,9 +192,9 @@ def _open(args: FrontierArguments, source: str) -> list[FullModel]:
 
 
 def all_methods() -> dict[str, Method]:
-    """Name of ``--methods`` -> method: the rivals, and the rows that rooms bring."""
+    """Name of ``--methods`` -> method: the rows that rooms bring, and the rivals."""
     rooms = {room.package.rpartition(".")[2]: room.named(room.frontier) for room in ROOMS.values() if room.frontier}
-    return RIVALS | rooms
+    return rooms | RIVALS
 
 
 def learned_titles() -> tuple[str, ...]:
@@ -243,7 +243,7 @@ def rank_all(full: FullModel, methods: list[str]) -> Found:
             progress.set_postfix_str(job.system)
             key = digest([job.system, data, job.depends])
             try:
-                ranking = keep_ranking(_place(full, key), job.system, job.make, DEPTH)
+                ranking = keep_ranking(_place(full, key), job.system, job.make, RERANK_DEPTH)
             except (Exception, SystemExit) as error:  # the latter is how a parser refuses a flag
                 if job.system == FULL:
                     raise
@@ -286,7 +286,7 @@ def _ranked(full: FullModel, candidate: Candidate) -> Ranking:
 
 def _bm25(full: FullModel) -> Ranking:
     """BM25 with the time of the queries that every row is timed by."""
-    ranking = rank_with_bm25(full.dataset, DEPTH)
+    ranking = rank_with_bm25(full.dataset, RERANK_DEPTH)
     assert ranking.seconds is not None
     rows = timed_rows(len(ranking.seconds))
     seconds = np.full(len(ranking.seconds), np.nan)
@@ -301,7 +301,7 @@ def _second_stage(full: FullModel, first: Ranking, depth: int, depends: Any, in_
 
     def make() -> Ranking:
         if not in_memory:  # from the first row that reads it on
-            in_memory.append(held(full.documents))
+            in_memory.append(loaded(full.documents))
         size = costs_of(full.queries, full.documents)["bytes_per_document"]
         options: dict[str, Any] = {"similarity": full.similarity, "device": full.model.device, "full_bytes": size}
         return rank_in_two_stages(system, first, depth, full.queries, in_memory[0], full.ranks, **options)

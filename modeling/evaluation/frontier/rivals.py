@@ -21,8 +21,8 @@ from .muvera import Muvera
 from .pooling import LADDER, hierarchical_clusters, hierarchically, pooled
 from .rows import (
     FULL,
-    PRECISIONS,
     QUANTISED,
+    QUANTIZATIONS,
     STAGES,
     Candidate,
     Encoded,
@@ -55,7 +55,7 @@ def hierarchical(full: FullModel) -> Iterator[Candidate]:
 
     for k in LADDER:  # at one, the clusters are the mean, which has rows of its own
         yield Candidate(f"hierarchical, {k}", partial(row, k, None), k in STAGES[1:])
-    for k, (name, precision) in product(QUANTISED[1:], PRECISIONS.items()):
+    for k, (name, precision) in product(QUANTISED[1:], QUANTIZATIONS.items()):
         yield Candidate(f"hierarchical, {k}, {name}", partial(row, k, precision))
 
 
@@ -74,7 +74,7 @@ def muvera(full: FullModel) -> Iterator[Candidate]:
             yield Candidate(f"MUVERA, {width}, one-bit", partial(lazily_quantised, made, "binary"), True)
 
 
-def csr_rows(full: FullModel) -> Iterator[Candidate]:
+def sparse_codes(full: FullModel) -> Iterator[Candidate]:
     """The stock sparse auto-encoder at several numbers of active dimensions."""
     code = RIVALS["csr"].fit_digest()
     for size in CSR_SIZES:
@@ -111,9 +111,9 @@ def quantization(full: FullModel) -> Iterator[Candidate]:
 
     if full.kind == "tokens":
         averaged = Once(lambda: one_vector(full, mean_of_tokens(full.documents)))
-        for name, precision in PRECISIONS.items():
+        for name, precision in QUANTIZATIONS.items():
             yield Candidate(f"mean, {name}", partial(lazily_quantised, averaged, precision), name == "one-bit")
-    for name, precision in PRECISIONS.items():
+    for name, precision in QUANTIZATIONS.items():
         yield Candidate(f"{FULL}, {name}", partial(lazily_quantised, whole, precision), full.kind == "sentence")
 
 
@@ -123,7 +123,7 @@ RIVALS = {
     "mean": Method(mean, ("tokens",), (_HERE + "rivals.py",)),
     "hierarchical": Method(hierarchical, ("tokens",), (_HERE + "rivals.py", _HERE + "pooling.py")),
     "muvera": Method(muvera, ("tokens",), (_HERE + "rivals.py", _HERE + "muvera.py")),
-    "csr": Method(csr_rows, ("tokens", "sentence"), (_HERE + "rivals.py", _HERE + "csr.py"), "csr"),
+    "csr": Method(sparse_codes, ("tokens", "sentence"), (_HERE + "rivals.py", _HERE + "csr.py"), "csr"),
     "quantization": Method(quantization, ("tokens", "sentence"), (_HERE + "rivals.py",)),
 }
 """Name of ``--methods`` -> method."""

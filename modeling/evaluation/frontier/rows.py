@@ -116,7 +116,7 @@ class Once(Generic[T]):
         return self.made[0]
 
 
-PRECISIONS = {"int8": "int8", "one-bit": "binary"}
+QUANTIZATIONS = {"int8": "int8", "one-bit": "binary"}
 """Name in tables -> name in sentence-transformers."""
 
 COMMON = (

@@ -20,7 +20,7 @@ from ...encoding.embeddings import Embeddings, row_of
 from ...search.ranking import (
     exact_search,
     refuse_not_finite_scores,
-    refuse_strangers,
+    refuse_unlike_sides,
     rescore,
     sort_keys,
     sparse_rows,
@@ -32,17 +32,17 @@ from ..systems import TIMED_QUERIES, Ranking, costs_of, latency
 MEMORY = 4 * 2**30
 """Bytes of float32 up to which an index is held in memory."""
 
-DEPTH = 200
+RERANK_DEPTH = 200
 """Documents kept of a query: as many as a second stage reads."""
 
-SIMILARITIES = 2**22
+BLOCK_ELEMENTS = 2**22
 """Numbers of the largest intermediate of token vectors: it stays in a processor's cache, which is twice as fast."""
 
 QUERY_VECTORS = 1024
 """Most vectors of the queries that are scored together."""
 
 
-def held(documents: Embeddings) -> Embeddings:
+def loaded(documents: Embeddings) -> Embeddings:
     """Documents with their vectors in memory in float32; as they are if that takes more than :data:`MEMORY`."""
     if documents.kind == "sparse" or documents.values.size * 4 > MEMORY:
         return documents
@@ -64,7 +64,7 @@ class ReadyIndex:
 
     def __init__(self, documents: Embeddings, ranks: np.ndarray, similarity: str, device: str | torch.device = "cpu"):
         self.ranks, self.similarity, self.device = ranks, similarity, device
-        self.documents = held(documents)
+        self.documents = loaded(documents)
         self.in_memory = documents.kind == "sparse" or self.documents is not documents
         self.rank_of = torch.from_numpy(ranks)
         self.vectors = torch.empty(0)
@@ -75,13 +75,13 @@ class ReadyIndex:
             if similarity == "cosine":
                 self.vectors = torch.nn.functional.normalize(self.vectors, dim=-1)
 
-    def search(self, queries: Embeddings, k: int = DEPTH) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries: Embeddings, k: int = RERANK_DEPTH) -> tuple[np.ndarray, np.ndarray]:
         """The best ``k`` documents of each query: positions and scores, each ``(queries, min(k, documents))``.
 
         Raises:
             InputError: The two sides do not fit together, or a score is not finite.
         """
-        refuse_strangers(queries, self.documents)
+        refuse_unlike_sides(queries, self.documents)
         if not self.in_memory:
             options: dict[str, Any] = {"similarity": self.similarity, "k": k, "device": self.device}
             return exact_search(queries, self.documents, self.ranks, **options)
@@ -108,7 +108,7 @@ class ReadyIndex:
         assert offsets is not None
         first = 0
         while first < len(self.documents):
-            most = offsets[first] + SIMILARITIES // max(1, len(batch))
+            most = offsets[first] + BLOCK_ELEMENTS // max(1, len(batch))
             last = max(first + 1, int(np.searchsorted(offsets, most, side="right")) - 1)
             part = torch.from_numpy(offsets[first : last + 1] - offsets[first])
             tokens = self.vectors[offsets[first] : offsets[last]]
@@ -140,7 +140,7 @@ def rank_when_ready(
     """Search exactly on a :class:`ReadyIndex`, then time some queries alone, after one that warms up.
 
     Returns:
-        The ranking, :data:`DEPTH` deep; with ``from_memory_map`` among its costs if the index was not in memory.
+        The ranking, :data:`RERANK_DEPTH` deep; ``from_memory_map`` is among its costs if the index was not in memory.
     """
     index = ReadyIndex(documents, ranks, similarity, device)
     positions, scores = index.search(queries)
@@ -177,7 +177,7 @@ def rank_in_two_stages(
         first: What the first stage found, with its seconds.
         depth: Documents of a query that are scored again.
         queries: Encoded by the full model.
-        documents: Encoded by the full model, best :func:`held` in memory.
+        documents: Encoded by the full model, best :func:`loaded`.
         ranks: What decides ties.
         similarity: The full model's.
         full_bytes: Bytes a document of the full vectors as an index stores them.

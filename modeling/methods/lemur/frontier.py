@@ -13,7 +13,7 @@ from torch import Tensor
 from ...encoding.embeddings import in_memory
 from ...evaluation.frontier.fit import costs_of_fit, fit_run
 from ...evaluation.frontier.full_model import FullModel
-from ...evaluation.frontier.rows import PRECISIONS, Candidate, Encoded, Method, Once, quantised
+from ...evaluation.frontier.rows import QUANTIZATIONS, Candidate, Encoded, Method, Once, quantised
 from .modeling_lemur import LemurModel, LemurPooling
 
 LEMUR_DIMS = (2048, 512, 256, 128)
@@ -45,7 +45,7 @@ def rows(full: FullModel) -> Iterator[Candidate]:
 
     for dim in (dim for dim in LEMUR_DIMS if dim < len(full.documents) or dim == LEMUR_DIMS[0]):
         yield Candidate(f"LEMUR, {dim}", partial(row, dim, None), dim != 256)
-        for name, precision in PRECISIONS.items():
+        for name, precision in QUANTIZATIONS.items():
             if precision == "int8" or dim == 512:
                 yield Candidate(f"LEMUR, {dim}, {name}", partial(row, dim, precision), (dim, name) == (512, "int8"))
 

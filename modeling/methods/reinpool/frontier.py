@@ -17,8 +17,8 @@ from ...evaluation.frontier.fit import costs_of_fit, fit_run
 from ...evaluation.frontier.full_model import FullModel
 from ...evaluation.frontier.pooling import LADDER, Pool, pooled
 from ...evaluation.frontier.rows import (
-    PRECISIONS,
     QUANTISED,
+    QUANTIZATIONS,
     STAGES,
     Candidate,
     Encoded,
@@ -64,7 +64,7 @@ def rows(full: FullModel) -> Iterator[Candidate]:
 
     for k in LADDER:
         yield Candidate(f"ReinPool, {k}", partial(row, k, None), k in STAGES)
-    for k, (name, precision) in product(QUANTISED, PRECISIONS.items()):
+    for k, (name, precision) in product(QUANTISED, QUANTIZATIONS.items()):
         yield Candidate(f"ReinPool, {k}, {name}", partial(row, k, precision), (k, name) == (1, "one-bit"))
 
 
