@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -232,7 +232,7 @@ def _draw_gap(axis: Any, rows: list[dict[str, Any]], ends: list[str]) -> None:
         )
 
 
-def family_of(row: dict[str, Any]) -> str:
+def family_of(row: Mapping[str, Any]) -> str:
     """What stands before the first comma of a system: the method, whose rows are one curve."""
     return str(row["system"].partition(", ")[0])
 
