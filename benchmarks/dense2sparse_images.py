@@ -39,7 +39,8 @@ from polyrep.files import read_json
 from polyrep.hub import fetch, fingerprint, load
 from polyrep.hub.folder import fastest_dtype
 from polyrep.report import provenance, write_results
-from polyrep.training.sides import Side, encode_dataset, encode_sparse
+from polyrep.training.sides import SentenceSide, encode_sparse
+from polyrep.training.vectors import encode_dataset
 
 ROOT = Path(__file__).parent.parent
 RUN = ROOT / "hub_configs" / "dense2sparse-mobilenet-minilm"
@@ -117,16 +118,16 @@ class ImageBench(Bench):
         return load_retrieval_dataset(self.source, name)
 
     @cache  # noqa: B019  there is one bench
-    def sides(self, split: str) -> tuple[Side, Side]:
+    def sides(self, split: str) -> tuple[SentenceSide, SentenceSide]:
         """Encoded captions and images of a split."""
         return encode_dataset(self.model, self.split(split), **self.options)
 
-    def queries(self, split: str) -> Side:
+    def queries(self, split: str) -> SentenceSide:
         """Encoded captions."""
         return self.sides(split)[0]
 
     @property
-    def documents(self) -> Side:
+    def documents(self) -> SentenceSide:
         """Images of dev, for the name of a cache."""
         return self.sides("dev")[1]
 
@@ -167,7 +168,9 @@ def recalls(scores: np.ndarray, owners: np.ndarray) -> dict[tuple[str, str], np.
     return found
 
 
-def readability(captions: Side, texts: Embeddings, images: Embeddings, owners: np.ndarray, special: list[int]) -> dict:
+def readability(
+    captions: SentenceSide, texts: Embeddings, images: Embeddings, owners: np.ndarray, special: list[int]
+) -> dict:
     """What the words have to do with what was said: shares in [0, 1], entropy in bits.
 
     ``own_token_share`` of a caption's 20 heaviest words occur in it, ``image_term_precision`` of an image's in one of

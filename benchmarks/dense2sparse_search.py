@@ -43,7 +43,7 @@ from polyrep.hub.folder import fastest_dtype
 from polyrep.report import provenance, write_results
 from polyrep.search import exact_search
 from polyrep.search.ranking import sparse_rows
-from polyrep.training.sides import encode_dataset
+from polyrep.training.vectors import encode_dataset
 
 SIZES = (1_000, 10_000, 100_000)
 TOP = 10

@@ -29,6 +29,7 @@ from sentence_transformers.base.modules import Dense
 from tqdm import tqdm
 from transformers import AutoModel, HfArgumentParser, set_seed
 
+from polyrep.cli import train as train_run
 from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.encoding import Embeddings
 from polyrep.evaluation.frontier.csr import CSR_BATCH, CSR_RATE, CSR_SIZES, CSR_STEPS, csr, fit_module, with_csr
@@ -43,8 +44,7 @@ from polyrep.report import provenance, write_results
 from polyrep.search.ranking import tie_ranks
 from polyrep.training.losses import info_nce
 from polyrep.training.pairs import HeadData
-from polyrep.training.sides import Side, encode_side
-from polyrep.training.train import train as train_run
+from polyrep.training.sides import SentenceSide
 
 ROOT = Path(__file__).parent.parent
 THREADS = torch.get_num_threads()  # now: training may raise it
@@ -145,16 +145,16 @@ class Bench:
         """A split of the data set."""
         return load_retrieval_dataset(self.source, name)
 
-    def queries(self, split: str) -> Side:
+    def queries(self, split: str) -> SentenceSide:
         """Encoded queries of a split."""
         dataset = self.split(split)
-        return encode_side(self.model, dataset.queries, "query", f"{dataset.name}-{split}", **self.options)
+        return SentenceSide.encode(self.model, dataset.queries, "query", f"{dataset.name}-{split}", **self.options)
 
     @cached_property
-    def documents(self) -> Side:
+    def documents(self) -> SentenceSide:
         """Encoded corpus."""
         dataset = self.split("dev")
-        return encode_side(self.model, dataset.corpus, "document", dataset.name, **self.options)
+        return SentenceSide.encode(self.model, dataset.corpus, "document", dataset.name, **self.options)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -233,7 +233,7 @@ class Bench:
         return replace(ranking, costs=ranking.costs | extra)
 
 
-def readability(side: Side, documents: Embeddings, special: list[int]) -> dict[str, float]:
+def readability(side: SentenceSide, documents: Embeddings, special: list[int]) -> dict[str, float]:
     """Share of the 20 heaviest words that occur in their own text, and entropy of word use in bits."""
     kept = ~np.isin(side.tokens, special)
     text_of = np.repeat(np.arange(len(side)), np.diff(side.offsets))
@@ -410,7 +410,7 @@ def measure(args: Arguments, bench: Bench, split: str, weights: dict[str, float]
     return out
 
 
-def adapted_by(adapter: torch.nn.Module, side: Side) -> Embeddings:
+def adapted_by(adapter: torch.nn.Module, side: SentenceSide) -> Embeddings:
     """Dense vectors through the linear adapter, of unit length again."""
     with torch.inference_mode():
         vectors = adapter.linear(torch.from_numpy(np.asarray(side.embeddings.values, np.float32)))

@@ -23,6 +23,7 @@ import torch
 from frozen_tier import DEPTH, ROOT, gain_claim, significant
 from transformers import HfArgumentParser
 
+from polyrep.cli import train as train_run
 from polyrep.data import load_retrieval_dataset
 from polyrep.encoding import embed
 from polyrep.evaluation.metrics import METRICS, per_query_metrics
@@ -33,7 +34,6 @@ from polyrep.hub.folder import fastest_dtype
 from polyrep.report import provenance, write_results
 from polyrep.search import exact_search
 from polyrep.search.ranking import tie_ranks
-from polyrep.training.train import train as train_run
 
 
 @dataclass

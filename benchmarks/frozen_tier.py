@@ -10,7 +10,7 @@ import json
 import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,8 +30,9 @@ from polyrep.evaluation.systems import Ranking
 from polyrep.evaluation.table import table_rows
 from polyrep.search.ranking import tie_ranks
 from polyrep.training.head_trainer import HeadTrainer
-from polyrep.training.pairs import HeadData
+from polyrep.training.pairs import HeadData, Part
 from polyrep.training.recipes import Plan, resolve
+from polyrep.training.sides import Side
 
 ROOT = Path(__file__).parent.parent
 
@@ -145,6 +146,16 @@ def fitted(bench: Bench, flags: list[str], seed: int, head_of: Callable[[Plan], 
         trainer.train()
     objective.to("cpu")  # what follows reads vectors there
     return trainer
+
+
+def in_memory(part: Part) -> Part:
+    """A part whose vectors are no memory map: hundreds of fits read them."""
+
+    def read(side: Side) -> Side:
+        return replace(side, embeddings=replace(side.embeddings, values=np.array(side.embeddings.values, np.float32)))
+
+    narrowed = {task: read(side) for task, side in part.narrowed.items()}
+    return replace(part, queries=read(part.queries), documents=read(part.documents), narrowed=narrowed)
 
 
 def chosen_on_dev(

@@ -37,7 +37,6 @@ from polyrep.methods import GaussianHead, GaussianOutput
 from polyrep.report import provenance, write_results
 from polyrep.search import exact_search
 from polyrep.training.pairs import HeadData
-from polyrep.training.sides import Side
 from polyrep.training.teachers import open_teacher
 
 RUN = ROOT / "hub_configs" / "gaussian-minilm-frozen"
@@ -167,15 +166,14 @@ class Bench(frozen_tier.Bench):
                 negatives=plan.head.negatives,
                 labels=True,
                 depth=plan.head.depth,
-                narrowed=kind == "narrowed",
+                narrowed=objective.narrowed if kind == "narrowed" else (),
                 teacher=self.teacher if kind == "taught" else None,
             )
             data.add(self.model, self.split("train"), **self.options)
-            data.parts = [(_in_memory(q), _in_memory(d), nearest) for q, d, nearest in data.parts]
-            data.less = [(_in_memory(q), _in_memory(d)) for q, d in data.less]
+            data.parts = [frozen_tier.in_memory(part) for part in data.parts]
             self.training[kind] = data
         fresh = copy.copy(self.training[kind])  # a fit that mines again must leave it as it was
-        fresh.parts, fresh.taught = list(fresh.parts), list(fresh.taught)
+        fresh.parts = list(fresh.parts)
         return fresh
 
     def depends(self, system: str) -> dict[str, Any]:
@@ -271,11 +269,6 @@ def _with_mean_variance(head: GaussianHead, output: GaussianOutput, query: bool)
     """Index vectors whose variances are those of the average text, dimension by dimension."""
     average = output.variance.log().mean(0).exp().expand_as(output.variance)
     return head._index(output.mean, average, query)
-
-
-def _in_memory(side: Side) -> Side:
-    """A side whose vectors are no memory map: hundreds of fits read them."""
-    return replace(side, embeddings=replace(side.embeddings, values=np.array(side.embeddings.values, np.float32)))
 
 
 def tries(system: str) -> list[str]:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 
+from polyrep.cli import train
 from polyrep.data import load_retrieval_dataset
 from polyrep.encoding import embed
 from polyrep.files import staged_folder, write_json
@@ -28,7 +29,6 @@ from polyrep.hub.folder import fastest_dtype
 from polyrep.methods import GaussianHead, GaussianOutput
 from polyrep.methods.gaussian.show import draw_ellipses
 from polyrep.report import provenance
-from polyrep.training.train import train
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "data" / "tldr_pages"

@@ -25,6 +25,7 @@ from sentence_transformers.util import maxsim
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from polyrep.cli import train as train_run
 from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.encoding import Embeddings, embed
 from polyrep.encoding.embeddings import in_memory, joined
@@ -41,7 +42,6 @@ from polyrep.methods import LemurModel, LemurPooling
 from polyrep.report import provenance, write_results
 from polyrep.search import exact_search
 from polyrep.search.ranking import filled, rescore, tie_ranks
-from polyrep.training.train import train as train_run
 
 ROOT = Path(__file__).parent.parent
 RUN = ROOT / "hub_configs" / "lemur-minilm"

@@ -30,7 +30,7 @@ from polyrep.methods import MultiLayerHead
 from polyrep.report import provenance, write_results
 from polyrep.search import exact_search
 from polyrep.training.pairs import HeadData
-from polyrep.training.sides import LayerSide, encode_layers
+from polyrep.training.sides import LayerSide
 
 RUN = ROOT / "hub_configs" / "multilayer-minilm-frozen"
 CODE = [
@@ -125,7 +125,7 @@ class Bench(frozen_tier.Bench):
                 if which == "documents"
                 else (dataset.queries, "query", f"{self.name}-{which}")
             )
-            self.sides[which, token] = encode_layers(self.model, *texts, token=token, **self.options)
+            self.sides[which, token] = LayerSide.encode(self.model, *texts, token=token, **self.options)
         return self.sides[which, token]
 
     def pairs(self, plan: Any, token: str) -> HeadData:
@@ -133,7 +133,7 @@ class Bench(frozen_tier.Bench):
         if token not in self.training:
             data = HeadData(kind="layers", negatives=plan.head.negatives, labels=True, depth=plan.head.depth)
             data.add(self.model, self.split("train"), token=token, **self.options)
-            data.parts = [(_in_memory(q), _in_memory(d), nearest) for q, d, nearest in data.parts]
+            data.parts = [frozen_tier.in_memory(part) for part in data.parts]
             self.training[token] = data
         return self.training[token]
 
@@ -216,11 +216,6 @@ def tries(system: str) -> list[str]:
         return CONTROL_TRIES
     many = system.startswith(("linear", "seven maps"))  # more numbers, smaller steps
     return ["1e-4", *RATES] if many else list(RATES)
-
-
-def _in_memory(side: LayerSide) -> LayerSide:
-    """A side whose layers are no memory map: hundreds of fits read them."""
-    return replace(side, embeddings=replace(side.embeddings, values=side.embeddings.values.astype(np.float32)))
 
 
 def claims(tests: dict[str, dict[str, np.ndarray]], published: str, best: str) -> list[dict[str, Any]]:

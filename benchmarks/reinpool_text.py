@@ -28,6 +28,7 @@ from sentence_transformers import MultiVectorEncoder
 from tqdm import tqdm
 from transformers import AutoModel, HfArgumentParser, set_seed
 
+from polyrep.cli import train as train_run
 from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.encoding import Embeddings, embed
 from polyrep.encoding.embeddings import mean_of_tokens, sum_of_tokens
@@ -49,11 +50,11 @@ from polyrep.methods import ReinPoolConfig, ReinPoolModel, SoftGateObjective
 from polyrep.methods.reinpool.frontier import by_head
 from polyrep.report import provenance, write_results
 from polyrep.search.ranking import tie_ranks
+from polyrep.training.arguments import HeadTrainingArguments
 from polyrep.training.head_trainer import HeadTrainer
 from polyrep.training.pairs import HeadData
-from polyrep.training.recipes import HeadTrainingArguments, resolve
-from polyrep.training.sides import TokenSide, encode_tokens
-from polyrep.training.train import train as train_run
+from polyrep.training.recipes import resolve
+from polyrep.training.sides import TokenSide
 
 ROOT = Path(__file__).parent.parent
 THREADS = torch.get_num_threads()  # now: training may raise it
@@ -172,8 +173,8 @@ class Bench:
         """Token vectors of the queries or the documents."""
         with self.at_length():
             if task == "document":
-                return encode_tokens(self.model, dict(dataset.corpus), "document", dataset.name, **self.options)
-            return encode_tokens(
+                return TokenSide.encode(self.model, dict(dataset.corpus), "document", dataset.name, **self.options)
+            return TokenSide.encode(
                 self.model, dataset.queries, "query", f"{dataset.name}-{dataset.split}", **self.options
             )
 

@@ -42,7 +42,7 @@ from polyrep.methods.dense2sparse.frontier import pruned, with_head
 from polyrep.methods.reinpool.frontier import by_head
 from polyrep.report import provenance, write_results
 from polyrep.search import Index, open_index
-from polyrep.training.sides import encode_dataset
+from polyrep.training.vectors import encode_dataset
 
 TOP = 10
 SHARD = 2048

@@ -39,7 +39,7 @@ from polyrep.methods.reinpool.frontier import by_head
 from polyrep.methods.reinpool.show import token_pieces
 from polyrep.search import kl
 from polyrep.search.ranking import rescore, tie_ranks
-from polyrep.training.sides import LayerSide, encode_side, encode_sparse
+from polyrep.training.sides import LayerSide, SentenceSide, encode_sparse
 
 RUNS = {
     "late-interaction-minilm": "final",
@@ -380,7 +380,7 @@ class Collection:
         return torch.nn.functional.normalize(last, dim=-1)
 
     def _sparse(self, dense: Embeddings) -> Embeddings:
-        side = encode_side(self.minilm, dict(self.dataset.corpus), "document", "corpus", vectors=dense.values)
+        side = SentenceSide.encode(self.minilm, dict(self.dataset.corpus), "document", "corpus", vectors=dense.values)
         return encode_sparse(lambda f: self.dense2sparse(**f, task="document").sentence_embedding, side)
 
     def _gaussian(self, dense: Embeddings) -> Embeddings:
@@ -443,7 +443,7 @@ class Collection:
         def minilm() -> tuple[Tensor, dict[str, Tensor]]:
             values, _, _, dim = encode_chunk(self.minilm, [text], "query", "layers", 1)
             dense = self._dense(Embeddings("layers", values, None, None, dim, 0.0, Path()))
-            side = encode_side(self.minilm, {"query": text}, "query", "query", vectors=dense.numpy())
+            side = SentenceSide.encode(self.minilm, {"query": text}, "query", "query", vectors=dense.numpy())
             return torch.from_numpy(values), side.features(np.arange(1))
 
         def late() -> Embeddings:
@@ -505,7 +505,9 @@ class Collection:
         """
         text = checked(text, task)
         vectors = self.minilm.encode([text], convert_to_numpy=True, show_progress_bar=False)
-        features = encode_side(self.minilm, {"text": text}, task, "text", vectors=vectors).features(np.arange(1))
+        features = SentenceSide.encode(self.minilm, {"text": text}, task, "text", vectors=vectors).features(
+            np.arange(1)
+        )
         weights = self.dense2sparse(**features, task=task).sentence_embedding
         vocabulary = self.dense2sparse.words
         own = {vocabulary[token] for token in features["input_ids"][0].tolist()}

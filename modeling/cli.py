@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 
 COMMANDS = {
-    "train": "training.train:train",
-    "evaluate": "evaluation.evaluate:evaluate",
+    "train": "cli:train",
+    "evaluate": "cli:evaluate",
     "encode": "encoding.encode:encode",
     "index": "search.commands:index",
     "search": "search.commands:search",
@@ -18,9 +20,6 @@ COMMANDS = {
     "publish": "publishing.publish:publish",
 }
 """Verb -> module of polyrep and its function; imported only when it is asked for."""
-
-FRONTIER = "evaluation.frontier.command:frontier"
-"""What ``evaluate --frontier`` is, with all that fits heads: an ordinary table need not wait for it."""
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
@@ -31,10 +30,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         print(f"usage: polyrep {{{','.join(COMMANDS)}}} ... (each takes --help)")
         return 0 if verb in ("-h", "--help") else 2
     try:
-        command = COMMANDS[verb]
-        if verb == "evaluate" and any(word.partition("=")[0] == "--frontier" for word in arguments):
-            command = FRONTIER
-        module, _, function = command.partition(":")
+        module, _, function = COMMANDS[verb].partition(":")
         run = getattr(importlib.import_module(f".{module}", __package__), function)
         run(arguments[1:], prog=prog or f"polyrep {verb}")
     except InputError as error:
@@ -43,3 +39,42 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+# Verbs of several parts, each imported only when its turn comes: a table need not wait for all that trains.
+
+
+def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
+    """Train the run named first in ``argv``; measure and publish what comes of it where ``--push_to_hub`` asks.
+
+    Returns:
+        The folder of the trained model; None after ``--dry_run``.
+
+    Raises:
+        InputError: The run, a flag, the data or the backbone cannot be used, the loss stopped being finite, or what is
+            trained could not be published: as far as can be known, this is said before it trains.
+    """
+    from .training.recipes import resolve
+    from .training.train import run
+
+    plan = resolve(argv, prog=prog)
+    if not plan.args.push_to_hub:
+        return run(plan)
+    from .publishing.after_training import measure_and_publish, refuse_unpublishable
+
+    refuse_unpublishable(plan)
+    folder = run(plan)
+    if folder is not None:
+        measure_and_publish(plan, folder)
+    return folder
+
+
+def evaluate(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, Any]:
+    """Measure models on data sets, or with ``--frontier`` every way to make the index of one smaller."""
+    if any(word.partition("=")[0] == "--frontier" for word in argv):
+        from .evaluation.frontier.command import frontier
+
+        return frontier(argv, prog=prog)
+    from .evaluation.evaluate import evaluate
+
+    return evaluate(argv, prog=prog)

@@ -1,8 +1,10 @@
-"""A dataclass as the flags of a command."""
+"""A dataclass as the flags of a command, and the command that says what a dataclass holds."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
 from typing import Any
 
 
@@ -26,3 +28,35 @@ def parse(
     parser.add_argument("given", metavar=metavar, help=wanted, **options)
     flags, named = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
     return flags, named.given
+
+
+def command_line(prog: str, words: Sequence[str], launcher: str = "python") -> str:
+    """What a user typed.
+
+    Args:
+        prog: ``polyrep VERB``, or a script of the repository.
+        words: What stood behind it.
+        launcher: What stands before a script.
+    """
+    return shlex.join([*(launcher.split() if prog.endswith(".py") else []), *prog.split(), *words])
+
+
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """The flags that say these values; None has no flag."""
+    words: list[str] = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        said = value if isinstance(value, list | tuple) else [value]
+        words += [f"--{name}", *(str(part).lower() if isinstance(part, bool) else str(part) for part in said)]
+    return words
+
+
+def changed_fields(arguments: Any) -> dict[str, Any]:
+    """Fields of a dataclass that differ from their defaults."""
+    defaults = {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(arguments)
+        if field.init
+    }
+    return {name: value for name, value in vars(arguments).items() if name in defaults and value != defaults[name]}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from sentence_transformers.base.modules.module import Module
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
@@ -36,8 +37,13 @@ class Room:
     """What the shared parts of polyrep need to know of a method.
 
     Attributes:
-        model: The PreTrainedModel of a run's folder; its config's ``model_type`` is the key in ``ROOMS``.
-        head: The PreTrainedModel that ``module`` owns, where that is another class.
+        model: The PreTrainedModel of a run's folder; its config's ``model_type`` is the key in ``ROOMS``. Has
+            ``from_encoder(backbone, **config)``, which makes an untrained one, and where a head is trained for it,
+            ``from_encoder(backbone, head=head)`` and ``check_backbone(backbone)``, a ValueError where one folder
+            cannot hold the two.
+        head: The PreTrainedModel that ``module`` owns, where that is another class. What is trained on cached vectors
+            has ``from_backbone(backbone, **config)``, whose config takes ``base_model_id``, ``base_revision`` and
+            ``base_fingerprint``.
         module: The sentence-transformers module, if the room has one.
         objectives: Training objectives by class name; their typed constructor arguments become flags of ``train``.
         card: Name of the template in ``model_cards/``.
@@ -49,6 +55,16 @@ class Room:
             likewise. None of these is imported before it is asked for.
         mean_pooled: A function, named likewise, that turns a late-interaction model into one whose vectors are the
             mean of its tokens; of one room.
+        seeded: Whether the head draws what is not learned: its config then takes the ``seed`` of the run.
+        joins_vision: Whether the head brings the vectors of a text encoder and of a vision encoder (``--vision``) into
+            one space: its config then takes ``image_dim`` and ``vision_model_id``, and where the vision encoder is a
+            model of its own, ``model.from_encoder`` and ``load_processor`` take its folder as ``vision``.
+        open_backbone: ``(folder, dtype)`` to the backbone, for folders that are no sentence-transformers model; None,
+            or one that returns None, for any other.
+        load_processor: ``(backbone, **vision)`` to what prepares the inputs of the model; None: the
+            backbone's tokenizer.
+        head_from_words: ``(folder, tokenizer, backbone, **config)`` to a head that reads the words of another model
+            (``--vocabulary``); None for a head that reads none.
     """
 
     model: type[PreTrainedModel]
@@ -60,6 +76,11 @@ class Room:
     example: str = "example:build"
     frontier: str = ""
     mean_pooled: str = ""
+    seeded: bool = False
+    joins_vision: bool = False
+    open_backbone: Callable[[str, torch.dtype], Any] | None = None
+    load_processor: Callable[..., Any] | None = None
+    head_from_words: Callable[..., PreTrainedModel] | None = None
 
     @property
     def package(self) -> str:

@@ -32,6 +32,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import warm
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from conftest import DOCUMENTS, QRELS, QUERIES
@@ -109,6 +110,7 @@ class Reader:
         self.left.enter_context(mock.patch.dict(os.environ, MTEB_CACHE=str(self.world.folder / ".cache" / "mteb")))
         self.left.enter_context(mock.patch.object(sys, "path", [str(self.world.folder), *sys.path]))
         self.left.enter_context(contextlib.chdir(self.world.folder))
+        self.left.enter_context(mock.patch.object(sys, "executable", warm.python()))
         self.left.callback(torch.set_num_threads, torch.get_num_threads())
         self.left.callback(self._forget, set(sys.modules))
         return self

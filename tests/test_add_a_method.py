@@ -9,12 +9,12 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import warm
 from conftest import ROOT
 from setuptools import find_packages
 
@@ -186,7 +186,7 @@ def run(copy: Path, *arguments: str, installed: bool = True) -> str:
     """What Python says that runs in the copy, with the copy's polyrep; fails if it fails."""
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
     environment["PYTHONPATH"] = str(copy / ".site") if installed else ""
-    command, nothing = [sys.executable, *arguments], subprocess.DEVNULL
+    command, nothing = [warm.python(), *arguments], subprocess.DEVNULL
     ran = subprocess.run(
         command, cwd=copy, env=environment, stdin=nothing, capture_output=True, text=True, timeout=600
     )

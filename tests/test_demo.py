@@ -9,7 +9,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import time
 import tomllib
 import urllib.request
@@ -27,6 +26,7 @@ import space
 import storage
 import torch
 import views
+import warm
 import yaml
 from conftest import ROOT
 from matplotlib.figure import Figure
@@ -475,12 +475,12 @@ def test_the_staged_space_starts_by_itself(tmp_path):
     env = clean | {"HF_HUB_OFFLINE": "1", "GRADIO_SERVER_PORT": str(free_port())}
     code = "import app, collection, polyrep; print(polyrep.__file__, app.ROOT)"
     where = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, check=True
+        [warm.python(), "-c", code], cwd=folder, env=env, capture_output=True, text=True, check=True
     )
     assert where.stdout.split() == [str(folder / "polyrep" / "__init__.py"), str(folder)]
     with (tmp_path / "log").open("w+") as log:
         options: dict[str, Any] = {"cwd": folder, "env": env, "stdout": log, "stderr": log}
-        server = subprocess.Popen([sys.executable, "app.py", "--documents", "12", "--cache", "encoded"], **options)
+        server = subprocess.Popen([warm.python(), "app.py", "--documents", "12", "--cache", "encoded"], **options)
         try:
             page = awaited(f"http://127.0.0.1:{env['GRADIO_SERVER_PORT']}/config", server)
         finally:

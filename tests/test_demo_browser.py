@@ -10,12 +10,12 @@ import io
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from conftest import ROOT
 from PIL import Image
 from test_demo import awaited, free_port
@@ -51,7 +51,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def address(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder, port = tmp_path_factory.mktemp("demo"), free_port()
-    command = [sys.executable, str(ROOT / "demo" / "app.py"), "--documents", "60", "--port", str(port)]
+    command = [warm.python(), str(ROOT / "demo" / "app.py"), "--documents", "60", "--port", str(port)]
     with (folder / "log").open("w+") as log:
         env = os.environ | {"HF_HUB_OFFLINE": "1", "GRADIO_TEMP_DIR": str(folder / "uploads")}
         options: dict[str, Any] = {"stdout": log, "stderr": log, "env": env}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DOCUMENTS, QUERIES, RUN_CLI, run_python, write_beir
+from conftest import CLI, DOCUMENTS, QUERIES, run_python, run_two_processes, write_beir
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
@@ -22,6 +22,7 @@ from transformers import AutoModel, BertConfig, BertForMaskedLM, BertModel, Bert
 
 import polyrep
 from polyrep import InputError
+from polyrep.cli import main, train
 from polyrep.data import load_retrieval_dataset
 from polyrep.hub import fingerprint
 from polyrep.hub.folder import packaged_minilm
@@ -34,7 +35,6 @@ from polyrep.methods import (
 )
 from polyrep.methods.dense2sparse.modeling_dense2sparse import _fingerprint_of
 from polyrep.training.pairs import HeadData
-from polyrep.training.train import train
 
 TEXTS = [*DOCUMENTS.values(), *QUERIES.values()]
 
@@ -717,22 +717,20 @@ def test_a_dry_run_encodes_nothing(run, tmp_path, capsys):
     assert not (tmp_path / "cache").exists() and not (tmp_path / "out").exists()
 
 
-def test_flags_name_what_can_be_chosen_and_not_what_follows(run):
-    result = run_python("-c", RUN_CLI, "train", str(run), "--help")
-    assert "--document_top_k" in result.stdout and "--control" in result.stdout
-    assert "--vocabulary_bytes" not in result.stdout and "--base_fingerprint" not in result.stdout
+def test_flags_name_what_can_be_chosen_and_not_what_follows(run, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", str(run), "--help"])
+    said = capsys.readouterr().out
+    assert "--document_top_k" in said and "--control" in said
+    assert "--vocabulary_bytes" not in said and "--base_fingerprint" not in said
 
 
-@pytest.mark.parametrize("processes", [2])
-def test_two_processes_train_what_one_does(run, processes, tmp_path):
+def test_two_processes_train_what_one_does(run, tmp_path):
     flags = ["--save_strategy", "no", "--head_only", "true", "--max_steps", "3", "--negatives", "2", "--depth", "4"]
     flags += ["--control", "term", "--bf16", "false", "--max_grad_norm", "1e9", "--noise", "0.5", "--mixup", "0.5"]
     train([str(run), *flags, "--output_dir", str(tmp_path / "one"), "--per_device_train_batch_size", "2"])
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29517"]
-    script = tmp_path / "main.py"
-    script.write_text(RUN_CLI)
     several = [*flags, "--output_dir", str(tmp_path / "several"), "--per_device_train_batch_size", "1"]
-    result = run_python(*launcher, str(script), "train", str(run), *several, "--ddp_backend", "gloo")
+    result = run_two_processes(CLI, "train", str(run), *several, "--ddp_backend", "gloo")
     assert result.returncode == 0, result.stderr[-3000:]
     one, several_ = (load_file(tmp_path / n / "head" / "model.safetensors") for n in ("one", "several"))
     for name, value in one.items():

@@ -34,6 +34,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 import polyrep.encoding.cache
 import polyrep.hub.vision
 from polyrep import InputError
+from polyrep.cli import train
 from polyrep.hub.folder import fastest_dtype
 from polyrep.methods import (
     Dense2SparseConfig,
@@ -46,7 +47,6 @@ from polyrep.methods import (
     DualEncoderModel,
 )
 from polyrep.methods.dense2sparse.example_dual_encoder import dual_encoder, image_text_folder, tiny_vision
-from polyrep.training.train import train
 
 COCO = ROOT / "data" / "coco_mini"
 TEXTS = ["list a file", "ports of a list"]
@@ -241,7 +241,7 @@ def test_a_checkpoint_without_its_maps_is_refused(tmp_path):
 
 def test_given_vectors_are_brought_to_the_length_of_the_encoders_own(images_model, tmp_path):
     from polyrep.data import load_retrieval_dataset
-    from polyrep.training.sides import encode_dataset
+    from polyrep.training.vectors import encode_dataset
 
     arrays = {"images": np.random.default_rng(0).normal(size=(12, 12)), "captions": np.ones((60, 12))}
     arrays = {name: 7 * value.astype(np.float32) for name, value in arrays.items()}

@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import DOCUMENTS, ROOT, run_python
+from conftest import DOCUMENTS, ROOT, run_python, run_two_processes
 from datasets import Dataset
 from PIL import Image
 from room_examples import EXAMPLES
@@ -356,10 +356,8 @@ def test_killed_at_ten_random_moments_it_ends_in_the_same_shards(static, tmp_pat
 
 def test_two_processes_share_the_shards(static, corpus, tmp_path):
     run(static, corpus, tmp_path / "one", "--shard_size", "3")
-    # What accelerate itself starts where there are several GPUs; without any, it starts one process.
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "encode.py")]
     flags = [str(static), "--input", str(corpus), "--output", str(tmp_path / "two"), "--shard_size", "3"]
-    result = run_python(*launch, *flags)
+    result = run_two_processes(ROOT / "encode.py", *flags)
     assert result.returncode == 0, result.stderr[-3000:]
     assert hashes(tmp_path / "two") == hashes(tmp_path / "one")
     assert "two 1/2" in result.stderr, "which of how many processes the bar is of"

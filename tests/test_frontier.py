@@ -28,10 +28,11 @@ from polyrep.evaluation.frontier import command as frontier
 from polyrep.evaluation.frontier import rows as candidates
 from polyrep.evaluation.frontier.advice import fronts, parse_budget, recommend
 from polyrep.evaluation.frontier.fit import REHEARSED, SHARE, fit_within
+from polyrep.evaluation.frontier.fit_data import FitData, cloze_queries, in_measured_fifth, judged_queries
+from polyrep.evaluation.frontier.full_model import FullModel
 from polyrep.evaluation.frontier.picture import area, draw, labelled
 from polyrep.evaluation.frontier.rivals import RIVALS
 from polyrep.evaluation.frontier.rows import FULL, Candidate, Encoded, Method, quantised
-from polyrep.evaluation.frontier.subject import Lessons, Subject, cloze, in_measured_fifth, judged
 from polyrep.hub import load
 from polyrep.report import write_results
 
@@ -99,8 +100,8 @@ def main_rows(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["system"]: row for row in results["rows"] if row["metric"] == "nDCG@10"}
 
 
-def subject(folder: Path, model: Path, dataset: Any, lessons: Lessons) -> Subject:
-    return Subject(load(model), model, dataset, lessons, str(folder / "embeddings"), folder / "kept", 1.0)
+def full_model(folder: Path, model: Path, dataset: Any, fit_data: FitData) -> FullModel:
+    return FullModel(load(model), model, dataset, fit_data, str(folder / "embeddings"), folder / "kept", 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +261,7 @@ def test_an_interruption_loses_nothing_that_is_finished(tmp_path, monkeypatch, p
 def test_a_method_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, pages, models):
     asked = []
 
-    def broken(on: Subject) -> Any:
+    def broken(full: FullModel) -> Any:
         def fail() -> Any:
             asked.append(1)
             raise ValueError("no | luck")
@@ -320,17 +321,17 @@ def test_no_data_set_is_refused(tmp_path, models):
 def test_sentences_stand_in_for_queries_and_none_is_measured_that_was_learned_from(tmp_path, pages, models):
     (pages / "queries.jsonl").rename(tmp_path / "hidden")
     try:
-        dataset, lessons = cloze(str(pages), tmp_path / "cloze")
+        dataset, fit_data = cloze_queries(str(pages), tmp_path / "cloze")
         flags = ["--dataset", pages, "--queries", "inverse_cloze", "--methods", "reinpool"]
         results = run(tmp_path, models["late"], *flags)
     finally:
         (tmp_path / "hidden").rename(pages / "queries.jsonl")
     assert dataset.split == "cloze" and dataset.name == "pages"
-    learned = lessons.dataset.queries
+    learned = fit_data.dataset.queries
     assert not dataset.queries.keys() & learned.keys() and all(map(in_measured_fifth, dataset.queries))
-    assert not any(map(in_measured_fifth, learned)) and dict(dataset.corpus) == dict(lessons.dataset.corpus)
+    assert not any(map(in_measured_fifth, learned)) and dict(dataset.corpus) == dict(fit_data.dataset.corpus)
     for query, text in [*dataset.queries.items(), *learned.items()]:
-        (document,) = {**dataset.qrels, **lessons.dataset.qrels}[query]
+        (document,) = {**dataset.qrels, **fit_data.dataset.qrels}[query]
         assert text not in dataset.corpus[document].splitlines()
     rows = main_rows(results)
     assert {row["split"] for row in rows.values()} == {"cloze"} and rows["ReinPool, 1"]["steps"] >= 1
@@ -347,24 +348,24 @@ def test_without_a_train_split_heads_learn_from_sentences(tmp_path, pages):
     (folder / "qrels").mkdir(parents=True)
     for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
         (folder / name).write_bytes((pages / name).read_bytes())
-    dataset, lessons = judged(str(folder), "test")
-    assert dataset.split == "test" and lessons.dataset.split == "cloze"
-    assert lessons.flags[-2:] == ["--queries", "inverse_cloze"] and "no train split" in lessons.note
-    assert judged(str(pages), "test")[1].dataset.split == "train"
+    dataset, fit_data = judged_queries(str(folder), "test")
+    assert dataset.split == "test" and fit_data.dataset.split == "cloze"
+    assert fit_data.settings["queries"] == "inverse_cloze" and "no train split" in fit_data.note
+    assert judged_queries(str(pages), "test")[1].dataset.split == "train"
     (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nnobody\tnothing\t1\n")
     with pytest.raises(InputError, match="judges query 'nobody'"):  # damaged is not absent
-        judged(str(folder), "test")
+        judged_queries(str(folder), "test")
 
 
 def test_one_vector_from_the_cache_is_what_the_model_would_encode(tmp_path, pages, models):
-    on = subject(tmp_path, models["late"], *judged(str(pages), "test"))
-    model = on.single[1]
+    full = full_model(tmp_path, models["late"], *judged_queries(str(pages), "test"))
+    model = full.single[1]
     for task, texts, encode in (
-        ("query", on.dataset.queries, model.encode_query),
-        ("document", on.dataset.corpus, model.encode_document),
+        ("query", full.dataset.queries, model.encode_query),
+        ("document", full.dataset.corpus, model.encode_document),
     ):
         encoded = encode(list(texts.values()))
-        np.testing.assert_allclose(on.side(on.dataset, task).embeddings.values, encoded, rtol=2e-3, atol=5e-3)
+        np.testing.assert_allclose(full.side(full.dataset, task).embeddings.values, encoded, rtol=2e-3, atol=5e-3)
 
 
 # Fitting within a time

@@ -13,7 +13,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from conftest import DOCUMENTS, QRELS, QUERIES, RUN_CLI, run_python, write_beir
+from conftest import CLI, DOCUMENTS, QRELS, QUERIES, run_two_processes, write_beir
 from datasets import Dataset
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTo
 
 import polyrep
 from polyrep import InputError
+from polyrep.cli import main, train
 from polyrep.data import load_retrieval_dataset
 from polyrep.data.noise import narrowed
 from polyrep.encoding import embed
@@ -41,11 +42,10 @@ from polyrep.methods import (
 )
 from polyrep.methods.gaussian.objective import SCALE, inclusion, listwise, shortened
 from polyrep.search import kl
+from polyrep.training.arguments import RecipeArguments
 from polyrep.training.mining import Miner, RemineCallback
 from polyrep.training.pairs import HeadData
-from polyrep.training.recipes import RecipeArguments
 from polyrep.training.teachers import open_teacher, score_pairs
-from polyrep.training.train import train
 
 TEXTS = list(DOCUMENTS.values())
 GROUPS = (None, 1, 4)
@@ -666,11 +666,13 @@ def test_negatives_are_mined_again_with_the_model_so_far(plain, tmp_path):
     model = SentenceTransformer(str(plain), device="cpu")
     data = HeadData(kind="sentence", negatives=1, labels=True, depth=2)
     data.add(model, dataset, cache_dir=tmp_path / "cache")
-    before = data.parts[0][2].copy()
+    (before,) = data.parts
     data.mine_again(lambda features, task: features["sentence_embedding"] * (1 if task == "query" else -1))
-    vectors = [torch.from_numpy(side.embeddings.values.astype(np.float32)) for side in data.parts[0][:2]]
+    sides = before.queries, before.documents
+    vectors = [torch.from_numpy(side.embeddings.values.astype(np.float32)) for side in sides]
     expected = (-vectors[0] @ vectors[1].T).topk(2).indices
-    assert (data.parts[0][2] == expected.numpy()).all() and (data.parts[0][2] != before).any()
+    (part,) = data.parts
+    assert (part.nearest == expected.numpy()).all() and (part.nearest != before.nearest).any()
 
 
 def test_a_whole_model_mines_by_its_own_score_and_shows_it_to_the_trainer(plain, tmp_path, monkeypatch):
@@ -782,12 +784,12 @@ def test_memory_of_a_step_does_not_hold_every_pair_by_dimension():
     assert max(sizes) <= max(64 * 65, 64 * 64) < 64 * 64 * 32
 
 
-def test_the_published_runs_say_what_they_train(plain, tmp_path):
+def test_the_published_runs_say_what_they_train(plain, tmp_path, capsys):
     data = write_beir(tmp_path / "tiny", split="train")
     for run, extra in (("gaussian-minilm", flags), ("gaussian-minilm-frozen", head_flags)):
-        found = run_python("-c", RUN_CLI, "train", run, *extra(plain, data, tmp_path / "run"), "--dry_run", "true")
-        assert found.returncode == 0 and "objective" in found.stdout, found.stderr
-        assert "'variance_groups': 1" in found.stdout and "difficulty_weight" in found.stdout
+        assert main(["train", run, *extra(plain, data, tmp_path / "run"), "--dry_run", "true"]) == 0
+        said = capsys.readouterr().out
+        assert "objective" in said and "'variance_groups': 1" in said and "difficulty_weight" in said
 
 
 def test_index_dims_that_do_not_fit_are_refused_by_train(plain, tmp_path):
@@ -808,11 +810,8 @@ def test_two_processes_train_what_one_does(plain, tmp_path, kind):
     if kind == "whole":
         more += ["--hard_negatives", "1", "--negative_margin", "0", "--mined_cache", str(tmp_path / "mined")]
     train([run, *common(plain, data, tmp_path / "one", *more)])
-    program = tmp_path / "cli.py"
-    program.write_text(RUN_CLI)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
     several = [*common(plain, data, tmp_path / "two", *more), "--per_device_train_batch_size", "1"]
-    result = run_python(*launch, "train", run, *several)
+    result = run_two_processes(CLI, "train", run, *several)
     assert result.returncode == 0, result.stderr[-3000:]
     weights = [load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two")]
     for name, tensor in weights[0].items():
@@ -822,5 +821,5 @@ def test_two_processes_train_what_one_does(plain, tmp_path, kind):
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
     if kind == "whole":  # both maps in one pass each, and texts cut short
         mixed = [*several, "--inclusion_weight", "1", "--difficulty_weight", "1", "--overwrite", "true"]
-        result = run_python(*launch, "train", run, *mixed)
+        result = run_two_processes(CLI, "train", run, *mixed)
         assert result.returncode == 0, result.stderr[-3000:]

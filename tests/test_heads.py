@@ -20,10 +20,10 @@ from polyrep import InputError
 from polyrep.data import load_retrieval_dataset
 from polyrep.encoding import Embeddings
 from polyrep.methods import Dense2SparseConfig, Dense2SparseModel
+from polyrep.training.arguments import HeadTrainingArguments
 from polyrep.training.head_trainer import HeadTrainer
 from polyrep.training.pairs import HeadData
-from polyrep.training.recipes import HeadTrainingArguments
-from polyrep.training.sides import Side, encode_sparse, encode_tokens
+from polyrep.training.sides import SentenceSide, TokenSide, encode_sparse
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import dense2sparse_text as bench
@@ -204,7 +204,7 @@ def test_negatives_of_token_sets_are_among_the_nearest_by_their_mean(two_token_s
 @pytest.mark.parametrize(("value", "length"), [(0.0, "0.0"), (np.nan, "nan"), (np.inf, "inf")])
 def test_a_token_vector_that_means_nothing_names_its_text(multi_vector_model, tmp_path, value, length):
     options = {"cache_dir": tmp_path, "show_progress": False}
-    side = encode_tokens(multi_vector_model, DOCUMENTS, "document", "tiny", **options)
+    side = TokenSide.encode(multi_vector_model, DOCUMENTS, "document", "tiny", **options)
     bounds, path = side.embeddings.offsets, side.embeddings.path
     for text, row in (("d3", bounds[2]), ("d3", bounds[3] - 1), ("d5", bounds[5] - 1)):
         values = np.fromfile(path / "values.bin", np.float16).reshape(-1, 16)
@@ -212,9 +212,9 @@ def test_a_token_vector_that_means_nothing_names_its_text(multi_vector_model, tm
         values[row] = value
         (path / "values.bin").write_bytes(values.tobytes())
         with pytest.raises(InputError, match=f"tiny: document '{text}' has a token vector of length {length}.*{path}"):
-            encode_tokens(multi_vector_model, DOCUMENTS, "document", "tiny", **options)
+            TokenSide.encode(multi_vector_model, DOCUMENTS, "document", "tiny", **options)
         (path / "values.bin").write_bytes(healthy.tobytes())
-    assert len(encode_tokens(multi_vector_model, DOCUMENTS, "document", "tiny", **options)) == 5
+    assert len(TokenSide.encode(multi_vector_model, DOCUMENTS, "document", "tiny", **options)) == 5
 
 
 def test_a_text_without_a_token_that_counts_is_named(multi_vector_model):
@@ -226,8 +226,8 @@ def test_a_text_without_a_token_that_counts_is_named(multi_vector_model):
     model = MultiVectorEncoder(modules=modules, device="cpu")
     texts = {"d5": DOCUMENTS["d5"], "d3": DOCUMENTS["d3"]}
     with pytest.raises(InputError, match="tiny: document 'd3' has no token that counts.*keep_only_token_ids"):
-        encode_tokens(model, texts, "document", "tiny", show_progress=False)
-    assert encode_tokens(
+        TokenSide.encode(model, texts, "document", "tiny", show_progress=False)
+    assert TokenSide.encode(
         model, {"d5": DOCUMENTS["d5"]}, "document", "tiny", show_progress=False
     ).embeddings.lengths == [1]
 
@@ -238,9 +238,8 @@ def test_pruning_a_cache_is_pruning_in_the_head():
     torch.nn.init.normal_(head.vocabulary.weight)
     vectors = np.random.default_rng(0).normal(size=(9, 6)).astype(np.float32)
     tokens = np.random.default_rng(1).integers(0, 40, 45)
-    side = Side(
-        Embeddings("sentence", vectors, None, None, 6, 0.0, Path()), tokens.astype(np.int32), np.arange(0, 46, 5)
-    )
+    embeddings = Embeddings("sentence", vectors, None, None, 6, 0.0, Path())
+    side = SentenceSide(embeddings, tokens=tokens.astype(np.int32), offsets=np.arange(0, 46, 5))
     full = bench.with_head(head, side, "document")
     for words, mass in ((5, None), (None, 0.5), (8, 0.7)):
         head.config.document_top_k, head.config.mass = words, mass

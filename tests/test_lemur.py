@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DOCUMENTS, QUERIES, RUN_CLI, run_python, write_beir
+from conftest import CLI, DOCUMENTS, QUERIES, run_two_processes, write_beir
 from scipy.special import erf
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 import polyrep
 from polyrep import InputError
+from polyrep.cli import train
 from polyrep.data import load_corpus, texts_as_queries
 from polyrep.hub import fingerprint
 from polyrep.methods import (
@@ -37,7 +38,6 @@ from polyrep.methods import (
 from polyrep.methods.lemur.objective import WINDOW, _sample_windows
 from polyrep.search import maxsim
 from polyrep.training.head_trainer import OWN_WEIGHTS
-from polyrep.training.train import train
 
 DIM, LATENT = 12, 20
 
@@ -453,10 +453,8 @@ def test_two_processes_fit_what_one_does(run, tmp_path):
     flags = [*flags, "--save_strategy", "no", "--head_only", "true", "--max_steps", "3", "--max_grad_norm", "1e9"]
     flags += ["--optim", "sgd", "--learning_rate", "0.05", "--logging_steps", "1"]  # Adam would follow mere rounding
     train([*flags, "--output_dir", str(tmp_path / "one")], prog="train.py")
-    (tmp_path / "main.py").write_text(RUN_CLI)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "main.py")]
     several = ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "4", "--ddp_backend", "gloo"]
-    result = run_python(*launcher, "train", *flags, *several)
+    result = run_two_processes(CLI, "train", *flags, *several)
     assert result.returncode == 0, result.stderr[-3000:]
     ours, theirs = (LemurModel.from_pretrained(tmp_path / name / "head").state_dict() for name in ("two", "one"))
     for name in ("linear.weight", "linear.bias", "norm.weight", "anchors", "target_mean"):

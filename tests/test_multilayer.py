@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DOCUMENTS, QRELS, QUERIES, RUN_CLI, run_python, write_beir
+from conftest import CLI, DOCUMENTS, QRELS, QUERIES, run_python, run_two_processes, write_beir
 from safetensors.torch import load_file
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Normalize, Transformer
@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTo
 
 import polyrep
 from polyrep import InputError
-from polyrep.cli import main
+from polyrep.cli import main, train
 from polyrep.data import load_retrieval_dataset
 from polyrep.hub.example import one_folder
 from polyrep.methods import (
@@ -37,7 +37,6 @@ from polyrep.methods import (
     MultiLayerPooling,
 )
 from polyrep.training.pairs import HeadData
-from polyrep.training.train import train
 
 TEXTS = ["show open ports", "make an archive of a folder", "file"]
 
@@ -931,15 +930,12 @@ def test_two_processes_train_what_one_does(runs, tmp_path, objective, tied):
     flags = ["--objective", objective, "--hard_negatives", "1", "--negative_margin", "0", "--max_grad_norm", "1e9"]
     flags += ["--save_strategy", "no", "--mined_cache", str(tmp_path / "mined"), "--max_steps", "2", "--tied", tied]
     one = trained(runs["multilayer-minilm"], tmp_path / "one", *flags)
-    program = tmp_path / "cli.py"
-    program.write_text(RUN_CLI)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
     several = ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "1"]
-    result = run_python(*launch, "train", str(runs["multilayer-minilm"]), *flags, *several)
+    result = run_two_processes(CLI, "train", str(runs["multilayer-minilm"]), *flags, *several)
     assert result.returncode == 0, result.stderr[-3000:]
     if tied == "false":
         plain = [*flags[2:], *several, "--overwrite", "--lambda_", "1"]
-        refused = run_python(*launch, "train", str(runs["multilayer-minilm"]), *plain)
+        refused = run_two_processes(CLI, "train", str(runs["multilayer-minilm"]), *plain)
         assert refused.returncode and "--objective CachedMultiLayerObjective" in refused.stderr
     log = json.loads((tmp_path / "two" / "training.json").read_text())["log"]
     np.testing.assert_allclose([entry["loss"] for entry in log if "loss" in entry], one, rtol=1e-3)

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm
 import yaml
-from conftest import QUERIES, RUN_CLI, run_python, write_beir
+from conftest import CLI, QUERIES, run_python, write_beir
 from hub_server import HubServer, Repository, running_hub
 from huggingface_hub import ModelCard
 from room_examples import EXAMPLES
@@ -28,7 +29,7 @@ import polyrep
 from polyrep import InputError
 from polyrep.cli import main
 from polyrep.hub import cards, fingerprint, load
-from polyrep.publishing import doors, inspection, publish, signatures, upload
+from polyrep.publishing import after_training, doors, inspection, publish, signatures, upload
 from polyrep.publishing.inspection import refuse_secrets, verify
 from polyrep.report import provenance, write_results
 
@@ -87,6 +88,12 @@ def finish(model: Any, output: Path, name: str = "final", recipe: dict[str, Any]
         (output / "training.json").write_text(json.dumps(record))
     results_of(output / "results", digest)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def warm_doors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that opens folders without polyrep is a fork of one without it."""
+    monkeypatch.setattr(sys, "executable", warm.python())
 
 
 @pytest.fixture(scope="module")
@@ -170,19 +177,12 @@ print("REPORT" + json.dumps(report))
 """
 
 
-def on_hub(hub: HubServer, cache: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a program whose Hub is ours; these settings are read when huggingface_hub is imported."""
+def on_hub(hub: HubServer, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with a Hub that is ours."""
     environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test", "HF_HOME": str(cache)}
     environment |= {"PYTHONPATH": str(Path(__file__).parent), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=cache,
-        timeout=600,
-    )
+    return run_python(*arguments, env=environment, cwd=cache)
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def published(
         step("lost", gaussian, "someone/lost", trusting=True, drops=100),  # more than the client tries
         step("recovered", gaussian, "someone/lost", trusting=True, drops=0),
     ]
-    ran = on_hub(hub, root, PUBLISH, json.dumps(steps))
+    ran = on_hub(hub, root, "-c", PUBLISH, json.dumps(steps))
     statuses = [line.split()[1] for line in ran.stdout.splitlines() if line.startswith("STATUS")]
     assert len(statuses) == len(steps), ran.stderr[-3000:]
     assert {path: path.read_bytes() for path in before} == before, "publishing must not change a folder"
@@ -310,7 +310,7 @@ def test_others_open_it_at_that_commit_without_polyrep(published, hub, models, t
         "gaussian": ("SentenceTransformer", "someone/gaussian", hub.repositories["someone/gaussian"].commits[1][0]),
         "reinpool": ("MultiVectorEncoder", "org/reinpool", hub.repositories["org/reinpool"].commits[1][0]),
     }
-    ran = on_hub(hub, tmp_path, OPEN, json.dumps(jobs), json.dumps(TEXTS))
+    ran = on_hub(hub, tmp_path, "-c", OPEN, json.dumps(jobs), json.dumps(TEXTS))
     assert ran.returncode == 0, ran.stderr[-3000:]
     report = json.loads(ran.stdout.partition("REPORT")[2])
     assert report["heads agree"]
@@ -351,7 +351,7 @@ def test_train_publishes_what_it_measured(toy_run, hub, tmp_path):
     shutil.copyfile(data / "qrels" / "train.tsv", data / "qrels" / "test.tsv")
     flags = ["--datasets", str(data), "--output_dir", str(tmp_path / "out"), "--card", "late_interaction"]
     target = ["--push_to_hub", "true", "--hub_model_id", "someone/toy", "--hub_private_repo", "true"]
-    ran = on_hub(hub, tmp_path, RUN_CLI, "train", str(toy_run), *flags, *target)
+    ran = on_hub(hub, tmp_path, CLI, "train", str(toy_run), *flags, *target)
     assert ran.returncode == 0, ran.stderr[-3000:]
     repository = hub.repositories["someone/toy"]
     assert repository.private and len(repository.commits) == 2
@@ -703,7 +703,9 @@ def test_a_run_that_could_not_be_published_is_refused_before_it_trains(toy_run, 
 def test_data_of_vectors_alone_cannot_be_measured(toy_run, tmp_path, capsys, monkeypatch):
     data = write_beir(tmp_path / "tiny")
     loaded = polyrep.data.load.load_retrieval_dataset(data)
-    monkeypatch.setattr(publish, "load_retrieval_dataset", lambda *_, **__: replace(loaded, vectors={"query": None}))
+    monkeypatch.setattr(
+        after_training, "load_retrieval_dataset", lambda *_, **__: replace(loaded, vectors={"query": None})
+    )
     target = ["--push_to_hub", "true", "--hub_model_id", "a/b", "--datasets", str(data), "--dry_run", "true", *CARD]
     assert main(["train", str(toy_run), *target]) == 2
     assert "brings vectors, not what they were made of" in capsys.readouterr().err

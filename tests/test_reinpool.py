@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import pytrec_eval
 import torch
-from conftest import DOCUMENTS, QUERIES, RUN_CLI, run_python, write_beir
+from conftest import CLI, DOCUMENTS, QUERIES, run_python, run_two_processes, write_beir
 from safetensors.torch import load_file
 from scipy.special import erf
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
@@ -29,6 +29,7 @@ from transformers import AutoModel, BertModel
 
 import polyrep
 from polyrep import InputError
+from polyrep.cli import train
 from polyrep.hub import fingerprint
 from polyrep.methods import (
     ReinforceObjective,
@@ -43,7 +44,6 @@ from polyrep.methods.reinpool.objective import ndcg
 from polyrep.search import maxsim
 from polyrep.search.scoring import packed_maxsim
 from polyrep.training.losses import row_uniform
-from polyrep.training.train import train
 
 TEXTS = [*DOCUMENTS.values(), *QUERIES.values()]
 DIM = 8
@@ -1155,7 +1155,7 @@ def test_every_checkpoint_is_a_head_that_opens(trained, objective):
 KILLED = """
 import os, signal, sys
 from polyrep.training import checkpoints, frozen
-from polyrep.training.train import train
+from polyrep.cli import train
 
 class Kill(checkpoints.CheckpointCallback):
     def on_step_begin(self, args, state, control, **kwargs):
@@ -1293,10 +1293,8 @@ def test_two_processes_train_what_one_does(run, objective, tmp_path):
     flags += [*OBJECTIVES[objective], "--negatives", "2", "--optim", "sgd", "--learning_rate", "0.05"]
     flags += ["--prior_weight", "20"] if objective == "SoftGateObjective" else ["--entropy_weight", "2"]
     train([str(run), *flags, "--output_dir", str(tmp_path / "one")])
-    (tmp_path / "main.py").write_text(RUN_CLI)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "main.py")]
     several = ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "1", "--ddp_backend", "gloo"]
-    result = run_python(*launcher, "train", str(run), *flags, *several)
+    result = run_two_processes(CLI, "train", str(run), *flags, *several)
     assert result.returncode == 0, result.stderr[-3000:]
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-3)
     for name, value in weights_of(tmp_path / "one").items():

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import warm
 from conftest import DOCUMENTS, ROOT
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 
@@ -128,7 +128,7 @@ def server(
         "POLYREP_CORPUS": str(folder / "corpus"),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "uvicorn", "served:app", "--port", "0"]
+    command = [warm.python(), "-m", "uvicorn", "served:app", "--port", "0"]
     log = folder / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)

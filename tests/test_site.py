@@ -7,13 +7,13 @@ import importlib.util
 import os
 import re
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import warm
 
 ROOT = Path(__file__).parent.parent
 METHODS = sorted(file.parent.name for file in (ROOT / "modeling" / "methods").glob("*/__init__.py"))
@@ -57,7 +57,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", "docs", "."]
+    command = [warm.python(), "-m", "sphinx", "-q", "-W", "--keep-going", "-c", "docs", "."]
     run = subprocess.run(
         [*command, str(folder / "html"), "-d", str(folder / "doctrees")],
         cwd=ROOT,

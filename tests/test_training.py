@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import RUN_CLI, run_python
+from conftest import CLI, run_python, run_two_processes
 from safetensors.torch import load_file
 from sentence_transformers import MultiVectorEncoder
 from torch.nn import functional as F
@@ -20,8 +20,8 @@ from toy.objective import ToyLoss
 import polyrep
 from polyrep import InputError
 from polyrep.cli import main
+from polyrep.training import arguments, recipes
 from polyrep.training import losses as objectives
-from polyrep.training import recipes
 from polyrep.training.build import build
 
 
@@ -127,11 +127,10 @@ SentenceTransformer.save_pretrained = save_pretrained
 def test_two_processes_train_what_one_does(toy_run, trained, tmp_path):
     """Two processes with a batch of 1 each are one process with a batch of 2, dropout being 0."""
     program = tmp_path / "cli.py"
-    program.write_text(NOTE_WRITERS + RUN_CLI)
+    program.write_text(NOTE_WRITERS + Path(CLI).read_text())
     output = tmp_path / "two"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
     flags = ["--output_dir", str(output), "--per_device_train_batch_size", "1"]
-    result = run_python(*launch, "train", str(toy_run), *flags)
+    result = run_two_processes(program, "train", str(toy_run), *flags)
     assert result.returncode == 0, result.stderr[-3000:]
     writers = {path.name for path in output.glob("checkpoint-*/writer-*")}
     assert writers == {"writer-0"}, "each checkpoint has one writer"
@@ -316,6 +315,6 @@ def test_unknown_commands_and_runs_say_what_there_is(capsys):
 
 
 def test_several_gpus_in_one_process_are_refused(toy_run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(recipes.SentenceTrainingArguments, "n_gpu", 2)
+    monkeypatch.setattr(arguments.SentenceTrainingArguments, "n_gpu", 2)
     assert main(["train", str(toy_run), "--output_dir", str(tmp_path / "out")]) == 2
     assert "2 GPUs" in capsys.readouterr().err and not (tmp_path / "out").exists()

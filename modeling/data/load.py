@@ -26,7 +26,7 @@ from typing import Any
 
 from datasets.exceptions import DatasetsError
 
-from ..errors import InputError
+from ..errors import InputError, NoSplit
 from .beir import check_qrels, hub_rows, load_part, open_beir, read_jsonl, text_of_document, texts_by_id
 from .captions import is_captions, load_captions
 from .dataset import RetrievalDataset, dataset_name, in_dev_tenth
@@ -56,6 +56,7 @@ def load_retrieval_dataset(
         restval: For images with captions, see :func:`polyrep.data.captions.load_captions`.
 
     Raises:
+        NoSplit: The split is not there, or judges no query.
         InputError: A file, line or field is missing or malformed; an id is duplicated or unknown; a text is empty.
     """
     source = str(path_or_id)
@@ -70,7 +71,7 @@ def load_retrieval_dataset(
         wanted = "train"
         logger.info("%s has no dev split: dev is a fixed tenth of its train queries.", source)
     if wanted not in splits:
-        raise InputError(f"{source}: no judgments for split {split!r}; it has {sorted(splits) or 'none'}.")
+        raise NoSplit(f"{source}: no judgments for split {split!r}; it has {sorted(splits) or 'none'}.")
 
     corpus = texts_by_id(corpus_rows, f"{source} corpus", keep_empty, text_of_document)
     all_queries = texts_by_id(query_rows, f"{source} queries", keep_empty, lambda r: r["text"])
@@ -78,7 +79,7 @@ def load_retrieval_dataset(
     if wanted != split or (split == "train" and "dev" not in splits):
         qrels = {q: judged for q, judged in qrels.items() if in_dev_tenth(q) == (split == "dev")}
     if not qrels:
-        raise InputError(f"{source}: split {split!r} judges no query, so there is nothing to train on or to measure.")
+        raise NoSplit(f"{source}: split {split!r} judges no query, so there is nothing to train on or to measure.")
     queries = {q: text for q, text in all_queries.items() if q in qrels}
     return RetrievalDataset(dataset_name(folder), split, corpus, queries, {q: qrels[q] for q in queries})
 

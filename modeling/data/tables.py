@@ -12,7 +12,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, Image, load_dataset
 from datasets.exceptions import DatasetsError
 
-from ..errors import InputError
+from ..errors import InputError, NoSplit
 from .dataset import Judgments, RetrievalDataset, in_dev_tenth
 
 
@@ -61,7 +61,7 @@ def from_pairs(source: str, table: DatasetDict, split: str | None) -> RetrievalD
     """Documents of all splits, and the queries of one, if any; without a dev split, a tenth of train as elsewhere."""
     wanted = "train" if split == "dev" and "dev" not in table and "train" in table else split
     if wanted is not None and wanted not in table:
-        raise InputError(f"{source}: no split {split!r}; it has {sorted(table)}.")
+        raise NoSplit(f"{source}: no split {split!r}; it has {sorted(table)}.")
     first = next(iter(table.values()))
     column = next(name for name in _DOCUMENT_COLUMNS if name in first.column_names)
     pages = _Pages(column) if isinstance(first.features[column], Image) else None

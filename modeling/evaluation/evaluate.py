@@ -8,22 +8,22 @@ Public benchmarks by name are MTEB's own business: see ``mteb.py``.
 from __future__ import annotations
 
 import logging
-import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sentence_transformers import MultiVectorEncoder
 
+from ..data.dataset import RetrievalDataset
 from ..data.load import load_retrieval_dataset
 from ..errors import InputError
-from ..flags import parse
+from ..flags import as_flags, changed_fields, command_line, parse
 from ..hub.cards import hub_source
 from ..hub.fingerprint import fingerprint
 from ..hub.folder import Encoder, family_of, fastest_dtype, fetch, load
 from ..report import provenance, write_results
-from .mteb import left_out, mteb_package, open_suites, refuse_unfit, run_suites
+from .mteb import Suite, left_out, mteb_package, open_suites, refuse_unfit, run_suites
 from .systems import Ranking, rank_with_bm25, rank_with_model
 from .table import display_name, refuse_doubles, refuse_unknown, table_rows
 
@@ -81,13 +81,74 @@ class EvaluationArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
 
 
-def evaluate(argv: list[str], *, prog: str = "polyrep evaluate", untrusted: Collection[str] = ()) -> dict[str, Any]:
-    """Measure the models named in ``argv`` and print the table; write JSON, Markdown and PNG with ``--output``.
+@dataclass(frozen=True)
+class System:
+    """One of those that are compared.
+
+    Attributes:
+        name: In tables.
+        source: As the user names it.
+        folder: Where it is; None for BM25.
+        trusted: Whether code that it carries may run.
+    """
+
+    name: str
+    source: str
+    folder: Path | None
+    trusted: bool
+
+    def open(self, args: EvaluationArguments) -> Encoder:
+        """The model, with weights and length as they are asked for."""
+        assert self.folder
+        model = load(self.folder, trust_remote_code=self.trusted, dtype=fastest_dtype(args.model_dtype))
+        if not isinstance(model, Encoder):
+            raise InputError(
+                f"{self.source}: the folder of a head, which encodes no text. Name the folder that has it on top."
+            )
+        if args.max_length:
+            if model.max_seq_length is None:
+                raise InputError(
+                    f"{self.source}: has no maximal length, so --max_length {args.max_length} means nothing."
+                )
+            model.max_seq_length = args.max_length
+        return model
+
+
+@dataclass
+class Measurements:
+    """What was found of all systems.
+
+    Attributes:
+        rankings: Data set -> what each system found there.
+        fingerprints: System -> hash of its weights and module configs.
+        benchmark_rows: Rows of MTEB's tasks, which MTEB measures itself.
+        unavailable: Task -> why its data could not be had.
+    """
+
+    rankings: dict[str, list[Ranking]]
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    benchmark_rows: list[dict[str, Any]] = field(default_factory=list)
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+
+def evaluate(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, Any]:
+    """Measure the models named in ``argv``; see :func:`evaluate_models`."""
+    about = "Measure MODELs and print the table; write it as JSON, Markdown and PNG with --output."
+    wanted = "Folders, Hub ids, or minilm; bm25 needs no model."
+    args, models = parse(EvaluationArguments, argv, prog, about, "MODEL", wanted, nargs="+")
+    return evaluate_models(args, models, command=command_line(prog, argv))
+
+
+def evaluate_models(
+    args: EvaluationArguments, models: Sequence[str], *, untrusted: Collection[str] = (), command: str | None = None
+) -> dict[str, Any]:
+    """Measure models and print the table; write JSON, Markdown and PNG if ``args.output`` is set.
 
     Args:
-        argv: Models and flags.
-        prog: How it was called.
-        untrusted: Models whose code does not run whatever the flag says.
+        args: What to measure, on what, against what.
+        models: Folders, Hub ids, ``minilm`` or ``bm25``.
+        untrusted: Models whose code does not run whatever ``args.trust_remote_code`` says.
+        command: What the results say that they were made by; default: the command that asks for the same.
 
     Returns:
         The results, in the layout of :func:`polyrep.report.write_results`.
@@ -95,97 +156,17 @@ def evaluate(argv: list[str], *, prog: str = "polyrep evaluate", untrusted: Coll
     Raises:
         InputError: A model, data set or flag cannot be used.
     """
-    about = "Measure MODELs and print the table; write it as JSON, Markdown and PNG with --output."
-    wanted = "Folders, Hub ids, or minilm; bm25 needs no model."
-    args, models = parse(EvaluationArguments, argv, prog, about, "MODEL", wanted, nargs="+")
-    if not args.dataset and not args.mteb:
-        raise InputError(
-            "neither --dataset nor --mteb, so there is nothing to measure on. Name data sets or benchmarks."
-        )
-    datasets = [load_retrieval_dataset(path, args.split, keep_empty=args.keep_empty) for path in args.dataset]
-    suites = open_suites(args.mteb) if args.mteb else []
-    baselines = [name for name in args.baselines.split(",") if name and name != "none"]
-    if not datasets:
-        if "bm25" in models:
-            raise InputError(
-                "bm25: has no part in --mteb, which runs embedding models. Leave it out or add --dataset."
-            )
-        if args.token_pooling:
-            raise InputError(f"--token_pooling {' '.join(args.token_pooling)}: rows of --dataset alone. Add one.")
-        baselines = [name for name in baselines if name != "bm25"]
-    systems = list(dict.fromkeys([*baselines, *models]))
     # Whatever can be refused is refused before hours of encoding.
-    names = [display_name(system) for system in systems]
-    refuse_doubles(systems, names)
-    tasks = list(dict.fromkeys(label for suite in suites for label in (*suite.tasks, suite.name)))
-    refuse_doubles([*args.dataset, *tasks], [*(dataset.name for dataset in datasets), *tasks])
-    reference = args.reference or display_name(baselines[-1] if baselines else systems[0])
-    refuse_unknown(reference.partition(", ")[0], names)  # a comma and what follows name a pooling
-    weights = fastest_dtype(args.model_dtype)
-    trusted = {system: args.trust_remote_code and system not in untrusted for system in systems}
-    folders = {
-        system: fetch(system, revision=args.revision, trust_remote_code=trusted[system])
-        for system in systems
-        if system != "bm25"
-    }
-    if args.token_pooling and MultiVectorEncoder not in map(family_of, folders.values()):
-        raise InputError(f"--token_pooling {' '.join(args.token_pooling)}: no model here has several vectors a text.")
-
-    def opened(system: str) -> Encoder:
-        model = load(folders[system], trust_remote_code=trusted[system], dtype=weights)
-        if not isinstance(model, Encoder):
-            raise InputError(
-                f"{system}: the folder of a head, which encodes no text. Name the folder that has it on top."
-            )
-        if args.max_length:
-            if model.max_seq_length is None:
-                raise InputError(f"{system}: has no maximal length, so --max_length {args.max_length} means nothing.")
-            model.max_seq_length = args.max_length
-        return model
-
-    for name, system in zip(names, systems, strict=True):
-        if suites and system != "bm25":  # only an opened model says what it takes
-            refuse_unfit(name, opened(system), suites)
-    rankings: dict[str, list[Ranking]] = {dataset.name: [] for dataset in datasets}
-    fingerprints: dict[str, str] = {}
-    benchmark_rows: list[dict[str, Any]] = []
-    unavailable: dict[str, str] = {}
-    for name, system in zip(names, systems, strict=True):
-        if system == "bm25":
-            for dataset in datasets:
-                rankings[dataset.name].append(rank_with_bm25(dataset))
-            continue
-        fingerprints[name] = fingerprint(folders[system])
-        model = opened(system)
-        pooling = args.token_pooling if isinstance(model, MultiVectorEncoder) else None
-        for dataset in datasets:
-            rankings[dataset.name] += rank_with_model(
-                name,
-                model,
-                dataset,
-                pooling=pooling,
-                cache_dir=args.cache_dir,
-                dtype=args.dtype,
-                batch_size=args.batch_size,
-            )
-        if suites:
-            measured = run_suites(
-                name,
-                model,
-                suites,
-                fingerprint=fingerprints[name],
-                cache_dir=args.mteb_cache,
-                batch_size=args.batch_size,
-                unavailable=unavailable,
-            )
-            benchmark_rows += measured.rows
-            unavailable = measured.unavailable
+    datasets, suites = _open_data(args)
+    systems, reference = _open_systems(args, models, untrusted, bool(datasets))
+    _refuse_unfit(args, systems, datasets, suites)
+    found = _measure(args, systems, datasets, suites)
     rows = [
         row | hub_source(path)
         for path, dataset in zip(args.dataset, datasets, strict=True)
-        for row in table_rows(dataset, rankings[dataset.name], reference, args.seed)
+        for row in table_rows(dataset, found.rankings[dataset.name], reference, args.seed)
     ]
-    made = provenance(shlex.join(["python", prog, *argv] if prog.endswith(".py") else [*prog.split(), *argv]))
+    made = provenance(command or command_line("polyrep evaluate", [*models, *as_flags(changed_fields(args))]))
     if suites:
         made["versions"]["mteb"] = mteb_package().__version__
     results = {
@@ -193,10 +174,112 @@ def evaluate(argv: list[str], *, prog: str = "polyrep evaluate", untrusted: Coll
         **made,
         "seeds": [args.seed],
         "settings_tried": args.settings_tried,
-        "models": fingerprints,
-        "rows": rows + benchmark_rows,
+        "models": found.fingerprints,
+        "rows": rows + found.benchmark_rows,
         "claims": [],
     }
+    _write(args, results, suites, found.unavailable)
+    return results
+
+
+def _open_data(args: EvaluationArguments) -> tuple[list[RetrievalDataset], list[Suite]]:
+    """The data sets and the benchmarks; InputError if there are none."""
+    if not args.dataset and not args.mteb:
+        raise InputError(
+            "neither --dataset nor --mteb, so there is nothing to measure on. Name data sets or benchmarks."
+        )
+    datasets = [load_retrieval_dataset(path, args.split, keep_empty=args.keep_empty) for path in args.dataset]
+    suites = open_suites(args.mteb) if args.mteb else []
+    tasks = list(dict.fromkeys(label for suite in suites for label in (*suite.tasks, suite.name)))
+    refuse_doubles([*args.dataset, *tasks], [*(dataset.name for dataset in datasets), *tasks])
+    return datasets, suites
+
+
+def _open_systems(
+    args: EvaluationArguments, models: Sequence[str], untrusted: Collection[str], searches: bool
+) -> tuple[list[System], str]:
+    """Baselines and models, fetched, and the name of the one that the others are compared with.
+
+    Args:
+        args: The flags.
+        models: What the user names.
+        untrusted: Models whose code does not run.
+        searches: Whether there is a data set to search, where MTEB does not.
+    """
+    baselines = [name for name in args.baselines.split(",") if name and name != "none"]
+    if not searches:
+        if "bm25" in models:
+            raise InputError(
+                "bm25: has no part in --mteb, which runs embedding models. Leave it out or add --dataset."
+            )
+        if args.token_pooling:
+            raise InputError(f"--token_pooling {' '.join(args.token_pooling)}: rows of --dataset alone. Add one.")
+        baselines = [name for name in baselines if name != "bm25"]
+    sources = list(dict.fromkeys([*baselines, *models]))
+    names = [display_name(source) for source in sources]
+    refuse_doubles(sources, names)
+    reference = args.reference or display_name(baselines[-1] if baselines else sources[0])
+    refuse_unknown(reference.partition(", ")[0], names)  # a comma and what follows name a pooling
+    systems = []
+    for name, source in zip(names, sources, strict=True):
+        trusted = args.trust_remote_code and source not in untrusted
+        folder = None if source == "bm25" else fetch(source, revision=args.revision, trust_remote_code=trusted)
+        systems.append(System(name, source, folder, trusted))
+    return systems, reference
+
+
+def _refuse_unfit(
+    args: EvaluationArguments, systems: Sequence[System], datasets: Sequence[RetrievalDataset], suites: Sequence[Suite]
+) -> None:
+    """InputError if there is nothing to pool, or a model that a benchmark cannot run."""
+    folders = [system.folder for system in systems if system.folder]
+    if args.token_pooling and MultiVectorEncoder not in map(family_of, folders):
+        raise InputError(f"--token_pooling {' '.join(args.token_pooling)}: no model here has several vectors a text.")
+    for system in systems:
+        if suites and system.folder:  # only an opened model says what it takes
+            refuse_unfit(system.name, system.open(args), suites)
+
+
+def _measure(
+    args: EvaluationArguments, systems: Sequence[System], datasets: Sequence[RetrievalDataset], suites: Sequence[Suite]
+) -> Measurements:
+    """Rank every data set by every system, and run the benchmarks, one model in memory at a time."""
+    found = Measurements({dataset.name: [] for dataset in datasets})
+    for system in systems:
+        if not system.folder:
+            for dataset in datasets:
+                found.rankings[dataset.name].append(rank_with_bm25(dataset))
+            continue
+        digest = found.fingerprints[system.name] = fingerprint(system.folder)
+        model = system.open(args)
+        options: dict[str, Any] = {"cache_dir": args.cache_dir, "dtype": args.dtype, "batch_size": args.batch_size}
+        if isinstance(model, MultiVectorEncoder):
+            options["pooling"] = args.token_pooling
+        for dataset in datasets:
+            found.rankings[dataset.name] += rank_with_model(system.name, model, dataset, **options)
+        if suites:
+            measured = run_suites(
+                system.name,
+                model,
+                suites,
+                fingerprint=digest,
+                cache_dir=args.mteb_cache,
+                batch_size=args.batch_size,
+                unavailable=found.unavailable,
+            )
+            found.benchmark_rows += measured.rows
+            found.unavailable = measured.unavailable
+    return found
+
+
+def _write(
+    args: EvaluationArguments, results: dict[str, Any], suites: Sequence[Suite], unavailable: Mapping[str, str]
+) -> None:
+    """Print the table, and write it if it is whole.
+
+    Raises:
+        InputError: A task's data could not be had, so that it is not.
+    """
     private = left_out(suites, unavailable)
     if private:
         logger.warning("Left out, since their owners keep the data to themselves: %s.", ", ".join(private))
@@ -211,4 +294,3 @@ def evaluate(argv: list[str], *, prog: str = "polyrep evaluate", untrusted: Coll
             f"written ({label}: {reason}). What is done is kept in {args.mteb_cache}: check the network, and `hf auth "
             "login` for data that is not open, and give the command again; or leave them out."
         )
-    return results

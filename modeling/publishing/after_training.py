@@ -6,23 +6,18 @@ from pathlib import Path
 
 from ..data.load import load_retrieval_dataset
 from ..errors import InputError
-from ..evaluation.evaluate import evaluate
+from ..evaluation.evaluate import EvaluationArguments, evaluate_models
 from ..evaluation.table import display_name
+from ..flags import as_flags, command_line
 from ..hub.folder import fetch, local
+from ..training.arguments import RecipeArguments
 from ..training.recipes import Plan
-from .publish import publish
+from .publish import PublishArguments, publish_folder
 from .upload import check_repo_name, head_of
 
 
-def refuse_unpublishable(plan: Plan, card: str | None) -> tuple[str, bool]:
-    """What can be known before training of whether a run can be published.
-
-    Args:
-        plan: The run.
-        card: Template of its card.
-
-    Returns:
-        The repository's name, and whether all data are texts.
+def refuse_unpublishable(plan: Plan) -> None:
+    """Say before training what can be known then of why a run could not be published.
 
     Raises:
         InputError: No name, token or card, a repository that may not be replaced, a head alone, or data on whose test
@@ -39,7 +34,7 @@ def refuse_unpublishable(plan: Plan, card: str | None) -> tuple[str, bool]:
     check_repo_name(args.hub_model_id)
     if not recipe.dry_run:
         head_of(args.hub_model_id, None, private=bool(args.hub_private_repo))
-    if not card:
+    if not plan.card:
         raise InputError("--push_to_hub: this run makes no card. Name a template with --card.")
     if plan.head and plan.head.head_only:
         raise InputError(
@@ -50,6 +45,11 @@ def refuse_unpublishable(plan: Plan, card: str | None) -> tuple[str, bool]:
             f"--output_dir {args.output_dir}: called like its backbone, beside which the model is measured. Choose "
             "another name."
         )
+    _holds_texts(recipe)
+
+
+def _holds_texts(recipe: RecipeArguments) -> bool:
+    """Whether the documents of all data are texts; InputError if the model could not be measured on some."""
     texts = True
     for source in recipe.datasets:
         try:
@@ -65,39 +65,55 @@ def refuse_unpublishable(plan: Plan, card: str | None) -> tuple[str, bool]:
                 "measured on it. Train without, measure on a data set with images, then `polyrep publish`."
             )
         texts &= isinstance(next(iter(dataset.corpus.values())), str)
-    return str(args.hub_model_id), texts
+    return texts
 
 
-def measure_and_publish(plan: Plan, folder: Path, repo: str, texts: bool, prog: str) -> None:
+def measure_and_publish(plan: Plan, folder: Path) -> None:
     """Measure a trained model beside its untouched backbone and BM25, on the test split of its data; publish it.
 
     Args:
         plan: The run.
         folder: What it made.
-        repo: Where it goes.
-        texts: Whether all data are texts.
-        prog: How ``train`` was called, so that the recorded command is one of the same kind.
+
+    Raises:
+        InputError: It could not be measured or published; says how to go on.
     """
+    args, recipe = plan.args, plan.recipe
+    target = PublishArguments(args.hub_model_id, bool(args.hub_private_repo))
+    target.trust_remote_code = recipe.trust_remote_code
+    try:
+        target.results = [str(_measured(plan, folder))]
+        publish_folder(folder, target)
+    except InputError as error:
+        said = {
+            "repo": target.repo,
+            "private": target.private or None,
+            "trust_remote_code": target.trust_remote_code or None,
+        }
+        again = command_line("polyrep publish", [str(folder), *as_flags(said)])
+        raise InputError(
+            f"{folder} is trained and whole, but not published: {error} Then `{again}`, after `evaluate` where "
+            "results are missing."
+        ) from error
+
+
+def _measured(plan: Plan, folder: Path) -> Path:
+    """The file of what a trained model scores beside its backbone and BM25."""
     recipe, results = plan.recipe, folder.parent / "results"
     backbone, pinned = recipe.backbone, recipe.revision
     if not local(backbone):
         pinned = fetch(backbone, revision=recipe.revision).name  # a snapshot is called by its commit
     # BM25 reads no images, and neither does the text half of a dual encoder.
-    baselines = (["bm25"] if texts else []) + ([] if plan.head and plan.head.vision else [backbone])
-    measure = [str(folder), "--dataset", *recipe.datasets, "--baselines", ",".join(baselines) or "none"]
-    measure += ["--trust_remote_code", "--output", str(results), "--name", "test"]
-    measure += [*(["--revision", pinned] if pinned else []), *(["--keep_empty"] if recipe.keep_empty else [])]
-    flags = ["--repo", repo, *(["--private"] if plan.args.hub_private_repo else [])]
-    flags += ["--trust_remote_code"] if recipe.trust_remote_code else []
-    try:
-        evaluate(
-            measure,
-            prog="evaluate.py" if prog.endswith(".py") else "polyrep evaluate",
-            untrusted=[] if recipe.trust_remote_code else [backbone],  # the model's own code is ours
-        )
-        publish([str(folder), *flags, "--results", str(results / "test.json")])
-    except InputError as error:
-        raise InputError(
-            f"{folder} is trained and whole, but not published: {error} Then `polyrep publish {folder} "
-            f"{' '.join(flags)}`, after `evaluate` where results are missing."
-        ) from error
+    baselines = ["bm25"] if _holds_texts(recipe) else []
+    baselines += [] if plan.head and plan.head.vision else [backbone]
+    asked = EvaluationArguments(
+        dataset=recipe.datasets,
+        baselines=",".join(baselines) or "none",
+        output=str(results),
+        name="test",
+        revision=pinned,
+        trust_remote_code=True,  # the model's own code is ours
+        keep_empty=recipe.keep_empty,
+    )
+    evaluate_models(asked, [str(folder)], untrusted=[] if recipe.trust_remote_code else [backbone])
+    return results / f"{asked.name}.json"

@@ -98,7 +98,18 @@ class Finished:
 
 
 def publish(argv: list[str], *, prog: str = "polyrep publish") -> str | None:
-    """Publish the folder named in ``argv``.
+    """Publish the folder named in ``argv``; see :func:`publish_folder`."""
+    about = "Publish FOLDER, a trained and measured model, as the repository ORG/NAME on the Hub."
+    args, given = parse(PublishArguments, argv, prog, about, "FOLDER", "A model that is trained and measured.")
+    return publish_folder(Path(given), args)
+
+
+def publish_folder(folder: Path, args: PublishArguments) -> str | None:
+    """Publish a folder.
+
+    Args:
+        folder: A model that is trained and measured.
+        args: Where to, and how.
 
     Returns:
         The commit, 40 hex digits; None after ``--dry_run``.
@@ -107,11 +118,9 @@ def publish(argv: list[str], *, prog: str = "polyrep publish") -> str | None:
         InputError: The folder is not finished, its results are another model's, it opens to other vectors, it tells
             what is nobody's business, or the Hub refuses. Nothing is uploaded then, and the folder is as it was.
     """
-    about = "Publish FOLDER, a trained and measured model, as the repository ORG/NAME on the Hub."
-    args, given = parse(PublishArguments, argv, prog, about, "FOLDER", "A model that is trained and measured.")
     check_repo_name(args.repo)
     hub_ids = _hub_ids(args.hub_dataset)
-    finished = collect(Path(given), args.results, args.card, hub_ids)
+    finished = collect(folder, args.results, args.card, hub_ids)
     if args.output and (Path(args.output).exists() or finished.folder in Path(args.output).resolve().parents):
         raise InputError(f"--output {args.output}: exists, or is in the model's folder. Name a new one elsewhere.")
     head = None if args.dry_run else head_of(args.repo, model_kind(finished.folder), private=args.private)

@@ -1,7 +1,7 @@
 """Search in encoded corpora, whatever engine does it: ``open_index(uri)`` gives ``add, search, delete, count``."""
 
 from .backends import open_index
-from .protocol import Added, Hit, Index, Queries
+from .protocol import Added, Hit, Index
 from .ranking import exact_search
 from .scoring import kl, maxsim
 from .serving import Busy, Service
@@ -11,7 +11,6 @@ __all__ = [
     "Busy",
     "Hit",
     "Index",
-    "Queries",
     "Service",
     "exact_search",
     "kl",

@@ -7,16 +7,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from sentence_transformers.base.modules.transformer import Transformer
 from sentence_transformers.util.misc import import_from_string
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ..errors import InputError
+from ..errors import InputError, refusals
 from ..files import read_json, staged_folder, write_json
 from ..hub.code import localize
 from ..hub.folder import family_of, fetch, save
 from ..hub.vision import fetch_vision
+from ..registry import Room
 from .recipes import Plan
 
 
@@ -25,6 +26,9 @@ def build(plan: Plan, folder: Path, head: PreTrainedModel | None = None) -> None
 
     A room builds itself through ``from_encoder``. Several modules in ``modules.json`` are built one by one: the first
     from the backbone, stock ones from their own config with fresh weights, and a room's from its fields.
+
+    Raises:
+        InputError: A value of the config, a module or the backbone cannot be used.
     """
     recipe = plan.recipe
     backbone = fetch(recipe.backbone, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
@@ -32,46 +36,54 @@ def build(plan: Plan, folder: Path, head: PreTrainedModel | None = None) -> None
         shutil.copytree(plan.run, staged, dirs_exist_ok=True, ignore=shutil.ignore_patterns("recipe.yaml"))
         parts = read_json(plan.run / "modules.json") or [{}]
         if plan.room and len(parts) == 1:
-            vision = (
-                {"vision": str(fetch_vision(plan.head.vision, plan.head.vision_revision))}
-                if plan.head and plan.head.vision
-                else {}
-            )
-            try:
-                options = {"head": head} if head is not None else plan.config
-                model = plan.room.model.from_encoder(str(backbone), **options, **vision)  # type: ignore[attr-defined]
-            except ValueError as error:  # how the config of a room refuses a value
-                raise InputError(str(error)) from error
-            model.save_pretrained(staged)
-            load_processor: Any = getattr(model, "load_processor", AutoTokenizer.from_pretrained)
-            load_processor(str(backbone), **vision).save_pretrained(staged)
-            _inherit(staged, backbone, getattr(model.config, "similarity_fn_name", None))
-            localize(staged)
-            return
-        family = family_of(plan.run)
-        trusted = {"trust_remote_code": recipe.trust_remote_code}
-        first = read_json(plan.run / "sentence_bert_config.json")
-        modules: list[torch.nn.Module] = [
-            Transformer(str(backbone), model_kwargs=trusted, processor_kwargs=trusted, config_kwargs=trusted, **first)
-        ]
-        for part in parts[1:]:
-            module, _, name = part["type"].rpartition(".")
-            if plan.room and plan.room.module and name == plan.room.module.__name__:
-                modules.append(plan.room.module(**plan.config))
-                continue
-            if not module.startswith("sentence_transformers."):
-                raise InputError(f"{plan.run}/modules.json: {part['type']} is neither stock nor of a registered room.")
-            module_class = getattr(importlib.import_module(module), name)
-            config = module_class.load_config(str(plan.run), subfolder=part["path"])
-            if "activation_function" in config:  # Dense names a class and takes an instance
-                config["activation_function"] = import_from_string(config["activation_function"])()
-            modules.append(module_class(**config))
-        settings = read_json(plan.run / "config_sentence_transformers.json")
-        keep = {key: settings[key] for key in ("prompts", "similarity_fn_name") if settings.get(key)}
-        try:
-            save(family(modules=modules, **keep), staged)
-        except ValueError as error:  # how a module of a room refuses what stands before it
-            raise InputError(str(error)) from error
+            _build_one_folder(plan, plan.room, backbone, staged, head)
+        else:
+            _build_pipeline(plan, backbone, staged, parts)
+
+
+def _build_one_folder(plan: Plan, room: Room, backbone: Path, folder: Path, head: PreTrainedModel | None) -> None:
+    """Write a room's retriever, with the tokenizer, prompts and length of its backbone."""
+    vision = {}
+    if plan.head and plan.head.vision:
+        vision = {"vision": str(fetch_vision(plan.head.vision, plan.head.vision_revision))}
+    retriever: Any = room.model
+    options = plan.config if head is None else {"head": head}
+    with refusals():
+        model = retriever.from_encoder(str(backbone), **options, **vision)
+    model.save_pretrained(folder)
+    load_processor = room.load_processor or AutoTokenizer.from_pretrained
+    load_processor(str(backbone), **vision).save_pretrained(folder)
+    _inherit(folder, backbone, getattr(model.config, "similarity_fn_name", None))
+    localize(folder)
+
+
+def _build_pipeline(plan: Plan, backbone: Path, folder: Path, parts: list[dict[str, Any]]) -> None:
+    """Write the modules that ``modules.json`` lists, the first of them the backbone's own transformer."""
+    trusted = {"trust_remote_code": plan.recipe.trust_remote_code}
+    first = read_json(plan.run / "sentence_bert_config.json")
+    modules: list[nn.Module] = [
+        Transformer(str(backbone), model_kwargs=trusted, processor_kwargs=trusted, config_kwargs=trusted, **first)
+    ]
+    modules += [_untrained(plan, part) for part in parts[1:]]
+    settings = read_json(plan.run / "config_sentence_transformers.json")
+    keep = {key: settings[key] for key in ("prompts", "similarity_fn_name") if settings.get(key)}
+    with refusals():
+        save(family_of(plan.run)(modules=modules, **keep), folder)
+
+
+def _untrained(plan: Plan, part: dict[str, Any]) -> nn.Module:
+    """A module of ``modules.json``: the room's, or a stock one from its config."""
+    module, _, name = part["type"].rpartition(".")
+    if plan.room and plan.room.module and name == plan.room.module.__name__:
+        with refusals():
+            return plan.room.module(**plan.config)
+    if not module.startswith("sentence_transformers."):
+        raise InputError(f"{plan.run}/modules.json: {part['type']} is neither stock nor of a registered room.")
+    module_class = getattr(importlib.import_module(module), name)
+    config = module_class.load_config(str(plan.run), subfolder=part["path"])
+    if "activation_function" in config:  # Dense names a class and takes an instance
+        config["activation_function"] = import_from_string(config["activation_function"])()
+    return module_class(**config)
 
 
 def _inherit(folder: Path, backbone: Path, similarity: str | None) -> None:

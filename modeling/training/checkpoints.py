@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from ..errors import InputError
 from ..hub.code import localize
+from .objective import Objective
 
 
 class OneWriterMixin:
@@ -31,10 +32,10 @@ class CheckpointCallback(TrainerCallback):
     """Makes every checkpoint a folder that opens without polyrep, and stops a run that is no longer finite.
 
     Args:
-        objective: Its ``metrics``, if it has any, are logged as they are at that step.
+        objective: Whose ``metrics`` are logged as they are at that step; None where the trainer logs their means.
     """
 
-    def __init__(self, objective: Any = None):
+    def __init__(self, objective: Objective | None = None):
         self.objective = objective
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -50,8 +51,8 @@ class CheckpointCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Raise InputError on a NaN or infinite loss; add the objective's figures to what is logged."""
         loss = (logs or {}).get("loss", 0.0)
-        if logs and "loss" in logs and (metrics := getattr(self.objective, "metrics", None)):
-            shown = {name: round(float(value), 4) for name, value in metrics.items()}
+        if logs and "loss" in logs and self.objective:
+            shown = {name: round(float(value), 4) for name, value in self.objective.metrics.items()}
             logs.update(shown)
             state.log_history[-1].update(shown)
         if not math.isfinite(loss):

@@ -8,7 +8,7 @@ from ..data.dataset import RetrievalDataset
 from ..data.load import load_corpus, load_retrieval_dataset
 from ..data.made_queries import inverse_cloze, texts_as_queries
 from ..errors import InputError
-from .recipes import QUERIES, HeadArguments, RecipeArguments
+from .arguments import QUERIES, HeadArguments, RecipeArguments
 
 
 def datasets_of(recipe: RecipeArguments, head: HeadArguments | None = None) -> Iterator[RetrievalDataset]:

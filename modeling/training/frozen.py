@@ -1,153 +1,238 @@
-"""Train a head on the cached embeddings of a frozen backbone, and put the two together."""
+"""Train a head on the cached vectors of a frozen backbone, and put the two together."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
-from ..errors import InputError
+from ..errors import InputError, refusals
+from ..hub.cards import render_card
 from ..hub.fingerprint import fingerprint
-from ..hub.folder import Encoder, family_of, fastest_dtype, fetch, load
+from ..hub.folder import Encoder, family_of, fastest_dtype, fetch, load, save
 from ..hub.vision import VisionEncoder, fetch_vision
 from .build import build
 from .checkpoints import CheckpointCallback
 from .datasets import datasets_of
 from .head_trainer import HeadTrainer
+from .objective import contract
 from .pairs import HeadData
 from .recipes import Plan
 from .record import base_id
 from .teachers import open_teacher
 from .whole import freeze
 
+BACKBONES: dict[str, tuple[type[Encoder], str]] = {
+    "sentence": (SentenceTransformer, "one dense vector a text"),
+    "tokens": (MultiVectorEncoder, "several vectors a text"),
+    "layers": (SentenceTransformer, "the layers of an encoder with one dense vector a text"),
+}
+"""What a head learns from -> family of the backbone that gives it, and its name for a reader."""
 
-def head_trainer(plan: Plan) -> tuple[HeadTrainer, dict[str, int], Encoder]:
-    """A trainer of the room's head over cached embeddings, the number of pairs in each data set, and the backbone."""
-    recipe, settings = plan.recipe, plan.head
-    assert plan.room and settings
-    if settings.queries in ("both", "judged+texts") and getattr(plan.objective, "one_corpus", False):
+
+class HeadTraining:
+    """A head, the backbone whose cached vectors it reads, and a trainer over pairs of them.
+
+    Attributes:
+        plan: The run.
+        model: The head.
+        backbone: The frozen model.
+        trainer: Goes through the pairs, or through what the objective makes of them.
+        pairs: Data set -> number of its pairs.
+        prepare_seconds: What the objective took before the first step.
+
+    Args:
+        plan: The run.
+    """
+
+    def __init__(self, plan: Plan):
+        assert plan.room and plan.head
+        self.plan, recipe = plan, plan.recipe
+        _refuse_one_corpus_twice(plan)
+        weights = fastest_dtype(plan.head.model_dtype)
+        folder = fetch(recipe.backbone, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+        self.backbone = _open_backbone(plan, folder, weights)
+        images = _open_vision(plan, weights)
+        set_seed(plan.args.seed)
+        self.model, tokenizer = _untrained_head(plan, folder, self.backbone, images)
+        freeze(recipe.freeze, self.model)
+        objective = contract(plan.objective(self.model, **plan.objective_arguments))
+        data, self.pairs = _cached_pairs(plan, self.backbone, objective, images, tokenizer)
+        planned = objective.planned_rows(plan.objective_arguments)
+        started = time.perf_counter()
+        rows = objective.prepare(data) if not recipe.dry_run else data if planned is None else range(planned)
+        self.prepare_seconds = time.perf_counter() - started
+        self.trainer = HeadTrainer(
+            objective=objective,
+            args=plan.args,
+            train_dataset=rows,
+            data_collator=data.collate if isinstance(rows, range) else rows.collate,
+            callbacks=[CheckpointCallback()],
+            remine=recipe.remine,
+        )
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything is left to gradient descent: a head may follow from its data in closed form."""
+        return any(parameter.requires_grad for parameter in self.trainer.objective.parameters())
+
+    def refuse_no_step(self) -> None:
+        """InputError if there is no whole batch."""
+        if self.learns:
+            self.trainer.refuse_no_batch()
+
+    def train(self, resume: Path | None) -> None:
+        """Train, from a checkpoint if one is named."""
+        if self.learns:
+            self.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        self.trainer.objective.finish()
+
+    def save(self, output: Path, context: dict[str, Any]) -> dict[str, Path]:
+        """Write the head as ``head``, and unless it is to stay alone the whole model and its card as ``final``.
+
+        Returns:
+            These names -> folders.
+        """
+        assert self.plan.head
+        made = {"head": save(self.model, output / "head")}
+        if not self.plan.head.head_only:
+            whole, card = with_backbone(self.plan, self.model, self.backbone), self.plan.card
+            readme = str(render_card(whole, card, recipe=context)) if card else None
+            made["final"] = save(whole, output / "final", readme=readme)
+        return made
+
+
+def _refuse_one_corpus_twice(plan: Plan) -> None:
+    """InputError if a data set would be there twice for an objective to which all texts are one corpus."""
+    assert plan.head
+    if plan.head.queries in ("both", "judged+texts") and contract(plan.objective).one_corpus:
         raise InputError(
-            f"--queries {settings.queries}: {plan.objective.__name__} ranks all texts as one corpus, in which every "
+            f"--queries {plan.head.queries}: {plan.objective.__name__} ranks all texts as one corpus, in which every "
             "document would be twice and count against itself. Use judged or inverse_cloze."
         )
-    head_class: Any = plan.room.head or plan.room.model
-    remote: dict[str, Any] = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
-    folder = fetch(recipe.backbone, **remote)
-    weights = fastest_dtype(settings.model_dtype)
-    open_backbone: Any = getattr(plan.room.model, "open_backbone", lambda *_: None)
-    backbone = open_backbone(str(folder), weights)
+
+
+def _open_backbone(plan: Plan, folder: Path, weights: torch.dtype) -> Encoder:
+    """The backbone with weights of some type.
+
+    Raises:
+        InputError: It gives other vectors than the head reads, or will not fit in one folder with the head.
+    """
+    room, recipe, settings = plan.room, plan.recipe, plan.head
+    assert room and settings
+    backbone: Any = room.open_backbone(str(folder), weights) if room.open_backbone else None
     if backbone is None:
         backbone = load(folder, trust_remote_code=recipe.trust_remote_code, dtype=weights)
-    kind = plan.objective.trains_on  # type: ignore[attr-defined]
-    needed, reads = {
-        "sentence": (SentenceTransformer, "one dense vector a text"),
-        "tokens": (MultiVectorEncoder, "several vectors a text"),
-        "layers": (SentenceTransformer, "the layers of an encoder with one dense vector a text"),
-    }[kind]
-    if type(backbone) is not needed:
+    family, reads = BACKBONES[str(contract(plan.objective).trains_on)]
+    if type(backbone) is not family:
         raise InputError(
             f"{recipe.backbone}: is a {type(backbone).__name__}, but this head reads {reads}. "
-            f"Name a {needed.__name__}."
+            f"Name a {family.__name__}."
         )
     if settings.max_length:
         backbone.max_seq_length = settings.max_length
     if not settings.pipeline and not settings.head_only:
-        try:
-            plan.room.model.check_backbone(backbone)  # type: ignore[attr-defined]
-        except ValueError as error:
-            raise InputError(str(error)) from error
-    base = {
+        retriever: Any = room.model
+        with refusals():
+            retriever.check_backbone(backbone)
+    return backbone
+
+
+def _open_vision(plan: Plan, weights: torch.dtype) -> VisionEncoder | None:
+    """The encoder of images, of a head that joins one with the backbone; None for any other head."""
+    room, settings = plan.room, plan.head
+    assert room and settings
+    if not room.joins_vision:
+        if settings.vision:
+            head = (room.head or room.model).__name__
+            raise InputError(f"--vision {settings.vision}: {head} joins no encoders. Leave it out.")
+        return None
+    if not settings.vision:
+        raise InputError(
+            "this head joins a text encoder and a vision encoder, and none is named for the images. Add --vision, "
+            "e.g. google/mobilenet_v2_1.0_224."
+        )
+    return VisionEncoder.open(fetch_vision(settings.vision, settings.vision_revision), weights)
+
+
+def _untrained_head(
+    plan: Plan, folder: Path, backbone: Encoder, images: VisionEncoder | None
+) -> tuple[PreTrainedModel, Any]:
+    """A head for the backbone, and the tokenizer of its words where these are not the backbone's, else None.
+
+    Raises:
+        InputError: The head's config refuses a value, or head and backbone do not fit together.
+    """
+    room, recipe, settings = plan.room, plan.recipe, plan.head
+    assert room and settings
+    head_class: Any = room.head or room.model
+    config = plan.config | {
         "base_model_id": base_id(recipe.backbone),
         "base_revision": recipe.revision,
         "base_fingerprint": fingerprint(folder),
     }
-    if "seed" in inspect.signature(head_class.config_class).parameters:
-        base["seed"] = plan.args.seed
-    images = None
-    if "image_dim" in inspect.signature(head_class.config_class).parameters:
-        if not settings.vision:
-            raise InputError(
-                "this head joins a text encoder and a vision encoder, and none is named for the images. Add --vision, "
-                "e.g. google/mobilenet_v2_1.0_224."
-            )
-        images = VisionEncoder.open(fetch_vision(settings.vision, settings.vision_revision), weights)
-        base |= {"image_dim": images.get_embedding_dimension(), "vision_model_id": base_id(settings.vision)}
-    elif settings.vision:
-        raise InputError(f"--vision {settings.vision}: {head_class.__name__} joins no encoders. Leave it out.")
-    set_seed(plan.args.seed)
+    if room.seeded:
+        config["seed"] = plan.args.seed
+    if images is not None:
+        config |= {"image_dim": images.get_embedding_dimension(), "vision_model_id": base_id(settings.vision)}
     tokenizer = None
-    try:
+    with refusals():
         if settings.vocabulary:
-            if plan.config.get("own_tokens") != "none":
+            if not room.head_from_words:
                 raise InputError(
-                    f"--vocabulary {settings.vocabulary}: with another vocabulary than the backbone's, own tokens are "
-                    "not known when a text is encoded. Add --own_tokens none."
+                    f"--vocabulary {settings.vocabulary}: {head_class.__name__} reads no words. Leave it out."
                 )
             words = fetch(settings.vocabulary, revision=None)
             tokenizer = AutoTokenizer.from_pretrained(words)
-            dim = backbone.get_embedding_dimension()
-            foreign = {"foreign_words": True, "added_tokens": backbone.tokenizer.num_special_tokens_to_add()}
-            head = head_class.from_mlm(str(words), dim, tokenizer, **foreign, **plan.config, **base)
+            head = room.head_from_words(str(words), tokenizer, backbone, **config)
         else:
-            head = head_class.from_backbone(backbone, **plan.config, **base)
+            head = head_class.from_backbone(backbone, **config)
         if settings.pipeline and not settings.head_only:  # what does not fit together should say so before training
-            assert plan.room.module
-            family_of(plan.run)(modules=[*backbone.children(), plan.room.module(copy.deepcopy(head))])
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    freeze(recipe.freeze, head)
-    objective: Any = plan.objective(head, **plan.objective_arguments)
-    teacher = open_teacher(recipe.teacher, recipe.teacher_revision) if recipe.teacher and not recipe.dry_run else None
+            assert room.module
+            family_of(plan.run)(modules=[*backbone.children(), room.module(copy.deepcopy(head))])
+    return head, tokenizer
+
+
+def _cached_pairs(
+    plan: Plan, backbone: Encoder, objective: Any, images: VisionEncoder | None, tokenizer: Any
+) -> tuple[HeadData, dict[str, int]]:
+    """The pairs of all data sets with their vectors, and how many each has; in a dry run they are only counted."""
+    recipe, settings = plan.recipe, plan.head
+    assert settings
     data = HeadData(
-        kind=kind,
+        kind=objective.trains_on,
         negatives=settings.negatives,
         labels=objective.needs_labels,
         depth=settings.depth,
-        narrow_sides=getattr(objective, "narrowed", ()),
-        teacher=teacher,
+        narrowed=objective.narrowed,
+        teacher=open_teacher(recipe.teacher, recipe.teacher_revision)
+        if recipe.teacher and not recipe.dry_run
+        else None,
     )
-    counts = {}
+    options: dict[str, Any] = {"cache_dir": settings.cache_dir, "batch_size": settings.encode_batch_size}
+    if tokenizer is not None:
+        options["tokenizer"] = tokenizer
+    if data.kind == "layers":
+        options["token"] = objective.layer_token
+    counts: dict[str, int] = {}
     for dataset in datasets_of(recipe, settings):
         judged = sum(score > 0 for documents in dataset.qrels.values() for score in documents.values())
         pairs = judged if data.labels else len(dataset.queries)
         counts[dataset.name] = counts.get(dataset.name, 0) + pairs
         if recipe.dry_run:
-            part = np.full((pairs, 3), len(counts) - 1)
-            data.pairs = np.concatenate([data.pairs, part])  # for the number of steps
+            data.count(pairs)
         else:
             with plan.args.main_process_first(desc="encode"):
-                options: dict[str, Any] = {"cache_dir": settings.cache_dir, "batch_size": settings.encode_batch_size}
-                if tokenizer is not None:
-                    options["tokenizer"] = tokenizer
-                if kind == "layers":
-                    options["token"] = head.config.token
                 data.add(backbone, dataset, images, **options)
         if settings.queries == "both" and dataset.split == "cloze":
             data.even_out(len(counts) - 2)  # this data set's judged queries and its sentences
-    started = time.perf_counter()
-    rows: Any = None  # what the trainer goes through; None: the pairs
-    if not recipe.dry_run:
-        rows = objective.prepare(data)
-    elif hasattr(objective, "planned_rows"):
-        rows = range(objective.planned_rows)
-    prepared = time.perf_counter() - started
-    trainer = HeadTrainer(
-        objective=objective,
-        args=plan.args,
-        train_dataset=data if rows is None else rows,
-        data_collator=getattr(rows, "collate", data.collate),
-        callbacks=[CheckpointCallback()],
-        remine=recipe.remine,
-    )
-    trainer.prepare_seconds = prepared
-    return trainer, counts, backbone
+    return data, counts
 
 
 def with_backbone(plan: Plan, head: PreTrainedModel, backbone: Encoder) -> Encoder:

@@ -18,8 +18,8 @@ from ..errors import InputError
 from ..hub.fingerprint import fingerprint
 from ..hub.folder import fastest_dtype, fetch, load
 from ..search.ranking import exact_search
+from .arguments import RecipeArguments, negative_columns
 from .losses import unwrapped
-from .recipes import RecipeArguments, negative_columns
 from .teachers import open_teacher, score_pairs
 
 

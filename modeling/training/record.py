@@ -1,4 +1,4 @@
-"""What is written down of a run: the plan before it, and what its card says after it."""
+"""What is written down of a run: the plan before it, what may not change when it is resumed, and what came of it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,32 @@ import math
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..data.dataset import dataset_name
+from ..errors import InputError
+from ..files import read_json, write_json
+from ..flags import changed_fields
 from ..hub.cards import data_licence, public_command, stated_licence
-from ..hub.folder import MINILM_ID, Encoder, fetch, local
+from ..hub.fingerprint import fingerprint
+from ..hub.folder import MINILM_ID, fetch, local
 from ..hub.vision import fetch_vision
 from ..report import provenance
+from .arguments import RecipeArguments
+from .objective import contract
 from .recipes import Plan
 
+RUN = "run.json"
+"""File beside the checkpoints with what may not change when a run goes on."""
 
-def print_plan(plan: Plan, model: Encoder, trainer: Any, counts: dict[str, int], output: Path) -> None:
+SINCE = ("hard_negatives", "negative_margin", "lora_rank", "teacher", "remine", "restval")
+"""Settings that older runs did not write down; they had the defaults."""
+
+OF_HEADS = ("queries", "cloze_sentences", "query_texts", "max_length", "vocabulary", "negatives", "depth", "vision")
+"""Settings from which, with the corpus, follows what a head is before its first step."""
+
+
+def print_plan(plan: Plan, model: nn.Module, trainer: Any, counts: dict[str, int]) -> None:
     """Show what a run would do: the resolved plan of ``--dry_run``."""
     args = plan.args
     per_epoch = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
@@ -30,9 +47,31 @@ def print_plan(plan: Plan, model: Encoder, trainer: Any, counts: dict[str, int],
         "batch": f"{args.train_batch_size} x {args.world_size} processes x {args.gradient_accumulation_steps}",
         "steps": f"{steps:,} ({steps / per_epoch:.3g} epochs of {per_epoch:,})",
         "parameters": f"{everything:,}, {trainable:,} trainable",
-        "output": output / "final",
+        "output": Path(args.output_dir) / "final",
     }
     print("\n".join(f"{key:<11} {value}" for key, value in plan_lines.items()))
+
+
+def lasting_settings(plan: Plan) -> dict[str, Any]:
+    """What may not change when a run goes on from a checkpoint."""
+    recipe = plan.recipe
+    settings = {"backbone": recipe.backbone, "objective": recipe.objective, **plan.config}
+    settings |= {name: getattr(recipe, name) for name in SINCE} | plan.objective_arguments
+    if plan.head:
+        settings |= {"datasets": recipe.datasets, "split": recipe.split}
+        settings |= {name: getattr(plan.head, name) for name in OF_HEADS}
+    return settings
+
+
+def refuse_another_run(plan: Plan, output: Path) -> None:
+    """InputError if what is in a folder was started with other settings than those of the plan that goes on."""
+    before = {name: getattr(RecipeArguments, name) for name in SINCE} | read_json(output / RUN)
+    now = lasting_settings(plan)
+    if changed := [name for name, value in before.items() if now.get(name) != value]:
+        raise InputError(
+            f"{output}: started with another {', '.join(changed)}, so going on would mix two runs. Leave these flags "
+            f"as they were ({RUN}), or start anew in another --output_dir."
+        )
 
 
 def base_id(backbone: str) -> str:
@@ -61,7 +100,7 @@ def card_context(plan: Plan, counts: dict[str, int]) -> dict[str, Any]:
         # A snapshot is called by its commit.
         "backbone_revision": None if local(recipe.backbone) else backbone.name,
         "vision_id": base_id(vision) if vision else None,
-        "labels": plan.objective_arguments.get("label_weight", 1) > 0,
+        "labels": contract(plan.objective).learns_from_labels(plan.objective_arguments),
         "objective": recipe.objective,
         "pairs": counts,
         "datasets": {name: None if Path(source).is_dir() else source for name, source in names.items()},
@@ -76,6 +115,38 @@ def card_context(plan: Plan, counts: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def not_default(values: Any, defaults: Any) -> dict[str, Any]:
-    """Fields that differ from the defaults."""
-    return {key: value for key, value in vars(values).items() if value != getattr(defaults, key)}
+def write_record(
+    plan: Plan, made: dict[str, Path], context: dict[str, Any], state: Any, seconds: float, output: Path
+) -> None:
+    """Write ``training.json``: what was asked for, on which machine, and what came of it.
+
+    Args:
+        plan: The run.
+        made: ``head`` and ``final`` -> folder, as far as they were written.
+        context: What the card says of the run.
+        state: The trainer's.
+        seconds: Of preparing and training.
+        output: Where it is written.
+    """
+    args, recipe = plan.args, plan.recipe
+    fingerprints = {name: fingerprint(folder) for name, folder in made.items()}
+    asked = plan.defaults | changed_fields(recipe) | plan.config | plan.objective_arguments
+    write_json(
+        output / "training.json",
+        provenance(plan.command)
+        | {
+            "recipe": asked,
+            "learning_rate": args.learning_rate,
+            "steps": state.global_step,
+            "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+            "seed": args.seed,
+            "backbone_fingerprint": fingerprint(fetch(recipe.backbone, revision=recipe.revision)),
+            "fingerprint": fingerprints[list(made)[-1]],
+            "fingerprints": fingerprints,
+            "template": plan.card,
+            "card": context,
+            "pairs": context["pairs"],
+            "seconds": round(seconds, 1),
+            "log": state.log_history,
+        },
+    )

@@ -1,111 +1,167 @@
-"""Queries or documents of a data set as a frozen backbone encodes them, cut into features of batches."""
+"""The queries or the documents of a data set as a frozen backbone encodes them, cut into features of batches.
+
+There is a class for each kind of cached vectors. It encodes texts, or maps the cache, refuses what no head could learn
+from, and gives the features of any of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Self
 
 import numpy as np
 import torch
-from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.dataset import RetrievalDataset
 from ..encoding.cache import embed
-from ..encoding.embeddings import Embeddings, in_memory
+from ..encoding.embeddings import Embeddings, in_memory, mean_of_tokens, sum_of_tokens
 from ..errors import InputError
 
 Features = dict[str, Tensor]
+"""Name -> tensor, whose first axis is that of the texts."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """The queries or the documents of one data set, encoded.
+    """One side of a data set, encoded.
 
     Attributes:
-        embeddings: One vector a text or image.
-        tokens: ``(tokens of all texts,)`` token ids, special tokens included; None of images.
-        offsets: ``(texts + 1,)`` bounds of each text's tokens; None of images.
+        embeddings: Of each text.
         first: Place of the first text among the texts of all data sets.
     """
 
     embeddings: Embeddings
-    tokens: np.ndarray | None
-    offsets: np.ndarray | None
     first: int = 0
 
+    @classmethod
+    def encode(
+        cls, model: Any, texts: Mapping[str, Any], task: Any, name: str, *, first: int = 0, **options: Any
+    ) -> Self:
+        """Encode texts, or map the cache.
+
+        Args:
+            model: The frozen backbone.
+            texts: Id -> text, or where the backbone reads them, image.
+            task: ``query`` or ``document``.
+            name: Readable part of the cache's name.
+            first: See the class.
+            options: Those of the kind of vectors, and of :func:`polyrep.encoding.cache.embed`.
+
+        Raises:
+            InputError: Nothing could be learned from such vectors.
+        """
+        raise NotImplementedError
+
     def features(self, rows: np.ndarray) -> Features:
-        """Features of some items: ``sentence_embedding``, ``index``; of texts padded ``input_ids, attention_mask``."""
-        if self.tokens is None or self.offsets is None:
-            return {
-                "sentence_embedding": torch.from_numpy(self.embeddings.values[rows].astype(np.float32)),
-                "index": torch.from_numpy(self.first + rows),
-            }
-        lengths = np.diff(self.offsets)[rows]
-        columns = np.arange(max(1, lengths.max(initial=1)))
-        mask = columns < lengths[:, None]  # (texts, tokens)
-        places = np.minimum(self.offsets[rows][:, None] + columns, max(0, len(self.tokens) - 1))
-        ids = np.where(mask, self.tokens[places], 0)
-        return {
-            "sentence_embedding": torch.from_numpy(self.embeddings.values[rows].astype(np.float32)),
-            "input_ids": torch.from_numpy(ids.astype(np.int64)),
-            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
-            "index": torch.from_numpy(self.first + rows),
-        }
+        """Features of some texts: what the class says, and ``index``, their places among those of all data sets."""
+        return {**self.vectors_of(rows), "index": torch.from_numpy(self.first + rows)}
+
+    def vectors_of(self, rows: np.ndarray) -> Features:
+        """The same without their places."""
+        raise NotImplementedError
+
+    def single(self, task: str) -> Embeddings:
+        """One vector a text, by which documents are near to a query."""
+        raise NotImplementedError
+
+    @property
+    def has_images(self) -> bool:
+        """Whether it is of images, which have no tokens."""
+        return False
 
     def __len__(self) -> int:
         return len(self.embeddings)
 
 
-def encode_side(
-    model: SentenceTransformer,
-    texts: dict[str, str],
-    task: Any,
-    name: str,
-    *,
-    first: int = 0,
-    tokenizer: Any = None,
-    vectors: np.ndarray | None = None,
-    **options: Any,
-) -> Side:
-    """Encode and tokenise texts, or encode images.
+@dataclass(frozen=True)
+class SentenceSide(Side):
+    """One vector a text or image, and the text's tokens.
 
-    Args:
-        model: The frozen backbone.
-        texts: Id -> text or image.
-        task: ``query`` or ``document``.
-        name: Readable part of the cache's name.
-        first: See :class:`Side`.
-        tokenizer: Takes the place of the backbone's own where a head uses another vocabulary.
-        vectors: ``(texts, width)``; with these nothing is encoded.
-        options: Those of :func:`polyrep.encoding.cache.embed`.
+    Its features are ``sentence_embedding (texts, dim)``, and of texts padded ``input_ids, attention_mask``.
 
-    Raises:
-        InputError: The backbone's similarity is neither dot nor cosine.
+    Attributes:
+        tokens: ``(tokens of all texts,)`` token ids, special tokens included; None of images.
+        offsets: ``(texts + 1,)`` bounds of each text's tokens; None of images.
     """
-    if vectors is not None:
-        embeddings = in_memory(vectors)
-    else:
-        embeddings = embed(model, texts, task=task, name=name, kind="sentence", **options)
+
+    tokens: np.ndarray | None = None
+    offsets: np.ndarray | None = None
+
+    @classmethod
+    def encode(
+        cls,
+        model: SentenceTransformer,
+        texts: Mapping[str, Any],
+        task: Any,
+        name: str,
+        *,
+        first: int = 0,
+        tokenizer: Any = None,
+        vectors: np.ndarray | None = None,
+        **options: Any,
+    ) -> Self:
+        """Encode and tokenise texts, or encode images; see :meth:`Side.encode`.
+
+        With ``vectors (texts, dim)`` nothing is encoded. A ``tokenizer`` takes the place of the backbone's own, where
+        a head uses another vocabulary.
+
+        Raises:
+            InputError: The backbone's similarity is neither dot nor cosine.
+        """
+        if vectors is not None:
+            embeddings = in_memory(vectors)
+        else:
+            embeddings = embed(model, texts, task=task, name=name, kind="sentence", **options)
+        similarity = str(model.similarity_fn_name)
+        if similarity not in ("dot", "cosine"):
+            raise InputError(
+                f"{name}: the model scores by {similarity}, which no inner product of sparse vectors can follow. "
+                "Use a model with dot or cosine similarity."
+            )
+        if similarity == "cosine":  # the inner product of unit vectors, so that everything after scores alike
+            found = np.asarray(embeddings.values, np.float32)
+            found = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+            embeddings = replace(embeddings, values=found.astype(embeddings.values.dtype))
+        if not isinstance(texts, dict) or not isinstance(next(iter(texts.values())), str):  # images are opened late
+            return cls(embeddings, first)
+        return cls(embeddings, first, *_tokenized(model, list(texts.values()), task, tokenizer))
+
+    def vectors_of(self, rows: np.ndarray) -> Features:
+        """Vectors and tokens."""
+        found = {"sentence_embedding": torch.from_numpy(self.embeddings.values[rows].astype(np.float32))}
+        if self.tokens is None or self.offsets is None:
+            return found
+        lengths = np.diff(self.offsets)[rows]
+        columns = np.arange(max(1, lengths.max(initial=1)))
+        mask = columns < lengths[:, None]  # (texts, tokens)
+        places = np.minimum(self.offsets[rows][:, None] + columns, max(0, len(self.tokens) - 1))
+        ids = np.where(mask, self.tokens[places], 0)
+        found["input_ids"] = torch.from_numpy(ids.astype(np.int64))
+        found["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+        return found
+
+    def single(self, task: str) -> Embeddings:
+        """The vectors."""
+        return self.embeddings
+
+    @property
+    def has_images(self) -> bool:
+        """Whether it is of images, which have no tokens."""
+        return self.tokens is None
+
+
+def _tokenized(
+    model: SentenceTransformer, texts: list[str], task: str, tokenizer: Any = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of texts without the words of a prompt: ``(tokens of all texts,)``, and bounds ``(texts + 1,)``."""
     prompt = (model.prompts or {}).get(task) or None
-    similarity = str(model.similarity_fn_name)
-    if similarity not in ("dot", "cosine"):
-        raise InputError(
-            f"{name}: the model scores by {similarity}, which no inner product of sparse vectors can follow. "
-            "Use a model with dot or cosine similarity."
-        )
-    if similarity == "cosine":  # the inner product of unit vectors, so that everything after scores alike
-        vectors = np.asarray(embeddings.values, np.float32)
-        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        embeddings = replace(embeddings, values=vectors.astype(embeddings.values.dtype))
-    if not (isinstance(texts, dict) and isinstance(next(iter(texts.values())), str)):  # images are opened late
-        return Side(embeddings, None, None, first)
-    rows, lengths, content = [], [], list(texts.values())
-    for start in range(0, len(content), 1024):
-        part = content[start : start + 1024]
+    rows, lengths = [], []
+    for start in range(0, len(texts), 1024):
+        part = texts[start : start + 1024]
         if tokenizer is None:
             batch = model.preprocess(part, prompt=prompt, task=task)
         else:
@@ -116,23 +172,31 @@ def encode_side(
         mask[:, : int(torch.as_tensor(batch.get("prompt_length", 0)).max())] = False  # no words of the text
         rows.append(batch["input_ids"][mask].numpy().astype(np.int32))
         lengths.append(mask.sum(1).numpy())
-    return Side(embeddings, np.concatenate(rows), np.cumsum(np.concatenate([[0], *lengths])), first)
+    return np.concatenate(rows), np.cumsum(np.concatenate([[0], *lengths]))
 
 
 @dataclass(frozen=True)
-class TokenSide:
-    """The queries or the documents of one data set as a late-interaction model encodes them.
+class TokenSide(Side):
+    """Several vectors a text, of a late-interaction model.
 
-    Attributes:
-        embeddings: Several vectors a text.
-        first: Place of the first text among the texts of all data sets.
+    Its features are padded ``token_embeddings (texts, tokens, dim)`` and ``attention_mask``.
     """
 
-    embeddings: Embeddings
-    first: int = 0
+    @classmethod
+    def encode(
+        cls, model: Any, texts: Mapping[str, Any], task: Any, name: str, *, first: int = 0, **options: Any
+    ) -> Self:
+        """See :meth:`Side.encode`.
 
-    def features(self, rows: np.ndarray) -> Features:
-        """Features of some texts: padded ``token_embeddings (texts, tokens, dim), attention_mask``, and ``index``."""
+        Raises:
+            InputError: A text has no vector, or one that is not finite or is zero; names its id.
+        """
+        embeddings = embed(model, texts, task=task, name=name, kind="tokens", **options)
+        _refuse_meaningless(embeddings, list(texts), f"{name}: {task}")
+        return cls(embeddings, first)
+
+    def vectors_of(self, rows: np.ndarray) -> Features:
+        """Vectors under one another, zero where there are no more."""
         offsets = self.embeddings.offsets
         assert offsets is not None
         lengths = offsets[rows + 1] - offsets[rows]
@@ -141,39 +205,20 @@ class TokenSide:
         vectors = torch.zeros(*mask.shape, self.embeddings.dim)
         found = self.embeddings.values[starts + np.arange(lengths.sum())]
         vectors[torch.from_numpy(mask)] = torch.from_numpy(np.asarray(found, np.float32))
-        return {
-            "token_embeddings": vectors,
-            "attention_mask": torch.from_numpy(mask),
-            "index": torch.from_numpy(self.first + rows),
-        }
+        return {"token_embeddings": vectors, "attention_mask": torch.from_numpy(mask)}
 
-    def __len__(self) -> int:
-        return len(self.embeddings)
+    def single(self, task: str) -> Embeddings:
+        """Their sum for a query, their mean for a document: full late interaction would cost more than the fit."""
+        return sum_of_tokens(self.embeddings) if task == "query" else mean_of_tokens(self.embeddings)
 
 
-def encode_tokens(
-    model: MultiVectorEncoder, texts: dict[str, str], task: Any, name: str, *, first: int = 0, **options: Any
-) -> TokenSide:
-    """Encode texts into token vectors.
-
-    Args:
-        model: The frozen backbone.
-        texts: Id -> text.
-        task: ``query`` or ``document``.
-        name: Readable part of the cache's name.
-        first: See :class:`TokenSide`.
-        options: Those of :func:`polyrep.encoding.cache.embed`.
-
-    Raises:
-        InputError: A text has no vector, or one that is not finite or is zero; names its id.
-    """
-    embeddings = embed(model, texts, task=task, name=name, kind="tokens", **options)
+def _refuse_meaningless(embeddings: Embeddings, ids: list[str], subject: str) -> None:
+    """InputError if a text has no token vector, or one without a direction."""
     assert embeddings.offsets is not None
-    ids = list(texts)
     if not embeddings.lengths.all():
         raise InputError(
-            f"{name}: {task} {ids[int(np.argmin(embeddings.lengths))]!r} has no token that counts, so it cannot be "
-            "scored. Remove it, or loosen the backbone's skiplist or keep_only_token_ids."
+            f"{subject} {ids[int(np.argmin(embeddings.lengths))]!r} has no token that counts, so it cannot be scored. "
+            "Remove it, or loosen the backbone's skiplist or keep_only_token_ids."
         )
     for start in range(0, len(embeddings.values), 2**18):  # 64 MiB at width 128, not the whole corpus
         lengths = np.linalg.norm(embeddings.values[start : start + 2**18].astype(np.float32), axis=1)
@@ -182,167 +227,82 @@ def encode_tokens(
             place = start + int(np.argmax(bad))
             text = int(np.searchsorted(embeddings.offsets, place, "right")) - 1
             raise InputError(
-                f"{name}: {task} {ids[text]!r} has a token vector of length {lengths[place - start]} in the cache "
+                f"{subject} {ids[text]!r} has a token vector of length {lengths[place - start]} in the cache "
                 f"{embeddings.path}, so its pooled vector would mean nothing. Delete the cache to have it made again; "
                 "if the error stays, the backbone is broken."
             )
-    return TokenSide(embeddings, first)
 
 
 @dataclass(frozen=True)
-class LayerSide:
-    """The queries or the documents of one data set at every layer of an encoder.
+class LayerSide(Side):
+    """One vector a layer of an encoder.
 
-    Attributes:
-        embeddings: One vector a layer.
-        first: Place of the first text among the texts of all data sets.
+    Its features are ``layer_embeddings (texts, layers + 1, dim)``, the embeddings first.
     """
 
-    embeddings: Embeddings
-    first: int = 0
+    @classmethod
+    def encode(
+        cls,
+        model: Any,
+        texts: Mapping[str, Any],
+        task: Any,
+        name: str,
+        *,
+        first: int = 0,
+        token: str = "mean",
+        **options: Any,
+    ) -> Self:
+        """See :meth:`Side.encode`; the first module of the backbone is the encoder.
 
-    def features(self, rows: np.ndarray) -> Features:
-        """Features of some texts: ``layer_embeddings (texts, layers + 1, dim)``, embeddings first, and ``index``."""
-        return {
-            "layer_embeddings": torch.from_numpy(self.embeddings.values[rows].astype(np.float32, copy=False)),
-            "index": torch.from_numpy(self.first + rows),
-        }
+        At each layer ``token`` stands for a text: the ``mean`` of all, or ``cls``, the first.
+        """
+        kind: Any = {"mean": "layers", "cls": "cls_layers"}[token]
+        return cls(embed(model, texts, task=task, name=name, kind=kind, **options), first)
+
+    def vectors_of(self, rows: np.ndarray) -> Features:
+        """States at every layer."""
+        return {"layer_embeddings": torch.from_numpy(self.embeddings.values[rows].astype(np.float32, copy=False))}
+
+    def single(self, task: str) -> Embeddings:
+        """The last layer."""
+        return self.last()
 
     def last(self) -> Embeddings:
         """The last layer alone."""
         return replace(self.embeddings, kind="sentence", values=self.embeddings.values[:, -1])
 
-    def __len__(self) -> int:
-        return len(self.embeddings)
+
+KINDS: dict[str, type[Side]] = {"sentence": SentenceSide, "tokens": TokenSide, "layers": LayerSide}
+"""What a head learns from -> how it is encoded."""
 
 
-def encode_layers(
-    model: SentenceTransformer,
-    texts: dict[str, str],
-    task: Any,
-    name: str,
-    *,
-    first: int = 0,
-    token: str = "mean",
-    **options: Any,
-) -> LayerSide:
-    """Encode texts into their state at every layer.
-
-    Args:
-        model: The frozen backbone, whose first module is the encoder.
-        texts: Id -> text.
-        task: ``query`` or ``document``.
-        name: Readable part of the cache's name.
-        first: See :class:`LayerSide`.
-        token: ``mean`` of a text's tokens, or ``cls`` for the first.
-        options: Those of :func:`polyrep.encoding.cache.embed`.
-    """
-    kind: Any = {"mean": "layers", "cls": "cls_layers"}[token]
-    return LayerSide(embed(model, texts, task=task, name=name, kind=kind, **options), first)
+_PADDED = ("input_ids", "attention_mask", "token_embeddings", "judged")
+"""Features whose second axis is as long as a text has tokens, or a query relevant documents."""
 
 
-def encode_dataset(
-    model: Any,
-    dataset: RetrievalDataset,
-    *,
-    kind: Literal["sentence", "tokens", "layers"] = "sentence",
-    images: Any = None,
-    first: tuple[int, int] = (0, 0),
-    **options: Any,
-) -> tuple[Any, Any]:
-    """Encode both sides of a data set, or take the vectors that it brings.
-
-    Args:
-        model: The frozen backbone.
-        dataset: The data set.
-        kind: What the head reads, see :class:`HeadData`.
-        images: Encodes the documents where the backbone cannot.
-        first: Places of the first query and document, see :class:`Side`.
-        options: Those of the encoding.
-
-    Returns:
-        Queries and documents, each a Side, TokenSide or LayerSide.
-
-    Raises:
-        InputError: Vectors have another width than the encoder's, or a caption of an image holds no known word.
-    """
-    encode: Any = {"sentence": encode_side, "tokens": encode_tokens, "layers": encode_layers}[kind]
-    sides = []
-    for side, encoder, texts, name, place in (
-        ("query", model, dataset.queries, f"{dataset.name}-{dataset.split}", first[0]),
-        ("document", images or model, dataset.corpus, dataset.name, first[1]),
-    ):
-        given = _given_vectors(dataset, side, model, images)
-        more = options if given is None else {**options, "vectors": given}
-        sides.append(encode(encoder, texts, side, name, first=place, **more))
-    queries, documents = sides
-    if is_of_images(documents):
-        _refuse_wordless(dataset, queries, options.get("tokenizer") or model.tokenizer)
-    return queries, documents
+def concatenated(parts: list[Features]) -> Features:
+    """Features of several parts under one another, padded to the longest text."""
+    joined = {}
+    for name in parts[0]:
+        tensors = [part[name] for part in parts]
+        if name in _PADDED:
+            tensors = pad_tokens(tensors)
+        joined[name] = torch.cat(tensors)
+    return joined
 
 
-def is_of_images(side: Any) -> bool:
-    """Whether a side holds images, which have no tokens."""
-    return isinstance(side, Side) and side.tokens is None
+def pad_tokens(tensors: list[Tensor]) -> list[Tensor]:
+    """Pad the second axis, that of tokens, to the longest with zeros."""
+    width = max(tensor.shape[1] for tensor in tensors)
+    return [
+        torch.nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, width - tensor.shape[1]))
+        for tensor in tensors
+    ]
 
 
-def _given_vectors(dataset: RetrievalDataset, side: str, model: Any, images: Any) -> np.ndarray | None:
-    """What a data set brings for a side, in the space of ``model`` (of ``images``, for documents); None for nothing.
-
-    Images that come without vectors of their captions are features of the vision tower, if they have its width.
-    """
-    vectors = dataset.vectors.get(side)
-    if vectors is None:
-        return None
-    encoder = images if images is not None and side == "document" else model
-    widths = [encoder.get_embedding_dimension()]
-    tower = getattr(getattr(model[0], "model", None), "head", None)
-    if images is None and side == "document" and "query" not in dataset.vectors and tower is not None:
-        if tower.config.image_dim == widths[0]:
-            raise InputError(
-                f"{dataset.name}: vectors of width {widths[0]} may be the vision tower's features or already mapped. "
-                "Bring the captions' vectors too, if they are."
-            )
-        if vectors.shape[1] == tower.config.image_dim:
-            with torch.inference_mode():
-                parts = [
-                    tower(torch.from_numpy(part.astype(np.float32)).to(tower.device, tower.dtype), "image")
-                    for part in np.array_split(vectors, -(-len(vectors) // 2048))
-                ]
-            return torch.cat([part.sentence_embedding.float().cpu() for part in parts]).numpy().astype(np.float16)
-        widths.append(tower.config.image_dim)
-    if vectors.shape[1] not in widths:
-        flag = "--vision" if images is not None and side == "document" else "--backbone"
-        raise InputError(
-            f"{dataset.name}: its {side} vectors have width {vectors.shape[1]}, but the encoder gives "
-            f"{' or '.join(map(str, widths))}, so they come from another. Name the one that made them with {flag}."
-        )
-    if images is not None and side == "document":
-        return vectors
-    # As the encoder's own would be: of unit length, by which they are compared.
-    lengths = np.linalg.norm(vectors.astype(np.float32), axis=1, keepdims=True)
-    if not lengths.all():
-        raise InputError(
-            f"{dataset.name}: {side} vector {int(lengths.argmin())} of the split is zero, so it has no direction to "
-            "compare. Make it again, or remove its image."
-        )
-    return (vectors / lengths).astype(np.float16)
-
-
-def _refuse_wordless(dataset: RetrievalDataset, captions: Side, tokenizer: Any) -> None:
-    """Images are found by the words of their captions alone, so each needs one."""
-    assert captions.tokens is not None and captions.offsets is not None
-    known = ~np.isin(captions.tokens, tokenizer.all_special_ids)
-    words = np.diff(np.concatenate([[0], np.cumsum(known)])[captions.offsets])
-    if not words.all():
-        caption = list(dataset.queries)[int(words.argmin())]
-        raise InputError(
-            f"{dataset.name}: caption {caption!r} ({dataset.queries[caption]!r}) holds no word of the vocabulary, so "
-            "nothing could find its image by it. Remove it or write it in the tokenizer's language."
-        )
-
-
-def encode_sparse(encode: Callable[[Features], Tensor], side: Side, *, show_progress: bool = True) -> Embeddings:
+def encode_sparse(
+    encode: Callable[[Features], Tensor], side: SentenceSide, *, show_progress: bool = True
+) -> Embeddings:
     """Sparse vectors of cached texts, as :func:`polyrep.encoding.cache.embed` would give for the whole retriever.
 
     Args:

@@ -1,65 +1,111 @@
-"""Train a whole model: the stock trainer of its sentence-transformers family over pairs."""
+"""Train a whole model: the stock trainer of its sentence-transformers family over pairs of texts."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 
 from ..errors import InputError
-from ..hub.folder import Encoder
-from .adapters import AdapterTrainerMixin
+from ..hub.cards import render_card
+from ..hub.folder import Encoder, load, save
+from .adapters import AdapterTrainerMixin, add_adapters, merge_adapters
+from .arguments import TRAINERS
 from .checkpoints import CheckpointCallback, OneWriterMixin
 from .datasets import datasets_of
 from .mining import Miner, RemineCallback
-from .recipes import TRAINERS, Plan
+from .objective import Objective, contract
+from .recipes import Plan
 
 
-def family_trainer(plan: Plan, model: Encoder) -> tuple[Any, dict[str, int]]:
-    """The family's trainer over one data set per source, and the number of pairs in each."""
-    sources, loaded_from, callbacks = {}, {}, []
-    miner = Miner(plan.recipe) if plan.recipe.hard_negatives and not plan.recipe.dry_run else None
-    for loaded in datasets_of(plan.recipe):
-        sources[loaded.name] = loaded.pairs()
-        if miner is not None and loaded.given:
+class WholeTraining:
+    """A whole model and the trainer of its family.
+
+    Attributes:
+        plan: The run.
+        model: What is trained.
+        trainer: The family's own.
+        pairs: Data set -> number of its pairs.
+        prepare_seconds: What was spent on the data's vectors before the first step: nothing.
+
+    Args:
+        plan: The run.
+        init: Folder of the untrained model.
+    """
+
+    prepare_seconds = 0.0
+
+    def __init__(self, plan: Plan, init: Path):
+        self.plan = plan
+        # The code of a room is ours; any other code in the folder came with the backbone.
+        self.model: Any = load(init, trust_remote_code=bool(plan.room) or plan.recipe.trust_remote_code)
+        if plan.recipe.lora_rank:
+            add_adapters(self.model, plan.recipe.lora_rank)
+        data, remine = _pairs(plan)
+        self.pairs = {name: len(pairs) for name, pairs in data.items()}
+        freeze(plan.recipe.freeze, self.model)
+        loss = plan.objective(self.model, **plan.objective_arguments)
+        objective = contract(loss)
+        if not plan.recipe.dry_run and not plan.args.resume_from_checkpoint:
+            objective.initialize(data)
+        if plan.args.learning_rate_mapping == {}:
+            plan.args.learning_rate_mapping = _learning_rates(plan, loss, objective)
+        _checkpoint_gradients(plan, self.model)
+        if remine is not None:
+            data = remine.shown()
+        mixins = (OneWriterMixin, AdapterTrainerMixin) if plan.recipe.lora_rank else (OneWriterMixin,)
+        self.trainer: Any = type("FamilyTrainer", (*mixins, TRAINERS[type(self.model).__name__][0]), {})(
+            model=self.model,
+            args=plan.args,
+            train_dataset=DatasetDict(data) if len(data) > 1 else next(iter(data.values())),
+            loss=loss,
+            callbacks=[CheckpointCallback(objective), *([remine] if remine else [])],
+        )
+
+    def refuse_no_step(self) -> None:
+        """InputError if the pairs make no whole batch."""
+        with torch.random.fork_rng(devices=[]):
+            empty = next(iter(self.trainer.get_train_dataloader().batch_sampler), None) is None
+        if empty:
             raise InputError(
-                f"--hard_negatives {plan.recipe.hard_negatives}: {loaded.name} brings negatives of its own. Use 0."
+                f"{sum(self.pairs.values())} pairs make no batch of {self.plan.args.train_batch_size}, so there is no "
+                "step. Lower --per_device_train_batch_size, name more --datasets, or take another --batch_sampler."
             )
-        if miner is not None:
-            with plan.args.main_process_first(desc="mine negatives"):
-                sources[loaded.name] = miner.mine(loaded, sources[loaded.name])
-            loaded_from[loaded.name] = (loaded, sources[loaded.name])
-    freeze(plan.recipe.freeze, model)
-    objective: Any = plan.objective(model, **plan.objective_arguments)
-    if hasattr(objective, "prepare") and not plan.recipe.dry_run and not plan.args.resume_from_checkpoint:
-        objective.prepare(sources)
-    if plan.args.learning_rate_mapping == {} and hasattr(objective, "learning_rates"):
-        names = [name for name, _ in objective.named_parameters()]
-        plan.args.learning_rate_mapping = {
-            pattern: factor * plan.args.learning_rate
-            for pattern, factor in objective.learning_rates.items()
-            if any(re.search(pattern, name) for name in names)
-        }
-    if miner is not None and plan.recipe.remine:
-        callbacks = [RemineCallback(miner, loaded_from)]
-        sources = callbacks[0].shown()
-    # Asked for here, since not every sentence-transformers passes on what its trainer says.
-    if plan.args.gradient_checkpointing:
-        kwargs = plan.args.gradient_checkpointing_kwargs or {"use_reentrant": False}
-        first: Any = model[0]
-        first.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-        plan.args.gradient_checkpointing = False
-    mixins = (OneWriterMixin, AdapterTrainerMixin) if plan.recipe.lora_rank else (OneWriterMixin,)
-    trainer = type("FamilyTrainer", (*mixins, TRAINERS[type(model).__name__][0]), {})(
-        model=model,
-        args=plan.args,
-        train_dataset=DatasetDict(sources) if len(sources) > 1 else next(iter(sources.values())),
-        loss=objective,
-        callbacks=[CheckpointCallback(objective), *callbacks],
-    )
-    return trainer, {name: len(pairs) for name, pairs in sources.items()}
+
+    def train(self, resume: Path | None) -> None:
+        """Train, from a checkpoint if one is named."""
+        self.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+
+    def save(self, output: Path, context: dict[str, Any]) -> dict[str, Path]:
+        """Write the trained model and its card as ``final``; return that name -> folder."""
+        if self.plan.recipe.lora_rank:
+            merge_adapters(self.model)
+        card = self.plan.card
+        readme = str(render_card(self.model, card, recipe=context)) if card else None
+        return {"final": save(self.model, output / "final", readme=readme)}
+
+
+def _pairs(plan: Plan) -> tuple[dict[str, Dataset], RemineCallback | None]:
+    """Pairs of each data set, with mined negatives if wanted, and what mines them anew before each further epoch."""
+    recipe = plan.recipe
+    miner = Miner(recipe) if recipe.hard_negatives and not recipe.dry_run else None
+    found: dict[str, Dataset] = {}
+    mined = {}
+    for dataset in datasets_of(recipe):
+        found[dataset.name] = dataset.pairs()
+        if miner is None:
+            continue
+        if dataset.given:
+            raise InputError(
+                f"--hard_negatives {recipe.hard_negatives}: {dataset.name} brings negatives of its own. Use 0."
+            )
+        with plan.args.main_process_first(desc="mine negatives"):
+            found[dataset.name] = miner.mine(dataset, found[dataset.name])
+        mined[dataset.name] = (dataset, found[dataset.name])
+    return found, RemineCallback(miner, mined) if miner is not None and recipe.remine else None
 
 
 def freeze(patterns: list[str], model: torch.nn.Module) -> None:
@@ -71,3 +117,22 @@ def freeze(patterns: list[str], model: torch.nn.Module) -> None:
             raise InputError(f"--freeze {pattern!r}: matches no parameter. The first is {names[0]!r}.")
         for parameter in matched:
             parameter.requires_grad_(False)
+
+
+def _learning_rates(plan: Plan, loss: torch.nn.Module, objective: Objective) -> dict[str, float]:
+    """Pattern -> learning rate, as far as a parameter has such a name: others the trainer would refuse."""
+    names = [name for name, _ in loss.named_parameters()]
+    return {
+        pattern: factor * plan.args.learning_rate
+        for pattern, factor in objective.learning_rates.items()
+        if any(re.search(pattern, name) for name in names)
+    }
+
+
+def _checkpoint_gradients(plan: Plan, model: Encoder) -> None:
+    """Ask the encoder itself, since not every sentence-transformers passes on what its trainer says."""
+    if plan.args.gradient_checkpointing:
+        kwargs = plan.args.gradient_checkpointing_kwargs or {"use_reentrant": False}
+        first: Any = model[0]
+        first.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        plan.args.gradient_checkpointing = False

@@ -8,8 +8,7 @@ stages, whose documents the full model orders.
 from __future__ import annotations
 
 import logging
-import shlex
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from ...encoding.embeddings import Embeddings
 from ...encoding.encoders import kind_of
 from ...errors import InputError
 from ...files import digest
-from ...flags import parse
+from ...flags import command_line, parse
 from ...hub.cards import hub_source
 from ...hub.fingerprint import fingerprint
 from ...hub.folder import Encoder, fastest_dtype, fetch, load
@@ -32,10 +31,11 @@ from ..systems import Ranking, costs_of, keep_ranking, latency, rank_with_bm25
 from ..table import display_name, metric_rows, refuse_doubles
 from .advice import Budget, fronts, learned_margins, parse_budget, recommend
 from .fit import code_digest
+from .fit_data import FitData, cloze_queries, judged_queries
+from .full_model import FullModel
 from .picture import draw
 from .rivals import RIVALS
 from .rows import COMMON, FULL, Candidate, Encoded, Method
-from .subject import Lessons, Subject, cloze, judged
 from .timed import RERANK_DEPTH, loaded, rank_in_two_stages, rank_when_ready, timed_rows
 
 STAGE_DEPTHS = (50, 200)
@@ -100,8 +100,8 @@ class FrontierArguments:
 
 
 @dataclass
-class Measured:
-    """Rows of one data set, and what could not be made one."""
+class Found:
+    """The rows of one data set, and what could not be made one."""
 
     rankings: list[Ranking] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
@@ -117,13 +117,12 @@ class Job:
     stages: bool = False
 
 
-def frontier(argv: list[str], *, prog: str = "polyrep evaluate", untrusted: Collection[str] = ()) -> dict[str, Any]:
+def frontier(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, Any]:
     """Compare every way to make a model's index smaller; print the table and what fits each budget.
 
     Args:
         argv: The model and flags.
         prog: How it was called.
-        untrusted: Models whose code does not run whatever the flag says.
 
     Returns:
         The results, in the layout of :func:`polyrep.report.write_results`, with ``recommendations`` and ``failures``.
@@ -135,60 +134,67 @@ def frontier(argv: list[str], *, prog: str = "polyrep evaluate", untrusted: Coll
     args, source = parse(FrontierArguments, argv, prog, about, "MODEL", "Folder, Hub id, or minilm.")
     budgets = [parse_budget(text) for text in args.budget or BUDGETS]
     _refuse_flags(args)
-    trusted = args.trust_remote_code and source not in untrusted
+    models = _open(args, source)
+    methods = chosen_methods(args.methods, source, models[0].model)
+    results = {
+        "name": args.name or f"frontier-{'-'.join(full.dataset.name for full in models)}",
+        **provenance(command_line(prog, argv)),
+        "seeds": [args.seed],
+        "settings_tried": args.settings_tried,
+        "models": {display_name(source): fingerprint(models[0].folder)},
+        "rows": [],
+        "claims": [],
+        "recommendations": [],
+        "failures": [],
+        "notes": [NOTE, *(full.fit_data.note for full in models if full.fit_data.note)],
+        "fit_seconds": args.fit_seconds,
+    }
+    for path, full in zip(args.dataset, models, strict=True):
+        found = rank_all(full, methods)
+        rows, advice, margins = tabulate(full, found.rankings, budgets)
+        results["rows"] += [row | hub_source(path) for row in rows]
+        results["recommendations"] += advice
+        results["claims"] += margins
+        results["failures"] += found.failures
+    print(write_results(results, Path(args.output) if args.output else None, picture=draw))
+    return results
+
+
+def _open(args: FrontierArguments, source: str) -> list[FullModel]:
+    """The model, once, on every data set.
+
+    Raises:
+        InputError: It, or a data set, cannot be used.
+    """
     parts = [_read(args, path) for path in args.dataset]
     refuse_doubles(args.dataset, [dataset.name for dataset, _ in parts])
-    folder = fetch(source, revision=args.revision, trust_remote_code=trusted)
+    folder = fetch(source, revision=args.revision, trust_remote_code=args.trust_remote_code)
     weights = fastest_dtype(args.model_dtype)
-    model = load(folder, trust_remote_code=trusted, dtype=weights)
-    methods = chosen_methods(args.methods, source, model)
+    model: Any = load(folder, trust_remote_code=args.trust_remote_code, dtype=weights)
     if args.max_length:
         model.max_seq_length = args.max_length
-    rows: list[dict[str, Any]] = []
-    recommendations: list[dict[str, Any]] = []
-    claims: list[dict[str, Any]] = []
-    failures: list[dict[str, str]] = []
-    for path, (dataset, lessons) in zip(args.dataset, parts, strict=True):
-        on = Subject(
+    return [
+        FullModel(
             model,
             folder,
             dataset,
-            lessons,
+            fit_data,
             args.cache_dir,
             Path(args.frontier_cache),
             fit_seconds=args.fit_seconds,
             seed=args.seed,
             weights=weights,
             batch_size=args.batch_size,
-            trust_remote_code=trusted,
+            trust_remote_code=args.trust_remote_code,
         )
-        measured = measure(on, methods)
-        found, advice, margins = tabulate(on, measured.rankings, budgets)
-        rows += [row | hub_source(path) for row in found]
-        recommendations += advice
-        claims += margins
-        failures += measured.failures
-    results = {
-        "name": args.name or f"frontier-{'-'.join(dataset.name for dataset, _ in parts)}",
-        **provenance(shlex.join(["python", prog, *argv] if prog.endswith(".py") else [*prog.split(), *argv])),
-        "seeds": [args.seed],
-        "settings_tried": args.settings_tried,
-        "models": {display_name(source): fingerprint(folder)},
-        "rows": rows,
-        "claims": claims,
-        "recommendations": recommendations,
-        "failures": failures,
-        "notes": [NOTE, *(lessons.note for _, lessons in parts if lessons.note)],
-        "fit_seconds": args.fit_seconds,
-    }
-    print(write_results(results, Path(args.output) if args.output else None, picture=draw))
-    return results
+        for dataset, fit_data in parts
+    ]
 
 
 def all_methods() -> dict[str, Method]:
-    """Name of ``--methods`` -> method: the rivals, and the rows that rooms bring."""
+    """Name of ``--methods`` -> method: the rows that rooms bring, and the rivals."""
     rooms = {room.package.rpartition(".")[2]: room.named(room.frontier) for room in ROOMS.values() if room.frontier}
-    return RIVALS | rooms
+    return rooms | RIVALS
 
 
 def learned_titles() -> tuple[str, ...]:
@@ -217,70 +223,70 @@ def chosen_methods(names: list[str], source: str, model: Encoder) -> list[str]:
     return [name for name in fitting if "all" in names or name in names]
 
 
-def measure(on: Subject, methods: list[str]) -> Measured:
+def rank_all(full: FullModel, methods: list[str]) -> Found:
     """Rank every row of one data set, or take it from where it is kept; a row that fails does not stop the others.
 
     Raises:
         Exception: Whatever stopped the full model's own row.
     """
     # Times are of the machine, the device and the number of threads, and so are fits within a time.
-    machine = [hardware(), str(on.model.device)]
-    data = [on.queries.path.name, on.documents.path.name, on.dataset.qrels, on.seed, machine]
-    learned = [on.lessons.dataset.queries, on.lessons.dataset.qrels, on.lessons.flags, on.fit_seconds]
-    jobs = list(_jobs(on, methods, learned))
-    out = Measured()
-    full: list[Embeddings] = []
+    machine = [hardware(), str(full.model.device)]
+    data = [full.queries.path.name, full.documents.path.name, full.dataset.qrels, full.seed, machine]
+    learned = [full.fit_data.dataset.queries, full.fit_data.dataset.qrels, full.fit_data.settings, full.fit_seconds]
+    jobs = list(_jobs(full, methods, learned))
+    out = Found()
+    in_memory: list[Embeddings] = []
     total = len(jobs) + len(STAGE_DEPTHS) * sum(job.stages for job in jobs)
-    with tqdm(total=total, desc=on.dataset.name, unit="row") as progress:
+    with tqdm(total=total, desc=full.dataset.name, unit="row") as progress:
         while jobs:
             job = jobs.pop(0)  # and with it what it holds, once it is done
             progress.set_postfix_str(job.system)
             key = digest([job.system, data, job.depends])
             try:
-                ranking = keep_ranking(_place(on, key), job.system, job.make, RERANK_DEPTH)
+                ranking = keep_ranking(_place(full, key), job.system, job.make, RERANK_DEPTH)
             except (Exception, SystemExit) as error:  # the latter is how a parser refuses a flag
                 if job.system == FULL:
                     raise
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
-                logger.warning("%s, %s failed: %s", on.dataset.name, job.system, reason, exc_info=error)
-                out.failures.append({"system": job.system, "dataset": on.dataset.name, "reason": reason})
+                logger.warning("%s, %s failed: %s", full.dataset.name, job.system, reason, exc_info=error)
+                out.failures.append({"system": job.system, "dataset": full.dataset.name, "reason": reason})
                 progress.update(1 + len(STAGE_DEPTHS) * job.stages)
                 continue
             out.rankings.append(ranking)
             progress.update()
             if job.stages:
-                jobs[:0] = [_second_stage(on, ranking, depth, [key, depth], full) for depth in STAGE_DEPTHS]
+                jobs[:0] = [_second_stage(full, ranking, depth, [key, depth], in_memory) for depth in STAGE_DEPTHS]
     return out
 
 
-def _place(on: Subject, key: str) -> Path:
-    return on.kept / "rows" / f"{on.dataset.name}-{key}.safetensors"
+def _place(full: FullModel, key: str) -> Path:
+    return full.kept / "rows" / f"{full.dataset.name}-{key}.safetensors"
 
 
-def _jobs(on: Subject, methods: list[str], learned: Any) -> Iterator[Job]:
+def _jobs(full: FullModel, methods: list[str], learned: Any) -> Iterator[Job]:
     """The rows of one stage, the references first."""
-    whole = Candidate(FULL, lambda: Encoded(on.queries, on.documents, on.similarity))
-    yield Job(FULL, code_digest(*COMMON), lambda: _ranked(on, whole))
-    if isinstance(next(iter(on.dataset.corpus.values())), str):  # images have no words to find them by
-        yield Job(BM25, code_digest(*COMMON), lambda: _bm25(on), True)
+    whole = Candidate(FULL, lambda: Encoded(full.queries, full.documents, full.similarity))
+    yield Job(FULL, code_digest(*COMMON), lambda: _ranked(full, whole))
+    if isinstance(next(iter(full.dataset.corpus.values())), str):  # images have no words to find them by
+        yield Job(BM25, code_digest(*COMMON), lambda: _bm25(full), True)
     known = all_methods()
     for name in methods:
         method = known[name]
         depends = [method.digest(), learned if method.run else None]
-        for candidate in method.rows(on):
-            yield Job(candidate.system, depends, lambda c=candidate: _ranked(on, c), candidate.first_stage)  # type: ignore[misc]
+        for candidate in method.rows(full):
+            yield Job(candidate.system, depends, lambda c=candidate: _ranked(full, c), candidate.first_stage)  # type: ignore[misc]
 
 
-def _ranked(on: Subject, candidate: Candidate) -> Ranking:
+def _ranked(full: FullModel, candidate: Candidate) -> Ranking:
     row = candidate.make()
-    options: dict[str, Any] = {"similarity": row.similarity, "device": on.model.device}
-    ranking = rank_when_ready(candidate.system, row.queries, row.documents, on.ranks, **options)
+    options: dict[str, Any] = {"similarity": row.similarity, "device": full.model.device}
+    ranking = rank_when_ready(candidate.system, row.queries, row.documents, full.ranks, **options)
     return replace(ranking, costs=ranking.costs | row.costs)
 
 
-def _bm25(on: Subject) -> Ranking:
+def _bm25(full: FullModel) -> Ranking:
     """BM25 with the time of the queries that every row is timed by."""
-    ranking = rank_with_bm25(on.dataset, RERANK_DEPTH)
+    ranking = rank_with_bm25(full.dataset, RERANK_DEPTH)
     assert ranking.seconds is not None
     rows = timed_rows(len(ranking.seconds))
     seconds = np.full(len(ranking.seconds), np.nan)
@@ -290,42 +296,42 @@ def _bm25(on: Subject) -> Ranking:
     return replace(ranking, seconds=seconds, costs=costs)
 
 
-def _second_stage(on: Subject, first: Ranking, depth: int, depends: Any, full: list[Embeddings]) -> Job:
+def _second_stage(full: FullModel, first: Ranking, depth: int, depends: Any, in_memory: list[Embeddings]) -> Job:
     system = f"{first.system}, rerank {depth}"
 
     def make() -> Ranking:
-        if not full:  # in memory from the first row that reads it on
-            full.append(loaded(on.documents))
-        size = costs_of(on.queries, on.documents)["bytes_per_document"]
-        options: dict[str, Any] = {"similarity": on.similarity, "device": on.model.device, "full_bytes": size}
-        return rank_in_two_stages(system, first, depth, on.queries, full[0], on.ranks, **options)
+        if not in_memory:  # from the first row that reads it on
+            in_memory.append(loaded(full.documents))
+        size = costs_of(full.queries, full.documents)["bytes_per_document"]
+        options: dict[str, Any] = {"similarity": full.similarity, "device": full.model.device, "full_bytes": size}
+        return rank_in_two_stages(system, first, depth, full.queries, in_memory[0], full.ranks, **options)
 
     return Job(system, [depends, code_digest(*COMMON)], make)
 
 
 def tabulate(
-    on: Subject, rankings: list[Ranking], budgets: list[Budget]
+    full: FullModel, rankings: list[Ranking], budgets: list[Budget]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of one data set with intervals, tests against the full model and fronts; advice for each budget; claims."""
-    values = {ranking.system: per_query_metrics(on.dataset, ranking) for ranking in rankings}
+    values = {ranking.system: per_query_metrics(full.dataset, ranking) for ranking in rankings}
     stacked = {system: {metric: of[metric][None] for metric in METRICS} for system, of in values.items()}
     costs = {ranking.system: ranking.costs for ranking in rankings}
-    rows = metric_rows(on.dataset.name, on.dataset.split, stacked, costs, FULL, on.seed)
+    rows = metric_rows(full.dataset.name, full.dataset.split, stacked, costs, FULL, full.seed)
     main = [row for row in rows if row["metric"] == "nDCG@10"]
     for row, found in zip(main, fronts(main), strict=True):
         row["pareto"] = found
     per_query = {system: of["nDCG@10"] for system, of in values.items()}
-    advice = recommend(main, per_query, budgets, full=FULL, seed=on.seed)
-    same = f" Rows were chosen and measured on the same {len(on.dataset.queries):,} queries."
-    advice = [entry | {"dataset": on.dataset.name, "text": entry["text"] + same} for entry in advice]
-    margins = learned_margins(main, per_query, learned_titles(), seed=on.seed)
-    return rows, advice, [entry | {"dataset": on.dataset.name} for entry in margins]
+    advice = recommend(main, per_query, budgets, full=FULL, seed=full.seed)
+    same = f" Rows were chosen and measured on the same {len(full.dataset.queries):,} queries."
+    advice = [entry | {"dataset": full.dataset.name, "text": entry["text"] + same} for entry in advice]
+    margins = learned_margins(main, per_query, learned_titles(), seed=full.seed)
+    return rows, advice, [entry | {"dataset": full.dataset.name} for entry in margins]
 
 
-def _read(args: FrontierArguments, path: str) -> tuple[Any, Lessons]:
+def _read(args: FrontierArguments, path: str) -> tuple[Any, FitData]:
     if args.queries == "inverse_cloze":
-        return cloze(path, Path(args.frontier_cache) / "cloze", keep_empty=args.keep_empty)
-    return judged(path, args.split, keep_empty=args.keep_empty)
+        return cloze_queries(path, Path(args.frontier_cache) / "cloze", keep_empty=args.keep_empty)
+    return judged_queries(path, args.split, keep_empty=args.keep_empty)
 
 
 def _refuse_flags(args: FrontierArguments) -> None:

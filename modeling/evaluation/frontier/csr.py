@@ -1,4 +1,4 @@
-"""Sparse vectors from cached dense ones: by the stock sparse auto-encoder, as a rival of learned words."""
+"""The stock sparse auto-encoder on cached vectors: what a learned sparse head is compared with."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import nn
 
 from ...encoding.embeddings import Embeddings
 from ...files import staged_folder, write_json
+from ...training.arguments import HeadTrainingArguments
 from ...training.head_trainer import HeadTrainer
 from ...training.pairs import HeadData
-from ...training.recipes import HeadTrainingArguments
-from ...training.sides import Side, encode_sparse
+from ...training.sides import SentenceSide, encode_sparse
 
 CSR_SIZES = (32, 64, 128)
 CSR_STEPS, CSR_BATCH = 300, 128
@@ -34,7 +34,7 @@ def csr(dim: int, size: int) -> tuple[SparseAutoEncoder, CSRLoss]:
     return module, CSRLoss(SparseEncoder(modules=[module], device="cpu"), gamma=0.0)
 
 
-def with_csr(module: nn.Module, side: Side) -> Embeddings:
+def with_csr(module: nn.Module, side: SentenceSide) -> Embeddings:
     """Encode with a fitted sparse auto-encoder."""
     return encode_sparse(lambda f: module({"sentence_embedding": f["sentence_embedding"]})["sentence_embedding"], side)
 

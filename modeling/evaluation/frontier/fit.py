@@ -1,7 +1,4 @@
-"""What heads learn from, and fitting them within a time that is kept by a rehearsal.
-
-A :class:`Subject` is a model on a corpus: its encodings, made once, of what is measured and of what heads learn from.
-"""
+"""Fitting heads for the frontier, each within a time that is kept by a rehearsal."""
 
 from __future__ import annotations
 
@@ -10,13 +7,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from ...files import digest, read_json
-from ...training.recipes import resolve
-from .subject import Subject
+from ...training.objective import contract
+from ...training.recipes import plan_of
+from .full_model import FullModel
 
 REHEARSED = 12
 """Steps of a rehearsal: enough that the first, which allocates, counts for little."""
@@ -31,7 +29,7 @@ def fit_within(seconds: float, most: int, fit: Callable[[int, Path], None], fold
     Args:
         seconds: Time for preparing the objective and training; encoding is not part of it.
         most: Steps of the recipe, which are never exceeded.
-        fit: Trains a number of steps into a folder and writes ``training.json`` there, as the train command does.
+        fit: Trains a number of steps into a folder and writes ``training.json`` there, as training does.
         folder: Of the result.
     """
     steps = most
@@ -46,23 +44,23 @@ def fit_within(seconds: float, most: int, fit: Callable[[int, Path], None], fold
     fit(steps, folder)
 
 
-def fitted(on: Subject, label: str, depends: Any, most: int, fit: Callable[[int, Path], None]) -> Path:
-    """The folder that ``fit`` fills within the subject's time, kept under a hash of what it depends on.
+def fitted(full: FullModel, label: str, depends: Any, most: int, fit: Callable[[int, Path], None]) -> Path:
+    """The folder that ``fit`` fills within the time of a fit, kept under a hash of what it depends on.
 
     Args:
-        on: The subject, whose lessons are learned from.
+        full: The model, on the data that heads are fitted on.
         label: Readable part of the folder's name.
         depends: Settings and code of the fit.
         most: See :func:`fit_within`.
         fit: Likewise.
     """
-    sides: tuple[Literal["query", "document"], ...] = ("query", "document")
-    lessons = [on.encoded(on.lessons.dataset, task).path.name for task in sides]
-    key = [depends, lessons, on.lessons.dataset.qrels, on.fit_seconds, on.seed]
-    folder = on.kept / "heads" / f"{on.dataset.name}-{label}-{digest(key)}"
+    data = full.fit_data.dataset
+    caches = [full.encoded(data, "query").path.name, full.encoded(data, "document").path.name]
+    key = [depends, caches, data.qrels, full.fit_seconds, full.seed]
+    folder = full.kept / "heads" / f"{full.dataset.name}-{label}-{digest(key)}"
     if not (folder / "training.json").is_file():
         with steady_threads():
-            fit_within(on.fit_seconds, most, fit, folder)
+            fit_within(full.fit_seconds, most, fit, folder)
     return folder
 
 
@@ -72,47 +70,54 @@ def costs_of_fit(folder: Path) -> dict[str, float]:
     return {"fit_seconds": float(training["seconds"]), "steps": float(training["steps"])}
 
 
-def fit_run(on: Subject, run: str, flags: list[str], code: str, *, single: bool = False) -> Path:
-    """Fit the head of a shipped run on the subject's lessons, by the train command.
+def fit_run(full: FullModel, name: str, code: str, *, single: bool = False, **values: Any) -> Path:
+    """Fit the head of a shipped run.
 
     Args:
-        on: The subject.
-        run: Name of the run.
-        flags: Flags over its recipe.
+        full: The model, on the data that heads are fitted on.
+        name: Of the run.
         code: Hash of the method's code.
         single: Whether the head reads one vector a text instead of several.
+        values: What is other than in the run's recipe, by the names of its flags.
 
     Returns:
         The folder of the head, with ``training.json`` in the folder above.
     """
-    from ...training.train import train  # with all that trains: kept rows need not wait for it
+    from ...training.train import run  # with all that trains: kept rows need not wait for it
 
-    backbone = on.single[0] if single else on.folder
-    sides: tuple[Literal["query", "document"], ...] = ("query", "document")
-    if single:
-        for task in sides:
-            on.side(on.lessons.dataset, task)
-    length = on.model.max_seq_length
-    argv = [run, "--backbone", str(backbone), "--datasets", on.lessons.source, *on.lessons.flags, *flags]
-    argv += ["--cache_dir", on.cache_dir, "--encode_batch_size", str(on.batch_size), "--seed", str(on.seed)]
-    argv += ["--model_dtype", str(on.weights).removeprefix("torch."), "--head_only", "true", "--save_strategy", "no"]
-    argv += ["--max_length", str(length)] if isinstance(length, int) else []
-    argv += ["--trust_remote_code", str(on.trust_remote_code or backbone != on.folder)]
-    plan = resolve([*argv, "--output_dir", str(on.kept)], prog="polyrep train")
-    pairs = len(on.lessons.dataset.queries)
-    batch = plan.args.per_device_train_batch_size
-    if not hasattr(plan.objective, "planned_rows"):  # else it does not go through pairs
+    data, backbone = full.fit_data, full.single[0] if single else full.folder
+    if single:  # encoded here, where the vectors follow from those of tokens
+        full.side(data.dataset, "query"), full.side(data.dataset, "document")
+    settings = {**data.settings, **values}
+    if isinstance(full.model.max_seq_length, int):
+        settings["max_length"] = full.model.max_seq_length
+    plan = plan_of(
+        name,
+        backbone=str(backbone),
+        trust_remote_code=full.trust_remote_code or single,
+        datasets=[data.source],
+        cache_dir=full.cache_dir,
+        encode_batch_size=full.batch_size,
+        model_dtype=str(full.weights).removeprefix("torch."),
+        seed=full.seed,
+        head_only=True,
+        overwrite=True,
+        save_strategy="no",
+        output_dir=str(full.kept),
+        **settings,
+    )
+    batch, pairs = plan.args.per_device_train_batch_size, len(data.dataset.queries)
+    if contract(plan.objective).planned_rows(plan.objective_arguments) is None:  # else it goes through other rows
         batch = min(batch, pairs)
     most = plan.args.max_steps
     if most < 1:
         most = math.ceil(plan.args.num_train_epochs * (pairs // batch))
 
     def fit(steps: int, folder: Path) -> None:
-        where = ["--output_dir", str(folder), "--overwrite", "--per_device_train_batch_size", str(batch)]
-        train([*argv, *where, "--max_steps", str(steps)], prog="polyrep train")
+        run(plan.with_trainer(output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch))
 
     recipe = {file.name: file.read_text(encoding="utf-8") for file in sorted(plan.run.glob("*.*"))}
-    return fitted(on, run, [recipe, flags, code, on.lessons.flags], most, fit) / "head"
+    return fitted(full, name, [recipe, values, code, data.settings], most, fit) / "head"
 
 
 @contextmanager

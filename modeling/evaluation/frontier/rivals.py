@@ -16,6 +16,7 @@ from ...encoding.embeddings import Embeddings, mean_of_tokens
 from ...training.pairs import HeadData
 from .csr import CSR_BATCH, CSR_RATE, CSR_SIZES, CSR_STEPS, csr, fit_module, with_csr
 from .fit import costs_of_fit, fitted
+from .full_model import FullModel
 from .muvera import Muvera
 from .pooling import LADDER, hierarchical_clusters, hierarchically, pooled
 from .rows import (
@@ -33,25 +34,24 @@ from .rows import (
     one_vector,
     quantised,
 )
-from .subject import Subject
 
 
-def mean(on: Subject) -> Iterator[Candidate]:
+def mean(full: FullModel) -> Iterator[Candidate]:
     """The mean of a document's vectors, against the sum of the query's."""
-    yield Candidate("mean", lambda: one_vector(on, mean_of_tokens(on.documents)), True)
+    yield Candidate("mean", lambda: one_vector(full, mean_of_tokens(full.documents)), True)
 
 
-def hierarchical(on: Subject) -> Iterator[Candidate]:
+def hierarchical(full: FullModel) -> Iterator[Candidate]:
     """Ward clusters of a document's vectors, in half precision, one byte and one bit."""
 
     def make() -> dict[int, Embeddings]:
-        clusters = hierarchical_clusters(on.documents, LADDER, on.kept / "clusters" / on.documents.path.name)
-        return pooled(on.documents, hierarchically(on.documents, clusters, LADDER))
+        clusters = hierarchical_clusters(full.documents, LADDER, full.kept / "clusters" / full.documents.path.name)
+        return pooled(full.documents, hierarchically(full.documents, clusters, LADDER))
 
     made = Once(make)
 
     def row(k: int, precision: str | None) -> Encoded:
-        return quantised(few_vectors(on, made()[k], {}), precision)
+        return quantised(few_vectors(full, made()[k], {}), precision)
 
     for k in LADDER:  # at one, the clusters are the mean, which has rows of its own
         yield Candidate(f"hierarchical, {k}", partial(row, k, None), k in STAGES[1:])
@@ -59,14 +59,14 @@ def hierarchical(on: Subject) -> Iterator[Candidate]:
         yield Candidate(f"hierarchical, {k}, {name}", partial(row, k, precision))
 
 
-def muvera(on: Subject) -> Iterator[Candidate]:
+def muvera(full: FullModel) -> Iterator[Candidate]:
     """MUVERA's fixed dimensional encodings, which need no fit."""
     for settings in ({"k_sim": 5, "repetitions": 20}, {"k_sim": 4, "repetitions": 5}):
 
         def make(settings: dict[str, int] = settings) -> Encoded:
-            encoder = Muvera(on.documents.dim, dim_proj=16, seed=on.seed, **settings)
-            queries = as_vectors(on.queries, encoder.queries, np.float32)
-            return Encoded(queries, as_vectors(on.documents, encoder.documents), "dot")
+            encoder = Muvera(full.documents.dim, dim_proj=16, seed=full.seed, **settings)
+            queries = as_vectors(full.queries, encoder.queries, np.float32)
+            return Encoded(queries, as_vectors(full.documents, encoder.documents), "dot")
 
         made, width = Once(make), settings["repetitions"] * 2 ** settings["k_sim"] * 16
         yield Candidate(f"MUVERA, {width}", made, settings["k_sim"] == 5)
@@ -74,27 +74,27 @@ def muvera(on: Subject) -> Iterator[Candidate]:
             yield Candidate(f"MUVERA, {width}, one-bit", partial(lazily_quantised, made, "binary"), True)
 
 
-def sparse_codes(on: Subject) -> Iterator[Candidate]:
+def sparse_codes(full: FullModel) -> Iterator[Candidate]:
     """The stock sparse auto-encoder at several numbers of active dimensions."""
     code = RIVALS["csr"].fit_digest()
     for size in CSR_SIZES:
 
         def make(size: int = size) -> Encoded:
-            sides = [on.side(on.dataset, "query"), on.side(on.dataset, "document")]
+            sides = [full.side(full.dataset, "query"), full.side(full.dataset, "document")]
             dim = sides[1].embeddings.dim
             size = min(size, dim)
 
             def fit(steps: int, folder: Path) -> None:
-                set_seed(on.seed)
+                set_seed(full.seed)
                 module, objective = csr(dim, size)
                 data = HeadData(labels=False)
-                on.side(on.lessons.dataset, "query"), on.side(on.lessons.dataset, "document")
-                model = on.single[1]
-                data.add(model, on.lessons.dataset, cache_dir=on.cache_dir, batch_size=on.batch_size)
-                options: dict[str, Any] = {"rate": CSR_RATE, "batch": CSR_BATCH, "seed": on.seed}
+                full.side(full.fit_data.dataset, "query"), full.side(full.fit_data.dataset, "document")
+                model = full.single[1]
+                data.add(model, full.fit_data.dataset, cache_dir=full.cache_dir, batch_size=full.batch_size)
+                options: dict[str, Any] = {"rate": CSR_RATE, "batch": CSR_BATCH, "seed": full.seed}
                 fit_module(module, objective, data, folder, steps=steps, **options)
 
-            folder = fitted(on, f"csr-{size}", [size, code], CSR_STEPS, fit)
+            folder = fitted(full, f"csr-{size}", [size, code], CSR_STEPS, fit)
             module, _ = csr(dim, size)
             load_model(module, folder / "module.safetensors")
             queries, documents = (with_csr(module.eval(), side) for side in sides)
@@ -103,18 +103,18 @@ def sparse_codes(on: Subject) -> Iterator[Candidate]:
         yield Candidate(f"CSR, {size}", Once(make), size == CSR_SIZES[-1])
 
 
-def quantization(on: Subject) -> Iterator[Candidate]:
+def quantization(full: FullModel) -> Iterator[Candidate]:
     """One byte or one bit a dimension, of the full vectors and of their mean."""
 
     def whole() -> Encoded:
-        return Encoded(on.queries, on.documents, on.similarity)
+        return Encoded(full.queries, full.documents, full.similarity)
 
-    if on.kind == "tokens":
-        averaged = Once(lambda: one_vector(on, mean_of_tokens(on.documents)))
+    if full.kind == "tokens":
+        averaged = Once(lambda: one_vector(full, mean_of_tokens(full.documents)))
         for name, precision in QUANTIZATIONS.items():
             yield Candidate(f"mean, {name}", partial(lazily_quantised, averaged, precision), name == "one-bit")
     for name, precision in QUANTIZATIONS.items():
-        yield Candidate(f"{FULL}, {name}", partial(lazily_quantised, whole, precision), on.kind == "sentence")
+        yield Candidate(f"{FULL}, {name}", partial(lazily_quantised, whole, precision), full.kind == "sentence")
 
 
 _HERE = "evaluation/frontier/"

@@ -1,7 +1,7 @@
 """Ways to make an index smaller or faster, each as rows for one table: what the frontier command compares.
 
-A method is a function of a :class:`~polyrep.evaluation.frontier.subject.Subject` that lists its rows; a row's vectors
-are made when it is ranked, so that kept rows cost nothing and rows of one fit share it.
+A method is a function of a :class:`~polyrep.evaluation.frontier.full_model.FullModel` that lists its rows; a row's
+vectors are made when it is ranked, so that kept rows cost nothing and rows of one fit share it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ...encoding.embeddings import Embeddings, in_memory, sum_of_tokens
 from ...files import digest, shipped_folder
 from ..systems import bytes_per_document
 from .fit import code_digest
-from .subject import Subject
+from .full_model import FullModel
 
 FULL = "full model"
 QUANTISED = (1, 4, 16, 32)
@@ -77,7 +77,7 @@ class Method:
         title: What stands before a comma in the rows of a room; empty for a rival.
     """
 
-    rows: Callable[[Subject], Iterator[Candidate]]
+    rows: Callable[[FullModel], Iterator[Candidate]]
     kinds: tuple[str, ...]
     code: tuple[str, ...] = ()
     run: str = ""
@@ -169,17 +169,17 @@ def lazily_quantised(make: Callable[[], Encoded], precision: str) -> Encoded:
     return quantised(make(), precision)
 
 
-def one_vector(on: Subject, documents: Embeddings, costs: dict[str, float] | None = None) -> Encoded:
+def one_vector(full: FullModel, documents: Embeddings, costs: dict[str, float] | None = None) -> Encoded:
     """One vector a document against the sum of the query's, which is MaxSim then."""
-    return Encoded(sum_of_tokens(on.queries), documents, "dot", costs or {})
+    return Encoded(sum_of_tokens(full.queries), documents, "dot", costs or {})
 
 
-def few_vectors(on: Subject, documents: Embeddings, costs: dict[str, float]) -> Encoded:
+def few_vectors(full: FullModel, documents: Embeddings, costs: dict[str, float]) -> Encoded:
     """Pooled documents; if each has one vector, as one vector."""
     costs = costs | {"vectors_per_document": float(documents.lengths.mean())}
     if (documents.lengths == 1).all():
-        return one_vector(on, replace(documents, kind="sentence", offsets=None), costs)
-    return Encoded(on.queries, documents, on.similarity, costs)
+        return one_vector(full, replace(documents, kind="sentence", offsets=None), costs)
+    return Encoded(full.queries, documents, full.similarity, costs)
 
 
 def as_vectors(tokens: Embeddings, encode: Callable[..., torch.Tensor], dtype: Any = np.float16) -> Embeddings:

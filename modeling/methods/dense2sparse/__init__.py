@@ -22,6 +22,7 @@ from .modeling_dense2sparse import (
     DualEncoderModel,
 )
 from .objective import Dense2SparseLoss
+from .vocabulary import head_from_words
 
 __all__ = [
     "CheckedTransformer",
@@ -47,6 +48,9 @@ register(
         objectives={"Dense2SparseLoss": Dense2SparseLoss},
         card="dense2sparse",
         frontier="frontier:METHOD",
+        open_backbone=Dense2SparseForRetrieval.open_backbone,
+        load_processor=Dense2SparseForRetrieval.load_processor,
+        head_from_words=head_from_words,
         graphs={
             Dense2SparseModel: {
                 "model": Graph(
@@ -66,6 +70,8 @@ register(
         head=DualEncoderHead,
         objectives={"DualEncoderLoss": DualEncoderLoss},
         card="dual_encoder",
+        joins_vision=True,
+        load_processor=DualEncoderModel.load_processor,
         example="example_dual_encoder:build",
         graphs={
             DualEncoderHead: {

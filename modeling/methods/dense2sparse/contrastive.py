@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, cast
 
 import torch
 from sentence_transformers.util import get_rank
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import InputError
 from ...training.losses import gather, in_batch_labels, info_nce
+from ...training.objective import Objective, Rows
+from ...training.pairs import HeadData
+from ...training.sides import Features
 from .modeling_dense2sparse import DualEncoderHead
 
-Features = dict[str, Tensor]
 
-
-class Corpus(Protocol):
-    """What ``prepare`` reads: batches of features of every item of a side."""
-
-    def batches(self, side: str) -> Iterable[Features]:
-        """Batches of ``sentence_embedding``."""
-        ...
-
-
-class DualEncoderLoss(nn.Module):
+class DualEncoderLoss(Objective):
     """InfoNCE in both directions over all captions and images of a step, with a learned temperature (CLIP).
 
     The same image under another of its captions is no negative. Both encoders stay as they are: their vectors come
@@ -37,10 +29,8 @@ class DualEncoderLoss(nn.Module):
         standardize (bool): Bring every feature of either side to mean 0 and deviation 1 over the training data.
     """
 
-    trains_on: ClassVar[str] = "sentence"
-    """Kind of embedding cache that this objective reads."""
-
-    needs_labels: ClassVar[bool] = True
+    trains_on = "sentence"
+    needs_labels = True
 
     def __init__(self, model: DualEncoderHead, temperature: float = 0.05, standardize: bool = True):
         super().__init__()
@@ -49,12 +39,12 @@ class DualEncoderLoss(nn.Module):
         self.model, self.temperature, self.standardize = model, temperature, standardize
 
     @torch.no_grad()
-    def prepare(self, corpus: Corpus) -> None:
+    def prepare(self, data: HeadData) -> Rows:
         """Measure both sides' features, and start the temperature."""
         self.model.log_scale.fill_(-math.log(self.temperature))
         for side, layer in (("query", cast(Any, self.model.text)), ("document", cast(Any, self.model.image))):
             moments, count = torch.zeros(2, len(layer.mean), dtype=torch.float64), 0
-            for batch in corpus.batches(side) if self.standardize else ():
+            for batch in data.batches(side) if self.standardize else ():
                 vectors = batch["sentence_embedding"].double()
                 moments += torch.stack([vectors.sum(0), vectors.square().sum(0)])
                 count += len(vectors)
@@ -64,6 +54,7 @@ class DualEncoderLoss(nn.Module):
                 deviation = (square - mean**2).clamp(min=0).sqrt()
                 # A feature that hardly ever moves would otherwise be blown up to noise.
                 layer.deviation.copy_(deviation.clamp(min=1e-2 * float(deviation.mean()) + 1e-12))
+        return data
 
     def forward(self, features: list[Features], labels: Tensor) -> Tensor:
         """Loss of a batch.

@@ -13,21 +13,21 @@ from transformers import AutoModel
 
 from ...encoding.embeddings import Embeddings
 from ...evaluation.frontier.fit import costs_of_fit, fit_run
+from ...evaluation.frontier.full_model import FullModel
 from ...evaluation.frontier.rows import Candidate, Encoded, Method, Once
-from ...evaluation.frontier.subject import Subject
 from ...hub.folder import fastest_dtype
-from ...training.sides import Side, encode_sparse
+from ...training.sides import SentenceSide, encode_sparse
 
 
-def rows(on: Subject) -> Iterator[Candidate]:
+def rows(full: FullModel) -> Iterator[Candidate]:
     """A Dense2Sparse head at its two operating points."""
 
     def make() -> tuple[Embeddings, Embeddings, dict[str, float]]:
-        half = ["--bf16", str(fastest_dtype("auto") == torch.bfloat16)]
-        folder = fit_run(on, METHOD.run, half, METHOD.fit_digest(), single=True)
+        half = fastest_dtype("auto") == torch.bfloat16
+        folder = fit_run(full, METHOD.run, METHOD.fit_digest(), single=True, bf16=half)
         head = AutoModel.from_pretrained(folder).eval()
-        queries = with_head(head, on.side(on.dataset, "query"), "query")
-        return queries, with_head(head, on.side(on.dataset, "document"), "document"), costs_of_fit(folder.parent)
+        queries = with_head(head, full.side(full.dataset, "query"), "query")
+        return queries, with_head(head, full.side(full.dataset, "document"), "document"), costs_of_fit(folder.parent)
 
     made = Once(make)
 
@@ -43,7 +43,7 @@ OPERATING_POINTS = {"48/128 words": (48, 128), "12/128 words": (12, 128)}
 """Words kept of a query and of a document: the best on dev with FLOPs of at most 5 and of at most 1 on every set."""
 
 
-def with_head(head: Any, side: Side, task: str, expand: bool = True) -> Embeddings:
+def with_head(head: Any, side: SentenceSide, task: str, expand: bool = True) -> Embeddings:
     """Encode with a Dense2Sparse head, keeping every word that a document can hold, a third of the vocabulary.
 
     Args:

@@ -8,38 +8,24 @@ into sparse ones under a regulariser, with control over what queries may be expa
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from sentence_transformers.util import get_rank
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import InputError
 from ...search.scoring import dot
 from ...training.losses import gather, info_nce, row_uniform
+from ...training.objective import Objective, Rows
+from ...training.pairs import HeadData
+from ...training.sides import Features
 from .modeling_dense2sparse import Dense2SparseModel
 
-Features = dict[str, Tensor]
 
-
-class Corpus(Protocol):
-    """What ``prepare`` reads: batches of features of every text or image."""
-
-    has_images: bool
-    """Whether the documents are images. Their captions, the queries, then tell their words."""
-
-    def batches(self, side: str) -> Iterable[Features]:
-        """Batches of one side: ``sentence_embedding``, and of texts ``input_ids`` and ``attention_mask``."""
-        ...
-
-    def pair_batches(self) -> Iterable[tuple[Features, Features]]:
-        """Batches of queries and of their documents, row by row."""
-        ...
-
-
-class Dense2SparseLoss(nn.Module):
+class Dense2SparseLoss(Objective):
     """Distillation of dense scores into sparse ones, with a regulariser and expansion control.
 
     The paper (section 3) distils in both directions against a nearly one-hot softmax of the dense scores, adds L1 on
@@ -72,10 +58,9 @@ class Dense2SparseLoss(nn.Module):
         mixup (float): Share of a document's vector that is another one's, at most; drawn for each, likewise.
     """
 
-    trains_on: ClassVar[str] = "sentence"
-    """Kind of embedding cache that this objective reads."""
+    trains_on = "sentence"
 
-    learning_rates: ClassVar[dict[str, float]] = {r"\bown_": 15.0, r"\blog_scale$": 15.0}
+    learning_rates = {r"\bown_": 15.0, r"\blog_scale$": 15.0}
     """Pattern of parameter names -> multiple of the learning rate: one number a word moves less than a matrix."""
 
     def __init__(
@@ -118,7 +103,6 @@ class Dense2SparseLoss(nn.Module):
             raise InputError("--teacher_temperature and --control_until must be above 0.")
         self.model = model
         self.settings = given
-        self.progress, self.seed = (0, 1), 0  # step and steps in all, and seed of the run: set by the trainer
 
     @property
     def needs_labels(self) -> bool:
@@ -131,22 +115,23 @@ class Dense2SparseLoss(nn.Module):
         return settings[name] if name in settings else super().__getattr__(name)
 
     @torch.no_grad()
-    def prepare(self, corpus: Corpus) -> None:
+    def prepare(self, data: HeadData) -> Rows:
         """Set everything that follows from the corpus in closed form; a pass over it, a second for the alignment.
 
         Raises:
             InputError: No document holds a word of the vocabulary.
         """
         head, config = self.model, self.model.config
-        if corpus.has_images and self.teacher_lexical:
+        if data.has_images and self.teacher_lexical:
             raise InputError(
                 f"--teacher_lexical {self.teacher_lexical}: images have no words for BM25 to score. Use 0."
             )
         frequency, texts, tokens = torch.zeros(config.vocab_size), 0, 0.0
         occurring = torch.zeros(config.vocab_size)
-        worded = "query" if corpus.has_images else "document"  # the side whose words are indexed
-        for side in ("query",) if corpus.has_images else ("document", "query"):
-            for batch in corpus.batches(side):
+        # Captions, which are the queries then, tell the words of images.
+        worded = "query" if data.has_images else "document"  # the side whose words are indexed
+        for side in ("query",) if data.has_images else ("document", "query"):
+            for batch in data.batches(side):
                 counts, lengths = head.count(batch["input_ids"], batch["attention_mask"])
                 occurring += (counts > 0).sum(0)
                 if side == worded:
@@ -163,13 +148,14 @@ class Dense2SparseLoss(nn.Module):
         if self.initialization == "random":
             head.vocabulary.reset_parameters()
         if self.alignment == "ridge":
-            self._align(corpus)
+            self._align(data)
         if self.teacher_lexical:
             self.lexical = copy.deepcopy(head).requires_grad_(False)
             self.lexical.config.expansion, self.lexical.config.own_tokens = "none", "learned"
-            self._measure_teachers(corpus)
+            self._measure_teachers(data)
+        return data
 
-    def _align(self, corpus: Corpus) -> None:
+    def _align(self, data: HeadData) -> None:
         """Ridge regression of texts' own word weights on their vectors, around the initial projection.
 
         Of the documents; where these are images, of their captions on both the captions' and the images' vectors.
@@ -184,7 +170,7 @@ class Dense2SparseLoss(nn.Module):
             torch.zeros(shape, dtype=torch.float64) for shape in ((dim, dim), (dim, words), (dim,), (words,))
         )
         texts = 0
-        for vectors, words_of in self._worded(corpus):
+        for vectors, words_of in self._worded(data):
             hidden = head.hidden(vectors["sentence_embedding"])
             counts, lengths = head.count(words_of["input_ids"], words_of["attention_mask"], compact=True)
             own = head.own_weight[head.expansion_terms].relu() * head.saturate(counts, lengths, "document")
@@ -204,21 +190,21 @@ class Dense2SparseLoss(nn.Module):
         head.vocabulary.bias.copy_(self.alignment_gain * (mean_z - mean_x @ solution) + self.alignment_bias)
 
     @staticmethod
-    def _worded(corpus: Corpus) -> Iterator[tuple[Features, Features]]:
+    def _worded(data: HeadData) -> Iterator[tuple[Features, Features]]:
         """Features whose vectors, and features whose words, belong together."""
-        if not corpus.has_images:
-            yield from ((batch, batch) for batch in corpus.batches("document"))
+        if not data.has_images:
+            yield from ((batch, batch) for batch in data.batches("document"))
             return
-        for captions, images in corpus.pair_batches():
+        for captions, images in data.pair_batches():
             yield captions, captions
             yield images, captions
 
-    def _measure_teachers(self, corpus: Corpus) -> None:
+    def _measure_teachers(self, data: HeadData) -> None:
         """Standard deviation of both teachers' scores over documents, so that their shares mean what they say."""
-        queries = next(iter(corpus.batches("query")))
+        queries = next(iter(data.batches("query")))
         sums = torch.zeros(2, 2, len(queries["input_ids"]), dtype=torch.float64)  # (teacher, moment, queries)
         texts = 0
-        for batch in corpus.batches("document"):
+        for batch in data.batches("document"):
             for teacher, scores in enumerate(self._teachers(queries, batch)):
                 sums[teacher] += torch.stack([scores.double().sum(1), scores.double().square().sum(1)])
             texts += len(batch["input_ids"])

@@ -7,8 +7,8 @@ One loss, two ways to feed it. ``GaussianObjective`` trains a whole model with t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from sentence_transformers.util import get_rank
@@ -17,9 +17,11 @@ from torch.nn import functional as F
 
 from ...errors import InputError
 from ...training.losses import gather, in_batch_labels, judged_relevant, learned_scale, refuse_single, unwrapped
+from ...training.objective import Objective, Rows
+from ...training.pairs import HeadData
+from ...training.sides import Features
 from .modeling_gaussian import GaussianHead, GaussianOutput
 
-Features = dict[str, Tensor]
 Output = Any
 """A GaussianOutput; to a type checker each of its fields may be None."""
 
@@ -27,7 +29,7 @@ ALIGNED = 4096
 """Texts whose vectors decide where the mean of a whole model starts."""
 
 
-class _GaussianContrast(nn.Module):
+class _GaussianContrast(Objective):
     """The loss, given distributions of queries and documents.
 
     With s(q, d) the score of the index, -KL(Q||D) less what depends on the query alone, it is the sum of::
@@ -92,7 +94,6 @@ class _GaussianContrast(nn.Module):
         self.tau, self.variance_rate, self.weights = tau, variance_rate, weights
         self.inclusion_documents = inclusion_documents
         self.log_scale = learned_scale(nn.Parameter(torch.tensor(-math.log(tau)), requires_grad=learn_tau))
-        self.metrics: dict[str, Tensor] = {}
 
     @property
     def head(self) -> GaussianHead:
@@ -250,14 +251,14 @@ class GaussianObjective(_GaussianContrast):
             "behind the modules of any other."
         )
 
-    def prepare(self, sources: dict[str, Any]) -> None:
+    def initialize(self, pairs: Mapping[str, Any]) -> None:
         """Start the mean at the principal axes of the backbone's vectors of some training texts."""
         if self.head.config.mean_dim == self.head.config.input_dim:
             return
         texts: list[str] = []
-        for pairs in sources.values():
-            take = range(0, len(pairs), max(1, len(pairs) * len(sources) * 2 // ALIGNED))
-            texts += [row[side] for row in pairs.select(take) for side in ("query", "positive")]
+        for rows in pairs.values():
+            take = range(0, len(rows), max(1, len(rows) * len(pairs) * 2 // ALIGNED))
+            texts += [row[side] for row in rows.select(take) for side in ("query", "positive")]
         seen: list[Tensor] = []
         hook = self.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
         try:
@@ -308,8 +309,8 @@ class GaussianHeadObjective(_GaussianContrast):
     Negatives are the other documents of the batch and what ``negatives`` draws of the backbone's nearest.
     """
 
-    trains_on: ClassVar[str] = "sentence"
-    needs_labels: ClassVar[bool] = True
+    trains_on = "sentence"
+    needs_labels = True
     model: GaussianHead
 
     @property
@@ -322,7 +323,7 @@ class GaussianHeadObjective(_GaussianContrast):
         """The sides whose texts the data must also have with less of them."""
         return self.narrowed_sides(*_TASKS) if self.weights["inclusion"] else ()
 
-    def prepare(self, data: Any) -> None:
+    def prepare(self, data: HeadData) -> Rows:
         """Start the mean at the principal axes of the backbone's vectors."""
         width = self.head.config.input_dim
         moments = torch.zeros(width, width, dtype=torch.float64)
@@ -331,9 +332,10 @@ class GaussianHeadObjective(_GaussianContrast):
                 vectors = features["sentence_embedding"].double()
                 moments += vectors.T @ vectors
         self.head.align(moments)
+        return data
 
-    def vectors(self, features: Features, task: str) -> Tensor:
-        """Index vectors of texts, for mining."""
+    def mining_vectors(self, features: Features, task: str) -> Tensor:
+        """Index vectors of texts."""
         return self.model(features["sentence_embedding"].to(self.log_scale.device), task=task).sentence_embedding
 
     def forward(self, features: list[Features], labels: Tensor) -> dict[str, Tensor]:

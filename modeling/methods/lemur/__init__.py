@@ -27,6 +27,7 @@ register(
         objectives={"LemurObjective": LemurObjective},
         card="lemur",
         frontier="frontier:METHOD",
+        seeded=True,
         graphs={LemurModel: {"model": Graph(_TOKENS)}},
     )
 )

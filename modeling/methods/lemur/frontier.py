@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,25 +12,25 @@ from torch import Tensor
 
 from ...encoding.embeddings import in_memory
 from ...evaluation.frontier.fit import costs_of_fit, fit_run
+from ...evaluation.frontier.full_model import FullModel
 from ...evaluation.frontier.rows import QUANTIZATIONS, Candidate, Encoded, Method, Once, quantised
-from ...evaluation.frontier.subject import Subject
 from .modeling_lemur import LemurModel, LemurPooling
 
 LEMUR_DIMS = (2048, 512, 256, 128)
 """Of the features themselves, and of the directions that matter most."""
 
 
-def rows(on: Subject) -> Iterator[Candidate]:
+def rows(full: FullModel) -> Iterator[Candidate]:
     """A LEMUR head: one vector whose inner product follows MaxSim, at several widths."""
 
     def make() -> tuple[LemurModel, dict[str, Tensor], dict[str, float]]:
         # MaxSim is its teacher, so that a corpus without queries of its own needs no sentences taken from it.
-        flags = [] if on.lessons.has_queries else ["--queries", "texts"]
-        folder = fit_run(on, METHOD.run, flags, METHOD.fit_digest())
+        values: dict[str, Any] = {} if full.fit_data.has_queries else {"queries": "texts"}
+        folder = fit_run(full, METHOD.run, METHOD.fit_digest(), **values)
         head = LemurPooling.from_pretrained(str(folder), embedding_dim=LEMUR_DIMS[0]).model.eval()
         sides = {
-            "query": head.encode_query_tokens(on.queries.values, on.queries.offsets),
-            "document": head.encode_document_tokens(on.documents.values, on.documents.offsets),
+            "query": head.encode_query_tokens(full.queries.values, full.queries.offsets),
+            "document": head.encode_document_tokens(full.documents.values, full.documents.offsets),
         }
         return head, sides, costs_of_fit(folder.parent)
 
@@ -42,7 +43,7 @@ def rows(on: Subject) -> Iterator[Candidate]:
         found = Encoded(in_memory(queries), in_memory(documents.astype(np.float16)), "dot", costs)
         return quantised(found, precision)
 
-    for dim in (dim for dim in LEMUR_DIMS if dim < len(on.documents) or dim == LEMUR_DIMS[0]):
+    for dim in (dim for dim in LEMUR_DIMS if dim < len(full.documents) or dim == LEMUR_DIMS[0]):
         yield Candidate(f"LEMUR, {dim}", partial(row, dim, None), dim != 256)
         for name, precision in QUANTIZATIONS.items():
             if precision == "int8" or dim == 512:

@@ -11,7 +11,8 @@ if there are any, and of the corpus read as if it were queries (``--queries text
 from __future__ import annotations
 
 import logging
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +22,9 @@ from torch.utils.data import Dataset
 
 from ...errors import InputError
 from ...search.scoring import padded_within
+from ...training.objective import Objective
 from ...training.pairs import HeadData
-from ...training.sides import TokenSide
+from ...training.sides import Side
 from .modeling_lemur import LemurModel, token_maxima
 
 logger = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ class TokenTargets(Dataset):
         return {"features": self.tokens[rows], "labels": self.targets[rows].float()}
 
 
-class LemurObjective(nn.Module):
+class LemurObjective(Objective):
     """Mean squared error of the predicted maxima, standardised by one mean and one deviation.
 
     Args:
@@ -65,10 +67,8 @@ class LemurObjective(nn.Module):
         num_tokens: Token vectors to learn from (n in the paper).
     """
 
-    trains_on: ClassVar[str] = "tokens"
-    """Kind of cached embeddings that this objective reads."""
-
-    needs_labels: ClassVar[bool] = False
+    trains_on = "tokens"
+    needs_labels = False
     """MaxSim itself is the teacher; no judgment has any influence."""
 
     def __init__(self, model: LemurModel, num_documents: int = 1024, num_tokens: int = 50_000):
@@ -83,10 +83,10 @@ class LemurObjective(nn.Module):
         if model.config.feature_type == "elm":
             model.requires_grad_(False)
 
-    @property
-    def planned_rows(self) -> int:
+    @classmethod
+    def planned_rows(cls, settings: Mapping[str, Any]) -> int:
         """Token vectors to learn from, as far as is known before anything is encoded."""
-        return self.settings["num_tokens"]
+        return settings["num_tokens"]
 
     def prepare(self, data: HeadData) -> TokenTargets:
         """Sample tokens, anchors and documents, and compute the targets: what the trainer then goes through.
@@ -97,8 +97,9 @@ class LemurObjective(nn.Module):
             InputError: There are too few tokens or documents to fit anything.
         """
         config, draw = self.model.config, np.random.default_rng(self.model.config.seed)
-        tokens, windows = _sample_windows([queries for queries, _, _ in data.parts], self.settings["num_tokens"], draw)
-        corpora = list({side.embeddings.path: side for _, side, _ in data.parts}.values())  # each corpus once
+        tokens, windows = _sample_windows([part.queries for part in data.parts], self.settings["num_tokens"], draw)
+        each_once = {part.documents.embeddings.path: part.documents for part in data.parts}
+        corpora = list(each_once.values())
         documents = draw.permutation(sum(map(len, corpora)))[: 2 * self.settings["num_documents"]]
         if len(tokens) < 2 or len(documents) < 2:
             raise InputError(
@@ -210,7 +211,7 @@ class LemurObjective(nn.Module):
 }"""
 
 
-def _sample_windows(sides: list[TokenSide], wanted: int, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
+def _sample_windows(sides: list[Side], wanted: int, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Token vectors in runs of up to :data:`WINDOW`, of each side about as many.
 
     Returns:
@@ -239,7 +240,7 @@ def _sample_windows(sides: list[TokenSide], wanted: int, draw: np.random.Generat
     return torch.from_numpy(np.concatenate(found)), torch.from_numpy(np.concatenate(runs))
 
 
-def _maxima(points: Tensor, corpora: list[TokenSide], documents: np.ndarray) -> Tensor:
+def _maxima(points: Tensor, corpora: list[Side], documents: np.ndarray) -> Tensor:
     """:func:`token_maxima` of some documents in half precision: ``(documents, points)``.
 
     Args:

@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from sentence_transformers.base.losses import CachedLossMixin, RandContext
@@ -21,12 +21,12 @@ from torch.nn import functional as F
 
 from ...errors import InputError
 from ...training.losses import gather, in_batch_labels, judged_relevant, learned_scale, refuse_single, unwrapped
+from ...training.objective import Objective
+from ...training.sides import Features
 from .modeling_multilayer import MultiLayerHead, MultiLayerHeadConfig
 
-Features = dict[str, Tensor]
 
-
-class _LayerContrast(nn.Module):
+class _LayerContrast(Objective):
     """The loss, given each text's vectors (Xie and Lukasiewicz, equations 2 to 9).
 
     With ``s[i, j, l]`` the product of query i and layer l of document j, where l = 0 is the layer that is served, and
@@ -108,7 +108,6 @@ class _LayerContrast(nn.Module):
                 "--tied false with several processes: a step runs the towers one after the other, which "
                 "DistributedDataParallel takes for unused parameters. Use --objective CachedMultiLayerObjective."
             )
-        self.metrics: dict[str, Tensor] = {}
 
     @property
     def head_config(self) -> MultiLayerHeadConfig:
@@ -355,8 +354,8 @@ class MultiLayerHeadObjective(_LayerContrast):
     Negatives are the other documents of the batch and what ``negatives`` draws of the encoder's nearest.
     """
 
-    trains_on: ClassVar[str] = "layers"
-    needs_labels: ClassVar[bool] = True
+    trains_on = "layers"
+    needs_labels = True
     model: MultiLayerHead
 
     @property
@@ -365,8 +364,10 @@ class MultiLayerHeadObjective(_LayerContrast):
         config: Any = self.model.config
         return config
 
-    def prepare(self, data: Any) -> None:
-        """Nothing is needed of the corpus before the first step."""
+    @property
+    def layer_token(self) -> str:
+        """As the config says."""
+        return self.head_config.token
 
     def forward(self, features: list[Features], labels: Tensor) -> dict[str, Tensor]:
         """Parts of the loss of a batch of :class:`~polyrep.training.pairs.HeadData`: queries, and all documents."""

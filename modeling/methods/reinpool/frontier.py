@@ -14,6 +14,7 @@ from transformers import AutoModel
 
 from ...encoding.embeddings import Embeddings
 from ...evaluation.frontier.fit import costs_of_fit, fit_run
+from ...evaluation.frontier.full_model import FullModel
 from ...evaluation.frontier.pooling import LADDER, Pool, pooled
 from ...evaluation.frontier.rows import (
     QUANTISED,
@@ -26,7 +27,6 @@ from ...evaluation.frontier.rows import (
     few_vectors,
     quantised,
 )
-from ...evaluation.frontier.subject import Subject
 from .modeling_reinpool import ReinPoolModel, ReinPoolPooling
 
 
@@ -48,19 +48,19 @@ def mean_pooled(model: MultiVectorEncoder) -> SentenceTransformer:
     return SentenceTransformer(modules=modules, prompts=model.prompts, similarity_fn_name="dot")  # type: ignore[arg-type]
 
 
-def rows(on: Subject) -> Iterator[Candidate]:
+def rows(full: FullModel) -> Iterator[Candidate]:
     """A ReinPool head, at several numbers of vectors, in half precision, one byte and one bit."""
 
     def make() -> tuple[dict[int, Embeddings], dict[str, float]]:
-        folder = fit_run(on, METHOD.run, [], METHOD.fit_digest())
+        folder = fit_run(full, METHOD.run, METHOD.fit_digest())
         head = AutoModel.from_pretrained(folder).eval()
-        return pooled(on.documents, by_head(head, LADDER)), costs_of_fit(folder.parent)
+        return pooled(full.documents, by_head(head, LADDER)), costs_of_fit(folder.parent)
 
     made = Once(make)
 
     def row(k: int, precision: str | None) -> Encoded:
         found, costs = made()
-        return quantised(few_vectors(on, found[k], costs), precision)
+        return quantised(few_vectors(full, found[k], costs), precision)
 
     for k in LADDER:
         yield Candidate(f"ReinPool, {k}", partial(row, k, None), k in STAGES)

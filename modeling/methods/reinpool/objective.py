@@ -8,52 +8,29 @@ or drop, looks how well the pooled documents rank, and makes decisions that did 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import torch
 from sentence_transformers.util import get_rank, get_world_size
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import InputError
 from ...search.scoring import packed_maxsim
 from ...training.losses import gather, row_uniform
-from ...training.pairs import pad_tokens
+from ...training.objective import Objective, Rows
+from ...training.pairs import HeadData
+from ...training.sides import Features, pad_tokens
 from .modeling_reinpool import ReinPoolModel
 
-Features = dict[str, Tensor]
 
-
-class TokenCorpus(Protocol):
-    """What ``prepare`` reads of the training data."""
-
-    def query_sums(self) -> Tensor:
-        """``(queries, dim)`` sum of each query's vectors, which is what scores one vector."""
-        ...
-
-    def document_means(self) -> Tensor:
-        """``(documents, dim)`` normalised mean of each document's vectors."""
-        ...
-
-    def relevant(self) -> Tensor:
-        """``(pairs, 2)`` place of each query and of a document that it is relevant to."""
-        ...
-
-    def most_tokens(self) -> int:
-        """Vectors of the longest document."""
-        ...
-
-
-class _PoolingObjective(nn.Module):
+class _PoolingObjective(Objective):
     """What both objectives share: pooled documents are to score as whole ones do, for any number of vectors."""
 
-    trains_on: ClassVar[str] = "tokens"
-    """Kind of cached embeddings that this objective reads."""
+    trains_on = "tokens"
+    needs_labels = True
 
-    needs_labels: ClassVar[bool] = True
-    """Pairs come from the judgments: each query's own document is in its batch."""
-
-    learning_rates: ClassVar[dict[str, float]] = {r"\bkeep\.": 30.0}
+    learning_rates = {r"\bkeep\.": 30.0}
     """The last layer of the filter is zero at first: slow at the rate that suits the others."""
 
     def __init__(self, model: ReinPoolModel, settings: dict[str, Any]):
@@ -79,11 +56,6 @@ class _PoolingObjective(nn.Module):
         if settings["rungs"] < 1:
             raise InputError(f"--rungs {settings['rungs']}: a step would train nothing. Use 1 or more.")
         self.model = model
-        self.progress, self.seed = (0, 1), 0  # step and steps in all, and seed of the run: set by the trainer
-        self.metrics: dict[str, Tensor] = {}
-
-    def prepare(self, corpus: TokenCorpus) -> None:
-        """Keep what a step needs of the whole corpus."""
 
     def _distillation(
         self, queries: Features, documents: Features, weights: Tensor, labels: Tensor, teacher_dtype: torch.dtype
@@ -222,10 +194,10 @@ class ReinforceObjective(_PoolingObjective):
         label_weight: See SoftGateObjective.
     """
 
-    one_corpus: ClassVar[bool] = True
+    one_corpus = True
     """Rewards rank the texts of all data sets together, so that none may be there twice."""
 
-    learning_rates: ClassVar[dict[str, float]] = {r"\bkeep\.": 5.0}
+    learning_rates = {r"\bkeep\.": 5.0}
     """Less than for soft gates: most of a reward's gradient is noise, under which a filter drifts to drop all."""
 
     def __init__(
@@ -258,16 +230,17 @@ class ReinforceObjective(_PoolingObjective):
             raise InputError("--pooling slots: rewards are those of one vector. Use --pooling kmeans, or mean.")
         self.distils = any(not name.startswith(("filter.", "keep.")) for name, _ in model.named_parameters())
 
-    def prepare(self, corpus: TokenCorpus) -> None:
+    def prepare(self, data: HeadData) -> Rows:
         """Keep the sums of all queries and which document each asks for."""
-        sums = corpus.query_sums()
+        sums = data.query_sums()
         # Of unit length: a document ranks queries here, and a long query must not win by its length.
         self.query_vectors = F.normalize(sums, dim=-1)
-        pairs = corpus.relevant()
+        pairs = data.relevant()
         self.documents = int(pairs[:, 1].max()) + 1
         self.relevant = (pairs[:, 0] * self.documents + pairs[:, 1]).unique()  # sorted codes of (query, document)
-        self.document_means = corpus.document_means()
-        self.most_tokens = corpus.most_tokens()
+        self.document_means = data.document_means()
+        self.most_tokens = data.most_tokens()
+        return data
 
     def forward(self, features: list[Features], labels: Tensor) -> dict[str, Tensor]:
         """Loss of a batch; see :meth:`SoftGateObjective.forward`."""

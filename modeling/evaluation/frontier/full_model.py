@@ -1,0 +1,111 @@
+"""The model whose index is to be made smaller, on the queries that are measured: everything encoded once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+
+from ...data.dataset import RetrievalDataset
+from ...encoding.cache import embed, store
+from ...encoding.embeddings import Embeddings, mean_of_tokens, sum_of_tokens
+from ...encoding.encoders import kind_of
+from ...files import digest
+from ...hub.folder import Encoder, load, save
+from ...registry import ROOMS
+from ...search.ranking import tie_ranks
+from ...training.sides import SentenceSide
+from .fit_data import FitData
+
+
+@dataclass
+class FullModel:
+    """The full model on a data set, beside which every smaller index is measured.
+
+    Attributes:
+        model: The full model.
+        folder: Its folder.
+        dataset: What is measured.
+        fit_data: What heads are fitted on.
+        cache_dir: Of embeddings.
+        kept: Folder of what is fitted and ranked.
+        fit_seconds: Most seconds of a fit.
+        seed: Of fits and draws.
+        weights: Type of the model's weights in memory.
+        batch_size: Texts per forward pass.
+        trust_remote_code: Whether the model's own code may run.
+    """
+
+    model: Encoder
+    folder: Path
+    dataset: RetrievalDataset
+    fit_data: FitData
+    cache_dir: str
+    kept: Path
+    fit_seconds: float = 90.0
+    seed: int = 0
+    weights: torch.dtype = torch.float32
+    batch_size: int = 32
+    trust_remote_code: bool = False
+
+    @property
+    def kind(self) -> str:
+        """``tokens`` or ``sentence``, see :data:`polyrep.encoding.embeddings.Kind`."""
+        return kind_of(self.model)
+
+    @property
+    def similarity(self) -> str:
+        """Name of the full model's own."""
+        return str(self.model.similarity_fn_name)
+
+    def encoded(self, dataset: RetrievalDataset, task: Literal["query", "document"]) -> Embeddings:
+        """Queries or documents as the full model encodes them."""
+        texts, name = _texts_of(dataset, task)
+        options: dict[str, Any] = {"cache_dir": self.cache_dir, "batch_size": self.batch_size}
+        return embed(self.model, texts, task=task, name=name, **options)
+
+    @cached_property
+    def queries(self) -> Embeddings:
+        """Those that are measured."""
+        return self.encoded(self.dataset, "query")
+
+    @cached_property
+    def documents(self) -> Embeddings:
+        """The corpus."""
+        return self.encoded(self.dataset, "document")
+
+    @cached_property
+    def ranks(self) -> np.ndarray:
+        """What decides ties."""
+        return tie_ranks(list(self.dataset.corpus))
+
+    @cached_property
+    def single(self) -> tuple[Path, SentenceTransformer]:
+        """A model with one vector a text, and its folder: of a late-interaction model, the mean of its tokens."""
+        if self.kind == "sentence":
+            return self.folder, self.model  # type: ignore[return-value]
+        folder = self.kept / "single" / digest([str(self.model), self.documents.path.name])
+        if not folder.exists():
+            pool = next(room.named(room.mean_pooled) for room in ROOMS.values() if room.mean_pooled)
+            save(pool(self.model), folder)
+        return folder, load(folder, trust_remote_code=True, dtype=self.weights)
+
+    def side(self, dataset: RetrievalDataset, task: Literal["query", "document"]) -> SentenceSide:
+        """Queries or documents as one vector a text; of tokens these are taken from their cache, not encoded."""
+        model = self.single[1]
+        texts, name = _texts_of(dataset, task)
+        if self.kind == "tokens":
+            tokens = self.encoded(dataset, task)
+            vectors = (sum_of_tokens if task == "query" else mean_of_tokens)(tokens).values
+            store(model, texts, vectors, task=task, name=name, cache_dir=self.cache_dir)
+        return SentenceSide.encode(model, texts, task, name, cache_dir=self.cache_dir, batch_size=self.batch_size)
+
+
+def _texts_of(dataset: RetrievalDataset, task: str) -> tuple[Any, str]:
+    """Texts and the name of their cache, as training calls it."""
+    return (dataset.queries, f"{dataset.name}-{dataset.split}") if task == "query" else (dataset.corpus, dataset.name)

@@ -1,0 +1,53 @@
+"""A Python that has imported torch and what stands on it before it is asked for anything.
+
+Those imports take seconds, and tests start a hundred programs: trainings in two processes, runs that are killed,
+folders that are opened where polyrep is not. So one process imports once and forks for each program. :func:`python`
+names an executable that is used as Python is: it takes Python's arguments, and its working directory, environment,
+standard streams, signals and exit status are those of the program.
+
+polyrep is not among what has been imported, so a program without it is as far from it as in a fresh interpreter.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+FOLDER, SESSION = "POLYREP_WARM_FOLDER", "POLYREP_WARM_SESSION"
+"""Variables that tell the workers of a session of pytest where its server is, and after whose end it ends too."""
+
+os.environ.setdefault(SESSION, str(os.getpid()))
+os.environ.setdefault(FOLDER, tempfile.mkdtemp(prefix="warm-"))
+
+
+def python() -> str:
+    """The executable; the first call of a session starts the server behind it."""
+    folder = Path(os.environ[FOLDER])
+    executable, address = folder / "python", folder / "socket"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not executable.exists():
+            _start(folder, address)
+            client = Path(__file__).with_name("client.py").read_text(encoding="utf-8")
+            executable.write_text(f"#!{sys.executable} -IS\n{client}\nmain({str(address)!r})\n", encoding="utf-8")
+            executable.chmod(0o700)
+    return str(executable)
+
+
+def _start(folder: Path, address: Path) -> None:
+    """Start the server, and wait until it listens."""
+    # A process with threads cannot be forked, and each of these would start some as it is imported.
+    single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    command = [sys.executable, str(Path(__file__).with_name("server.py")), str(address), os.environ[SESSION]]
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | single, start_new_session=True
+        )
+    while not address.exists():
+        assert server.poll() is None, (folder / "log").read_text(encoding="utf-8")
+        time.sleep(0.02)
