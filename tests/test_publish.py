@@ -29,7 +29,7 @@ import polyrep
 from polyrep import InputError
 from polyrep.cli import main
 from polyrep.hub import cards, fingerprint, load
-from polyrep.publishing import after_training, doors, export, inspection, publish, upload
+from polyrep.publishing import after_training, doors, inspection, publish, signatures, upload
 from polyrep.publishing.inspection import refuse_secrets, verify
 from polyrep.report import provenance, write_results
 
@@ -542,7 +542,7 @@ def test_heads_are_compared_by_what_they_give_too(models):
     head = models["reinpool"][-1].model
     calls = [
         {"inputs": inputs, "method": graph.method, "fixed": dict(graph.fixed), "outputs": graph.outputs}
-        for graph, inputs in export.trials(head)
+        for graph, inputs in signatures.trials(head)
     ]
     before = doors.tried(head, calls)
     assert {"0/None/keep_probability", "1/None/embeddings", "weight/keep.weight"} <= set(before)
