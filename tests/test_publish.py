@@ -28,7 +28,7 @@ import polyrep
 from polyrep import InputError
 from polyrep.cli import main
 from polyrep.hub import cards, fingerprint, load
-from polyrep.publishing import doors, export, inspection, publish, upload
+from polyrep.publishing import after_training, doors, export, inspection, publish, upload
 from polyrep.publishing.inspection import refuse_secrets, verify
 from polyrep.report import provenance, write_results
 
@@ -117,7 +117,7 @@ import json, os, sys, time, urllib.request
 time.sleep = lambda seconds: None  # what the client waits before it tries again
 from polyrep.publishing import publish
 from polyrep.cli import main
-from polyrep.publish import verify
+from polyrep.publishing.inspection import verify
 
 for step in json.loads(sys.argv[1]):
     if step.get("trusting"):
@@ -243,7 +243,7 @@ def test_a_repository_is_complete_and_made_in_one_commit(published, hub):
     commit, files = repository.commits[1]
     assert commit in published["first"][2], "the printed lines name the commit"
     assert set(files) == {
-        *(".gitattributes", "README.md", "results.png", "modeling_gaussian.py"),
+        *(".gitattributes", "README.md", "results.png", "modeling_gaussian.py", "polyrep_room.py"),
         *(".eval_results/someone--tiny.yaml", ".eval_results/mteb--nano.yaml"),
         *("config.json", "config_sentence_transformers.json", "modules.json", "sentence_bert_config.json"),
         *("model.safetensors", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"),
@@ -703,7 +703,9 @@ def test_a_run_that_could_not_be_published_is_refused_before_it_trains(toy_run, 
 def test_data_of_vectors_alone_cannot_be_measured(toy_run, tmp_path, capsys, monkeypatch):
     data = write_beir(tmp_path / "tiny")
     loaded = polyrep.data.load.load_retrieval_dataset(data)
-    monkeypatch.setattr(publish, "load_retrieval_dataset", lambda *_, **__: replace(loaded, vectors={"query": None}))
+    monkeypatch.setattr(
+        after_training, "load_retrieval_dataset", lambda *_, **__: replace(loaded, vectors={"query": None})
+    )
     target = ["--push_to_hub", "true", "--hub_model_id", "a/b", "--datasets", str(data), "--dry_run", "true", *CARD]
     assert main(["train", str(toy_run), *target]) == 2
     assert "brings vectors, not what they were made of" in capsys.readouterr().err

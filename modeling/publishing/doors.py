@@ -13,8 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..hub.folder import prompts_of
-
 TEXTS = ["open ports", "list a folder of files", "tar: archive many files into one file"]
 """Of different lengths, so that some are padded; short, so that no encoder cuts them."""
 
@@ -106,7 +104,8 @@ def main(job: Path) -> None:
     """Open the folder that a JSON file names, door after door; write ``<number>.safetensors`` beside it for each.
 
     The file holds ``folder``, and ``doors``: lists of a kind, and of what that kind needs. ``family`` takes the class
-    of sentence-transformers, ``transformers`` nothing, ``head`` a subfolder, ``module`` that and a class reference.
+    of sentence-transformers, ``transformers`` the ``prompts`` of tasks, ``head`` a subfolder, ``module`` that and a
+    class reference.
     ``trusted`` says whether code in the folder may run: without it, only stock models open, by ``family``. ``trials``
     are those of :func:`tried` by subfolder, with the name of a file beside this one for ``inputs``.
     """
@@ -120,14 +119,13 @@ def main(job: Path) -> None:
     folder, trials = Path(wanted["folder"]), wanted["trials"]
     for trial in (trial for some in trials.values() for trial in some):
         trial["inputs"] = load_file(job.parent / trial["inputs"])
-    prompts = {"query": "", "document": ""}
     for number, (kind, *how) in enumerate(wanted["doors"]):
         if kind == "family":
             options = {"trust_remote_code": wanted["trusted"], "device": "cpu"}
             model = getattr(sentence_transformers, how[0])(str(folder), **options)
-            found, prompts = encoded(model), prompts_of(model)
+            found = encoded(model)
         elif kind == "transformers":
-            found = through_transformers(folder, prompts)
+            found = through_transformers(folder, wanted["prompts"])
         elif kind == "head":
             found = tried(AutoModel.from_pretrained(folder, subfolder=how[0], trust_remote_code=True), trials[how[0]])
         else:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ..errors import InputError
 from ..files import read_json, write_json
 from ..hub.cards import ABSOLUTE_PATH, head_folders
-from ..hub.folder import PREFIX, Encoder
+from ..hub.folder import PREFIX, Encoder, prompts_of
 from ..registry import room_of
 from . import doors, export
 
@@ -147,7 +147,8 @@ def verify(folder: Path, model: Encoder | PreTrainedModel, trusted: bool = True)
             trials[subfolder] = calls
         job = Path(scratch) / "job.json"
         opened_by = [door for door, _ in wanted]
-        write_json(job, {"folder": str(folder.resolve()), "trusted": trusted, "doors": opened_by, "trials": trials})
+        told = {"trusted": trusted, "prompts": {} if isinstance(model, PreTrainedModel) else prompts_of(model)}
+        write_json(job, {"folder": str(folder.resolve()), "doors": opened_by, "trials": trials} | told)
         secret = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # what opens a model needs none
         environment = {name: value for name, value in os.environ.items() if name not in secret}
         environment |= {
