@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from .polyrep_room import check_choices, check_counts, fields_of, pooling_of
+from .polyrep_room import check_choices, check_counts, fields_of, keep, pooling_of
 from .polyrep_towers import (
     BOTH_TOWERS,
     ImageInputs,
@@ -58,14 +58,11 @@ class DualEncoderHeadConfig(PretrainedConfig):
         hidden_dim (int): Width of a residual layer (GELU) beside each linear map; 0 for none.
         dropout (float): Share of an image's features that a training step leaves out.
         text_dropout (float): Share of a text's.
-        base_model_id (str): The text encoder, with revision and fingerprint.
-        base_revision (str): Its commit on the Hub.
-        base_fingerprint (str): SHA-256 over its weight files and module configs.
         vision_model_id (str): The vision encoder.
     """
 
     model_type = "polyrep_dual_encoder_head"
-    derived = ("text_dim", "image_dim", "base_model_id", "base_revision", "base_fingerprint", "vision_model_id")
+    derived = ("text_dim", "image_dim", "vision_model_id")
 
     def __init__(
         self,
@@ -75,22 +72,15 @@ class DualEncoderHeadConfig(PretrainedConfig):
         hidden_dim: int = 0,
         dropout: float = 0.0,
         text_dropout: float = 0.0,
-        base_model_id: str | None = None,
-        base_revision: str | None = None,
-        base_fingerprint: str | None = None,
         vision_model_id: str | None = None,
         **kwargs,
     ):
-        name = type(self).__name__
+        name = keep(self, locals())
         check_counts(name, text_dim=text_dim, image_dim=image_dim, projection_dim=projection_dim)
         check_counts(name, 0, hidden_dim=hidden_dim)
         for field, value in (("dropout", dropout), ("text_dropout", text_dropout)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name}: {field}={value!r} is no share that leaves anything. Use 0 to below 1.")
-        self.text_dim, self.image_dim, self.projection_dim = text_dim, image_dim, projection_dim
-        self.hidden_dim, self.dropout, self.text_dropout = hidden_dim, dropout, text_dropout
-        self.base_model_id, self.base_revision, self.base_fingerprint = base_model_id, base_revision, base_fingerprint
-        self.vision_model_id = vision_model_id
         super().__init__(**kwargs)
 
 
