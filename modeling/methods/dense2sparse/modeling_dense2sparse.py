@@ -31,7 +31,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
-    AutoProcessor,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -580,12 +579,6 @@ class Dense2SparseForRetrieval(PreTrainedModel):
         retriever.encoder = encoder
         retriever.head.load_state_dict(head.state_dict())
         return retriever.to(encoder.dtype)
-
-    @staticmethod
-    def load_processor(backbone: str):
-        """What turns texts, or texts and images, into this model's inputs."""
-        towers = AutoConfig.from_pretrained(backbone).model_type in (*BOTH_TOWERS, TowersConfig.model_type)
-        return (AutoProcessor if towers else AutoTokenizer).from_pretrained(backbone)
 
     @staticmethod
     def check_backbone(model: SentenceTransformer) -> tuple[str, bool]:

@@ -9,7 +9,6 @@ stay as they are, with a small map behind each. It is the frozen backbone of hea
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +16,8 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoProcessor,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
-    VisionTextDualEncoderProcessor,
 )
 from transformers.utils import ModelOutput
 
@@ -32,7 +28,6 @@ from .polyrep_towers import (
     Projections,
     Towers,
     image_features,
-    image_processor_of,
     initialize_projections,
     open_both_towers,
     shared_width,
@@ -218,33 +213,6 @@ class DualEncoderModel(Towers, PreTrainedModel):
         """Pooling of a SentenceTransformer and whether it normalises; ValueError if it does more than that."""
         remedy = "Name a backbone of these parts alone."
         return pooling_of(model, "DualEncoderModel", _CHOICES["pooling"], remedy, prompts=False)
-
-    @staticmethod
-    def load_processor(backbone: str, vision: str | None = None):
-        """What turns texts and images into this model's inputs: the backbone's own, or one of two parts."""
-        if vision is None:
-            return AutoProcessor.from_pretrained(backbone)
-        tokenizer = AutoTokenizer.from_pretrained(backbone)
-        return VisionTextDualEncoderProcessor(image_processor_of(vision), tokenizer)
-
-    @classmethod
-    def open_backbone(cls, backbone: str, dtype: torch.dtype) -> SentenceTransformer | None:
-        """A plain CLIP, SigLIP or BLIP folder as a SentenceTransformer for texts and images; None for any other."""
-        if AutoConfig.from_pretrained(backbone).model_type not in BOTH_TOWERS:
-            return None
-        output = {"method_output_name": "sentence_embedding"}
-        modalities = {"text": {"method": "forward", **output}, "image": {"method": "encode_image", **output}}
-        with tempfile.TemporaryDirectory() as folder:
-            cls.from_encoder(backbone).save_pretrained(folder)
-            cls.load_processor(backbone).save_pretrained(folder)
-            transformer = DualEncoderTransformer(
-                folder,
-                model_kwargs={"dtype": dtype},
-                modality_config=modalities,
-                module_output_name="sentence_embedding",
-                unpad_inputs=False,
-            )
-        return SentenceTransformer(modules=[transformer], similarity_fn_name="dot")
 
     def forward(
         self,

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
-    AutoProcessor,
     BlipForImageTextRetrieval,
     CLIPModel,
     PretrainedConfig,
@@ -71,12 +70,6 @@ def open_both_towers(backbone: str, owner: str) -> PreTrainedModel:
             "would be random. Name a checkpoint made for retrieval."
         )
     return encoder
-
-
-def image_processor_of(folder: str):
-    """A folder's image processor; AutoImageProcessor itself would want torchvision in transformers 5.17."""
-    processor = AutoProcessor.from_pretrained(folder)
-    return getattr(processor, "image_processor", processor)
 
 
 def image_features(encoder: PreTrainedModel, pixel_values: Tensor) -> Tensor:

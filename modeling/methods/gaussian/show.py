@@ -64,19 +64,16 @@ def draw_ellipses(
             if query:
                 axis.plot([], [], color=color, lw=thick, label=name)
             else:  # of two near each other, one above and one below
-                beside = (3, 3) if row % 2 else (3, -font_size - 2)
-                axis.annotate(
-                    name,
-                    (x, y),
-                    beside,
-                    textcoords="offset points",
-                    fontsize=font_size,
-                    color="0.3",
-                    parse_math=False,
-                )
+                _name_beside(axis, name, (x, y), bool(row % 2), font_size)
     axis.set_xlabel(f"mean, dimension {dims[0]}")
     axis.set_ylabel(f"mean, dimension {dims[1]}")
     axis.set_aspect("equal")
     axis.autoscale()
     axis.margins(0.08)
     return dims[0], dims[1]
+
+
+def _name_beside(axis: Any, name: str, place: tuple[float, float], above: bool, font_size: float) -> None:
+    """Write a document's name to the right of its mean."""
+    beside = (3, 3 if above else -font_size - 2)
+    axis.annotate(name, place, beside, textcoords="offset points", fontsize=font_size, color="0.3", parse_math=False)

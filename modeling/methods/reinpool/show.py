@@ -12,7 +12,6 @@ take keep probabilities, so they also show a filter from elsewhere::
 from __future__ import annotations
 
 import html
-import os
 import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
@@ -27,6 +26,7 @@ from tokenizers.decoders import ByteLevel
 from torch import Tensor
 
 from ...errors import InputError
+from ...files import staged_file
 
 FOG, OPACITY = 96, 0.6
 """Grey that lies over dropped patches: on dark pages it shows as well, and text below it can still be read."""
@@ -229,19 +229,29 @@ def kept_tokens_png(
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.backends.backend_agg import RendererAgg
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.patches import Rectangle
 
     if not documents or titles is not None and len(titles) != len(documents):
         raise InputError(
             f"kept_tokens_png: {len(documents)} documents and {'no' if titles is None else len(titles)} titles, so "
             "there is nothing to draw or nothing to call it. Pass one document or more, and a title for each or none."
         )
-    strongest = 1 - STRENGTH * (1 - np.array(HUE) / 255)  # the hue over white
-    colors = LinearSegmentedColormap.from_list("keep", np.stack([np.ones(3), strongest]))
+    figure = _page(*_laid_out(documents, titles), threshold)
+    try:
+        with staged_file(Path(path)) as partial:
+            figure.savefig(partial, format="png", dpi=144)
+    finally:
+        plt.close(figure)
+
+
+def _laid_out(documents: Sequence[tuple[Sequence[str], Any]], titles: Sequence[str] | None) -> tuple[Any, Any, float]:
+    """Where everything goes, in points from the upper left.
+
+    Returns:
+        Texts ``(left, middle, text, font)``; a box for each token, ``(left, middle, width, probability)``; the height.
+    """
+    from matplotlib.backends.backend_agg import RendererAgg
+    from matplotlib.font_manager import FontProperties
+
     font, heading = FontProperties(size=_FONT), FontProperties(size=_FONT, weight="bold")
     renderer = RendererAgg(8, 8, 144)
 
@@ -249,7 +259,7 @@ def kept_tokens_png(
         return renderer.get_text_width_height_descent(text, font, ismath=False)[0] / 2  # 144 dots are 72 points
 
     texts: list[tuple[float, float, str, FontProperties]] = []
-    boxes: list[tuple[float, float, float, float]] = []  # left, middle, width, probability
+    boxes: list[tuple[float, float, float, float]] = []
     line = 0.5
     for number, (tokens, keep_probability) in enumerate(documents):
         probability = _probabilities(keep_probability, tokens)
@@ -263,7 +273,18 @@ def kept_tokens_png(
             texts.append((x, (line + row) * _LINE, piece, font))
             boxes.append((x, (line + row) * _LINE, width, p))
         line += places[-1][1] + 1.5
-    height = (line - 0.5) * _LINE
+    return texts, boxes, (line - 0.5) * _LINE
+
+
+def _page(texts: Any, boxes: Any, height: float, threshold: float) -> Any:
+    """A figure of what is laid out, above a bar that says what the colours mean."""
+    from matplotlib import pyplot as plt
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Rectangle
+
+    strongest = 1 - STRENGTH * (1 - np.array(HUE) / 255)  # the hue over white
+    colors = LinearSegmentedColormap.from_list("keep", np.stack([np.ones(3), strongest]))
     bar = 4 * _FONT  # height of the colour bar with its numbers
     size = np.array([_WIDTH + 2 * _MARGIN, height + bar + 2 * _MARGIN])
     figure = plt.figure(figsize=tuple(size / 72))
@@ -280,14 +301,7 @@ def kept_tokens_png(
     scale = figure.colorbar(ScalarMappable(cmap=colors), cax=figure.add_axes(place), orientation="horizontal")
     scale.set_label(f"keep probability; underlined: above {threshold:g}", fontsize=8)
     scale.ax.tick_params(labelsize=8)
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        figure.savefig(partial, format="png", dpi=144)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-        plt.close(figure)
+    return figure
 
 
 def _wrap(pieces: list[tuple[bool, str]], lengths: list[float], space: float, width: float) -> list[tuple[float, int]]:
