@@ -2,11 +2,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Compiling torch and what stands on it takes longer than importing it, so it is done once.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Any embedding model of the Hub: make quickstart BACKBONE=ORG/NAME
 BACKBONE ?= minilm
 
-.PHONY: quickstart demo docs test test-min lint results results-images results-gpu clean
+.PHONY: quickstart demo docs rooms test test-min lint results results-images results-gpu clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python benchmarks/dense2sparse_text.py --quick --backbone $(BACKBONE) --output runs/quickstart --name quickstart
@@ -18,27 +22,32 @@ demo: $(VENV)/.demo
 docs: $(VENV)/.docs
 	$(BIN)/sphinx-build -q -W --keep-going -c docs -d build/doctrees . build/docs
 
+# Renew the copies of what shipped files share, which every method's folder holds.
+rooms:
+	for shared in modeling/hub/polyrep_*.py; do \
+		for copy in modeling/methods/*/$$(basename $$shared) tests/toy/$$(basename $$shared); do \
+			test ! -f $$copy || cp $$shared $$copy; \
+		done; \
+	done
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The wheel at the lower bounds that pyproject.toml declares: what the rooms share, in one process, since how several
-# train together is torch's business, whose version is the same.
-test-min:
-	test -d $(VENV)-min || $(PYTHON) -m venv $(VENV)-min
-	grep -vE '^(transformers|sentence-transformers|huggingface-hub)==' constraints.txt > $(VENV)-min/constraints.txt
-	rm -rf build/lib build/wheel
-	$(VENV)-min/bin/python -m pip wheel -q --no-deps -w build/wheel .
-	$(VENV)-min/bin/python -m pip uninstall -q -y polyrep  # of the same version, an earlier wheel would stay
-	$(VENV)-min/bin/python -m pip install -q --no-compile -c $(VENV)-min/constraints.txt pytest pytest-xdist \
-		"$$(echo build/wheel/*.whl)[quickstart,lora,search]" \
+# The wheel at the lower bounds that pyproject.toml declares, laid over the packages of the environment.
+LOWEST := build/lowest/site-packages
+
+test-min: $(VENV)/.dev
+	rm -rf build/lib build/lowest
+	$(BIN)/python -m pip install -q --no-compile --no-deps --no-build-isolation --target $(LOWEST) . \
 		transformers==5.17.0 sentence-transformers==6.0.1 huggingface-hub==1.33.0
-	$(VENV)-min/bin/python -m pytest -n 2 --dist loadfile tests/test_rooms.py tests/test_hub.py tests/test_training.py \
-		tests/test_lemur.py tests/test_publish.py tests/test_encode.py -k "not two_processes and not kill and not ctrl_c"
+	PYTHONPATH=$(abspath $(LOWEST)) $(BIN)/python -m pip check
+	PYTHONPATH=$(abspath $(LOWEST)) $(PYTEST) tests/test_lowest.py tests/test_rooms.py tests/test_hub.py \
+		tests/test_training.py tests/test_lemur.py tests/test_publish.py tests/test_encode.py
 
 # Everything in results/ that a CPU can make again, about nine hours on 2 cores.
 results: $(VENV)/.dev

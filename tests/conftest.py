@@ -68,9 +68,13 @@ def beir(tmp_path: Path) -> Path:
 CLI = str(ROOT / "tests" / "toy_cli.py")
 
 
+IMPORTABLE = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))}
+"""What has programs import the tests, and what the tests themselves import."""
+
+
 def run_python(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     """Run Python with the tests importable; the caller looks at returncode, stdout and stderr."""
-    options = {"env": os.environ | {"PYTHONPATH": str(ROOT / "tests")}, "timeout": 300} | options
+    options = {"env": os.environ | IMPORTABLE, "timeout": 300} | options
     return subprocess.run([warm.python(), *arguments], capture_output=True, text=True, **options)
 
 

@@ -24,10 +24,6 @@ from polyrep.hub.folder import packaged_minilm
 HERE, SOURCE = Path(polyrep.__file__).parent, Path(__file__).parent.parent / "modeling"
 assert HERE == SOURCE or "site-packages" in polyrep.__file__, f"tests of {SOURCE} would test {HERE}"
 
-assert (
-    Path(polyrep.__file__).parent == Path(__file__).parent.parent / "modeling" or "site-packages" in polyrep.__file__
-)
-
 
 @pytest.fixture(scope="session")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -19,7 +19,7 @@ import pytest
 import torch
 import warm
 import yaml
-from conftest import CLI, QUERIES, run_python, write_beir
+from conftest import CLI, IMPORTABLE, QUERIES, run_python, write_beir
 from hub_server import HubServer, Repository, running_hub
 from huggingface_hub import ModelCard
 from room_examples import EXAMPLES
@@ -181,8 +181,7 @@ def on_hub(hub: HubServer, cache: Path, *arguments: str) -> subprocess.Completed
     """Run Python with a Hub that is ours."""
     environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test", "HF_HOME": str(cache)}
-    environment |= {"PYTHONPATH": str(Path(__file__).parent), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return run_python(*arguments, env=environment, cwd=cache)
+    return run_python(*arguments, env=environment | IMPORTABLE | {"HF_HUB_DISABLE_TELEMETRY": "1"}, cwd=cache)
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +242,7 @@ def test_a_repository_is_complete_and_made_in_one_commit(published, hub):
     commit, files = repository.commits[1]
     assert commit in published["first"][2], "the printed lines name the commit"
     assert set(files) == {
-        *(".gitattributes", "README.md", "results.png", "modeling_gaussian.py"),
+        *(".gitattributes", "README.md", "results.png", "modeling_gaussian.py", "polyrep_room.py"),
         *(".eval_results/someone--tiny.yaml", ".eval_results/mteb--nano.yaml"),
         *("config.json", "config_sentence_transformers.json", "modules.json", "sentence_bert_config.json"),
         *("model.safetensors", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"),

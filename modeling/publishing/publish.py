@@ -11,7 +11,6 @@ from __future__ import annotations
 import fnmatch
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from ..errors import InputError
 from ..files import file_sha256, read_json, staged_folder, write_text
 from ..flags import parse
 from ..hub.cards import PINNED, HubId, hub_place, own_rows, render_card, ways_to_open
-from ..hub.code import localize, refuse_foreign_code
+from ..hub.code import code_of, localize, refuse_foreign_code
 from ..hub.folder import Encoder, is_hub_id, load
 from ..registry import ROOMS
 from .finished import Finished, collect
@@ -158,7 +157,7 @@ def _hub_ids(named: list[str]) -> dict[str, HubId]:
 def _open(folder: Path, trusted: bool) -> tuple[Encoder | PreTrainedModel, bool]:
     """The model, on the CPU, and whether its code may run; what is not the installed one's needs the user's word."""
     refuse_foreign_code(folder)
-    shipped = {file_sha256(Path(str(sys.modules[room.model.__module__].__file__))) for room in ROOMS.values()}
+    shipped = {file_sha256(file) for room in ROOMS.values() for file in code_of(room.model.__module__)}
     code = sorted(folder.rglob("*.py"))
     foreign = [file for file in code if file_sha256(file) not in shipped]
     if foreign and not trusted:
