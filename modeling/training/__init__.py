@@ -11,3 +11,11 @@ In the order in which one reads it:
 - ``build.py``, ``checkpoints.py`` and ``record.py`` write what is to be trained, what a run goes on from, and what
   came of it.
 """
+
+from .head_trainer import HeadTrainer
+from .objective import Objective
+from .pairs import HeadData
+from .recipes import Plan, plan_of, resolve
+from .train import run
+
+__all__ = ["HeadData", "HeadTrainer", "Objective", "Plan", "plan_of", "resolve", "run"]
