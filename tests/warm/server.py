@@ -14,6 +14,7 @@ import json
 import os
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import sys
@@ -76,6 +77,7 @@ def serve(address: str, session: int) -> dict[str, Any]:
                     selector.unregister(client)
                     client.sendall(b"%d\n" % status)
                 client.close()
+    shutil.rmtree(os.path.dirname(address))
     sys.exit()
 
 
