@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Any embedding model of the Hub: make quickstart BACKBONE=ORG/NAME
 BACKBONE ?= minilm
 
-.PHONY: quickstart demo docs test test-min lint results results-images results-gpu clean
+.PHONY: quickstart demo docs rooms test test-min lint results results-images results-gpu clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python benchmarks/dense2sparse_text.py --quick --backbone $(BACKBONE) --output runs/quickstart --name quickstart
@@ -21,6 +21,14 @@ demo: $(VENV)/.demo
 # The pages of docs/ and the reference of the package, as build/docs/index.html.
 docs: $(VENV)/.docs
 	$(BIN)/sphinx-build -q -W --keep-going -c docs -d build/doctrees . build/docs
+
+# Renew the copies of what shipped files share, which every method's folder holds.
+rooms:
+	for shared in modeling/hub/polyrep_*.py; do \
+		for copy in modeling/methods/*/$$(basename $$shared) tests/toy/$$(basename $$shared); do \
+			test ! -f $$copy || cp $$shared $$copy; \
+		done; \
+	done
 
 test: $(VENV)/.dev
 	$(PYTEST)

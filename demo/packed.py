@@ -20,10 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-import polyrep
 from polyrep.errors import InputError
 from polyrep.files import staged_folder
+from polyrep.hub.code import code_of
 from polyrep.hub.folder import packaged_minilm
+from polyrep.registry import ROOMS
 
 SCALE = ".scale"
 """Ends the name of what a matrix of whole numbers is multiplied with, row by row."""
@@ -34,7 +35,7 @@ BORROWED = "borrowed"
 SMALL = 4096
 """A tensor of no more numbers is kept as it is: a few bytes are not worth its precision."""
 
-LEFT_OUT = ("README.md", "tokenizer.json", "modeling_*.py")
+LEFT_OUT = ("README.md", "tokenizer.json", "*.py")
 """Files that the installed packages have or that say nothing to a model: the card, the tokenizer, the code."""
 
 
@@ -141,8 +142,9 @@ def _copy_code(folder: Path) -> None:
     for config in folder.rglob("config.json"):
         for reference in json.loads(config.read_text()).get("auto_map", {}).values():
             name = reference.partition(".")[0]
-            code = next(Path(polyrep.__file__).parent.glob(f"*/{name}.py"))
-            shutil.copyfile(code, folder / code.name)
+            modules = {room.model.__module__ for room in ROOMS.values()}
+            for code in code_of(next(module for module in modules if module.endswith(f".{name}"))):
+                shutil.copyfile(code, folder / code.name)
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -19,14 +19,15 @@ import numpy as np
 from packed import unpack
 from tqdm import tqdm
 
-import polyrep
 from polyrep.encoding import Embeddings
 from polyrep.encoding.cache import FORMAT, open_cache
 from polyrep.encoding.embeddings import Kind, joined
 from polyrep.encoding.encoders import encode_chunk
 from polyrep.errors import InputError
 from polyrep.files import file_sha256, staged_folder, write_json
+from polyrep.hub.code import code_of
 from polyrep.hub.folder import Encoder
+from polyrep.registry import ROOMS
 
 PART = 256
 """Documents that are encoded and written together: what an interruption loses at most."""
@@ -70,7 +71,7 @@ def digest_of(content: Any) -> str:
 
 def digest_of_code() -> str:
     """Tells apart versions of the rooms' code, which goes into unpacked models and makes the vectors."""
-    files = sorted(Path(polyrep.__file__).parent.glob("*/modeling_*.py"))
+    files = sorted({file for room in ROOMS.values() for file in code_of(room.model.__module__)})
     return digest_of([(file.name, file_sha256(file)) for file in files])
 
 

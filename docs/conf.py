@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 PACKAGE = Path(__file__).parent.parent / "modeling"
 INTERNAL = {
     "cli": "finds the verb of a command line and calls it",
+    "publishing.compare": "stands behind publishing.export",
     "publishing.doors": "runs in a process without polyrep, when a model is published",
     "files": "writes whole files or none",
     "flags": "makes flags of a dataclass",
@@ -33,6 +34,7 @@ INTERNAL = {
     "search.local": "what the engines of one process share",
     "search.qdrant_engine": "stands behind search.qdrant",
     "search.qdrant_remote": "stands behind search.qdrant",
+    "publishing.signatures": "stands behind publishing.export",
     "publishing.upload": "speaks with the Hub for publish",
 }
 """Modules without a place in the API reference, and why nobody calls them."""

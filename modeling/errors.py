@@ -1,4 +1,7 @@
-"""The one exception that means "your input, not our code": the command line prints it without a traceback."""
+"""The one exception that means "your input, not our code": the command line prints it without a traceback.
+
+And what others raise, in one line.
+"""
 
 from __future__ import annotations
 
@@ -23,3 +26,8 @@ def refusals() -> Iterator[None]:
         raise
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Class and first line of what another library says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"

@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,13 @@ def to_markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+_AXIS_NAMES = {
+    "bytes_per_document": "bytes per document",
+    "flops": "FLOPs: words that a query and a document share",
+    "encode_ms_per_document": "milliseconds to encode a document",
+}
+
+
 def draw(results: dict[str, Any], path: Path) -> None:
     """Quality with its interval against a cost, on a logarithmic axis unless it is time, a panel per data set.
 
@@ -159,12 +166,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
     cost = results.get("axis", "bytes_per_document")
     shown = results.get("drawn")
     placed = _points(results)
-    points = [r for r in placed if shown is None or r["system"].partition(", ")[0] in shown]
-    without = [row for row in results["rows"] if row["metric"] == "nDCG@10" and not row.get(cost)]
+    points = [row for row in placed if shown is None or family_of(row) in shown]
+    across = [row for row in results["rows"] if row["metric"] == "nDCG@10" and not row.get(cost)]
     datasets = list(dict.fromkeys(row["dataset"] for row in points))
     curves = [name for name in datasets if sum(row["dataset"] == name for row in points) > 2]
     datasets = curves or datasets  # beside real curves, a panel of two points only takes room
-    families = list(dict.fromkeys(row["system"].partition(", ")[0] for row in points))
+    colors = {family: f"C{number}" for number, family in enumerate(dict.fromkeys(map(family_of, points)))}
     columns = min(len(datasets), 2)
     rows = -(-len(datasets) // columns)
     figure, axes = plt.subplots(
@@ -173,51 +180,15 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for unused in axes.flat[len(datasets) :]:
         unused.set_visible(False)
     for axis, dataset in zip(axes.flat, datasets, strict=False):
-        named: set[str] = set()  # one name for points of several families at the same place
-        for family in families:
-            mine = sorted(
-                (row for row in points if row["dataset"] == dataset and row["system"].partition(", ")[0] == family),
-                key=lambda row: row[cost],
-            )
-            sizes, values = [row[cost] for row in mine], [row["value"] for row in mine]
-            intervals = [row.get("interval", [row["value"]] * 2) for row in mine]
-            errors = [[v - low for v, (low, _) in zip(values, intervals, strict=True)]]
-            errors.append([high - v for v, (_, high) in zip(values, intervals, strict=True)])
-            color = f"C{families.index(family)}"
-            axis.errorbar(sizes, values, errors, fmt="o-", color=color, label=family, capsize=3, lw=1, elinewidth=0.8)
-            for size, value, row in zip(sizes, values, mine, strict=True):
-                label = row["system"].partition(", ")[2].replace("hierarchical ", "k=")
-                if label in named and cost == "flops":
-                    continue
-                named.add(label)
-                below = (0, -12) if label == "mean" else (-2, 5)  # the mean and k=1 lie on one another
-                axis.annotate(label, (size, value), below, textcoords="offset points", fontsize=7, ha="right")
-        across = [row for row in without if row["dataset"] == dataset]
-        for row, style in zip(across, ("-", "--", ":", "-.") * len(across), strict=False):
-            axis.axhline(row["value"], ls=style, color="0.5", lw=1, label=row["system"])
+        _draw_curves(axis, [row for row in points if row["dataset"] == dataset], cost, colors)
+        _draw_across(axis, [row for row in across if row["dataset"] == dataset])
         if results.get("gap"):
-            ends = [
-                r["value"] for name in results["gap"] for r in placed if (r["dataset"], r["system"]) == (dataset, name)
-            ]
-            low, high = ends if len(ends) == 2 else (0, 0)
-            if high - low >= 0.02:  # of a smaller gap, a share says nothing
-                axis.secondary_yaxis(
-                    "right",
-                    functions=(
-                        lambda y, low=low, high=high: (y - low) / (high - low),
-                        lambda share, low=low, high=high: low + share * (high - low),
-                    ),
-                )
+            _draw_gap(axis, [row for row in placed if row["dataset"] == dataset], results["gap"])
         axis.set_xscale("linear" if cost == "encode_ms_per_document" else "log")
         axis.margins(x=0.12)
         axis.set_title(dataset)
         axis.grid(alpha=0.3)
-    names = {
-        "bytes_per_document": "bytes per document",
-        "flops": "FLOPs: words that a query and a document share",
-        "encode_ms_per_document": "milliseconds to encode a document",
-    }
-    figure.supxlabel(names.get(cost, cost), fontsize="medium")
+    figure.supxlabel(_AXIS_NAMES.get(cost, cost), fontsize="medium")
     second = f"; right: 0 is {results['gap'][0]}, 1 is {results['gap'][1]}" if results.get("gap") else ""
     figure.supylabel(f"nDCG@10 (95 % interval{second})", fontsize="medium")
     figure.legend(
@@ -225,6 +196,45 @@ def draw(results: dict[str, Any], path: Path) -> None:
     )
     figure.savefig(path, dpi=144)
     plt.close(figure)
+
+
+def _draw_curves(axis: Any, rows: list[dict[str, Any]], cost: str, colors: dict[str, str]) -> None:
+    """A curve for each family of systems, also for one that has none here: the first panel's legend is that of all."""
+    named: set[str] = set()  # one name for points of several families at the same place
+    for family, color in colors.items():
+        mine = sorted((row for row in rows if family_of(row) == family), key=lambda row: row[cost])
+        sizes, values = [row[cost] for row in mine], [row["value"] for row in mine]
+        intervals = [row.get("interval", [row["value"]] * 2) for row in mine]
+        errors = [[v - low for v, (low, _) in zip(values, intervals, strict=True)]]
+        errors.append([high - v for v, (_, high) in zip(values, intervals, strict=True)])
+        axis.errorbar(sizes, values, errors, fmt="o-", color=color, label=family, capsize=3, lw=1, elinewidth=0.8)
+        for size, value, row in zip(sizes, values, mine, strict=True):
+            label = row["system"].partition(", ")[2].replace("hierarchical ", "k=")
+            if label in named and cost == "flops":
+                continue
+            named.add(label)
+            below = (0, -12) if label == "mean" else (-2, 5)  # the mean and k=1 lie on one another
+            axis.annotate(label, (size, value), below, textcoords="offset points", fontsize=7, ha="right")
+
+
+def _draw_across(axis: Any, rows: list[dict[str, Any]]) -> None:
+    for row, style in zip(rows, ("-", "--", ":", "-.") * len(rows), strict=False):
+        axis.axhline(row["value"], ls=style, color="0.5", lw=1, label=row["system"])
+
+
+def _draw_gap(axis: Any, rows: list[dict[str, Any]], ends: list[str]) -> None:
+    """A second axis that counts 0 at one system and 1 at another, where they are far enough apart."""
+    values = [row["value"] for name in ends for row in rows if row["system"] == name]
+    low, high = values if len(values) == 2 else (0, 0)
+    if high - low >= 0.02:  # of a smaller gap, a share says nothing
+        axis.secondary_yaxis(
+            "right", functions=(lambda y: (y - low) / (high - low), lambda share: low + share * (high - low))
+        )
+
+
+def family_of(row: Mapping[str, Any]) -> str:
+    """What stands before the first comma of a system: the method, whose rows are one curve."""
+    return str(row["system"].partition(", ")[0])
 
 
 def _points(results: dict[str, Any]) -> list[dict[str, Any]]:

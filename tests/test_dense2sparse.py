@@ -26,6 +26,7 @@ from polyrep.cli import main, train
 from polyrep.data import load_retrieval_dataset
 from polyrep.hub import fingerprint
 from polyrep.hub.folder import packaged_minilm
+from polyrep.hub.polyrep_room import fingerprints_of
 from polyrep.methods import (
     Dense2SparseConfig,
     Dense2SparseForRetrieval,
@@ -33,7 +34,6 @@ from polyrep.methods import (
     Dense2SparseModel,
     Dense2SparsePooling,
 )
-from polyrep.methods.dense2sparse.modeling_dense2sparse import _fingerprint_of
 from polyrep.training.pairs import HeadData
 
 TEXTS = [*DOCUMENTS.values(), *QUERIES.values()]
@@ -309,7 +309,7 @@ def test_another_backbone_gives_a_warning_that_names_both(backbone, head, tmp_pa
     torch.nn.init.normal_(model.embeddings.word_embeddings.weight)
     model.save_pretrained(other)
     head.config.base_model_id, head.config.base_fingerprint = "ours", fingerprint(backbone)
-    assert _fingerprint_of(Transformer(str(backbone))) == fingerprint(backbone)
+    assert fingerprints_of(Transformer(str(backbone))) == [fingerprint(backbone)]
 
     def attach(folder: Path) -> SparseEncoder:
         return SparseEncoder(

@@ -35,7 +35,7 @@ from polyrep.methods import (
     ReinPoolConfig,
 )
 from polyrep.methods.dense2sparse.example_dual_encoder import dual_encoder, image_text_folder, tiny_vision
-from polyrep.publishing import export
+from polyrep.publishing import compare, export
 
 SHORT = ["x"]
 MIXED = ["show open ports", "make an archive of a file", "q", "list a port file: a port file list a port"]
@@ -340,10 +340,10 @@ def test_folders_that_hold_nothing_to_export_are_refused(
 def test_differences_are_relative_to_large_numbers_and_ties_at_a_cut_are_none():
     kept = np.array([[0.9, 0.5, 0.0, 0.0], [0.3, 0.0, 0.2, 0.0]])
     tied = np.array([[0.9, 0.0, 0.5, 0.0], [0.3, 0.0, 0.2, 0.0]])
-    assert export._difference(kept, kept) == export._difference(kept, tied) == 0
-    assert export._difference(kept, tied * [[1, 1, 0, 1]] * 1.0) == 0.5, "one word fewer is no tie"
-    assert export._difference(kept, np.array([[0.0, 0.5, 0.9, 0.0], kept[1]])) == 0.9, "nor is a heavier one"
-    assert export._difference(np.array([[1000.0, 0.5]]), np.array([[1001.0, 0.5]])) == pytest.approx(1e-3)
-    assert export._difference(kept[None], kept[None, ::-1]) == 0, "the vectors of a text are a set"
-    assert export._difference(kept, kept[::-1]) > 0.1, "texts are not"
-    assert export._difference(kept, kept[:1]) == export._difference(kept, kept * np.nan) == float("inf")
+    assert compare.difference_of(kept, kept) == compare.difference_of(kept, tied) == 0
+    assert compare.difference_of(kept, tied * [[1, 1, 0, 1]] * 1.0) == 0.5, "one word fewer is no tie"
+    assert compare.difference_of(kept, np.array([[0.0, 0.5, 0.9, 0.0], kept[1]])) == 0.9, "nor is a heavier one"
+    assert compare.difference_of(np.array([[1000.0, 0.5]]), np.array([[1001.0, 0.5]])) == pytest.approx(1e-3)
+    assert compare.difference_of(kept[None], kept[None, ::-1]) == 0, "the vectors of a text are a set"
+    assert compare.difference_of(kept, kept[::-1]) > 0.1, "texts are not"
+    assert compare.difference_of(kept, kept[:1]) == compare.difference_of(kept, kept * np.nan) == float("inf")

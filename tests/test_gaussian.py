@@ -255,7 +255,7 @@ def test_a_name_of_another_score_or_a_cut_is_refused(sentence_model, backbone, t
         SentenceTransformer(modules=modules, device="cpu", similarity_fn_name="cosine")
     with pytest.raises(ValueError, match="truncate_dim=8 would cut"):
         SentenceTransformer(modules=modules, device="cpu", truncate_dim=8)
-    with pytest.raises(ValueError, match=r"input_dim=64, but what stands before it gives vectors of 32.*input_dim=32"):
+    with pytest.raises(ValueError, match="vectors have width 32, but the head was made for input_dim=64.*recorded"):
         SentenceTransformer(modules=[*sentence_model.children(), GaussianPooling(input_dim=64)], device="cpu")
     with pytest.raises(ValueError, match="Normalize stands behind it"):
         SentenceTransformer(modules=[*modules, Normalize()], device="cpu")

@@ -26,6 +26,7 @@ from polyrep import InputError
 from polyrep.cli import main, train
 from polyrep.data import load_retrieval_dataset
 from polyrep.hub.example import one_folder
+from polyrep.hub.polyrep_room import pool_tokens
 from polyrep.methods import (
     CachedMultiLayerObjective,
     MultiLayerConfig,
@@ -120,7 +121,7 @@ def test_texts_padded_on_the_left_are_pooled_alike(backbone):
     for token in ("mean", "cls"):
         states = torch.randn(2, 5, 4)
         left = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-        head = polyrep.methods.multilayer.modeling_multilayer._pool_tokens(states, left, token)
+        head = pool_tokens(states, left, token)
         torch.testing.assert_close(head, by_hand(states, left, token))
 
 

@@ -29,7 +29,7 @@ import polyrep
 from polyrep import InputError
 from polyrep.cli import main
 from polyrep.hub import cards, fingerprint, load
-from polyrep.publishing import after_training, doors, export, inspection, publish, upload
+from polyrep.publishing import after_training, doors, inspection, publish, signatures, upload
 from polyrep.publishing.inspection import refuse_secrets, verify
 from polyrep.report import provenance, write_results
 
@@ -242,7 +242,7 @@ def test_a_repository_is_complete_and_made_in_one_commit(published, hub):
     commit, files = repository.commits[1]
     assert commit in published["first"][2], "the printed lines name the commit"
     assert set(files) == {
-        *(".gitattributes", "README.md", "results.png", "modeling_gaussian.py"),
+        *(".gitattributes", "README.md", "results.png", "modeling_gaussian.py", "polyrep_room.py"),
         *(".eval_results/someone--tiny.yaml", ".eval_results/mteb--nano.yaml"),
         *("config.json", "config_sentence_transformers.json", "modules.json", "sentence_bert_config.json"),
         *("model.safetensors", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"),
@@ -542,7 +542,7 @@ def test_heads_are_compared_by_what_they_give_too(models):
     head = models["reinpool"][-1].model
     calls = [
         {"inputs": inputs, "method": graph.method, "fixed": dict(graph.fixed), "outputs": graph.outputs}
-        for graph, inputs in export.trials(head)
+        for graph, inputs in signatures.trials(head)
     ]
     before = doors.tried(head, calls)
     assert {"0/None/keep_probability", "1/None/embeddings", "weight/keep.weight"} <= set(before)

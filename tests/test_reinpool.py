@@ -31,6 +31,7 @@ import polyrep
 from polyrep import InputError
 from polyrep.cli import train
 from polyrep.hub import fingerprint
+from polyrep.hub.polyrep_room import fingerprints_of
 from polyrep.methods import (
     ReinforceObjective,
     ReinPoolConfig,
@@ -39,7 +40,6 @@ from polyrep.methods import (
     SoftGateObjective,
     spherical_kmeans,
 )
-from polyrep.methods.reinpool.modeling_reinpool import _fingerprint_of
 from polyrep.methods.reinpool.objective import ndcg
 from polyrep.search import maxsim
 from polyrep.search.scoring import packed_maxsim
@@ -618,7 +618,7 @@ def test_the_dot_product_of_one_vector_is_maxsim(backbone, kind):
 def test_one_vector_scores_by_dot_product_and_nothing_else(multi_vector_model):
     head = random_head(dim=16, output="sentence_embedding")
     assert attached(multi_vector_model, head, SentenceTransformer).similarity_fn_name == "dot"
-    with pytest.raises(ValueError, match="similarity 'cosine'.*Use similarity_fn_name='dot'"):
+    with pytest.raises(ValueError, match="similarity_fn_name='cosine'.*Use similarity_fn_name='dot'"):
         attached(multi_vector_model, head, SentenceTransformer, similarity_fn_name="cosine")
     with pytest.raises(ValueError, match="truncate_dim=4"):
         attached(multi_vector_model, head, SentenceTransformer, truncate_dim=4)
@@ -647,7 +647,7 @@ def test_another_backbone_gives_a_warning_that_names_both(backbone, head, tmp_pa
     torch.nn.init.normal_(model.embeddings.word_embeddings.weight)
     model.save_pretrained(other)
     head.config.base_model_id, head.config.base_fingerprint = "ours", fingerprint(backbone)
-    assert _fingerprint_of(Transformer(str(backbone))) == fingerprint(backbone)
+    assert fingerprints_of(Transformer(str(backbone))) == [fingerprint(backbone)]
     with caplog.at_level(logging.WARNING):
         pipeline = attached(late_interaction(backbone, "plain"), head)
         assert "fingerprint" not in caplog.text

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
+import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,12 +18,14 @@ import torch
 from conftest import QUERIES, run_python
 from room_examples import EXAMPLES
 from safetensors.torch import load_file, save_file
-from sentence_transformers import MultiVectorEncoder
-from transformers import AutoModel
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from transformers import AutoModel, BertModel
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 import polyrep
 from polyrep import InputError
+from polyrep.hub.code import code_of
 from polyrep.hub.example import Example
 from polyrep.registry import ROOMS
 
@@ -269,6 +274,81 @@ def test_no_saved_config_tells_where_it_was_built(saved):
             assert str(folder.parent.parent.parent) not in config.read_text()
 
 
+@pytest.fixture(scope="module")
+def other(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The backbone with other weights of the same shape."""
+    folder = tmp_path_factory.mktemp("other") / "other"
+    shutil.copytree(backbone, folder)
+    model = BertModel.from_pretrained(backbone)
+    torch.nn.init.normal_(model.embeddings.word_embeddings.weight)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recorded(examples: dict[str, Example], backbone: Path) -> dict[str, Any]:
+    """Room -> its pipeline on the backbone, whose head says so."""
+    found = {room: example.models["pipeline"] for room, example in examples.items() if "pipeline" in example.models}
+    assert set(found) == {room_type for room_type, room in ROOMS.items() if room.module}
+    for pipeline in found.values():
+        config = pipeline[-1].model.config
+        config.base_model_id, config.base_fingerprint = "org/ours", polyrep.hub.fingerprint(backbone)
+    yield found
+    for pipeline in found.values():
+        pipeline[-1].model.config.base_model_id = pipeline[-1].model.config.base_fingerprint = None
+
+
+def said_behind(first: Transformer, pipeline: Any, caplog: pytest.LogCaptureFixture) -> str:
+    """What a head says when it is put behind another first module: in a warning, or as it refuses."""
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        try:
+            type(pipeline)(modules=[first, *list(pipeline)[1:]], device="cpu")
+        except ValueError as error:
+            return str(error)
+    return caplog.text
+
+
+def test_a_head_behind_another_backbone_of_the_same_width_names_both(recorded, backbone, other, caplog):
+    ours, theirs = polyrep.hub.fingerprint(backbone), polyrep.hub.fingerprint(other)
+    for room, pipeline in recorded.items():
+        said = said_behind(Transformer(str(other)), pipeline, caplog)
+        assert "org/ours" in said and ours[:16] in said and theirs[:16] in said, room
+        assert "the head was" in said, room
+
+
+def test_a_head_is_silent_behind_its_own_backbone_and_where_none_is_known(recorded, backbone, other, tmp_path, caplog):
+    in_memory = Transformer(str(other))
+    in_memory.model.config.name_or_path = in_memory.model.name_or_path = ""
+    half = Transformer(str(backbone), model_kwargs={"dtype": torch.bfloat16})
+    polyrep.save(recorded["polyrep_gaussian"], tmp_path / "pipeline")
+    taken_out = SentenceTransformer(str(tmp_path / "pipeline"), trust_remote_code=True, device="cpu")[0]
+    for room, pipeline in recorded.items():
+        for first in (Transformer(str(backbone)), in_memory, half, taken_out):
+            assert "fingerprint" not in said_behind(first, pipeline, caplog), room
+        pipeline[-1].model.config.base_fingerprint = None
+        assert "fingerprint" not in said_behind(Transformer(str(other)), pipeline, caplog), room
+
+
+def test_a_head_knows_its_backbone_at_the_revision_that_was_loaded(recorded, backbone, other, caplog):
+    """In the cache of the Hub, where several versions of a repository lie side by side."""
+    cache = Path(os.environ["HF_HOME"]) / "hub" / "models--org--ours"
+    old, new = "a" * 40, "b" * 40
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(new)
+    for commit, folder in ((old, backbone), (new, other)):
+        shutil.copytree(folder, cache / "snapshots" / commit)
+    try:
+        pinned = {"revision": old}
+        first = Transformer("org/ours", model_kwargs=pinned, config_kwargs=pinned, processor_kwargs=pinned)
+        for room, pipeline in recorded.items():
+            assert "fingerprint" not in said_behind(first, pipeline, caplog), room
+            pipeline[-1].model.config.base_fingerprint = "c" * 64
+            assert "fingerprint cccc" in said_behind(first, pipeline, caplog), room
+    finally:
+        shutil.rmtree(cache)
+
+
 def test_configs_refuse_bad_values_by_name(examples):
     for example in examples.values():
         assert example.bad_config
@@ -277,14 +357,18 @@ def test_configs_refuse_bad_values_by_name(examples):
                 config_class(**arguments)
 
 
+SHARED = sorted(Path(polyrep.hub.__file__).parent.glob("polyrep_*.py"))
+"""Masters of what shipped files import from beside them."""
+
+
 def shipped_files() -> list[Path]:
-    return sorted({Path(str(sys.modules[room.model.__module__].__file__)) for room in ROOMS.values()})
+    return [*SHARED, *sorted({code_of(room.model.__module__)[0] for room in ROOMS.values()})]
 
 
 @pytest.mark.parametrize("file", shipped_files(), ids=lambda p: p.name)
 def test_shipped_files_import_only_what_every_machine_has(file):
     source = file.read_text()
-    assert not get_relative_imports(file)
+    assert set(get_relative_imports(file)) <= {shared.stem for shared in SHARED}
     guarded = {
         inner
         for node in ast.walk(ast.parse(source))
@@ -294,6 +378,8 @@ def test_shipped_files_import_only_what_every_machine_has(file):
     }
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module in {shared.stem for shared in SHARED}:
             continue
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
         for name in names:
@@ -305,6 +391,16 @@ def test_shipped_files_import_only_what_every_machine_has(file):
     assert set(get_imports(file)) - sys.stdlib_module_names <= {"torch", "transformers"}, (
         "a docstring line is taken for an import"
     )
+
+
+def test_what_shipped_files_share_is_the_same_in_every_room():
+    copies = [file for room in ROOMS.values() for file in code_of(room.model.__module__)[1:]]
+    assert copies
+    for copy in copies:
+        master = next(shared for shared in SHARED if shared.name == copy.name)
+        assert copy.read_bytes() == master.read_bytes(), f"{copy}: run `make rooms`"
+    for shared in SHARED:  # which transformers would load twice: for a model, and for its config
+        assert not re.search(r"^class \w+\(\w*Config\)", shared.read_text(), re.M)
 
 
 def test_one_config_class_and_model_type_for_each_model_class():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -54,6 +55,28 @@ def read_tsv(path: Path) -> Iterator[tuple[str, Any, Any, Any]]:
                 )
             if number > 1 and line.strip():
                 yield f"{path}:{number}", fields[0], fields[1], fields[2]
+
+
+def open_beir(source: str, split: str, revision: str | None) -> tuple[Iterator, Iterator, set[str], Any]:
+    """Rows of corpus and queries, names of splits, and what reads the judgments of one: of a folder, or of the Hub.
+
+    Raises:
+        InputError: There is no such folder, or it is no data set; ``split`` is what the message names as expected.
+    """
+    folder = Path(source)
+    if any((folder / f"corpus.jsonl{suffix}").is_file() for suffix in ("", ".gz")):
+        qrels = folder / "qrels"
+        splits = {file.stem for file in qrels.glob("*.tsv")}
+        corpus, queries = (read_jsonl(folder, name) for name in ("corpus", "queries"))
+        return corpus, queries, splits, lambda name: read_tsv(qrels / f"{name}.tsv")
+    if folder.is_dir() and not (folder / "README.md").is_file():
+        raise InputError(
+            f"{folder}: the folder has neither corpus.jsonl nor corpus.jsonl.gz, so it is no BEIR data set. "
+            f"Expected corpus.jsonl, queries.jsonl and qrels/{split}.tsv."
+        )
+    if not folder.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise InputError(f"{source}: no such folder, and not of the form ORG/NAME of a Hub data set either.")
+    return open_hub(source, revision)
 
 
 def open_hub(source: str, revision: str | None) -> tuple[Iterator, Iterator, set[str], Any]:

@@ -20,15 +20,14 @@ and to each of them. Images with captions, or vectors of both, are another kind 
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from datasets.exceptions import DatasetsError
 
 from ..errors import InputError, NoSplit
-from .beir import check_qrels, hub_rows, load_part, open_hub, read_jsonl, read_tsv, text_of_document, texts_by_id
+from .beir import check_qrels, hub_rows, load_part, open_beir, read_jsonl, text_of_document, texts_by_id
 from .captions import is_captions, load_captions
 from .dataset import RetrievalDataset, dataset_name, in_dev_tenth
 from .tables import from_pairs, open_pairs
@@ -66,24 +65,7 @@ def load_retrieval_dataset(
         return load_captions(folder, split, restval=restval)
     if (table := open_pairs(source, revision)) is not None:
         return from_pairs(source, table, split)
-    if any((folder / f"corpus.jsonl{suffix}").is_file() for suffix in ("", ".gz")):
-        corpus_rows = read_jsonl(folder, "corpus")
-        query_rows = read_jsonl(folder, "queries")
-        splits = {file.stem for file in (folder / "qrels").glob("*.tsv")}
-
-        def read_qrels(name: str) -> Iterator[tuple[str, Any, Any, Any]]:
-            return read_tsv(folder / "qrels" / f"{name}.tsv")
-
-    elif folder.is_dir() and not (folder / "README.md").is_file():
-        raise InputError(
-            f"{folder}: the folder has neither corpus.jsonl nor corpus.jsonl.gz, so it is no BEIR data set. "
-            f"Expected corpus.jsonl, queries.jsonl and qrels/{split}.tsv."
-        )
-    else:
-        if not folder.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-            raise InputError(f"{source}: no such folder, and not of the form ORG/NAME of a Hub data set either.")
-        corpus_rows, query_rows, splits, read_qrels = open_hub(source, revision)
-
+    corpus_rows, query_rows, splits, read_qrels = open_beir(source, split, revision)
     wanted = split
     if split in ("train", "dev") and "train" in splits and "dev" not in splits:
         wanted = "train"

@@ -97,33 +97,16 @@ def encode(argv: list[str], *, prog: str = "polyrep encode") -> dict[str, Any]:
     about = "Encode a corpus into shards, from which `polyrep index` builds an index. Run it again to go on."
     args, name = parse(EncodeArguments, argv, prog, about, "MODEL", "Folder, Hub id, or minilm.")
     _refuse_unusable(args)
-    state = PartialState(cpu=not torch.accelerator.is_available())  # else several processes would not know each other
-    launched = state.num_processes > 1 or "ACCELERATE_USE_CPU" in os.environ  # which gives each process one thread
-    if state.device.type == "cpu" and launched:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
-        torch.set_num_threads(max(torch.get_num_threads(), cores // here))
+    state = _process()
     fields = Fields(args.id_field, args.text_field, args.title_field, args.image_field)
     where = {"split": args.split, "config": args.config, "revision": args.input_revision}
     source = open_source(args.input, fields, **where)
     folder = fetch(name, revision=args.revision, trust_remote_code=args.trust_remote_code)
-    model = load(
-        folder,
-        trust_remote_code=args.trust_remote_code,
-        dtype=fastest_dtype(args.model_dtype),
-        device=str(state.device),
-    )
+    dtype, device = fastest_dtype(args.model_dtype), str(state.device)
+    model = load(folder, trust_remote_code=args.trust_remote_code, dtype=dtype, device=device)
     _refuse_unfit(model, source, args.precision, name)
-    kind, output = kind_of(model), Path(args.output)
+    origin, output = _origin(args, model, folder), Path(args.output)
     size = args.shard_size or SHARD_SIZES[source.images]
-    origin = Origin(
-        args.name or NAMES[kind],
-        kind,
-        int(model.get_embedding_dimension() or 0),
-        str(model.similarity_fn_name or "cosine"),
-        fingerprint(folder),
-        args.precision,
-    )
     manifest = manifest_of(
         origin,
         model={"name": name, "revision": args.revision, "family": type(model).__name__},
@@ -137,14 +120,7 @@ def encode(argv: list[str], *, prog: str = "polyrep encode") -> dict[str, Any]:
     )
     _begin(output, manifest)
     work = _Work(model, origin, args.task, args.batch_size, output)
-    with tqdm(
-        total=source.total and -(-source.total // state.num_processes),
-        desc=f"{output.name} {state.process_index + 1}/{state.num_processes}"
-        if state.num_processes > 1
-        else output.name,
-        unit="document",
-        disable=not state.is_local_main_process,
-    ) as progress:
+    with _progress(output, source, state) as progress:
         shards = work.through(_own(source.spans(size), state), progress)
     if not shards:
         raise InputError(f"{args.input}: holds no record, so there is nothing to encode.")
@@ -159,6 +135,39 @@ def encode(argv: list[str], *, prog: str = "polyrep encode") -> dict[str, Any]:
             "why); all others are encoded. Mend them, or leave out --strict."
         )
     return summary
+
+
+def _process() -> PartialState:
+    """This process among those that were launched; on CPUs it takes its share of the cores."""
+    state = PartialState(cpu=not torch.accelerator.is_available())  # else several processes would not know each other
+    launched = state.num_processes > 1 or "ACCELERATE_USE_CPU" in os.environ  # which gives each process one thread
+    if state.device.type == "cpu" and launched:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+        torch.set_num_threads(max(torch.get_num_threads(), cores // here))
+    return state
+
+
+def _origin(args: EncodeArguments, model: Encoder, folder: Path) -> Origin:
+    kind = kind_of(model)
+    return Origin(
+        args.name or NAMES[kind],
+        kind,
+        int(model.get_embedding_dimension() or 0),
+        str(model.similarity_fn_name or "cosine"),
+        fingerprint(folder),
+        args.precision,
+    )
+
+
+def _progress(output: Path, source: Source, state: PartialState) -> Any:
+    number = f" {state.process_index + 1}/{state.num_processes}" if state.num_processes > 1 else ""
+    return tqdm(
+        total=source.total and -(-source.total // state.num_processes),
+        desc=output.name + number,
+        unit="document",
+        disable=not state.is_local_main_process,
+    )
 
 
 class _Work:

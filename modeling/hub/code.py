@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from transformers.dynamic_module_utils import get_relative_import_files
+
 from ..errors import InputError
 from ..files import read_json, write_json
 from .fingerprint import without
@@ -16,12 +18,19 @@ REQUIREMENTS = {"transformers": ">=5.17", "sentence-transformers": ">=6.0.1"}
 """What a folder with polyrep code needs; sentence-transformers checks it on load and drops it on save."""
 
 
+def code_of(module: str) -> list[Path]:
+    """The files that an imported module of shipped code consists of: its own, and what it imports from beside it."""
+    file = str(sys.modules[module].__file__)
+    return [Path(file), *map(Path, sorted(get_relative_import_files(file)))]
+
+
 def localize(folder: str | Path) -> None:
     """Make a saved folder independent of the installed package, in place.
 
     ``modules.json`` written while a room's module is importable names it as ``polyrep.room.modeling_room.Class``.
     This keeps the last two parts, which is how sentence-transformers names code inside a folder, copies the modeling
-    file to the folder's root, and restores the version requirements that saving drops.
+    file and what it imports from beside it to the folder's root, and restores the version requirements that saving
+    drops.
     """
     folder = Path(folder)
     for config in [*folder.rglob("config.json"), *folder.rglob("tokenizer_config.json")]:
@@ -39,7 +48,8 @@ def localize(folder: str | Path) -> None:
             continue  # stock, or local to the folder already
         if name not in sys.modules:
             raise InputError(f"{modules_file}: {module['type']} is not imported, so its code cannot be copied.")
-        shutil.copyfile(str(sys.modules[name].__file__), folder / f"{stem}.py")
+        for file in code_of(name):
+            shutil.copyfile(file, folder / file.name)
         module["type"] = f"{stem}.{class_name}"
     write_json(modules_file, modules)
     if any(folder.glob("modeling_*.py")):

@@ -4,58 +4,38 @@ What leaves here is only what was compared: each graph runs in onnxruntime on in
 among them, and appears under its name once it gives torch's numbers. Queries and documents are encoded differently,
 so they are two graphs wherever the two differ. Next to them ``export.json`` says what they read, what they give, which
 weights they are of and how far from torch they were.
-
-A retriever reads what its tokenizer and its image processor give. What a head reads, only its room can tell:
-:class:`polyrep.Graph`.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import inspect
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AutoModel, AutoProcessor, AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..files import read_json, staged_folder, write_json
 from ..flags import parse
 from ..hub.fingerprint import fingerprint
 from ..hub.folder import PREFIX, check_folder
-from ..registry import ROOMS, Graph, room_of
-
-TOLERANCE = 1e-4
-"""Largest difference from torch, absolute for numbers up to one and relative beyond."""
-
-TRACED = (3, 12)
-"""Texts, and tokens of the longest, that a graph is made with; neither 1 nor equal, which would be taken for fixed."""
-
-CHECKED = ((1, 3), (2, 7), (3, 12), (5, 33), (2, 200))
-"""Sizes that it is compared at: one text without padding, and batches of which all but the longest are padded.
-
-The last is longer than the windows and buckets of positions that encoders have, as far as the model takes it.
-"""
+from ..registry import ROOMS, room_of
+from .compare import compare
+from .signatures import TRACED, Signature, arguments_of, signatures_of
 
 ONE_FILE_BYTES = 1_500_000_000
 """Weights above which a graph refers to a second file, since one file of ONNX holds two gigabytes."""
 
 MANIFEST = "export.json"
-
-Inputs = dict[str, Tensor]
-Axes = tuple[str | None, ...]
 
 
 @dataclass
@@ -66,31 +46,6 @@ class ExportArguments:
 
     output: str | None = field(default=None, metadata={"help": "Folder for the graphs; default: FOLDER/onnx."})
     overwrite: bool = field(default=False, metadata={"help": "Replace an export that is there."})
-
-
-@dataclass
-class _Door:
-    """One way into a model.
-
-    Attributes:
-        name: Of the file; ``model`` for the one that needs none.
-        method: Of the model.
-        outputs: Fields of what it returns.
-        fixed: Arguments that no graph can take.
-        example: (batch, tokens, seed) -> inputs of that size.
-        axes: Input -> the name of each axis that may vary, None where it may not.
-    """
-
-    name: str
-    method: str
-    outputs: tuple[str, ...]
-    fixed: Mapping[str, Any]
-    example: Callable[[int, int, int], Inputs]
-    axes: dict[str, Axes]
-
-    def label(self, name: str) -> str:
-        """Name of an input in the graph, where no output may have the same."""
-        return f"input_{name}" if name in self.outputs else name
 
 
 def export_onnx(argv: list[str], *, prog: str = "polyrep export-onnx") -> Path:
@@ -115,12 +70,12 @@ def export_onnx(argv: list[str], *, prog: str = "polyrep export-onnx") -> Path:
     if target.exists() and any(target.iterdir()) and not args.overwrite:
         raise InputError(f"{target}: exists and would be replaced. Pass --overwrite, or another --output.")
     model = _open(part)
-    doors = _doors(model, part)
+    signatures = signatures_of(model, part)
     before = read_json(target / MANIFEST) if target.is_dir() else {}
     with staged_folder(target, merge=True) as staged, torch.no_grad(), _quiet():
         graphs: dict[str, Any] = {}
-        for door in doors:
-            graphs |= _write(model, door, staged, part)
+        for signature in signatures:
+            graphs |= _write(model, signature, staged, part)
         write_json(staged / MANIFEST, _manifest(folder, part, model, graphs))
         written = {str(file.relative_to(staged)) for file in staged.rglob("*") if file.is_file()}
     for name in before.get("graphs", {}):  # an export replaced by one of fewer graphs
@@ -185,7 +140,7 @@ def _open(part: Path) -> PreTrainedModel:
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"{part}: cannot be opened by the installed class ({_first_line(error)}). If its encoder needs code of "
+            f"{part}: cannot be opened by the installed class ({first_line(error)}). If its encoder needs code of "
             "its own, install the package that has it; no code of a folder is run here."
         ) from error
     if missing := sorted(found["missing_keys"]):
@@ -196,165 +151,34 @@ def _open(part: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def _doors(model: PreTrainedModel, part: Path) -> list[_Door]:
-    """Ways into a model: what its room says, and for a retriever what its folder does."""
-    graphs = _graphs(model)
-    settings: dict[str, Any] = {}
-    if not any(graph.inputs for graph in graphs.values()) and "input_ids" in _arguments(model, "forward"):
-        settings = read_json(part / "sentence_bert_config.json").get("modality_config") or {"text": {}}
-    modalities = {"model" if kind == "text" else kind: entry for kind, entry in settings.items()}
-    doors = []
-    for name, entry in modalities.items():
-        graph = graphs.get(name) or Graph(outputs=(entry.get("method_output_name") or "sentence_embedding",))
-        method = entry.get("method") or "forward"
-        if name not in ("model", "image"):
-            raise InputError(f"{part}: reads {name}, and only texts and images can be exported. Save it without.")
-        taken = _arguments(model, method)
-        example = _images(part) if name == "image" else _texts(model, part)
-        axes: dict[str, Axes] = {
-            key: ("batch", *(None,) * (value.ndim - 1)) if name == "image" else ("batch", "tokens")
-            for key, value in example(*TRACED, 0).items()
-            if key in taken
-        }
-        doors.append(_Door(name, method, graph.outputs, graph.fixed, example, axes))
-    for name, graph in graphs.items():
-        if graph.inputs:
-            axes = {
-                key: tuple(axis if _size(model, axis) is None else None for axis in named)
-                for key, named in graph.inputs.items()
-            }
-            doors.append(_Door(name, graph.method, graph.outputs, graph.fixed, _random(model, graph), axes))
-    if not doors:
-        raise InputError(
-            f"{part}: {type(model).__name__} reads no text, and its room does not say what it reads. Name its inputs "
-            "in Room(graphs={...}); see polyrep.Graph."
-        )
-    return doors
-
-
-def _arguments(model: PreTrainedModel, method: str) -> list[str]:
-    return list(inspect.signature(getattr(model, method)).parameters)
-
-
-def _size(model: PreTrainedModel, axis: str) -> int | None:
-    """Size of an axis that the model's config fixes: a number, or the length of a list."""
-    value = getattr(model.config, axis, None)
-    return len(value) if isinstance(value, list) else value
-
-
-def _texts(model: PreTrainedModel, part: Path) -> Callable[[int, int, int], Inputs]:
-    """What the folder's tokenizer makes of random words; the first text is the longest."""
-    try:
-        processor = AutoProcessor.from_pretrained(part, trust_remote_code=False)
-        tokenizer: Any = getattr(processor, "tokenizer", processor)
-        if not hasattr(tokenizer, "get_vocab"):
-            tokenizer = AutoTokenizer.from_pretrained(part, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{part}: no tokenizer that can be opened ({_first_line(error)}), so there are no texts to compare with. "
-            "Save the tokenizer of the model into the folder."
-        ) from error
-    limit = min(tokenizer.model_max_length, *_positions(model.config.to_dict()), CHECKED[-1][1])
-    special = set(tokenizer.all_special_ids)
-    ids = [i for i in sorted(tokenizer.get_vocab().values()) if i not in special]
-
-    def example(batch: int, tokens: int, seed: int) -> Inputs:
-        generator = torch.Generator().manual_seed(seed)
-        lengths = [max(1, tokens - row * tokens // batch) for row in range(batch)]
-        drawn = [[ids[i] for i in torch.randint(len(ids), (n,), generator=generator).tolist()] for n in lengths]
-        texts = [tokenizer.decode(row) for row in drawn]
-        encoded = tokenizer(texts, padding=True, truncation=True, max_length=min(tokens, limit), return_tensors="pt")
-        return dict(encoded)
-
-    return example
-
-
-def _positions(config: dict[str, Any]) -> list[int]:
-    """How long a text may be, as a config and those in it say."""
-    own = config.get("max_position_embeddings")
-    found = [own] if isinstance(own, int) and own > 0 else []
-    return found + [limit for part in config.values() if isinstance(part, dict) for limit in _positions(part)]
-
-
-def _images(part: Path) -> Callable[[int, int, int], Inputs]:
-    """What the folder's image processor makes of random pixels."""
-    try:
-        processor: Any = AutoProcessor.from_pretrained(part, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{part}: no image processor that can be opened ({_first_line(error)}), so there are no images to compare "
-            "with. Save the processor of the model into the folder."
-        ) from error
-    processor = getattr(processor, "image_processor", processor)
-
-    def example(batch: int, tokens: int, seed: int) -> Inputs:
-        pixels = np.random.default_rng(seed).integers(0, 256, (batch, 48, 64, 3), dtype=np.uint8)
-        return dict(processor(images=[Image.fromarray(image) for image in pixels], return_tensors="pt"))
-
-    return example
-
-
-def trials(head: PreTrainedModel) -> list[tuple[Graph, Inputs]]:
-    """Random inputs for each graph that a head's room tells of, to compare two openings of it by."""
-    drawn = [(graph, _random(head, graph)(*TRACED, 0)) for graph in _graphs(head).values() if graph.inputs]
-    return [(g, {n: v.to(head.dtype) if v.is_floating_point() else v for n, v in x.items()}) for g, x in drawn]
-
-
-def _graphs(model: PreTrainedModel) -> Mapping[str, Graph]:
-    """What a model's room tells of it; by the model type, since the class may be a folder's own copy of the room's."""
-    room = room_of(model.config.model_type)
-    told = room.graphs.items() if room else ()
-    return next((graphs for owner, graphs in told if owner.config_class.model_type == model.config.model_type), {})  # type: ignore[union-attr]
-
-
-def _random(model: PreTrainedModel, graph: Graph) -> Callable[[int, int, int], Inputs]:
-    """Random inputs of a head: vectors of unit length, token ids, and a mask that pads all texts but the first."""
-
-    def example(batch: int, tokens: int, seed: int) -> Inputs:
-        generator = torch.Generator().manual_seed(seed)
-        lengths = torch.tensor([max(1, tokens - row * tokens // batch) for row in range(batch)])
-        varying, inputs = {"batch": batch, "tokens": tokens}, {}
-        for name, axes in graph.inputs.items():
-            sizes = [_size(model, axis) or varying.get(axis, 32) for axis in axes]
-            if name == "attention_mask":
-                inputs[name] = (torch.arange(tokens) < lengths[:, None]).long()
-            elif name.endswith("_ids"):
-                inputs[name] = torch.randint(model.config.vocab_size, sizes, generator=generator)
-            else:
-                inputs[name] = F.normalize(torch.randn(sizes, generator=generator), dim=-1)
-        return inputs
-
-    return example
-
-
 class _Positional(nn.Module):
     """A model's method as a module of tensors alone, which is what can be traced."""
 
-    def __init__(self, model: PreTrainedModel, door: _Door, task: str | None) -> None:
+    def __init__(self, model: PreTrainedModel, signature: Signature, task: str | None) -> None:
         super().__init__()
-        self.model, self.door = model, door
-        self.fixed = dict(door.fixed) | ({} if task is None else {"task": task})
+        self.model, self.signature = model, signature
+        self.fixed = dict(signature.fixed) | ({} if task is None else {"task": task})
 
     def answer(self, *values: Tensor) -> Any:
-        inputs = dict(zip(self.door.axes, values, strict=True))
-        return getattr(self.model, self.door.method)(**inputs, **self.fixed)
+        inputs = dict(zip(self.signature.axes, values, strict=True))
+        return getattr(self.model, self.signature.method)(**inputs, **self.fixed)
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         output = self.answer(*values)
-        return tuple(output[name] for name in self.door.outputs)
+        return tuple(output[name] for name in self.signature.outputs)
 
 
-def _write(model: PreTrainedModel, door: _Door, staged: Path, part: Path) -> dict[str, Any]:
-    """Trace, convert, save and compare one door: file name -> its entry in the manifest."""
-    example = door.example(*TRACED, 0)
-    values = tuple(example[name] for name in door.axes)
-    tasks = ("query", "document") if "task" in _arguments(model, door.method) else (None,)
+def _write(model: PreTrainedModel, signature: Signature, staged: Path, part: Path) -> dict[str, Any]:
+    """Trace, convert, save and compare one signature: file name -> its entry in the manifest."""
+    example = signature.example(*TRACED, 0)
+    values = tuple(example[name] for name in signature.axes)
+    tasks = ("query", "document") if "task" in arguments_of(model, signature.method) else (None,)
     traced: dict[str | None, Any] = {}
     started = time.monotonic()
     dynamic = tuple(
-        {i: torch.export.Dim.DYNAMIC for i, axis in enumerate(axes) if axis} for axes in door.axes.values()
+        {i: torch.export.Dim.DYNAMIC for i, axis in enumerate(axes) if axis} for axes in signature.axes.values()
     )
-    wrapped = {task: _Positional(model, door, task).eval() for task in tasks}
+    wrapped = {task: _Positional(model, signature, task).eval() for task in tasks}
     refusals: list[ValueError] = []
     for task in tasks:
         try:
@@ -362,7 +186,7 @@ def _write(model: PreTrainedModel, door: _Door, staged: Path, part: Path) -> dic
         except ValueError as error:  # of one task perhaps, as of images that are documents alone
             refusals.append(error)
             continue
-        door.outputs = tuple(name for name in door.outputs if output.get(name) is not None)
+        signature.outputs = tuple(name for name in signature.outputs if output.get(name) is not None)
         try:
             traced[task] = torch.export.export(wrapped[task], values, dynamic_shapes={"values": dynamic}, strict=False)
         except Exception as error:  # torch raises many kinds
@@ -373,16 +197,16 @@ def _write(model: PreTrainedModel, door: _Door, staged: Path, part: Path) -> dic
         traced = {None: traced["query"]}
     entries: dict[str, Any] = {}
     for task, program in traced.items():
-        stem = "_".join(filter(None, (None if task and door.name == "model" else door.name, task)))
+        stem = "_".join(filter(None, (None if task and signature.name == "model" else signature.name, task)))
         file = staged / f"{stem}.onnx"
         reference = wrapped[task] if task in wrapped else wrapped["query"]
-        opset = _convert(program, door, file, part, model)
+        opset = _convert(program, signature, file, part, model)
         seconds = round(time.monotonic() - started, 1)
         entries[file.name] = {
-            "method": door.method,
+            "method": signature.method,
             "task": task,
             "opset": opset,
-            **_compare(reference, door, file, part),
+            **compare(reference, signature, file, part),
             "bytes": sum(f.stat().st_size for f in staged.glob(f"{file.name}*")),
             "seconds": seconds,
         }
@@ -398,16 +222,16 @@ def _same(first: Any, second: Any) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def _convert(program: Any, door: _Door, file: Path, part: Path, model: PreTrainedModel) -> int:
+def _convert(program: Any, signature: Signature, file: Path, part: Path, model: PreTrainedModel) -> int:
     """Write a trace as ONNX, with names for what goes in and out; its opset."""
-    shapes = tuple({i: axis for i, axis in enumerate(axes) if axis} for axes in door.axes.values())
+    shapes = tuple({i: axis for i, axis in enumerate(axes) if axis} for axes in signature.axes.values())
     try:
         converted = torch.onnx.export(
             program,
             dynamo=True,
             dynamic_shapes={"values": shapes},
-            input_names=[door.label(name) for name in door.axes],
-            output_names=list(door.outputs),
+            input_names=[signature.label(name) for name in signature.axes],
+            output_names=list(signature.outputs),
             verbose=False,
         )
     except Exception as error:
@@ -439,65 +263,9 @@ def _unsupported(part: Path, model: PreTrainedModel, error: Exception) -> InputE
     while cause.__cause__ is not None:
         cause = cause.__cause__
     return InputError(
-        f"{part}: no ONNX graph can be made of {type(model).__name__} ({_first_line(cause)}). It does what "
+        f"{part}: no ONNX graph can be made of {type(model).__name__} ({first_line(cause)}). It does what "
         "torch.export or ONNX cannot express; serve the folder with torch, or take another backbone."
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
-
-
-def _compare(reference: nn.Module, door: _Door, file: Path, part: Path) -> dict[str, Any]:
-    """Run the graph beside torch at all sizes; InputError with the numbers if they differ."""
-    import onnxruntime
-
-    difference = dict.fromkeys(door.outputs, 0.0)
-    try:
-        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        for seed, (batch, tokens) in enumerate(CHECKED, 1):
-            example = door.example(batch, tokens, seed)
-            expected = reference(*(example[name] for name in door.axes))
-            found = session.run(None, {door.label(name): example[name].numpy() for name in door.axes})
-            for name, ours, theirs in zip(door.outputs, expected, found, strict=True):
-                difference[name] = max(difference[name], _difference(ours.numpy(), theirs))
-    except Exception as error:  # onnxruntime's own kinds share no other base
-        raise InputError(
-            f"{part}: {file.name} and the model cannot be compared ({_first_line(error)}). Nothing was written; serve "
-            "the folder with torch."
-        ) from error
-    if not max(difference.values()) <= TOLERANCE:
-        numbers = ", ".join(f"{name} {value:.1e}" for name, value in difference.items())
-        raise InputError(
-            f"{part}: {file.name} gives other numbers in onnxruntime than the model in torch: {numbers} off, where "
-            f"{TOLERANCE:.0e} is allowed. Nothing was written; serve the folder with torch."
-        )
-    described = {
-        kind: {node.name: {"type": node.type, "shape": node.shape} for node in nodes}
-        for kind, nodes in (("inputs", session.get_inputs()), ("outputs", session.get_outputs()))
-    }
-    return {**described, "compared_at": [list(size) for size in CHECKED], "difference": difference}
-
-
-def _difference(ours: Any, theirs: Any) -> float:
-    """Largest difference of two arrays, relative where numbers are above one; infinite if shapes differ or at NaN.
-
-    Where a model keeps the heaviest values of each row, which of several equal ones at the cut stay is nobody's
-    choice, and the two choose differently; nor is the order of several vectors of a text, where clusters tie. That is
-    no difference.
-    """
-    if ours.shape != theirs.shape:
-        return float("inf")
-    ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
-    if ours.ndim == 3:  # (batch, vectors, dim)
-        ours, theirs = (np.take_along_axis(x, x.sum(-1, keepdims=True).argsort(1), 1) for x in (ours, theirs))
-    off = np.abs(ours - theirs) / np.maximum(1.0, np.abs(ours))
-    lightest = np.where(ours > 0, ours, np.inf).min(-1, keepdims=True, initial=np.inf)
-    either = np.maximum(ours, theirs)
-    tied = (np.minimum(ours, theirs) == 0) & (np.abs(either - lightest) <= TOLERANCE * np.maximum(1.0, either))
-    tied &= (ours > 0).sum(-1, keepdims=True) == (theirs > 0).sum(-1, keepdims=True)
-    worst = np.where(tied, 0.0, off).max(initial=0.0)
-    return float("inf") if np.isnan(worst) else float(worst)
 
 
 def _manifest(folder: Path, part: Path, model: PreTrainedModel, graphs: dict[str, Any]) -> dict[str, Any]:

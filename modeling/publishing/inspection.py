@@ -24,7 +24,8 @@ from ..files import read_json, write_json
 from ..hub.cards import ABSOLUTE_PATH, head_folders
 from ..hub.folder import PREFIX, Encoder
 from ..registry import room_of
-from . import doors, export
+from . import doors
+from .signatures import trials
 
 TOLERANCE = 1e-4
 """Largest difference between a number here and through a door, relative to the largest of its vector if above one."""
@@ -115,60 +116,74 @@ def verify(folder: Path, model: Encoder | PreTrainedModel, trusted: bool = True)
     Raises:
         InputError: A door does not open, or gives something else.
     """
-    heads: dict[str, tuple[PreTrainedModel, type | None]] = {}  # subfolder -> the head and its module's class
-    wanted: list[tuple[list[str], dict[str, torch.Tensor]]] = []
-    if isinstance(model, PreTrainedModel):
-        room = room_of(model.config.model_type)
-        heads[""] = model, room.module if room else None
-    else:
+    wanted: list[tuple[list[str], dict[str, torch.Tensor]]] = []  # a door, and what it must give
+    if not isinstance(model, PreTrainedModel):
         vectors = doors.encoded(model)
         wanted.append((["family", type(model).__name__], vectors))
         if read_json(folder / "config.json").get("model_type", "").startswith(PREFIX):
             wanted.append((["transformers"], vectors))
-        modules: dict[str, Any] = dict(model.named_children())
-        for subfolder in head_folders(model):
-            module = modules[subfolder.partition("_")[0]]
-            heads[subfolder] = module.model, type(module)
     with tempfile.TemporaryDirectory() as scratch:
-        trials: dict[str, list[dict[str, Any]]] = {}
-        for subfolder, (head, owner) in heads.items():
-            calls: list[dict[str, Any]] = [
-                {"inputs": inputs, "method": graph.method, "fixed": dict(graph.fixed), "outputs": list(graph.outputs)}
-                for graph, inputs in export.trials(head)
-            ]
-            expected = doors.tried(head, calls)
+        calls: dict[str, list[dict[str, Any]]] = {}
+        for subfolder, (head, owner) in _heads(model).items():
+            calls[subfolder], expected = _called(head, Path(scratch), subfolder)
             wanted.append((["head", subfolder], expected))
             if owner:
                 wanted.append((["module", subfolder, _reference(owner)], expected))
-            for number, call in enumerate(calls):
-                name = f"{subfolder}-{number}.inputs.safetensors"
-                save_file(call["inputs"], Path(scratch) / name)
-                call["inputs"] = name
-            trials[subfolder] = calls
-        job = Path(scratch) / "job.json"
-        opened_by = [door for door, _ in wanted]
-        write_json(job, {"folder": str(folder.resolve()), "trusted": trusted, "doors": opened_by, "trials": trials})
-        secret = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # what opens a model needs none
-        environment = {name: value for name, value in os.environ.items() if name not in secret}
-        environment |= {
-            "HF_TOKEN_PATH": f"{scratch}/none",
-            "HF_HUB_OFFLINE": "1",
-            "HF_MODULES_CACHE": scratch,
-            "CUDA_VISIBLE_DEVICES": "",
-            "TRANSFORMERS_VERBOSITY": "error",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        }
-        script = [sys.executable, "-P", str(Path(doors.__file__).resolve()), str(job)]
-        ran = subprocess.run(script, capture_output=True, text=True, env=environment, cwd=scratch, check=False)
+        job = {"folder": str(folder.resolve()), "trusted": trusted, "doors": [door for door, _ in wanted]}
+        said = _open_elsewhere(job | {"trials": calls}, Path(scratch))
         for number, (door, expected) in enumerate(wanted):
             file = Path(scratch) / f"{number}.safetensors"
             if not file.is_file():
-                said = (ran.stderr.strip() or "it says nothing").splitlines()[-1].rstrip(".")
                 raise InputError(
                     f"{' '.join(filter(None, door))}: does not open in a process without polyrep: "
                     f"{said}. Nothing was uploaded; mend the folder."
                 )
             _compare(" ".join(filter(None, door)), load_file(file), expected)
+
+
+def _heads(model: Encoder | PreTrainedModel) -> dict[str, tuple[PreTrainedModel, type | None]]:
+    """Subfolder -> the head in it, and the class of its module; a model that is a head is in the root."""
+    if isinstance(model, PreTrainedModel):
+        room = room_of(model.config.model_type)
+        return {"": (model, room.module if room else None)}
+    modules: dict[str, Any] = dict(model.named_children())
+    owners = {subfolder: modules[subfolder.partition("_")[0]] for subfolder in head_folders(model)}
+    return {subfolder: (module.model, type(module)) for subfolder, module in owners.items()}
+
+
+def _called(
+    head: PreTrainedModel, scratch: Path, subfolder: str
+) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """Calls of a head, their inputs in files, and what they give here."""
+    calls: list[dict[str, Any]] = [
+        {"inputs": inputs, "method": graph.method, "fixed": dict(graph.fixed), "outputs": list(graph.outputs)}
+        for graph, inputs in trials(head)
+    ]
+    expected = doors.tried(head, calls)
+    for number, call in enumerate(calls):
+        name = f"{subfolder}-{number}.inputs.safetensors"
+        save_file(call["inputs"], scratch / name)
+        call["inputs"] = name
+    return calls, expected
+
+
+def _open_elsewhere(job: dict[str, Any], scratch: Path) -> str:
+    """Run ``doors.py`` in a process without polyrep, tokens and the Hub; the last line that it says."""
+    file = scratch / "job.json"
+    write_json(file, job)
+    secret = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # what opens a model needs none
+    environment = {name: value for name, value in os.environ.items() if name not in secret}
+    environment |= {
+        "HF_TOKEN_PATH": f"{scratch}/none",
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(scratch),
+        "CUDA_VISIBLE_DEVICES": "",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    script = [sys.executable, "-P", str(Path(doors.__file__).resolve()), str(file)]
+    ran = subprocess.run(script, capture_output=True, text=True, env=environment, cwd=scratch, check=False)
+    return (ran.stderr.strip() or "it says nothing").splitlines()[-1].rstrip(".")
 
 
 def _compare(door: str, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import fnmatch
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from ..errors import InputError
 from ..files import file_sha256, read_json, shipped_folder, staged_folder, write_text
 from ..flags import parse
 from ..hub.cards import PINNED, HubId, check_template, hub_place, own_rows, render_card, ways_to_open
-from ..hub.code import localize, refuse_foreign_code
+from ..hub.code import code_of, localize, refuse_foreign_code
 from ..hub.fingerprint import fingerprint
 from ..hub.folder import Encoder, check_folder, is_hub_id, load
 from ..registry import ROOMS, room_of
@@ -166,34 +165,61 @@ def collect(
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder. Name one that `train` wrote, e.g. models/NAME/final.")
     folder = folder.resolve()
+    named = [Path(place) for place in results]
+    files = _files_of_results(folder, named)
+    digest, record = fingerprint(folder), read_json(folder.parent / "training.json")
+    trained = {record.get("fingerprint"), *(record.get("fingerprints") or {}).values()} - {None}
+    if digest not in trained:  # recorded of other weights
+        record, trained = {}, set()
+    fingerprints = {digest} | trained
+    # Older records have no card of their own, but what its recipe says.
+    name = template or record.get("template") or record.get("recipe", {}).get("card") or _card_of(folder)
+    check_template(name)
+    ours = _own_results(folder, files, named, digest, fingerprints)
+    known = {row["dataset"] for result in ours.values() for row in result["rows"]}
+    if unknown := [name for name in hub_ids or {} if name not in known]:
+        raise InputError(f"--hub_dataset {unknown[0]}: the results have no such data set; they have {sorted(known)}.")
+    pictures = [file.with_suffix(".png") for file in ours if file.with_suffix(".png").is_file()]
+    picture = pictures[-1] if pictures else None
+    return Finished(folder, digest, fingerprints, record.get("card"), name, list(ours.values()), picture)
+
+
+def _files_of_results(folder: Path, named: list[Path]) -> list[Path]:
+    """Files that the user names, those in folders that he names, or those beside the model; the model is checked too.
+
+    Raises:
+        InputError: What is missing, all at once.
+    """
     missing = []
     try:
         check_folder(folder)
     except InputError as error:
         missing.append(str(error))
     beside = folder.parent / "results"
-    places = [Path(place) for place in results] or [beside]
+    places = named or [beside]
     files = [file for place in places for file in (sorted(place.glob("*.json")) if place.is_dir() else [place])]
     if not files or not all(file.is_file() for file in files):
         missing.append(
-            f"{' '.join(results) or beside}: no results. Measure the model first: `python evaluate.py {folder} "
+            f"{' '.join(map(str, places))}: no results. Measure the model first: `python evaluate.py {folder} "
             f"--dataset DATA --trust_remote_code --output {beside}`, with its control as a second model."
         )
     if missing:
         raise InputError(f"{folder}: not finished.\n  " + "\n  ".join(missing))
-    digest = fingerprint(folder)
-    record = read_json(folder.parent / "training.json")
-    trained = {record.get("fingerprint"), *(record.get("fingerprints") or {}).values()} - {None}
-    if digest not in trained:
-        record = {}
-    fingerprints = {digest} | (trained if record else set())
-    # Older records have no card of their own, but what its recipe says.
-    name = template or record.get("template") or record.get("recipe", {}).get("card") or _card_of(folder)
-    check_template(name)
+    return files
+
+
+def _own_results(
+    folder: Path, files: list[Path], named: list[Path], digest: str, fingerprints: Collection[str]
+) -> dict[Path, dict[str, Any]]:
+    """Those of the files that are of this model, oldest first.
+
+    Raises:
+        InputError: A file that should be is not, or claims something of another model.
+    """
     measured = {file: read_results(file) for file in files}
     ours = {file: result for file, result in measured.items() if own_rows(result, fingerprints)}
     # A folder that the user names may hold other models' results too; the model's own may not, nor may a named file.
-    for file in files if not results or not ours else [place for place in places if place in measured]:
+    for file in files if not named or not ours else [place for place in named if place in measured]:
         if file not in ours:
             models = measured[file]["models"]
             of = ", ".join(f"{system} ({value[:12]})" for system, value in models.items()) or "no model"
@@ -203,15 +229,7 @@ def collect(
             )
     for file, result in ours.items():
         _refuse_others_claims(file, result, fingerprints)
-    kept = sorted(ours, key=lambda file: ours[file]["created"])
-    known = {row["dataset"] for result in ours.values() for row in result["rows"]}
-    if unknown := [name for name in hub_ids or {} if name not in known]:
-        raise InputError(f"--hub_dataset {unknown[0]}: the results have no such data set; they have {sorted(known)}.")
-    pictures = [file.with_suffix(".png") for file in kept if file.with_suffix(".png").is_file()]
-    measurements = [ours[file] for file in kept]
-    return Finished(
-        folder, digest, fingerprints, record.get("card"), name, measurements, pictures[-1] if pictures else None
-    )
+    return dict(sorted(ours.items(), key=lambda item: item[1]["created"]))
 
 
 def read_results(file: Path) -> dict[str, Any]:
@@ -288,7 +306,7 @@ def _hub_ids(named: list[str]) -> dict[str, HubId]:
 def _open(folder: Path, trusted: bool) -> tuple[Encoder | PreTrainedModel, bool]:
     """The model, on the CPU, and whether its code may run; what is not the installed one's needs the user's word."""
     refuse_foreign_code(folder)
-    shipped = {file_sha256(Path(str(sys.modules[room.model.__module__].__file__))) for room in ROOMS.values()}
+    shipped = {file_sha256(file) for room in ROOMS.values() for file in code_of(room.model.__module__)}
     code = sorted(folder.rglob("*.py"))
     foreign = [file for file in code if file_sha256(file) not in shipped]
     if foreign and not trusted:

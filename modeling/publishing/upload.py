@@ -28,7 +28,8 @@ _CARRIED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "L
 """What of a folder belongs to a model, at any depth; nothing else is uploaded."""
 
 _REPLACED = (
-    *("*.safetensors", "*config*.json", "*.index.json", "modules.json", "modeling_*.py", "*.jinja", "*.model"),
+    *("*.safetensors", "*config*.json", "*.index.json", "modules.json", "modeling_*.py", "polyrep_*.py"),
+    *("*.jinja", "*.model"),
     *("tokenizer.json", "added_tokens.json", "special_tokens_map.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("onnx/*", "results.png"),
 )

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
+
+from .polyrep_room import HeadModule, check_counts, config_of
 
 try:
     from sentence_transformers.base.modules import Module
@@ -20,12 +19,19 @@ except ImportError:  # AutoModel works without sentence-transformers
 
 class ToyHeadConfig(PretrainedConfig):
     model_type = "polyrep_toy_head"
+    derived = ("base_model_id", "base_fingerprint")
 
-    def __init__(self, input_dim: int = 32, projection_dim: int = 8, **kwargs):
-        for name, value in (("input_dim", input_dim), ("projection_dim", projection_dim)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"ToyHeadConfig: {name}={value!r} is no size, so there is no vector. Use 8, say.")
+    def __init__(
+        self,
+        input_dim: int = 32,
+        projection_dim: int = 8,
+        base_model_id: str | None = None,
+        base_fingerprint: str | None = None,
+        **kwargs,
+    ):
+        check_counts(type(self).__name__, input_dim=input_dim, projection_dim=projection_dim)
         self.input_dim, self.projection_dim = input_dim, projection_dim
+        self.base_model_id, self.base_fingerprint = base_model_id, base_fingerprint
         super().__init__(**kwargs)
 
 
@@ -52,9 +58,7 @@ class ToyConfig(ToyHeadConfig):
     sub_configs = {"encoder_config": AutoConfig}
 
     def __init__(self, encoder_config=None, projection_dim: int = 8, **kwargs):
-        if isinstance(encoder_config, dict):
-            encoder_config = AutoConfig.for_model(**encoder_config)
-        self.encoder_config = encoder_config or AutoConfig.for_model("bert")
+        self.encoder_config = config_of(encoder_config)
         kwargs["input_dim"] = self.encoder_config.hidden_size
         super().__init__(projection_dim=projection_dim, **kwargs)
 
@@ -86,30 +90,12 @@ class ToyModel(PreTrainedModel):
         return ToyOutput(sentence_embedding=self.head((states * mask).sum(1) / mask.sum(1), task))
 
 
-class ToyPooling(Module):
+class ToyPooling(HeadModule, Module):
+    head_class = ToyHead
     forward_kwargs = {"task"}
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
 
     def forward(self, features, task=None):
         return features | {"sentence_embedding": self.model(features["sentence_embedding"], task)}
-
-    def get_embedding_dimension(self):
-        return self.model.config.projection_dim
-
-    def save(self, output_path, *args, **kwargs):
-        self.model.save_pretrained(output_path)
-        shutil.copy(sys.modules[type(self).__module__].__file__, Path(output_path).parent)
-
-    @classmethod
-    def load(cls, model_name_or_path, subfolder="", **kwargs):
-        kept = {k: v for k, v in kwargs.items() if k in ("revision", "token", "local_files_only")}
-        kept["cache_dir"] = kwargs.get("cache_folder")
-        return cls(ToyHead.from_pretrained(model_name_or_path, subfolder=subfolder, **kept))
-
-    from_pretrained = load
 
 
 for config, model in ((ToyHeadConfig, ToyHead), (ToyConfig, ToyModel)):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError
+from ...report import family_of
 from ..statistics import bootstrap_interval, compare
 
 Budget = dict[str, float]
@@ -95,48 +96,64 @@ def recommend(
         model, each None if there is no other. Where no row meets a budget, ``system`` is None and ``nearest`` names
         the row that misses it least.
     """
-    by_name = {row["system"]: row for row in rows}
-    whole = by_name[full]
-    beside_full = _tests(per_query, [system for system in by_name if system != full], full, seed)
+    others = [row["system"] for row in rows if row["system"] != full]
+    beside_full = _tests(per_query, others, full, seed)
     found = []
     for budget in budgets:
         fitting = within(rows, budget)
-        entry: dict[str, Any] = {"budget": budget, "system": None, "cheapest": None, "as_good_as_full": None}
-        limits = " and ".join(amount(unit, most) for unit, most in budget.items())
         if not fitting:
-            nearest = min(rows, key=lambda row: max(row[COSTS[unit]] / most for unit, most in budget.items()))
-            needs = " and ".join(amount(unit, nearest[COSTS[unit]]) for unit in budget)
-            text = f"Within {limits}: no row. The nearest is {nearest['system']}, which needs {needs} and has nDCG@10 "
-            found.append(entry | {"nearest": nearest["system"], "text": f"{text}{nearest['value']:.3f}."})
+            found.append(_nothing_fits(rows, budget))
             continue
-        best = best_of(fitting)
-        unit = "bytes" if "bytes" in budget else "ms"
-        entry["system"] = best["system"]
-        sentences = [f"Within {limits}: {best['system']}, nDCG@10 {best['value']:.3f}"]
-        if best is whole:
-            sentences[0] += ". It is the full model itself, which fits."
-        else:
-            # Of the row itself the p-value is that of the table, which is corrected for all its rows.
-            own = beside_full[best["system"]] | {name: best[name] for name in ("p_value",) if name in best}
-            sentences[0] += f". {_against(best, whole)}; {_significance(own)}."
-            entry["as_good_as_full"] = _cheapest(fitting, beside_full, unit)
+        best, unit = best_of(fitting), "bytes" if "bytes" in budget else "ms"
         cheaper = [row for row in fitting if row[COSTS[unit]] < best[COSTS[unit]]]
         tests = _tests(per_query, [row["system"] for row in cheaper], best["system"], seed)
+        entry: dict[str, Any] = {"budget": budget, "system": best["system"]}
         entry["cheapest"] = _cheapest(cheaper, tests, unit)
-        if entry["cheapest"]:
-            row = by_name[entry["cheapest"]]
-            sentences.append(
-                f"The cheapest that is not significantly worse than that: {row['system']}, {row['value']:.3f} at "
-                f"{amount(unit, row[COSTS[unit]])}."
-            )
-        if entry["as_good_as_full"] not in (None, best["system"], entry["cheapest"]):
-            row = by_name[entry["as_good_as_full"]]
-            sentences.append(
-                f"The cheapest that is not significantly worse than the full model: {row['system']}, "
-                f"{row['value']:.3f} at {amount(unit, row[COSTS[unit]])}."
-            )
-        found.append(entry | {"text": " ".join(sentences)})
+        entry["as_good_as_full"] = None if best["system"] == full else _cheapest(fitting, beside_full, unit)
+        text = _in_words(entry, {row["system"]: row for row in rows}, full, beside_full, unit)
+        found.append(entry | {"text": text})
     return found
+
+
+def _nothing_fits(rows: Sequence[Mapping[str, Any]], budget: Budget) -> dict[str, Any]:
+    nearest = min(rows, key=lambda row: max(row[COSTS[unit]] / most for unit, most in budget.items()))
+    needs = " and ".join(amount(unit, nearest[COSTS[unit]]) for unit in budget)
+    text = (
+        f"Within {_limits(budget)}: no row. The nearest is {nearest['system']}, which needs {needs} and has nDCG@10 "
+        f"{nearest['value']:.3f}."
+    )
+    nothing = dict.fromkeys(("system", "cheapest", "as_good_as_full"))
+    return {"budget": budget, **nothing, "nearest": nearest["system"], "text": text}
+
+
+def _in_words(
+    entry: Mapping[str, Any],
+    rows: Mapping[str, Mapping[str, Any]],
+    full: str,
+    beside_full: Mapping[str, Mapping[str, Any]],
+    unit: str,
+) -> str:
+    """What :func:`recommend` says of a budget that some row meets."""
+    best = rows[entry["system"]]
+    text = f"Within {_limits(entry['budget'])}: {best['system']}, nDCG@10 {best['value']:.3f}"
+    if best["system"] == full:
+        text += ". It is the full model itself, which fits."
+    else:
+        # Of the row itself the p-value is that of the table, which is corrected for all its rows.
+        own = {**beside_full[best["system"]], **({"p_value": best["p_value"]} if "p_value" in best else {})}
+        text += f". {_against(best, rows[full])}; {_significance(own)}."
+    named = [(entry["cheapest"], "that")]
+    if entry["as_good_as_full"] not in (best["system"], entry["cheapest"]):
+        named.append((entry["as_good_as_full"], "the full model"))
+    for system, other in named:
+        if system:
+            value, cost = rows[system]["value"], amount(unit, rows[system][COSTS[unit]])
+            text += f" The cheapest that is not significantly worse than {other}: {system}, {value:.3f} at {cost}."
+    return text
+
+
+def _limits(budget: Budget) -> str:
+    return " and ".join(amount(unit, most) for unit, most in budget.items())
 
 
 def learned_margins(
@@ -162,7 +179,7 @@ def learned_margins(
     found = []
     for limit in limits:
         fitting = [row for row in rows if row["bytes_per_document"] <= limit]
-        ours = [row for row in fitting if row["system"].partition(", ")[0] in learned]
+        ours = [row for row in fitting if family_of(row) in learned]
         others = [row for row in fitting if row not in ours]
         if ours and others:
             best, rival = (max(part, key=lambda row: (row["value"], -row[COSTS["bytes"]])) for part in (ours, others))

@@ -192,7 +192,7 @@ def _open(args: FrontierArguments, source: str) -> list[FullModel]:
 
 
 def all_methods() -> dict[str, Method]:
-    """Name of ``--methods`` -> method: the rows that rooms bring, and the rivals."""
+    """Name of ``--methods`` -> method: what rooms bring, then their rivals."""
     rooms = {room.package.rpartition(".")[2]: room.named(room.frontier) for room in ROOMS.values() if room.frontier}
     return rooms | RIVALS
 

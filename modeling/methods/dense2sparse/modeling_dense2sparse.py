@@ -20,12 +20,8 @@ encoder onto a word-piece vocabulary. Where this code leaves the paper:
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import math
-import shutil
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,15 +44,15 @@ from transformers import (
     initialization,
 )
 from transformers.image_utils import load_image
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import ModelOutput
+
+from .polyrep_room import HeadModule, check_choices, check_counts, fields_of, pool_tokens, pooling_of
 
 try:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Module, Transformer
 except ImportError:  # AutoModel works without sentence-transformers
     SentenceTransformer, Module, Transformer = None, nn.Module, nn.Module
-
-logger = logging.getLogger(__name__)
 
 _CHOICES = {
     "activation": ("log1p_relu", "double_log1p"),
@@ -133,10 +129,9 @@ class Dense2SparseConfig(PretrainedConfig):
         expansion_size = vocab_size if expansion_size is None else expansion_size
         own_tokens = own_tokens or "none"
         name = type(self).__name__
-        none = "is no size, so there is no head"
-        _refuse_small(name, none, 1, input_dim=input_dim, vocab_size=vocab_size)
-        _refuse_small(name, none, 0, expansion_size=expansion_size, hidden_layers=hidden_layers)
-        _refuse_unknown(name, activation=activation, expansion=expansion, own_tokens=own_tokens)
+        check_counts(name, input_dim=input_dim, vocab_size=vocab_size)
+        check_counts(name, 0, expansion_size=expansion_size, hidden_layers=hidden_layers)
+        check_choices(name, _CHOICES, activation=activation, expansion=expansion, own_tokens=own_tokens)
         for field, value in (
             ("document_top_k", document_top_k),
             ("query_top_k", query_top_k),
@@ -495,9 +490,8 @@ class DualEncoderHeadConfig(PretrainedConfig):
         **kwargs,
     ):
         name = type(self).__name__
-        none = "is no width, so there is no map"
-        _refuse_small(name, none, 1, text_dim=text_dim, image_dim=image_dim, projection_dim=projection_dim)
-        _refuse_small(name, none, 0, hidden_dim=hidden_dim)
+        check_counts(name, text_dim=text_dim, image_dim=image_dim, projection_dim=projection_dim)
+        check_counts(name, 0, hidden_dim=hidden_dim)
         for field, value in (("dropout", dropout), ("text_dropout", text_dropout)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name}: {field}={value!r} is no share that leaves anything. Use 0 to below 1.")
@@ -606,7 +600,7 @@ class DualEncoderConfig(DualEncoderHeadConfig):
             raise ValueError(
                 f"{name}: needs encoder_config for both towers, or text_config and vision_config for one each."
             )
-        _refuse_unknown(name, pooling=pooling)
+        check_choices(name, _CHOICES, pooling=pooling)
         self.encoder_config, self.text_config, self.vision_config = (
             None if part is None else _config_of(part) for part in (encoder_config, text_config, vision_config)
         )
@@ -690,7 +684,7 @@ class DualEncoderModel(PreTrainedModel):
                     f"DualEncoderModel: the {tower} tower gives vectors of width {found}, but the head was made for "
                     f"{expected}, so its map cannot read them. Use the encoder whose features it was trained on."
                 )
-        fields = {k: v for k, v in head.config.to_dict().items() if k in _fields_of(DualEncoderHeadConfig)}
+        fields = fields_of(head.config)
         parts = {"text_config": texts[0].model.config, "vision_config": images.config}
         model = cls(DualEncoderConfig(**fields, **parts, pooling=pooling, normalize=normalize))
         model.text_encoder, model.vision_encoder = texts[0].model, images
@@ -723,7 +717,7 @@ class DualEncoderModel(PreTrainedModel):
         """Dense vectors of texts: ``(batch, tokens)`` to ``(batch, projection_dim)``, of unit length."""
         if self.config.encoder_config is None:
             states = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
-            vectors = _pooled(states, attention_mask, self.config.pooling)
+            vectors = pool_tokens(states, attention_mask, self.config.pooling)
             vectors = F.normalize(vectors, dim=-1) if self.config.normalize else vectors
             return self.head(vectors, "text").sentence_embedding
         kind = self.config.encoder_config.model_type
@@ -782,7 +776,7 @@ class Dense2SparseForRetrievalConfig(Dense2SparseConfig):
     sub_configs = {"encoder_config": AutoConfig}
 
     def __init__(self, encoder_config=None, pooling: str = "mean", normalize: bool = True, **kwargs):
-        _refuse_unknown(type(self).__name__, pooling=pooling)
+        check_choices(type(self).__name__, _CHOICES, pooling=pooling)
         self.encoder_config = _config_of(encoder_config or {"model_type": "bert"})
         self.pooling, self.normalize = pooling, normalize
         super().__init__(**kwargs)
@@ -843,8 +837,9 @@ class Dense2SparseForRetrieval(PreTrainedModel):
             width = encoder.config.projection_dim
         if head is None:
             head = Dense2SparseModel.from_mlm(encoder, width, AutoTokenizer.from_pretrained(backbone), **config)
-        fields = {k: v for k, v in head.config.to_dict().items() if k in _fields_of(Dense2SparseConfig)}
-        retriever = cls(Dense2SparseForRetrievalConfig(**fields, encoder_config=encoder.config, **whole))
+        retriever = cls(
+            Dense2SparseForRetrievalConfig(**fields_of(head.config), encoder_config=encoder.config, **whole)
+        )
         retriever.encoder = encoder
         retriever.head.load_state_dict(head.state_dict())
         return retriever.to(encoder.dtype)
@@ -861,18 +856,16 @@ class Dense2SparseForRetrieval(PreTrainedModel):
         names = [type(module).__name__ for module in model]
         if len(names) == 1 and model[0].model.config.model_type == DualEncoderConfig.model_type:
             return "mean", True  # a dual encoder's own config says what it does
-        pooling = model[1].pooling_mode if names[1:2] == ["Pooling"] else None
-        pooled = names[0] == "Transformer" and names[1:2] == ["Pooling"]
-        plain = pooled and model[1].include_prompt and not getattr(model[0], "do_lower_case", False)
-        plain = plain and not any((model.prompts or {}).values())  # their words are not the text's own
-        if not plain or pooling not in _CHOICES["pooling"] or names[2:] not in ([], ["Normalize"]):
+        remedy = (
+            "Put the head behind the backbone's own modules instead: --pipeline true, or "
+            "SparseEncoder(modules=[*model.children(), Dense2SparsePooling(head)])."
+        )
+        if any((model.prompts or {}).values()):
             raise ValueError(
-                f"Dense2SparseForRetrieval: the backbone is {' + '.join(names)} with pooling {pooling!r} and prompts "
-                f"{model.prompts}, and one folder of this kind holds a transformer, one pooling and no prompt. Put "
-                "the head behind the backbone's own modules instead: --pipeline true, or "
-                "SparseEncoder(modules=[*model.children(), Dense2SparsePooling(head)])."
+                f"Dense2SparseForRetrieval: the backbone has the prompts {model.prompts}, whose words are not the "
+                f"text's own, and one folder of this kind holds none. {remedy}"
             )
-        return pooling, names[2:] == ["Normalize"]
+        return pooling_of(model, "Dense2SparseForRetrieval", _CHOICES["pooling"], remedy)
 
     @classmethod
     def open_backbone(cls, backbone: str, dtype: torch.dtype) -> SentenceTransformer | None:
@@ -898,7 +891,7 @@ class Dense2SparseForRetrieval(PreTrainedModel):
         if self.config.has_images:
             return self.encoder.text_vectors(input_ids, attention_mask, **inputs)
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
-        vectors = _pooled(states, attention_mask, self.config.pooling)
+        vectors = pool_tokens(states, attention_mask, self.config.pooling)
         return F.normalize(vectors, dim=-1) if self.config.normalize else vectors
 
     def forward(
@@ -996,16 +989,6 @@ def _opened(item):
         ) from error
 
 
-def _pooled(states: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
-    """One vector a text: ``(batch, tokens, dim)`` to ``(batch, dim)``."""
-    if pooling == "mean":
-        mask = attention_mask[..., None].to(states.dtype)  # (batch, tokens, 1)
-        return (states * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
-    last = (attention_mask * torch.arange(1, states.shape[1] + 1, device=states.device)).argmax(1)
-    rows = torch.arange(states.shape[0], device=states.device)
-    return states[:, 0] if pooling == "cls" else states[rows, last]
-
-
 def image_processor_of(folder: str):
     """A folder's image processor; AutoImageProcessor itself would want torchvision in transformers 5.17."""
     processor = AutoProcessor.from_pretrained(folder)
@@ -1036,18 +1019,6 @@ def _config_of(part) -> PretrainedConfig:
     return AutoConfig.for_model(**part)
 
 
-def _refuse_small(name: str, consequence: str, low: int, **sizes: int) -> None:
-    for field, value in sizes.items():
-        if not isinstance(value, int) or value < low:
-            raise ValueError(f"{name}: {field}={value!r} {consequence}. Use {low} or more.")
-
-
-def _refuse_unknown(name: str, **choices: str) -> None:
-    for field, value in choices.items():
-        if value not in _CHOICES[field]:
-            raise ValueError(f"{name}: {field}={value!r} is unknown. Use one of {', '.join(_CHOICES[field])}.")
-
-
 def _shared_width(config: PretrainedConfig) -> int:
     """Width of the space that both towers of CLIP, SigLIP or BLIP share."""
     if config.model_type == "siglip":  # no map behind its towers
@@ -1055,25 +1026,18 @@ def _shared_width(config: PretrainedConfig) -> int:
     return config.image_text_hidden_size if config.model_type == "blip" else config.projection_dim
 
 
-def _fields_of(config: type[PretrainedConfig]) -> set[str]:
-    """Fields of a head's config that a retriever's takes over."""
-    return set(config().to_dict()) - set(PretrainedConfig().to_dict())
-
-
 _BOTH_TOWERS = {"clip": CLIPModel, "siglip": SiglipModel, "blip": BlipForImageTextRetrieval}
 
 
-class Dense2SparsePooling(Module):
+class Dense2SparsePooling(HeadModule, Module):
     """The head as last module behind any SentenceTransformer, which thereby becomes a SparseEncoder.
 
     It reads ``sentence_embedding``, and for own tokens ``input_ids`` and ``attention_mask``, of the modules before it.
     """
 
+    head_class = Dense2SparseModel
+    gives = "vocab_size"
     forward_kwargs = {"task", "expand"}
-
-    def __init__(self, model: Dense2SparseModel):
-        super().__init__()
-        self.model = model
 
     def forward(self, features, task=None, expand=True):
         """Replace the batch's ``sentence_embedding`` by sparse vectors, ``(batch, vocab_size)``."""
@@ -1094,91 +1058,17 @@ class Dense2SparsePooling(Module):
 
     def on_model_ready(self, model):
         """Refuse a backbone with vectors or a vocabulary of another kind, and warn of other weights."""
-        config, before = self.model.config, list(model)[: list(model).index(self)]
-        dims = [module.get_embedding_dimension() for module in before if hasattr(module, "get_embedding_dimension")]
-        if dims and dims[-1] and dims[-1] != config.input_dim:
-            raise ValueError(
-                f"Dense2SparsePooling: the backbone's vectors have width {dims[-1]}, but the head was made for "
-                f"input_dim={config.input_dim}. Use the backbone it was trained on "
-                f"({config.base_model_id or 'not recorded'}), or train a head for this one."
-            )
-        if before and config.own_tokens == "learned":
-            vocabulary = model.tokenizer.get_vocab()
-            if len(vocabulary) != config.vocab_size or any(
-                vocabulary.get(word) != i for i, word in enumerate(self.model.words)
-            ):
+        self.check_backbone(model)
+        config, vocabulary = self.model.config, model.tokenizer.get_vocab() if list(model)[0] is not self else {}
+        if vocabulary and config.own_tokens == "learned":
+            own = [vocabulary.get(word) == i for i, word in enumerate(self.model.words)]
+            if len(vocabulary) != config.vocab_size or not all(own):
                 raise ValueError(
                     f"Dense2SparsePooling: the backbone's tokenizer has {len(vocabulary):,} entries that are not the "
                     f"{config.vocab_size:,} words of the head, so own tokens would be taken for other words. Use the "
                     "backbone it was trained on, or a head with own_tokens='none'."
                 )
         _read_words(model, self.model)
-        found = _fingerprint_of(before[0]) if before and config.base_fingerprint else None
-        if found and found != config.base_fingerprint:
-            logger.warning(
-                "Dense2SparsePooling: the head was trained on %s (fingerprint %s), this backbone is %s (fingerprint "
-                "%s). Same shape, other vectors: expect worse words.",
-                config.base_model_id,
-                config.base_fingerprint[:16],
-                before[0].model.name_or_path,
-                found[:16],
-            )
-
-    def get_embedding_dimension(self):
-        """Width of the sparse vectors."""
-        return self.model.config.vocab_size
-
-    def save(self, output_path, *args, **kwargs):
-        """Write the head as a folder of its own, and this code to the folder above, where it is looked for."""
-        self.model.save_pretrained(output_path)
-        shutil.copy(sys.modules[type(self).__module__].__file__, Path(output_path).parent)
-
-    @classmethod
-    def load(cls, model_name_or_path, subfolder="", **kwargs):
-        """Open a head's folder or repository, or the module folder of a saved pipeline."""
-        kept = {k: v for k, v in kwargs.items() if k in ("revision", "token", "local_files_only")}
-        kept["cache_dir"] = kwargs.get("cache_folder")
-        return cls(Dense2SparseModel.from_pretrained(model_name_or_path, subfolder=subfolder, **kept))
-
-    from_pretrained = load
-
-
-def _fingerprint_of(module) -> str | None:
-    """SHA-256 over weight files and module configs of the folder a module came from; None if that is not to be known.
-
-    None, too, for a folder that holds a head already: there it was put together with its backbone on purpose.
-    """
-    source = getattr(getattr(module, "model", None), "name_or_path", None)
-    if not source:
-        return None
-    folder = Path(source)
-    if not folder.is_dir():
-        try:
-            folder = Path(cached_file(source, "config.json", local_files_only=True)).parent
-        except OSError:
-            return None
-    configs = []
-    for name in ("config.json", "sentence_bert_config.json"):
-        configs += [(file, json.loads(file.read_text(encoding="utf-8"))) for file in sorted(folder.rglob(name))]
-    if any(content.get("model_type", "").startswith(Dense2SparseConfig.model_type) for _, content in configs):
-        return None
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
-        if not {"onnx", "openvino"} & set(file.relative_to(folder).parts):
-            with file.open("rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").hexdigest()
-            digest.update(f"{file.relative_to(folder)}:{content}\n".encode())
-    for file, content in configs:
-        digest.update(f"{file.relative_to(folder)}:{json.dumps(_stable(content), sort_keys=True)}\n".encode())
-    return digest.hexdigest()
-
-
-def _stable(content):
-    """Parsed JSON without version stamps and places, at every depth."""
-    if isinstance(content, dict):
-        volatile = ("transformers_version", "_name_or_path", "__version__")
-        return {k: _stable(v) for k, v in content.items() if k not in volatile}
-    return [_stable(v) for v in content] if isinstance(content, list) else content
 
 
 for config, model in (

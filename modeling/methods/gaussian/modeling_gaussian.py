@@ -32,24 +32,27 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import shutil
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    MODEL_FOR_TEXT_ENCODING_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForTextEncoding,
-    PretrainedConfig,
-    PreTrainedModel,
-    initialization,
-)
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
+
+from .polyrep_room import (
+    HeadModule,
+    check_choices,
+    check_counts,
+    check_score,
+    config_of,
+    fields_of,
+    new_encoder,
+    pool_tokens,
+    pooling_of,
+    text_limit,
+    unless_given,
+)
 
 try:
     from sentence_transformers import SentenceTransformer
@@ -114,16 +117,14 @@ class GaussianHeadConfig(PretrainedConfig):
         variance_groups = None if type(variance_groups) is int and variance_groups == 0 else variance_groups
         sizes = {"mean_dim": mean_dim, "projection_dim": projection_dim, "variance_groups": variance_groups}
         given = {field: value for field, value in sizes.items() if value is not None}
-        for field, value in ({"input_dim": input_dim} | given).items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}: {field}={value!r} is no number of dimensions. Use 1 or more.")
+        check_counts(name, input_dim=input_dim, **given)
         for field, value in (("beta", beta), ("variance_floor", variance_floor)):
             if not 0 < value < math.inf:
                 raise ValueError(
                     f"{name}: {field}={value}: a variance could be zero, and scores divide by it. Use more than 0, "
                     f"e.g. {14 if field == 'beta' else 1e-3}."
                 )
-        _check_choice(name, "divergence", divergence)
+        check_choices(name, _CHOICES, divergence=divergence)
         if divergence == "dot":
             variance_groups, separate_variance = None, False
         self.input_dim, self.variance_groups, self.divergence = input_dim, variance_groups, divergence
@@ -362,13 +363,10 @@ class GaussianConfig(GaussianHeadConfig):
         max_position_embeddings: int = -1,
         **kwargs,
     ):
-        if isinstance(encoder_config, dict):
-            encoder_config = AutoConfig.for_model(**encoder_config)
-        self.encoder_config = encoder_config or AutoConfig.for_model("bert")
+        self.encoder_config = config_of(encoder_config)
         self.mean_from, self.variance_from = mean_from or "mean", variance_from
         self.max_position_embeddings = max_position_embeddings
-        for field in ("mean_from", "variance_from"):
-            _check_choice(type(self).__name__, field, getattr(self, field))
+        check_choices(type(self).__name__, _CHOICES, mean_from=self.mean_from, variance_from=variance_from)
         kwargs["input_dim"] = self.encoder_config.hidden_size
         super().__init__(**kwargs)
         if self.divergence == "dot":
@@ -388,10 +386,7 @@ class GaussianModel(PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        encoders = (
-            AutoModelForTextEncoding if type(config.encoder_config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
-        )
-        self.encoder = encoders.from_config(config.encoder_config)
+        self.encoder = new_encoder(config.encoder_config)
         self.head = GaussianHead(config)
         if config.variance_from == "var_token":
             if "inputs_embeds" not in inspect.signature(self.encoder.forward).parameters:
@@ -419,13 +414,13 @@ class GaussianModel(PreTrainedModel):
         model = SentenceTransformer(str(backbone), device="cpu")
         pooling = cls.check_backbone(model)
         if head is not None:
-            known = GaussianHeadConfig().to_dict().keys() - PretrainedConfig().to_dict().keys()
-            config = {name: getattr(head.config, name) for name in known} | {"variance_from": pooling} | config
-        config = _as_backbone(model, config) | {"mean_from": config.get("mean_from") or pooling}
+            config = fields_of(head.config) | {"variance_from": pooling} | config
+        config = unless_given(_as_backbone(model, config), mean_from=pooling)
         encoder = model[0].model
         whole = cls(GaussianConfig(encoder_config=encoder.config, **config))
         whole.encoder = encoder
-        whole.config.max_position_embeddings = _text_limit(encoder, hasattr(whole, "var_embedding"))
+        limit = text_limit(encoder)
+        whole.config.max_position_embeddings = limit - (limit > -1 and hasattr(whole, "var_embedding"))
         if hasattr(whole, "var_embedding"):
             whole._check_embeddings()
             with torch.no_grad():  # as unlike any word, and as little in the way, as can be
@@ -437,17 +432,8 @@ class GaussianModel(PreTrainedModel):
     @staticmethod
     def check_backbone(model: SentenceTransformer) -> str:
         """Pooling of a SentenceTransformer; ValueError if it has more than that and a normalisation."""
-        names = [type(module).__name__ for module in model]
-        pooled = names[:2] == ["Transformer", "Pooling"]
-        pooling = model[1].pooling_mode if pooled else None
-        plain = pooled and model[1].include_prompt and not getattr(model[0], "do_lower_case", False)
-        if not plain or pooling not in _CHOICES["mean_from"] or names[2:] not in ([], ["Normalize"]):
-            raise ValueError(
-                f"GaussianModel: the backbone is {' + '.join(names)} with pooling {pooling!r}, and one folder of this "
-                "kind holds a transformer and one pooling, mean or cls. Put the head behind it instead: "
-                "SentenceTransformer(modules=[*backbone.children(), GaussianPooling(...)]), or --pipeline."
-            )
-        return pooling
+        remedy = "Put the head behind it: SentenceTransformer(modules=[*backbone.children(), GaussianPooling(...)]), "
+        return pooling_of(model, "GaussianModel", _CHOICES["mean_from"], remedy + "or --pipeline.")[0]
 
     def forward(
         self,
@@ -494,8 +480,8 @@ class GaussianModel(PreTrainedModel):
             states = torch.cat([states[:, :1], states[:, 2:]], 1)
         else:
             states = self.encoder(input_ids=input_ids, **inputs).last_hidden_state
-            wide = _pool_tokens(states, mask, config.variance_from)
-        return self.head(_pool_tokens(states, mask, config.mean_from), wide, task=task)
+            wide = pool_tokens(states, mask, config.variance_from)
+        return self.head(pool_tokens(states, mask, config.mean_from), wide, task=task)
 
     @torch.no_grad()
     def _check_embeddings(self) -> None:
@@ -517,13 +503,13 @@ class GaussianTransformer(Transformer):
 
     def on_model_ready(self, model):
         """Refuse a score other than the inner product, and leave room for [VAR]."""
-        _check_score(model, self.model.config)
+        _check_score(model, type(self).__name__)
         limit = self.model.config.max_position_embeddings
         if limit > -1:  # the backbone's own length may be all that its encoder takes
             self.max_seq_length = min(self.max_seq_length or limit, limit)
 
 
-class GaussianPooling(Module):
+class GaussianPooling(HeadModule, Module):
     """The head behind any modules that leave one vector a text, which then gives both mean and variance.
 
     Args:
@@ -532,11 +518,8 @@ class GaussianPooling(Module):
             separate_variance, normalize_input, normalize_mean``.
     """
 
+    head_class = GaussianHead
     forward_kwargs = {"task"}
-
-    def __init__(self, model: GaussianHead | None = None, **config):
-        super().__init__()
-        self.model = GaussianHead(GaussianHeadConfig(**config)) if model is None else model
 
     def forward(self, features, task=None):
         """Replace ``sentence_embedding`` by the index vector, beside ``mean``, ``variance`` and ``uncertainty``."""
@@ -545,60 +528,14 @@ class GaussianPooling(Module):
 
     def on_model_ready(self, model):
         """Check what stands before and how the model scores; the inner product is set where nothing is."""
-        before = list(model)[: list(model).index(self)]
-        widths = [module.get_embedding_dimension() for module in before if hasattr(module, "get_embedding_dimension")]
-        width, config = next((w for w in reversed(widths) if w), None), self.model.config
-        if width not in (None, config.input_dim):
-            raise ValueError(
-                f"GaussianPooling: input_dim={config.input_dim}, but what stands before it gives vectors of {width}. "
-                f"Use the backbone it was trained on ({config.base_model_id or 'not recorded'}), or "
-                f"GaussianPooling(input_dim={width}, ...)."
-            )
-        if list(model)[-1] is not self:
-            raise ValueError(
-                f"GaussianPooling: {type(list(model)[-1]).__name__} stands behind it and would change the index "
-                "vectors, so that their product is no divergence. Put this module last."
-            )
-        _check_score(model, config)
-
-    def get_embedding_dimension(self):
-        """Width of the index vectors."""
-        return self.model.config.projection_dim
-
-    def save(self, output_path, *args, **kwargs):
-        """Write the head as a folder of its own, and this code to the folder above, where it is looked for."""
-        self.model.save_pretrained(output_path)
-        shutil.copy(sys.modules[type(self).__module__].__file__, Path(output_path).parent)
-
-    @classmethod
-    def load(cls, model_name_or_path, subfolder="", **kwargs):
-        """Open a head's folder or repository, or the module folder of a saved pipeline."""
-        kept = {k: v for k, v in kwargs.items() if k in ("revision", "token", "local_files_only")}
-        kept["cache_dir"] = kwargs.get("cache_folder")
-        return cls(GaussianHead.from_pretrained(model_name_or_path, subfolder=subfolder, **kept))
-
-    from_pretrained = load
+        self.check_backbone(model)
+        self.check_last(model, "their product is no divergence")
+        _check_score(model, type(self).__name__)
 
 
-def _check_choice(name: str, field: str, value: str) -> None:
-    if value not in _CHOICES[field]:
-        raise ValueError(f"{name}: {field}={value!r} is unknown. Use one of {', '.join(_CHOICES[field])}.")
-
-
-def _check_score(model, config) -> None:
-    """Let a model score by the inner product, and refuse what would give another ranking."""
-    if model._similarity_fn_name is None:
-        model.similarity_fn_name = "dot"
-    if model.similarity_fn_name != "dot":
-        raise ValueError(
-            f"{config.model_type}: similarity_fn_name={model.similarity_fn_name!r}, but a divergence is the inner "
-            "product of its index vectors and of nothing else. Leave it out, or use 'dot'."
-        )
-    if model.truncate_dim is not None:
-        raise ValueError(
-            f"{config.model_type}: truncate_dim={model.truncate_dim} would cut terms out of the divergence. Train a "
-            "head with a smaller mean_dim instead."
-        )
+def _check_score(model, owner: str) -> None:
+    because = "a divergence is the inner product of its index vectors and of nothing else"
+    check_score(model, owner, because, "cut terms out of the divergence. Train a head with a smaller mean_dim.")
 
 
 def _refuse_not_finite(*embeddings: Tensor) -> None:
@@ -623,30 +560,7 @@ def _no_embeddings(encoder, why: str) -> str:
 def _as_backbone(model, config: dict) -> dict:
     """Fields of a config that normalises where the backbone does, by a module or by its score."""
     unit = any(type(module).__name__ == "Normalize" for module in model) or model.similarity_fn_name == "cosine"
-    own = {name: unit for name in ("normalize_input", "normalize_mean") if config.get(name) is None}
-    return config | own
-
-
-def _text_limit(encoder, inserted: bool) -> int:
-    """Most tokens of a text: the encoder's positions less those of padding (RoBERTa) and [VAR]; -1 for no limit."""
-    positions = getattr(encoder.config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions < 0:
-        return -1
-    for module in encoder.modules():
-        if isinstance(getattr(module, "position_embeddings", None), nn.Embedding):
-            padding = getattr(module, "padding_idx", None)
-            positions -= padding + 1 if isinstance(padding, int) else 0
-    return positions - inserted
-
-
-def _pool_tokens(states: Tensor, mask: Tensor, token: str) -> Tensor:
-    """States ``(batch, tokens, dim)`` to a vector each, as the stock Pooling does."""
-    if token == "cls":  # the first token that counts: not the first column where texts are padded on the left
-        return states[torch.arange(states.shape[0], device=states.device), mask.to(torch.int32).argmax(1)]
-    weights = mask[..., None].to(states.dtype)  # (batch, tokens, 1)
-    exact = torch.promote_types(states.dtype, torch.float32)
-    total = (states * weights).sum(1, dtype=exact)
-    return (total / weights.sum(1, dtype=exact).clamp(min=1e-9)).to(states.dtype)
+    return unless_given(config, normalize_input=unit, normalize_mean=unit)
 
 
 for config, model in ((GaussianHeadConfig, GaussianHead), (GaussianConfig, GaussianModel)):

@@ -21,27 +21,21 @@ Where this differs from the paper and its code:
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import math
-import shutil
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, initialization
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import ModelOutput
+
+from .polyrep_room import HeadModule, check_choices, check_counts, check_score
 
 try:
     from sentence_transformers.base.modules.module import Module
 except ImportError:  # AutoModel works without sentence-transformers
     Module = nn.Module
-
-logger = logging.getLogger(__name__)
 
 _BLOCK = 2**25
 """Numbers in the largest intermediate of documents, 128 MiB; of queries, whose features are wider, twice that."""
@@ -93,18 +87,10 @@ class LemurConfig(PretrainedConfig):
     ):
         name = type(self).__name__
         embedding_dim = latent_dim if embedding_dim is None else embedding_dim
-        for field, value, low in (
-            ("token_dim", token_dim, 1),
-            ("latent_dim", latent_dim, 1),
-            ("num_anchors", num_anchors, 1),
-            ("rank", rank, 0),
-            ("embedding_dim", embedding_dim, 1),
-            ("seed", seed, 0),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name}: {field}={value!r} is no count. Use a whole number from {low} on.")
-        if feature_type not in ("mlp", "elm"):
-            raise ValueError(f"{name}: feature_type={feature_type!r} is unknown. Use one of mlp, elm.")
+        sizes = {"token_dim": token_dim, "latent_dim": latent_dim, "embedding_dim": embedding_dim}
+        check_counts(name, num_anchors=num_anchors, **sizes)
+        check_counts(name, 0, rank=rank, seed=seed)
+        check_choices(name, {"feature_type": ("mlp", "elm")}, feature_type=feature_type)
         if not 0 < query_scale < math.inf:
             raise ValueError(f"{name}: query_scale={query_scale!r} divides sums. Use a positive number, e.g. 32.")
         if not 0 <= ridge < math.inf:
@@ -412,17 +398,17 @@ def _no_token(task: str, place: int) -> str:
     )
 
 
-class LemurPooling(Module):
+class LemurPooling(HeadModule, Module):
     """The head as last module behind a late-interaction model: a SentenceTransformer scored by the dot product.
 
     By itself, :meth:`pool` encodes token vectors that are there already.
     """
 
+    head_class = LemurModel
+    reads, gives = "token_dim", "embedding_dim"
+    changeable = {"embedding_dim", "ridge", "base_fingerprint"}
+    made = "fitted"
     forward_kwargs = {"task"}
-
-    def __init__(self, model: LemurModel):
-        super().__init__()
-        self.model = model
 
     def forward(self, features, task=None):
         """Add ``sentence_embedding`` to what the encoder gives for a batch."""
@@ -445,7 +431,8 @@ class LemurPooling(Module):
             ValueError: They are of another encoder than the head was fitted to, by fingerprint or by width; a text has
                 no token; the task is neither.
         """
-        self._check_fingerprint(fingerprint, "these token vectors are of an encoder with")
+        if fingerprint and self.model.config.base_fingerprint not in (None, fingerprint):
+            self.refuse(fingerprint, "these token vectors are of an encoder with")
         config, rows = self.model.config, [torch.as_tensor(text) for text in embeddings]
         for place, row in enumerate(rows):
             if row.ndim != 2 or row.shape[1] != config.token_dim:
@@ -460,141 +447,31 @@ class LemurPooling(Module):
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         return self.model._encode_ragged(torch.cat(rows), offsets, task)
 
-    def check_backbone(self, model):
-        """Refuse a model whose token vectors are not those that the head was fitted to.
+    def other_backbone(self, name, found):
+        """Refuse it: the regression is on its very token vectors."""
+        self.refuse(found, "the encoder before it has")
 
-        A pipeline does this by itself when it is put together.
-
-        Args:
-            model: A MultiVectorEncoder, or a SentenceTransformer of its modules with this one in it or without.
-        """
-        config, modules = self.model.config, list(model)
-        before = modules[: modules.index(self)] if self in modules else modules
-        dims = [module.get_embedding_dimension() for module in before if hasattr(module, "get_embedding_dimension")]
-        if dims and dims[-1] and dims[-1] != config.token_dim:
-            raise ValueError(
-                f"LemurPooling: the encoder's vectors have width {dims[-1]}, but the head was made for "
-                f"token_dim={config.token_dim}. Use the encoder it was fitted to "
-                f"({config.base_model_id or 'not recorded'}), or fit a head to this one."
-            )
-        found = _fingerprint_of(before[0]) if before and config.base_fingerprint else None
-        self._check_fingerprint(found, "the encoder before it has")
-
-    def _check_fingerprint(self, found, subject):
+    def refuse(self, found, subject):
+        """ValueError for token vectors of an encoder with another fingerprint."""
         config = self.model.config
-        if found and config.base_fingerprint and found != config.base_fingerprint:
-            raise ValueError(
-                f"LemurPooling: {subject} fingerprint {found[:16]}, but the head was fitted to {config.base_model_id} "
-                f"(fingerprint {config.base_fingerprint[:16]}), so scores would mean nothing. Use that encoder, fit a "
-                "head to this one, or open the head with base_fingerprint=None to go unchecked."
-            )
+        raise ValueError(
+            f"LemurPooling: {subject} fingerprint {found[:16]}, but the head was fitted to {config.base_model_id} "
+            f"(fingerprint {config.base_fingerprint[:16]}), so scores would mean nothing. Use that encoder, fit a "
+            "head to this one, or open the head with base_fingerprint=None to go unchecked."
+        )
 
     def on_model_ready(self, model):
         """Check the encoder before it and how the model scores; the inner product is set where nothing is."""
         self.check_backbone(model)
-        if list(model)[-1] is not self:
-            raise ValueError(
-                f"LemurPooling: {type(list(model)[-1]).__name__} stands behind it and would change the vectors, so "
-                "that their product is no MaxSim. Put this module last."
-            )
+        self.check_last(model, "their product is no MaxSim")
         if type(model).__name__ != "SentenceTransformer":
             raise ValueError(
                 f"LemurPooling: gives one vector a text, which a {type(model).__name__} does not read. Use "
                 "SentenceTransformer(modules=[*encoder.children(), LemurPooling.from_pretrained(head)])."
             )
-        if model._similarity_fn_name is None:
-            model.similarity_fn_name = "dot"
-        elif str(model.similarity_fn_name) != "dot":
-            raise ValueError(
-                f"LemurPooling: similarity {model.similarity_fn_name!r}, but the inner product is what stands for "
-                "MaxSim, and cosine loses quality. Use similarity_fn_name='dot'."
-            )
-        if model.truncate_dim is not None:
-            raise ValueError(
-                f"LemurPooling: truncate_dim={model.truncate_dim} would cut features off at random. Open the head "
-                f"with embedding_dim={model.truncate_dim} instead, which keeps the directions that matter."
-            )
-
-    def get_embedding_dimension(self):
-        """Width of the vectors."""
-        return self.model.config.embedding_dim
-
-    def save(self, output_path, *args, **kwargs):
-        """Write the head as a folder of its own, and this code to the folder above, where it is looked for."""
-        self.model.save_pretrained(output_path)
-        shutil.copy(sys.modules[type(self).__module__].__file__, Path(output_path).parent)
-
-    @classmethod
-    def load(cls, model_name_or_path, subfolder="", **kwargs):
-        """Open a head's folder or repository, or the module folder of a saved pipeline.
-
-        Args:
-            model_name_or_path: Folder or Hub id.
-            subfolder: Of the head in it.
-            kwargs: ``revision, token, local_files_only, cache_folder``; and ``embedding_dim``, ``ridge`` or
-                ``base_fingerprint`` to change what the head was saved with.
-        """
-        kept = {k: v for k, v in kwargs.items() if k in ("revision", "token", "local_files_only")}
-        kept["cache_dir"] = kwargs.get("cache_folder")
-        content, _ = PretrainedConfig.get_config_dict(model_name_or_path, subfolder=subfolder, **kept)
-        if content.get("model_type") != LemurConfig.model_type:
-            raise ValueError(
-                f"LemurPooling: {model_name_or_path} holds a model of type {content.get('model_type')!r}, not a "
-                f"{LemurConfig.model_type} head. Name the head's own folder; of a saved pipeline that is its last "
-                "module: subfolder='4_LemurPooling', or whichever number it has in modules.json."
-            )
-        model = LemurModel.from_pretrained(model_name_or_path, subfolder=subfolder, **kept)
-        fields = model.config.to_dict()
-        changes = {k: v for k, v in kwargs.items() if k in fields and fields[k] != v and k not in kept}
-        if fixed := sorted(set(changes) - {"embedding_dim", "ridge", "base_fingerprint"}):
-            raise ValueError(
-                f"LemurPooling: {fixed[0]}={changes[fixed[0]]!r}, but the head was fitted with {fixed[0]}="
-                f"{fields[fixed[0]]!r}, and its weights fit nothing else. Change only embedding_dim, ridge or "
-                "base_fingerprint, or fit another head."
-            )
-        model.config = LemurConfig(**(fields | changes))
-        return cls(model)
-
-    from_pretrained = load
-
-
-def _fingerprint_of(module) -> str | None:
-    """SHA-256 over weight files and module configs of the folder a module came from; None if that is not to be known.
-
-    None, too, for a folder that holds a head already: there it was put together with its encoder on purpose.
-    """
-    source = getattr(getattr(module, "model", None), "name_or_path", None)
-    if not source:
-        return None
-    folder = Path(source)
-    if not folder.is_dir():
-        try:
-            commit = getattr(module.model.config, "_commit_hash", None)
-            folder = Path(cached_file(source, "config.json", local_files_only=True, revision=commit)).parent
-        except OSError:
-            return None
-    configs = []
-    for name in ("config.json", "sentence_bert_config.json"):
-        configs += [(file, json.loads(file.read_text(encoding="utf-8"))) for file in sorted(folder.rglob(name))]
-    if any(content.get("model_type", "").startswith("polyrep_") for _, content in configs):
-        return None
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
-        if not {"onnx", "openvino"} & set(file.relative_to(folder).parts):
-            with file.open("rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").hexdigest()
-            digest.update(f"{file.relative_to(folder)}:{content}\n".encode())
-    for file, content in configs:
-        digest.update(f"{file.relative_to(folder)}:{json.dumps(_stable(content), sort_keys=True)}\n".encode())
-    return digest.hexdigest()
-
-
-def _stable(content):
-    """Parsed JSON without version stamps and places, at every depth."""
-    if isinstance(content, dict):
-        volatile = ("transformers_version", "_name_or_path", "__version__")
-        return {k: _stable(v) for k, v in content.items() if k not in volatile}
-    return [_stable(v) for v in content] if isinstance(content, list) else content
+        because = "the inner product is what stands for MaxSim, and cosine loses quality"
+        instead = f"Open the head with embedding_dim={model.truncate_dim}, which keeps the directions that matter."
+        check_score(model, type(self).__name__, because, f"cut features off at random. {instead}")
 
 
 LemurConfig.register_for_auto_class()

@@ -24,8 +24,6 @@ import contextlib
 import copy
 import json
 import os
-import shutil
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,17 +31,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    MODEL_FOR_TEXT_ENCODING_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForTextEncoding,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    initialization,
-)
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput, cached_file
+
+from .polyrep_room import (
+    HeadModule,
+    check_choices,
+    config_of,
+    fields_of,
+    new_encoder,
+    pool_tokens,
+    pooling_of,
+    unless_given,
+)
 
 try:
     from sentence_transformers import SentenceTransformer
@@ -99,9 +99,7 @@ class MultiLayerHeadConfig(PretrainedConfig):
         name, token = type(self).__name__, token or "mean"
         if isinstance(layers, str | int) or not layers or not all(type(layer) is int for layer in layers):
             raise ValueError(f"{name}: layers={layers!r} names no hidden states. Use whole numbers, e.g. [-1, -3].")
-        for field, value in (("pooling", pooling), ("token", token)):
-            if value not in _CHOICES[field]:
-                raise ValueError(f"{name}: {field}={value!r} is unknown. Use one of {', '.join(_CHOICES[field])}.")
+        check_choices(name, _CHOICES, pooling=pooling, token=token)
         self.layers, self.pooling, self.token, self.normalize = list(layers), pooling, token, bool(normalize)
         self.pool_queries, self.projection = pool_queries, projection
         self.base_model_id, self.base_revision, self.base_fingerprint = base_model_id, base_revision, base_fingerprint
@@ -261,10 +259,7 @@ class MultiLayerConfig(MultiLayerHeadConfig):
     sub_configs = {"encoder_config": AutoConfig}
 
     def __init__(self, encoder_config=None, tied: bool = True, **kwargs):
-        if isinstance(encoder_config, dict):
-            encoder_config = AutoConfig.for_model(**encoder_config)
-        self.encoder_config = encoder_config or AutoConfig.for_model("bert")
-        self.tied = tied
+        self.encoder_config, self.tied = config_of(encoder_config), tied
         kwargs["hidden_size"] = self.encoder_config.hidden_size
         kwargs["num_hidden_layers"] = self.encoder_config.num_hidden_layers
         super().__init__(**kwargs)
@@ -286,9 +281,9 @@ class MultiLayerModel(PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.encoder = _new_encoder(config.encoder_config)
+        self.encoder = new_encoder(config.encoder_config)
         if not config.tied:
-            self.query_encoder = _new_encoder(config.encoder_config)
+            self.query_encoder = new_encoder(config.encoder_config)
         self.head = MultiLayerHead(config)
         self.post_init()
 
@@ -307,8 +302,7 @@ class MultiLayerModel(PreTrainedModel):
         model = SentenceTransformer(str(backbone), device="cpu")
         if head is not None:
             cls.check_backbone(model)
-            known = MultiLayerHeadConfig().to_dict().keys() - PretrainedConfig().to_dict().keys()
-            config = {name: getattr(head.config, name) for name in known} | config
+            config = fields_of(head.config) | config
         else:
             config = _of_backbone(model, config)
         encoder = model[0].model
@@ -327,17 +321,8 @@ class MultiLayerModel(PreTrainedModel):
     @staticmethod
     def check_backbone(model: SentenceTransformer) -> tuple[str, bool]:
         """Pooling of a SentenceTransformer and whether it normalises; ValueError if it does more than that."""
-        names = [type(module).__name__ for module in model]
-        pooled = names[:2] == ["Transformer", "Pooling"]
-        pooling = model[1].pooling_mode if pooled else None
-        plain = pooled and model[1].include_prompt and not getattr(model[0], "do_lower_case", False)
-        if not plain or pooling not in _CHOICES["token"] or names[2:] not in ([], ["Normalize"]):
-            raise ValueError(
-                f"MultiLayerModel: the backbone is {' + '.join(names)} with pooling {pooling!r}, and one folder of "
-                "this kind holds a transformer and one pooling, mean or cls. Take its transformer alone: "
-                "SentenceTransformer(modules=[Transformer(backbone), MultiLayerPooling(layers=[-1, -3])])."
-            )
-        return pooling, names[2:] == ["Normalize"]
+        remedy = "Take its transformer alone: SentenceTransformer(modules=[Transformer(backbone), MultiLayerPooling("
+        return pooling_of(model, "MultiLayerModel", _CHOICES["token"], remedy + "layers=[-1, -3])]).")
 
     def forward(
         self,
@@ -375,7 +360,7 @@ class MultiLayerModel(PreTrainedModel):
             )
         states = output.hidden_states if keep else [output.last_hidden_state]
         chosen = [states[layer] for layer in layers] if keep else states
-        pooled = torch.stack([_pool_tokens(state, mask, config.token) for state in chosen], 1)
+        pooled = torch.stack([pool_tokens(state, mask, config.token) for state in chosen], 1)
         return self.head(pooled, task=task, output_hidden_states=shown)
 
     @torch.no_grad()
@@ -480,7 +465,7 @@ class MultiLayerModel(PreTrainedModel):
         return folder
 
 
-class MultiLayerPooling(Module):
+class MultiLayerPooling(HeadModule, Module):
     """The head behind any stock Transformer that returns its hidden states.
 
     With ``pooling="multi"`` the model is a MultiVectorEncoder, else a SentenceTransformer.
@@ -490,11 +475,9 @@ class MultiLayerPooling(Module):
         config: ``layers, pooling, token, normalize, pool_queries, projection, hidden_size``.
     """
 
+    head_class = MultiLayerHead
+    reads = gives = "hidden_size"
     forward_kwargs = {"task"}
-
-    def __init__(self, model: MultiLayerHead | None = None, **config):
-        super().__init__()
-        self.model = MultiLayerHead(MultiLayerHeadConfig(**config)) if model is None else model
 
     def forward(self, features, task=None):
         """Pool a batch's hidden states into ``sentence_embedding``, or for multi into ``token_embeddings``."""
@@ -513,7 +496,7 @@ class MultiLayerPooling(Module):
                 "Transformer with unpad_inputs=False."
             )
         chosen = [states[layer] for layer in config.layers] if keep else [features["token_embeddings"]]
-        pooled = torch.stack([_pool_tokens(s, features["attention_mask"], config.token) for s in chosen], 1)
+        pooled = torch.stack([pool_tokens(s, features["attention_mask"], config.token) for s in chosen], 1)
         output = self.model(pooled, task=task, output_hidden_states=keep)
         if config.pooling == "multi":
             vectors = output.token_embeddings  # (batch, vectors, dim), all of which count
@@ -549,34 +532,11 @@ class MultiLayerPooling(Module):
                 "hidden states are not known. Use a text encoder such as BERT."
             )
         config.fit(depth, width)
+        self.check_backbone(model)
         if config.pools or not config.is_last(config.layers[0]):
             encoder.config.output_hidden_states = True
         if not config.normalize and wanted == "SentenceTransformer" and model._similarity_fn_name is None:
             model.similarity_fn_name = "dot"
-
-    def get_embedding_dimension(self):
-        """Width of the vectors."""
-        return self.model.config.hidden_size
-
-    def save(self, output_path, *args, **kwargs):
-        """Write the head as a folder of its own, and this code to the folder above, where it is looked for."""
-        self.model.save_pretrained(output_path)
-        shutil.copy(sys.modules[type(self).__module__].__file__, Path(output_path).parent)
-
-    @classmethod
-    def load(cls, model_name_or_path, subfolder="", **kwargs):
-        """Open a head's folder or repository, or the module folder of a saved pipeline."""
-        kept = {k: v for k, v in kwargs.items() if k in ("revision", "token", "local_files_only")}
-        kept["cache_dir"] = kwargs.get("cache_folder")
-        return cls(MultiLayerHead.from_pretrained(model_name_or_path, subfolder=subfolder, **kept))
-
-    from_pretrained = load
-
-
-def _new_encoder(config):
-    """An encoder of a config's kind, without the decoder where there is one (T5)."""
-    encoders = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
-    return encoders.from_config(config)
 
 
 def _of_backbone(model, config) -> dict:
@@ -584,19 +544,7 @@ def _of_backbone(model, config) -> dict:
     token, normalize = MultiLayerModel.check_backbone(model)
     encoder = model[0].model.config
     known = {"num_hidden_layers": encoder.num_hidden_layers, "hidden_size": encoder.hidden_size}
-    own = {"token": token, "normalize": normalize}
-    return config | {name: config[name] if config.get(name) is not None else own[name] for name in own} | known
-
-
-def _pool_tokens(states: Tensor, mask: Tensor, token: str) -> Tensor:
-    """One layer's states ``(batch, tokens, dim)`` to a vector each, to the bit as the stock Pooling does."""
-    if token == "cls":  # the first token that counts: not the first column where texts are padded on the left
-        return states[torch.arange(states.shape[0], device=states.device), mask.to(torch.int32).argmax(1)]
-    weights = mask[..., None].to(states.dtype)  # (batch, tokens, 1)
-    half = states.dtype in (torch.float16, torch.bfloat16)
-    exact = torch.float32 if half else states.dtype
-    total = (states * weights).sum(1, dtype=exact)
-    return (total / weights.sum(1, dtype=exact).clamp(min=1e-9)).to(states.dtype)
+    return unless_given(config, token=token, normalize=normalize) | known
 
 
 for config, model in ((MultiLayerHeadConfig, MultiLayerHead), (MultiLayerConfig, MultiLayerModel)):

@@ -16,28 +16,21 @@ and what is kept is averaged. The paper publishes neither its algorithm in full 
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import math
-import shutil
-import sys
 from dataclasses import dataclass
-from difflib import get_close_matches
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, initialization
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import ModelOutput
+
+from .polyrep_room import HeadModule, check_choices, check_counts, check_score
 
 try:
     from sentence_transformers.multi_vector_encoder.modules.token_pooling import BaseTokenPooling
 except ImportError:  # AutoModel works without sentence-transformers
     BaseTokenPooling = nn.Module
-
-logger = logging.getLogger(__name__)
 
 _CHOICES = {
     "output": ("token_embeddings", "sentence_embedding"),
@@ -106,26 +99,11 @@ class ReinPoolConfig(PretrainedConfig):
     ):
         quantization = quantization or "none"
         name = type(self).__name__
-        for field, value, low in (
-            ("dim", dim, 1),
-            ("num_layers", num_layers, 0),
-            ("num_heads", num_heads, 1),
-            ("ffn_mult", ffn_mult, 1),
-            ("num_vectors", num_vectors, 1),
-            ("min_keep", min_keep, 1),
-            ("refinement", refinement, 0),
-            ("patch_columns", 1 if patch_columns is None else patch_columns, 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name}: {field}={value!r} is no count. Use a whole number from {low} on.")
-        for field, value in (
-            ("output", output),
-            ("pooling", pooling),
-            ("weights", weights),
-            ("quantization", quantization),
-        ):
-            if value not in _CHOICES[field]:
-                raise ValueError(f"{name}: {field}={value!r} is unknown. Use one of {', '.join(_CHOICES[field])}.")
+        patches = {} if patch_columns is None else {"patch_columns": patch_columns}
+        counts = {"num_heads": num_heads, "ffn_mult": ffn_mult, "num_vectors": num_vectors, "min_keep": min_keep}
+        check_counts(name, dim=dim, **counts, **patches)
+        check_counts(name, 0, num_layers=num_layers, refinement=refinement)
+        check_choices(name, _CHOICES, output=output, pooling=pooling, weights=weights, quantization=quantization)
         if dim % num_heads:
             fitting = max(h for h in range(1, num_heads + 1) if dim % h == 0)
             raise ValueError(
@@ -446,17 +424,21 @@ def spherical_kmeans(vectors: Tensor, weights: Tensor, num_vectors: int, iterati
     return clusters
 
 
-class ReinPoolPooling(BaseTokenPooling):
+class ReinPoolPooling(HeadModule, BaseTokenPooling):
     """The head as token pooling: for one call, by itself, or as last module behind any MultiVectorEncoder.
 
     With ``output="sentence_embedding"`` it makes a SentenceTransformer of the same modules: one vector per document,
     the unnormalised sum of the scored token vectors per query, and the dot product, which then equals MaxSim.
     """
 
+    head_class = ReinPoolModel
+    reads = gives = "dim"
+    changeable = {"num_vectors", "pooling", "output", "weights", "threshold", "min_keep", "quantization", "tasks"}
+
     def __init__(self, model: ReinPoolModel, *, tasks: str | list[str] | None = None):
-        super().__init__(tasks=tasks or model.config.tasks)
-        self.model = model
-        model.config.tasks = self.tasks
+        super().__init__(model)
+        given = tasks or model.config.tasks
+        self.tasks = model.config.tasks = [given] if isinstance(given, str) else list(given)
 
     def forward(self, features, task=None):
         """Replace a batch's token vectors by pooled ones, or sum those of a query."""
@@ -523,34 +505,6 @@ class ReinPoolPooling(BaseTokenPooling):
         finally:
             self.model.train(training)
 
-    def check_backbone(self, model):
-        """Refuse a backbone with vectors of another width, and warn of other weights than the head was trained on.
-
-        A pipeline does this by itself when it is put together. For pooling in single calls, call it once.
-
-        Args:
-            model: A MultiVectorEncoder, with this pooling in it or without.
-        """
-        config, modules = self.model.config, list(model)
-        before = modules[: modules.index(self)] if self in modules else modules
-        dims = [module.get_embedding_dimension() for module in before if hasattr(module, "get_embedding_dimension")]
-        if dims and dims[-1] and dims[-1] != config.dim:
-            raise ValueError(
-                f"ReinPoolPooling: the backbone's vectors have width {dims[-1]}, but the head was made for "
-                f"dim={config.dim}. Use the backbone it was trained on ({config.base_model_id or 'not recorded'}), or "
-                "train a head for this one."
-            )
-        found = _fingerprint_of(before[0]) if before and config.base_fingerprint else None
-        if found and found != config.base_fingerprint:
-            logger.warning(
-                "ReinPoolPooling: the head was trained on %s (fingerprint %s), this backbone is %s (fingerprint %s). "
-                "Same shape, other vectors: expect worse results.",
-                config.base_model_id,
-                config.base_fingerprint[:16],
-                before[0].model.name_or_path,
-                found[:16],
-            )
-
     def on_model_ready(self, model):
         """Check the backbone, and that the family and its score fit the output."""
         self._check_family(model)
@@ -566,113 +520,21 @@ class ReinPoolPooling(BaseTokenPooling):
             )
         if not single or family != "SentenceTransformer":
             return
-        if model._similarity_fn_name is None:
-            model.similarity_fn_name = "dot"
-        elif str(model.similarity_fn_name) != "dot":
-            raise ValueError(
-                f"ReinPoolPooling: similarity {model.similarity_fn_name!r}, but a query is the unnormalised sum of "
-                "its token vectors and a document may have any length. Use similarity_fn_name='dot'."
-            )
-        if model.truncate_dim is not None:
-            raise ValueError(
-                f"ReinPoolPooling: truncate_dim={model.truncate_dim} would cut off part of every score. Use None."
-            )
-
-    def get_embedding_dimension(self):
-        """Width of the vectors."""
-        return self.model.config.dim
-
-    def save(self, output_path, *args, **kwargs):
-        """Write the head as a folder of its own, and this code to the folder above, where it is looked for."""
-        self.model.save_pretrained(output_path)
-        shutil.copy(sys.modules[type(self).__module__].__file__, Path(output_path).parent)
+        because = "a query is the unnormalised sum of its token vectors and a document may have any length"
+        check_score(model, type(self).__name__, because, "cut off part of every score. Use None.")
 
     @classmethod
-    def load(cls, model_name_or_path, subfolder="", **kwargs):
-        """Open a head's folder or repository, or the module folder of a saved pipeline.
-
-        Args:
-            model_name_or_path: Folder or Hub id.
-            subfolder: Of the head in it.
-            kwargs: ``revision, token, local_files_only, cache_folder``; and fields of ReinPoolConfig to change, such
-                as ``num_vectors=8``, ``output="sentence_embedding"`` or ``quantization="binary"``.
-        """
-        kept = {k: v for k, v in kwargs.items() if k in ("revision", "token", "local_files_only")}
-        kept["cache_dir"] = kwargs.get("cache_folder")
-        content, _ = PretrainedConfig.get_config_dict(model_name_or_path, subfolder=subfolder, **kept)
-        if content.get("model_type") != ReinPoolConfig.model_type:
-            raise ValueError(
-                f"ReinPoolPooling: {model_name_or_path} holds a model of type {content.get('model_type')!r}, not a "
-                f"{ReinPoolConfig.model_type} head. Name the head's own folder; of a saved pipeline that is its last "
-                "module: subfolder='4_ReinPoolPooling', or whichever number it has in modules.json."
-            )
-        model = ReinPoolModel.from_pretrained(model_name_or_path, subfolder=subfolder, **kept)
-        fields = model.config.to_dict()
-        for name in kwargs:
-            if near := get_close_matches(name, _CHANGEABLE - {name}, n=1, cutoff=0.65) if name not in fields else []:
-                raise ValueError(f"ReinPoolPooling: {name}={kwargs[name]!r} is no setting. Did you mean {near[0]!r}?")
-        changes = {k: v for k, v in kwargs.items() if k in fields and fields[k] != v and k not in kept}
-        slots = "slots" in (fields["pooling"], changes.get("pooling"))
-        fixed = set(changes) - _CHANGEABLE | set(changes) & ({"pooling", "num_vectors"} if slots else set())
-        if fixed:
-            name = sorted(fixed)[0]
-            raise ValueError(
-                f"ReinPoolPooling: {name}={changes[name]!r}, but the head was trained with {name}={fields[name]!r}, "
-                f"and its weights fit nothing else. Change only {', '.join(sorted(_CHANGEABLE - fixed))}, or train "
-                "another head."
-            )
-        decisions = sorted({"threshold", "min_keep"} & set(changes))
+    def check_changes(cls, fields, changes, fixed=frozenset()):
+        """Refuse what fits no weights, and a threshold where nothing is decided."""
+        if "slots" in (fields["pooling"], changes.get("pooling")):  # which are learned, as many as there are
+            fixed = fixed | {"pooling", "num_vectors"}
+        super().check_changes(fields, changes, fixed)
+        decisions = sorted({"threshold", "min_keep"} & changes.keys())
         if decisions and (fields | changes)["weights"] == "soft":
             raise ValueError(
-                f"ReinPoolPooling: {decisions[0]}={changes[decisions[0]]!r} has nothing to decide, since this head "
+                f"{cls.__name__}: {decisions[0]}={changes[decisions[0]]!r} has nothing to decide, since this head "
                 "weighs by probability (weights='soft'). Leave it out, or add weights='hard'."
             )
-        model.config = ReinPoolConfig(**(fields | changes))
-        return cls(model)
-
-    from_pretrained = load
-
-
-_CHANGEABLE = {"num_vectors", "pooling", "output", "weights", "threshold", "min_keep", "quantization", "tasks"}
-
-
-def _fingerprint_of(module) -> str | None:
-    """SHA-256 over weight files and module configs of the folder a module came from; None if that is not to be known.
-
-    None, too, for a folder that holds a head already: there it was put together with its backbone on purpose.
-    """
-    source = getattr(getattr(module, "model", None), "name_or_path", None)
-    if not source:
-        return None
-    folder = Path(source)
-    if not folder.is_dir():
-        try:
-            commit = getattr(module.model.config, "_commit_hash", None)
-            folder = Path(cached_file(source, "config.json", local_files_only=True, revision=commit)).parent
-        except OSError:
-            return None
-    configs = []
-    for name in ("config.json", "sentence_bert_config.json"):
-        configs += [(file, json.loads(file.read_text(encoding="utf-8"))) for file in sorted(folder.rglob(name))]
-    if any(content.get("model_type", "").startswith("polyrep_") for _, content in configs):
-        return None
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
-        if not {"onnx", "openvino"} & set(file.relative_to(folder).parts):
-            with file.open("rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").hexdigest()
-            digest.update(f"{file.relative_to(folder)}:{content}\n".encode())
-    for file, content in configs:
-        digest.update(f"{file.relative_to(folder)}:{json.dumps(_stable(content), sort_keys=True)}\n".encode())
-    return digest.hexdigest()
-
-
-def _stable(content):
-    """Parsed JSON without version stamps and places, at every depth."""
-    if isinstance(content, dict):
-        volatile = ("transformers_version", "_name_or_path", "__version__")
-        return {k: _stable(v) for k, v in content.items() if k not in volatile}
-    return [_stable(v) for v in content] if isinstance(content, list) else content
 
 
 ReinPoolConfig.register_for_auto_class()
