@@ -58,6 +58,7 @@ def serve(address: str, session: int) -> dict[str, Any]:
                     if pid == 0:
                         signal.set_wakeup_fd(-1)
                         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
                         for end in (listener, awakened, wake, client, *clients.values()):
                             end.close()
                         return request

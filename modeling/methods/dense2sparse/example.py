@@ -9,7 +9,7 @@ from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from ...hub.example import Example, one_folder
+from ...hub.example import Example, TinyRun, one_folder
 from .example_dual_encoder import dual_encoder, image_text_folder
 from .modeling_dense2sparse import (
     Dense2SparseConfig,
@@ -19,6 +19,14 @@ from .modeling_dense2sparse import (
     Dense2SparsePooling,
     DualEncoderModel,
 )
+
+RUNS = {
+    "words": TinyRun(
+        "dense2sparse-minilm",
+        "--document_top_k 20 --query_top_k 10 --depth 4",
+        together="--negatives 2 --control term --noise 0.5 --mixup 0.5",
+    ),
+}
 
 
 def build(backbone: Path, scratch: Path) -> Example:
