@@ -29,7 +29,7 @@ from ..encoding.shards import Origin, Shard
 from ..errors import InputError
 from .local import folder_of
 from .protocol import Added, Hit, Queries, checked_origin, refuse_unknown, stages, unique_ids, whole_number
-from .qdrant_engine import SIMILARITIES, Embedded, Engine
+from .qdrant_engine import SIMILARITIES, Embedded, Engine, Request
 from .qdrant_remote import Server, Unreachable
 from .ranking import sparse_rows
 
@@ -154,7 +154,7 @@ class QdrantIndex:
             asked = {
                 start + i: row for i, row in enumerate(zip(*vectors, strict=True)) if all(v is not None for v in row)
             }
-            found = self.engine.query(names, list(asked.values()), k, max(k, self.prefetch), quantized)
+            found = self.engine.query(Request(names, list(asked.values()), k, max(k, self.prefetch), quantized))
             for (row, vector), points in zip(asked.items(), found, strict=True):
                 # Qdrant's distances are better when smaller, as the oracle's negated ones are when larger.
                 scale = -1.0 if last in ("euclidean", "manhattan") else 1.0

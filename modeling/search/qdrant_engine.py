@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..encoding.shards import Origin
 from ..errors import InputError
@@ -21,6 +21,24 @@ SIMILARITIES = {
 
 QUANTIZED = {"rescore": True, "oversampling": 2.0}
 """How quantized vectors are searched: twice as many are found as wanted, and ranked by the original ones."""
+
+
+class Request(NamedTuple):
+    """What an engine is asked in one go: the best ``k`` points of each query.
+
+    Attributes:
+        names: Names of vectors, one or two. With two, the first finds ``prefetch`` candidates, which the second ranks.
+        queries: Of each query a vector for each name.
+        k: Points.
+        prefetch: Candidates.
+        quantized: Whether the first vectors are.
+    """
+
+    names: Sequence[str]
+    queries: Sequence[tuple[Any, ...]]
+    k: int
+    prefetch: int
+    quantized: bool
 
 
 class Engine(Protocol):
@@ -63,15 +81,8 @@ class Engine(Protocol):
     def finish(self) -> None:
         """Build what makes search quick."""
 
-    def query(
-        self,
-        names: Sequence[str],
-        queries: Sequence[tuple[Any, ...]],
-        k: int,
-        prefetch: int,
-        quantized: bool,
-    ) -> list[list[Any]]:
-        """Points with ``payload`` and ``score``; each query has a vector for each name, of which the last ranks."""
+    def query(self, request: Request) -> list[list[Any]]:
+        """The best points of each query, with ``payload`` and ``score``."""
 
     def count(self) -> int:
         """Points."""
@@ -173,25 +184,19 @@ class Embedded:
         self.shard.optimize()
         self.shard.flush()
 
-    def query(
-        self,
-        names: Sequence[str],
-        queries: Sequence[tuple[Any, ...]],
-        k: int,
-        prefetch: int,
-        quantized: bool,
-    ) -> list[list[Any]]:
+    def query(self, request: Request) -> list[list[Any]]:
         """See :class:`Engine`."""
         edge, requests = self.edge, []
-        params = edge.SearchParams(quantization=edge.QuantizationSearchParams(**QUANTIZED)) if quantized else None
-        for vectors in queries:
+        quantized = edge.QuantizationSearchParams(**QUANTIZED)
+        params = edge.SearchParams(quantization=quantized) if request.quantized else None
+        for vectors in request.queries:
             first, *rest = (
-                edge.Query.Nearest(vector, using=name) for vector, name in zip(vectors, names, strict=True)
+                edge.Query.Nearest(vector, using=name) for vector, name in zip(vectors, request.names, strict=True)
             )
-            found = edge.Prefetch(limit=prefetch, query=first, params=params) if rest else None
+            found = edge.Prefetch(limit=request.prefetch, query=first, params=params) if rest else None
             requests.append(
                 edge.QueryRequest(
-                    limit=k,
+                    limit=request.k,
                     query=rest[0] if rest else first,
                     prefetches=[found] if found else None,
                     params=None if found else params,

@@ -12,7 +12,7 @@ from typing import Any
 from ..encoding.shards import Origin
 from ..errors import InputError
 from .local import package
-from .qdrant_engine import QUANTIZED, SIMILARITIES, datatype
+from .qdrant_engine import QUANTIZED, SIMILARITIES, Request, datatype
 
 logger = logging.getLogger(__name__)
 
@@ -132,27 +132,22 @@ class Server:
     def finish(self) -> None:
         """See :class:`Engine`; a server does it by itself."""
 
-    def query(
-        self,
-        names: Sequence[str],
-        queries: Sequence[tuple[Any, ...]],
-        k: int,
-        prefetch: int,
-        quantized: bool,
-    ) -> list[list[Any]]:
+    def query(self, request: Request) -> list[list[Any]]:
         """See :class:`Engine`."""
         m, requests = self.types, []
-        params = m.SearchParams(quantization=m.QuantizationSearchParams(**QUANTIZED)) if quantized else None
-        for vectors in queries:
+        quantized = m.QuantizationSearchParams(**QUANTIZED)
+        params = m.SearchParams(quantization=quantized) if request.quantized else None
+        wanted: dict[str, Any] = {"limit": request.k, "with_payload": ["id"]}
+        for vectors in request.queries:
             first, *rest = (
                 {"query": m.NearestQuery(nearest=v if hasattr(v, "indices") else v.tolist()), "using": name}
-                for v, name in zip(vectors, names, strict=True)
+                for v, name in zip(vectors, request.names, strict=True)
             )
             if rest:
-                found = m.Prefetch(**first, limit=prefetch, params=params)
-                requests.append(m.QueryRequest(**rest[0], prefetch=[found], limit=k, with_payload=["id"]))
+                found = m.Prefetch(**first, limit=request.prefetch, params=params)
+                requests.append(m.QueryRequest(**rest[0], prefetch=[found], **wanted))
             else:
-                requests.append(m.QueryRequest(**first, params=params, limit=k, with_payload=["id"]))
+                requests.append(m.QueryRequest(**first, params=params, **wanted))
         found = self._call("query_batch_points", requests=requests) if requests else []
         return [response.points for response in found]
 

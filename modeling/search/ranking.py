@@ -6,7 +6,7 @@ the higher id, as trec_eval and MTEB break them; without such a rule two runs of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -51,12 +51,11 @@ def exact_search(
     refuse_unlike_sides(queries, documents)
     rank_of = torch.from_numpy(ranks)
     k = min(k, len(documents))
-    order = np.argsort(documents.lengths, kind="stable")  # equal lengths side by side: little padding
-    found = []
+    scorer, found = _Scorer(queries, documents, similarity, device), []
     with tqdm(total=len(queries), desc="search", unit="query", disable=not show_progress) as progress:
         for start, stop in _query_ranges(queries):
             best = torch.empty(stop - start, 0, dtype=torch.int64)
-            for members, scores in _SCORE[queries.kind](queries, documents, start, stop, order, similarity, device):
+            for members, scores in scorer(start, stop):
                 refuse_not_finite_scores(scores)
                 best = torch.cat([best, sort_keys(scores.cpu(), rank_of[members])], dim=1)
                 best = best.topk(min(k, best.shape[1]), dim=1).values
@@ -183,73 +182,58 @@ def _query_ranges(queries: Embeddings) -> Iterator[tuple[int, int]]:
 _Scored = Iterator[tuple[np.ndarray, Tensor]]  # positions of some documents, and the scores (queries, documents)
 
 
-def _score_sentence(
-    queries: Embeddings,
-    documents: Embeddings,
-    start: int,
-    stop: int,
-    order: np.ndarray,
-    similarity: str,
-    device: str | torch.device,
-) -> _Scored:
-    score = SimilarityFunction.to_similarity_fn(similarity)
-    batch = torch.from_numpy(queries.values[start:stop].astype(np.float32)).to(device)
-    step = max(
-        1, CHUNK_ELEMENTS // (max(stop - start, documents.dim) * (documents.dim if similarity == "manhattan" else 1))
-    )
-    for first in range(0, len(documents), step):
-        chunk = torch.from_numpy(documents.values[first : first + step].astype(np.float32)).to(device)
-        yield np.arange(first, first + len(chunk)), score(batch, chunk)
+class _Scorer:
+    """Scores of a batch of queries, chunk by chunk of the documents; a method for each kind of vectors."""
 
+    def __init__(self, queries: Embeddings, documents: Embeddings, similarity: str, device: str | torch.device):
+        self.queries, self.documents, self.similarity, self.device = queries, documents, similarity, device
+        self.order = np.argsort(documents.lengths, kind="stable")  # equal lengths side by side: little padding
 
-def _score_tokens(
-    queries: Embeddings,
-    documents: Embeddings,
-    start: int,
-    stop: int,
-    order: np.ndarray,
-    similarity: str,
-    device: str | torch.device,
-) -> _Scored:
-    refuse_not_maxsim(similarity)
-    assert queries.offsets is not None
-    bounds = queries.offsets[start : stop + 1]
-    batch = torch.from_numpy(queries.values[bounds[0] : bounds[-1]].astype(np.float32)).to(device)
-    counts = torch.from_numpy(np.diff(bounds)).to(device)
-    owner = torch.repeat_interleave(torch.arange(stop - start, device=device), counts)  # query of each query vector
-    lengths = documents.lengths[order]
-    first = int(np.searchsorted(lengths, 1))
-    if first:  # nothing to take the maximum over: below every real score
-        yield order[:first], torch.full((stop - start, first), EMPTY_DOCUMENT_SCORE)
-    filled_order = order[first:]
-    for part in padded_within(lengths[first:], CHUNK_ELEMENTS // max(len(batch), documents.dim)):
-        members = filled_order[part]
-        chunk = torch.from_numpy(filled(documents, members)).to(device)  # (documents, vectors, dim)
-        similarities = (batch @ chunk.flatten(0, 1).T).view(len(batch), *chunk.shape[:2])
-        scores = torch.zeros(stop - start, len(chunk), device=device).index_add_(0, owner, similarities.amax(-1))
-        yield members, scores / counts.clamp(min=1)[:, None] if similarity == "meanmaxsim" else scores
+    def __call__(self, start: int, stop: int) -> _Scored:
+        """Scores of the queries ``start:stop``."""
+        score: Callable[[int, int], _Scored] = getattr(self, f"_{self.queries.kind}")
+        return score(start, stop)
 
+    def _sentence(self, start: int, stop: int) -> _Scored:
+        score, documents = SimilarityFunction.to_similarity_fn(self.similarity), self.documents
+        batch = torch.from_numpy(self.queries.values[start:stop].astype(np.float32)).to(self.device)
+        differences = documents.dim if self.similarity == "manhattan" else 1  # which are all in memory at once
+        step = max(1, CHUNK_ELEMENTS // (max(stop - start, documents.dim) * differences))
+        for first in range(0, len(documents), step):
+            chunk = torch.from_numpy(documents.values[first : first + step].astype(np.float32)).to(self.device)
+            yield np.arange(first, first + len(chunk)), score(batch, chunk)
 
-def _score_sparse(
-    queries: Embeddings,
-    documents: Embeddings,
-    start: int,
-    stop: int,
-    order: np.ndarray,
-    similarity: str,
-    device: str | torch.device,
-) -> _Scored:
-    if similarity not in ("dot", "cosine"):
-        raise InputError(f"similarity {similarity!r} is not defined for an inverted index; use dot or cosine.")
-    batch = sparse_rows(queries, start, stop, similarity)
-    step = max(1, CHUNK_ELEMENTS // max(stop - start, 1))
-    for first in range(0, len(documents), step):
-        last = min(first + step, len(documents))
-        scores = (batch @ sparse_rows(documents, first, last, similarity).T).toarray()
-        yield np.arange(first, last), torch.from_numpy(scores)
+    def _tokens(self, start: int, stop: int) -> _Scored:
+        refuse_not_maxsim(self.similarity)
+        assert self.queries.offsets is not None
+        bounds = self.queries.offsets[start : stop + 1]
+        batch = torch.from_numpy(self.queries.values[bounds[0] : bounds[-1]].astype(np.float32)).to(self.device)
+        counts = torch.from_numpy(np.diff(bounds)).to(self.device)
+        # Query of each query vector: (vectors of all queries,)
+        owner = torch.repeat_interleave(torch.arange(stop - start, device=self.device), counts)
+        lengths = self.documents.lengths[self.order]
+        first = int(np.searchsorted(lengths, 1))
+        if first:  # nothing to take the maximum over: below every real score
+            yield self.order[:first], torch.full((stop - start, first), EMPTY_DOCUMENT_SCORE)
+        for part in padded_within(lengths[first:], CHUNK_ELEMENTS // max(len(batch), self.documents.dim)):
+            members = self.order[first:][part]
+            chunk = torch.from_numpy(filled(self.documents, members)).to(self.device)  # (documents, vectors, dim)
+            similarities = (batch @ chunk.flatten(0, 1).T).view(len(batch), *chunk.shape[:2])
+            scores = torch.zeros(stop - start, len(chunk), device=self.device)
+            scores.index_add_(0, owner, similarities.amax(-1))
+            yield members, scores / counts.clamp(min=1)[:, None] if self.similarity == "meanmaxsim" else scores
 
-
-_SCORE = {"sentence": _score_sentence, "tokens": _score_tokens, "sparse": _score_sparse}
+    def _sparse(self, start: int, stop: int) -> _Scored:
+        if self.similarity not in ("dot", "cosine"):
+            raise InputError(
+                f"similarity {self.similarity!r} is not defined for an inverted index; use dot or cosine."
+            )
+        batch = sparse_rows(self.queries, start, stop, self.similarity)
+        step = max(1, CHUNK_ELEMENTS // max(stop - start, 1))
+        for first in range(0, len(self.documents), step):
+            last = min(first + step, len(self.documents))
+            scores = (batch @ sparse_rows(self.documents, first, last, self.similarity).T).toarray()
+            yield np.arange(first, last), torch.from_numpy(scores)
 
 
 def filled(embeddings: Embeddings, members: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from ...hub.example import Example, one_folder
+from ...hub.example import Example, TinyRun, one_folder
 from ..dual_encoder.backbone import load_processor
 from ..dual_encoder.example import dual_encoder, image_text_folder
 from .modeling_dense2sparse import (
@@ -20,6 +20,14 @@ from .modeling_dense2sparse import (
     Dense2SparseModel,
     Dense2SparsePooling,
 )
+
+RUNS = {
+    "words": TinyRun(
+        "dense2sparse-minilm",
+        "--document_top_k 20 --query_top_k 10 --depth 4",
+        together="--negatives 2 --control term --noise 0.5 --mixup 0.5",
+    ),
+}
 
 
 def build(backbone: Path, scratch: Path) -> Example:
