@@ -26,18 +26,22 @@ logger = logging.getLogger(__name__)
 PACKAGE = Path(__file__).parent.parent / "modeling"
 INTERNAL = {
     "cli": "finds the verb of a command line and calls it",
-    "publishing.compare": "stands behind publishing.export",
-    "publishing.doors": "runs in a process without polyrep, when a model is published",
     "files": "writes whole files or none",
     "flags": "makes flags of a dataclass",
+    "hub.fingerprint": "hands on names of hub.polyrep_room",
+    "publishing.compare": "stands behind publishing.export",
+    "publishing.doors": "runs in a process without polyrep, when a model is published",
     "publishing.inspection": "checks what publish uploads",
+    "publishing.signatures": "stands behind publishing.export",
+    "publishing.upload": "speaks with the Hub for publish",
     "search.local": "what the engines of one process share",
     "search.qdrant_engine": "stands behind search.qdrant",
     "search.qdrant_remote": "stands behind search.qdrant",
-    "publishing.signatures": "stands behind publishing.export",
-    "publishing.upload": "speaks with the Hub for publish",
 }
 """Modules without a place in the API reference, and why nobody calls them."""
+
+COPY = re.compile(r"polyrep\.methods\.\w+\.(polyrep_\w+)")
+"""Copies of what stands in ``polyrep.hub``, where it is told."""
 
 project = "polyrep"
 project_copyright = "the polyrep authors"
@@ -160,7 +164,7 @@ class Wing(SphinxDirective):
         for file in files:
             self.env.note_dependency(str(file))
             module = ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
-            if module not in INTERNAL:
+            if module not in INTERNAL and not COPY.match(f"polyrep.{module}"):
                 written += _section(f"polyrep.{module}".removesuffix(".__init__"))
         return self.parse_text_to_nodes("\n".join(written), allow_section_headings=True)
 
@@ -188,12 +192,12 @@ def _home(module: Any, name: str) -> str:
 
 
 def follow_public_name(app: Sphinx, env: Any, node: addnodes.pending_xref, content: nodes.Element) -> Any:
-    """Lead a name as users import it, ``polyrep.search.Index``, to where it is defined."""
+    """Lead a name as users import it, ``polyrep.search.Index``, or of a copy to where it is told."""
     module, _, name = node["reftarget"].rpartition(".")
+    home = COPY.sub(r"polyrep.hub.\1", node["reftarget"])
     if module.startswith("polyrep") and name in getattr(sys.modules.get(module), "__all__", ()):
         home = _home(sys.modules[module], name)
-        return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, node["reftype"], home, node, content)
-    return None
+    return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, node["reftype"], home, node, content)
 
 
 def plain_signature(

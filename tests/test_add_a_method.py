@@ -116,7 +116,7 @@ def changed(text: str, diff: str) -> str:
 
 
 def follow(page: list[Block], root: Path) -> None:
-    """Write the page's files and make its changes below ``root``."""
+    """Write the page's files, make its changes and copy what it copies below ``root``."""
     for block in page:
         if block.path and block.is_change:
             file = root / block.path
@@ -126,6 +126,8 @@ def follow(page: list[Block], root: Path) -> None:
             assert not file.exists(), f"{block.path}: is there already"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(block.text, encoding="utf-8")
+    for source, target in (words[1:] for words in commands(page) if words[0] == "cp"):
+        shutil.copy(root / source, root / target)
 
 
 def commands(page: list[Block]) -> list[list[str]]:
@@ -201,22 +203,25 @@ def test_every_block_is_a_file_a_change_or_something_to_run(page):
     assert {b.language for b in page if not b.path} == {"bash", "python", "text"}
 
 
-def test_a_method_is_one_folder_and_one_line_beside_its_run_its_card_and_its_test(copy, page, room):
-    own = (
-        f"modeling/methods/{room}/",
-        f"hub_configs/{room}-minilm/",
-        f"model_cards/{room}.md",
-        f"tests/test_{room}.py",
-    )
-    for path in {b.path for b in page if b.path}:
-        here = copy / path
-        if not (ROOT / path).exists():
-            assert path.startswith(own)
-            continue
-        assert path == "modeling/methods/__init__.py"
-        before, after = ((root / path).read_text().splitlines() for root in (ROOT, copy))
-        assert [line for line in after if line not in before] == [f"from .{room} import *"]
-        assert len(after) == len(before) + 1 and here.parent.joinpath(room).is_dir()
+def test_a_method_is_one_folder_and_one_line_beside_its_run_its_card_and_its_test(copy, room):
+    made, changed = set(), set()
+    for top in ("modeling", "hub_configs", "model_cards", "tests", "pyproject.toml", "setup.py"):
+        for file in [copy / top, *(copy / top).rglob("*.*")]:
+            path = file.relative_to(copy).as_posix()
+            if file.is_dir() or "__pycache__" in path:
+                continue
+            if not (ROOT / path).exists():
+                made.add(path)
+            elif file.read_bytes() != (ROOT / path).read_bytes():
+                changed.add(path)
+    folder = f"modeling/methods/{room}/"
+    own = (folder, f"hub_configs/{room}-minilm/", f"model_cards/{room}.md", f"tests/test_{room}.py")
+    assert all(path.startswith(own) for path in made) and all(any(p.startswith(o) for p in made) for o in own)
+    assert changed == {"modeling/methods/__init__.py"}
+    before, after = ((root / "modeling/methods/__init__.py").read_text().splitlines() for root in (ROOT, copy))
+    assert [line for line in after if line not in before] == [f"from .{room} import *"] and len(after) == len(
+        before
+    ) + 1
     assert f"methods.{room}" in find_packages(str(copy / "modeling")), "the wheel takes it"
 
 
@@ -238,7 +243,7 @@ def test_the_new_room_passes_the_checks_of_the_page(copy, page, room, tmp_path):
 
 
 def test_the_new_room_trains_is_measured_and_published_as_on_the_page(copy, page, room):
-    steps = [words for words in commands(page) if words[0] != "ruff" and words[:3] != PYTEST]
+    steps = [words for words in commands(page) if words[0] not in ("ruff", "cp") and words[:3] != PYTEST]
     steps = [words[2:] if words[:2] == ["accelerate", "launch"] else words for words in steps]
     steps = [words[1:] if words[0] == "python" else words for words in steps]
     assert [words[0] for words in steps] == ["train.py", "evaluate.py", "polyrep"]

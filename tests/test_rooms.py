@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import logging
-import os
 import re
 import shutil
 import sys
@@ -16,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUERIES, run_python
+from huggingface_hub import constants
 from room_examples import EXAMPLES
 from safetensors.torch import load_file, save_file
-from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Transformer
 from transformers import AutoModel, BertModel
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
@@ -321,8 +321,8 @@ def test_a_head_is_silent_behind_its_own_backbone_and_where_none_is_known(record
     in_memory = Transformer(str(other))
     in_memory.model.config.name_or_path = in_memory.model.name_or_path = ""
     half = Transformer(str(backbone), model_kwargs={"dtype": torch.bfloat16})
-    polyrep.save(recorded["polyrep_gaussian"], tmp_path / "pipeline")
-    taken_out = SentenceTransformer(str(tmp_path / "pipeline"), trust_remote_code=True, device="cpu")[0]
+    polyrep.save(next(iter(recorded.values())), tmp_path / "pipeline")
+    taken_out = polyrep.load(tmp_path / "pipeline", trust_remote_code=True, device="cpu")[0]
     for room, pipeline in recorded.items():
         for first in (Transformer(str(backbone)), in_memory, half, taken_out):
             assert "fingerprint" not in said_behind(first, pipeline, caplog), room
@@ -332,7 +332,7 @@ def test_a_head_is_silent_behind_its_own_backbone_and_where_none_is_known(record
 
 def test_a_head_knows_its_backbone_at_the_revision_that_was_loaded(recorded, backbone, other, caplog):
     """In the cache of the Hub, where several versions of a repository lie side by side."""
-    cache = Path(os.environ["HF_HOME"]) / "hub" / "models--org--ours"
+    cache = Path(constants.HF_HUB_CACHE) / "models--org--ours"
     old, new = "a" * 40, "b" * 40
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text(new)
