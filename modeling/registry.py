@@ -40,7 +40,7 @@ class Room:
         model: The PreTrainedModel of a run's folder; its config's ``model_type`` is the key in ``ROOMS``. Has
             ``from_encoder(backbone, **config)``, which makes an untrained one, and where a head is trained for it,
             ``from_encoder(backbone, head=head)`` and ``check_backbone(backbone)``, a ValueError where one folder
-            cannot hold the two.
+            cannot hold the two. Its config may have ``similarity_fn_name``, the score of its vectors.
         head: The PreTrainedModel that ``module`` owns, where that is another class. What is trained on cached vectors
             has ``from_backbone(backbone, **config)``, whose config takes ``base_model_id``, ``base_revision`` and
             ``base_fingerprint``.
@@ -63,6 +63,7 @@ class Room:
             or one that returns None, for any other.
         load_processor: ``(backbone, **vision)`` to what prepares the inputs of the model; None: the
             backbone's tokenizer.
+        encoders: Modules of the model that adapters train (``--lora_rank``), as far as it has them.
         head_from_words: ``(folder, tokenizer, backbone, **config)`` to a head that reads the words of another model
             (``--vocabulary``); None for a head that reads none.
     """
@@ -80,6 +81,7 @@ class Room:
     joins_vision: bool = False
     open_backbone: Callable[[str, torch.dtype], Any] | None = None
     load_processor: Callable[..., Any] | None = None
+    encoders: tuple[str, ...] = ("encoder",)
     head_from_words: Callable[..., PreTrainedModel] | None = None
 
     @property

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
 import toy  # noqa: F401  registers the test room
@@ -23,6 +25,8 @@ from polyrep.hub.folder import packaged_minilm
 
 HERE, SOURCE = Path(polyrep.__file__).parent, Path(__file__).parent.parent / "modeling"
 assert HERE == SOURCE or "site-packages" in polyrep.__file__, f"tests of {SOURCE} would test {HERE}"
+
+jinja2.Template = functools.cache(jinja2.Template)  # saving a model compiles the template of its card, always the same
 
 
 @pytest.fixture(scope="session")

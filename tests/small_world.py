@@ -27,7 +27,7 @@ from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 
 from polyrep.cli import main
 from polyrep.hub.folder import MINILM_ID, packaged_minilm
-from polyrep.methods.dense2sparse.example_dual_encoder import tiny_vision
+from polyrep.methods.dual_encoder.example import tiny_vision
 
 SHORT = {
     "max_steps": 2,

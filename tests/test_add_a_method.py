@@ -43,6 +43,8 @@ def pytest_configure():  # the other rooms are tested where this test is
     for rooms in (polyrep.ROOMS, room_examples.EXAMPLES):
         for other in set(rooms) - {{{model_type!r}}}:
             del rooms[other]
+    for run in [run for run in room_examples.RUNS if run[0] != {model_type!r}]:
+        del room_examples.RUNS[run]
 
 def pytest_collection_modifyitems():
     import test_publish
@@ -234,6 +236,7 @@ def test_the_new_room_passes_the_checks_of_the_page(copy, page, room, tmp_path):
     assert cases and not [case.get("name") for case in cases if len(case)], "each passed: none failed or was skipped"
     of_file = [case.get("classname").rpartition(".")[2] for case in cases]
     assert of_file.count("test_rooms") >= 15 and of_file.count("test_publish") == 4 and f"test_{room}" in of_file
+    assert of_file.count("test_room_training") == 3
     named = [case.get("name") for case in cases if room in case.get("name")]
     assert f"test_shipped_files_import_only_what_every_machine_has[modeling_{room}.py]" in named
     assert sum(f"[polyrep_{room}]" in name for name in named) == 2, "compiled, and in bfloat16"

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 from pages import read_card
-from room_examples import EXAMPLES
-from sentence_transformers import MultiVectorEncoder, SentenceTransformer
-from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+from room_examples import EXAMPLES, behind
+from sentence_transformers import MultiVectorEncoder
 from small_world import SmallWorld
 from transformers import PreTrainedModel
 
@@ -21,13 +20,6 @@ from polyrep.hub.cards import PINNED
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
     return SmallWorld(tmp_path_factory.mktemp("world"))
-
-
-def behind(model: Any) -> Any:
-    """The backbone of a pipeline, whose last module is the method's."""
-    modules = [module for name, module in model.named_children()][:-1]
-    several = any(isinstance(module, MultiVectorMask) for module in modules)
-    return (MultiVectorEncoder if several else SentenceTransformer)(modules=modules, device="cpu")
 
 
 def kinds_of(room_type: str | None, backbone: Path, stock: Any, scratch: Path) -> dict[str, tuple[Any, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import math
@@ -14,11 +15,10 @@ import tomllib
 import urllib.request
 import zlib
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
-import app
 import collection as demo
-import gradio
 import images
 import numpy as np
 import pytest
@@ -48,7 +48,13 @@ EVIL = '<script>alert("1")</script><img src=x onerror=alert(2)>'
 
 
 @pytest.fixture(scope="session")
-def dataset() -> Any:
+def app() -> Any:
+    """The program; it imports gradio, which takes seconds, so only who needs it pays for it."""
+    return importlib.import_module("app")
+
+
+@pytest.fixture(scope="session")
+def dataset(app: Any) -> Any:
     whole = load_retrieval_dataset(DATA)
     smaller = demo.few(whole, 60, [document for query in app.EXAMPLES for document in whole.qrels[query]])
     return replace(smaller, corpus={**smaller.corpus, EVIL: f"{EVIL} gzip"})
@@ -250,7 +256,7 @@ def test_words_of_a_text_are_its_own_or_added(opened):
     assert page.count("<li>") == views.SHOWN_WORDS and "sr-only" in page
 
 
-def test_a_photograph_becomes_words(opened):
+def test_a_photograph_becomes_words(app, opened):
     photograph = next(one for one in app._photographs() if "000000377575" in one.path)
     words = opened.image_words(images.opened(photograph.path))
     assert "dog" in [word for word, _, _ in words.words[:20]] and words.own == 0
@@ -258,7 +264,7 @@ def test_a_photograph_becomes_words(opened):
     assert 'alt="my &quot;dog&quot; &lt;b&gt;"' in page
 
 
-def test_nothing_that_was_typed_or_indexed_becomes_markup(opened):
+def test_nothing_that_was_typed_or_indexed_becomes_markup(app, opened):
     search = app.answered(lambda text: views.search(text, opened.search(text), False))
     words = opened.words(EVIL, "query")
     pages = [search(EVIL), search("gzip")]
@@ -280,13 +286,13 @@ def test_nothing_that_was_typed_or_indexed_becomes_markup(opened):
         ("\ud800", "no valid Unicode"),
     ],
 )
-def test_bad_text_gets_a_message(opened, text, message):
+def test_bad_text_gets_a_message(app, opened, text, message):
     for call in (opened.search, opened.uncertainty, opened.layer_scores, lambda t: opened.words(t, "query")):
         page = app.answered(call)(text)
         assert 'role="alert"' in page and message in page
 
 
-def test_limits_of_a_document_are_its_own(opened):
+def test_limits_of_a_document_are_its_own(app, opened):
     assert "5,001 characters" in app.answered(lambda t: opened.kept_tokens(t, 8))("a" * 5001)
     assert opened.kept_tokens("ab " * 1600, 8).bytes_after > 0  # what the model does not read is cut off
 
@@ -297,7 +303,7 @@ def test_strange_text_is_answered(opened):
         assert opened.layer_scores(text).hits and opened.uncertainty(text).hits
 
 
-def test_a_fault_of_ours_is_a_message_too_and_goes_to_the_log(caplog):
+def test_a_fault_of_ours_is_a_message_too_and_goes_to_the_log(app, caplog):
     def broken(_: str) -> str:
         raise RuntimeError("secret detail")
 
@@ -401,7 +407,7 @@ def test_a_missing_model_is_named_with_a_remedy(tmp_path):
         storage.open_models(tmp_path, demo.RUNS, tmp_path)
 
 
-def test_a_budget_takes_the_best_row_within_it():
+def test_a_budget_takes_the_best_row_within_it(app):
     for name in app.FRONTIERS:
         results = json.loads((ROOT / "results" / f"frontier-{name}.json").read_text())
         rows = views.quality_rows(results)
@@ -456,7 +462,7 @@ def test_the_space_asks_for_what_the_package_asks_for():
     assert sorted(line for line in lines if not line.startswith("#")) == sorted(wanted)
     head = yaml.safe_load((ROOT / "demo" / "README.md").read_text().split("---")[1])
     assert (head["sdk"], head["app_file"], head["license"]) == ("gradio", "app.py", "apache-2.0")
-    assert gradio.__version__.split(".")[0] == head["sdk_version"].split(".")[0]
+    assert version("gradio").split(".")[0] == head["sdk_version"].split(".")[0]
 
 
 def free_port() -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CLI, DOCUMENTS, QUERIES, run_python, run_two_processes, write_beir
+from conftest import DOCUMENTS, QUERIES, run_python, write_beir
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
@@ -658,16 +658,6 @@ def test_every_checkpoint_is_a_head_that_opens(trained):
         assert type(head).__name__ == "Dense2SparseModel"
 
 
-def test_resuming_gives_what_an_unbroken_run_gives(trained, run, tmp_path):
-    shutil.copytree(trained / "checkpoint-2", tmp_path / "checkpoint-2")
-    shutil.copy(trained / "run.json", tmp_path)
-    train([str(run), "--output_dir", str(tmp_path), "--resume_from_checkpoint", "last", "--head_only", "true"])
-    ours, theirs = (load_file(folder / "head" / "model.safetensors") for folder in (tmp_path, trained))
-    for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, msg=name)
-    assert not (tmp_path / "final").exists()
-
-
 def test_without_labels_judgments_have_no_influence(trained, run, tmp_path):
     data = write_beir(tmp_path / "tiny", "train")
     lines = (data / "qrels" / "train.tsv").read_text().splitlines()
@@ -710,31 +700,12 @@ def test_the_run_refuses_a_late_interaction_backbone(run, multi_vector_model, tm
         train([str(run), "--backbone", str(tmp_path / "late"), "--output_dir", str(tmp_path / "out")])
 
 
-def test_a_dry_run_encodes_nothing(run, tmp_path, capsys):
-    train([str(run), "--dry_run", "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")])
-    printed = capsys.readouterr().out
-    assert "Dense2SparseLoss" in printed and "tiny 3" in printed
-    assert not (tmp_path / "cache").exists() and not (tmp_path / "out").exists()
-
-
 def test_flags_name_what_can_be_chosen_and_not_what_follows(run, capsys):
     with pytest.raises(SystemExit):
         main(["train", str(run), "--help"])
     said = capsys.readouterr().out
     assert "--document_top_k" in said and "--control" in said
     assert "--vocabulary_bytes" not in said and "--base_fingerprint" not in said
-
-
-def test_two_processes_train_what_one_does(run, tmp_path):
-    flags = ["--save_strategy", "no", "--head_only", "true", "--max_steps", "3", "--negatives", "2", "--depth", "4"]
-    flags += ["--control", "term", "--bf16", "false", "--max_grad_norm", "1e9", "--noise", "0.5", "--mixup", "0.5"]
-    train([str(run), *flags, "--output_dir", str(tmp_path / "one"), "--per_device_train_batch_size", "2"])
-    several = [*flags, "--output_dir", str(tmp_path / "several"), "--per_device_train_batch_size", "1"]
-    result = run_two_processes(CLI, "train", str(run), *several, "--ddp_backend", "gloo")
-    assert result.returncode == 0, result.stderr[-3000:]
-    one, several_ = (load_file(tmp_path / n / "head" / "model.safetensors") for n in ("one", "several"))
-    for name, value in one.items():
-        torch.testing.assert_close(several_[name], value, atol=2e-4, rtol=1e-3, msg=name)
 
 
 def test_the_real_vocabulary_is_word_pieces():

@@ -37,6 +37,7 @@ from polyrep import InputError
 from polyrep.cli import train
 from polyrep.hub.folder import fastest_dtype
 from polyrep.methods import (
+    CheckedTransformer,
     Dense2SparseConfig,
     Dense2SparseForRetrieval,
     Dense2SparseLoss,
@@ -46,7 +47,7 @@ from polyrep.methods import (
     DualEncoderLoss,
     DualEncoderModel,
 )
-from polyrep.methods.dense2sparse.example_dual_encoder import dual_encoder, image_text_folder, tiny_vision
+from polyrep.methods.dual_encoder.example import dual_encoder, image_text_folder, tiny_vision
 
 COCO = ROOT / "data" / "coco_mini"
 TEXTS = ["list a file", "ports of a list"]
@@ -121,13 +122,13 @@ def test_towers_and_head_are_one_folder(towers, tmp_path):
     kind, _, folder = towers
     retriever = Dense2SparseForRetrieval.from_encoder(str(folder), average_length=3.0)
     processor = Dense2SparseForRetrieval.load_processor(str(folder))
-    model = image_text_folder(retriever, processor, tmp_path / kind, SparseEncoder, "expand")
+    model = image_text_folder(retriever, processor, tmp_path / kind, SparseEncoder, CheckedTransformer, "expand")
     photo().save(tmp_path / "photo.png")
     images = model.encode_document([photo(), str(tmp_path / "photo.png")]).to_dense()
     torch.testing.assert_close(images[0], images[1], atol=1e-5, rtol=1e-4)
     queries = model.encode_query(TEXTS).to_dense()
     assert images.shape[1] == queries.shape[1] == retriever.config.vocab_size and (images > 0).any(1).all()
-    backbone = Dense2SparseForRetrieval.open_backbone(str(folder), torch.float32)
+    backbone = DualEncoderModel.open_backbone(str(folder), torch.float32)
     dense = torch.from_numpy(backbone.encode_document([photo()]))
     with torch.no_grad():
         expected = retriever.eval().head(dense, task="document", modality="image").sentence_embedding
@@ -135,7 +136,7 @@ def test_towers_and_head_are_one_folder(towers, tmp_path):
 
 
 def test_a_text_encoder_alone_is_no_image_model(backbone, tmp_path):
-    assert Dense2SparseForRetrieval.open_backbone(str(backbone), torch.float32) is None
+    assert DualEncoderModel.open_backbone(str(backbone), torch.float32) is None
     with pytest.raises(ValueError, match="'bert' has one tower"):
         DualEncoderModel.from_encoder(str(backbone))
     towers = dual_encoder(backbone, tmp_path)
@@ -153,7 +154,7 @@ def images_model(backbone, tmp_path_factory) -> SparseEncoder:
     processor = DualEncoderModel.load_processor(str(scratch / "texts"), str(scratch / "vision"))
     processor.save_pretrained(scratch / "towers")
     retriever = Dense2SparseForRetrieval.from_encoder(str(scratch / "towers"), average_length=3.0)
-    return image_text_folder(retriever, processor, scratch / "model", SparseEncoder, "expand")
+    return image_text_folder(retriever, processor, scratch / "model", SparseEncoder, CheckedTransformer, "expand")
 
 
 def test_an_image_is_the_same_image_in_any_form(images_model, tmp_path):
@@ -215,7 +216,7 @@ def test_words_of_another_vocabulary_are_named_by_it(backbone, tmp_path):
     settings = {"own_tokens": "none", "foreign_words": True, "added_tokens": 1}
     head = Dense2SparseModel.from_mlm(AutoModel.from_pretrained(backbone), 12, other, **settings)
     retriever = Dense2SparseForRetrieval.from_encoder(str(tmp_path / "towers"), head=head)
-    model = image_text_folder(retriever, processor, tmp_path / "model", SparseEncoder, "expand")
+    model = image_text_folder(retriever, processor, tmp_path / "model", SparseEncoder, CheckedTransformer, "expand")
     vector = torch.zeros(len(words))
     vector[7] = 1.0
     assert model.decode(vector) == [(list(reversed(words[5:]))[2], 1.0)]

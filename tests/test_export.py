@@ -24,6 +24,7 @@ from polyrep.cli import main
 from polyrep.hub import fingerprint
 from polyrep.hub.example import one_folder
 from polyrep.methods import (
+    CheckedTransformer,
     Dense2SparseForRetrieval,
     Dense2SparseForRetrievalConfig,
     DualEncoderModel,
@@ -34,7 +35,7 @@ from polyrep.methods import (
     MultiLayerModel,
     ReinPoolConfig,
 )
-from polyrep.methods.dense2sparse.example_dual_encoder import dual_encoder, image_text_folder, tiny_vision
+from polyrep.methods.dual_encoder.example import dual_encoder, image_text_folder, tiny_vision
 from polyrep.publishing import compare, export
 
 SHORT = ["x"]
@@ -93,7 +94,7 @@ def words_of_images(backbone: Path, scratch: Path) -> Any:
     model = Dense2SparseForRetrieval.from_encoder(str(scratch / "towers"), average_length=5.0)
     with torch.no_grad():
         model.head.own_weight.uniform_(0.5, 2)
-    return image_text_folder(model, processor, scratch / "images", SparseEncoder, "expand")
+    return image_text_folder(model, processor, scratch / "images", SparseEncoder, CheckedTransformer, "expand")
 
 
 def two_encoders(backbone: Path, scratch: Path) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CLI, DOCUMENTS, QUERIES, run_two_processes, write_beir
+from conftest import DOCUMENTS, QUERIES, write_beir
 from scipy.special import erf
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
@@ -446,19 +446,6 @@ def test_an_interrupted_fit_goes_on_to_the_same_head(fitted, run, tmp_path):
     ours, theirs = (LemurModel.from_pretrained(folder / "head").state_dict() for folder in (out, fitted))
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-3)
-
-
-def test_two_processes_fit_what_one_does(run, tmp_path):
-    _, flags = run
-    flags = [*flags, "--save_strategy", "no", "--head_only", "true", "--max_steps", "3", "--max_grad_norm", "1e9"]
-    flags += ["--optim", "sgd", "--learning_rate", "0.05", "--logging_steps", "1"]  # Adam would follow mere rounding
-    train([*flags, "--output_dir", str(tmp_path / "one")], prog="train.py")
-    several = ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "4", "--ddp_backend", "gloo"]
-    result = run_two_processes(CLI, "train", *flags, *several)
-    assert result.returncode == 0, result.stderr[-3000:]
-    ours, theirs = (LemurModel.from_pretrained(tmp_path / name / "head").state_dict() for name in ("two", "one"))
-    for name in ("linear.weight", "linear.bias", "norm.weight", "anchors", "target_mean"):
-        torch.testing.assert_close(ours[name], theirs[name], atol=2e-4, rtol=1e-3, msg=name)
 
 
 def test_random_features_take_no_step(run, tmp_path):

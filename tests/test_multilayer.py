@@ -834,19 +834,6 @@ def test_mined_negatives_are_documents_that_nobody_judged_relevant(runs, tmp_pat
             assert all(n != p for n, p in zip(column, positives, strict=True))
 
 
-def test_resuming_gives_what_an_unbroken_run_gives(runs, tmp_path):
-    for name, flags in (("plain", []), ("lora", ["--lora_rank", "2", "--learning_rate", "0.01"])):
-        output = tmp_path / name
-        whole = trained(runs["multilayer-minilm"], output, *flags)
-        weights = load_file(output / "final" / "model.safetensors")
-        shutil.rmtree(output / "checkpoint-4")
-        shutil.rmtree(output / "final")
-        again = trained(runs["multilayer-minilm"], output, *flags, "--resume_from_checkpoint", "last")
-        assert again == whole, name
-        for key, value in load_file(output / "final" / "model.safetensors").items():
-            torch.testing.assert_close(value, weights[key], msg=f"{name} {key}")
-
-
 def test_adapters_are_merged_into_every_folder(runs, tmp_path):
     for variant in ([], ["--tied", "false"]):
         output = tmp_path / f"out{len(variant)}"
@@ -925,21 +912,7 @@ def test_config_and_head_say_the_same_of_an_encoder():
     assert again.layers == [-1, 1] and again.encoder_config.hidden_size == 32
 
 
-@pytest.mark.parametrize("objective, tied", [("MultiLayerObjective", "true"), ("CachedMultiLayerObjective", "false")])
-def test_two_processes_train_what_one_does(runs, tmp_path, objective, tied):
-    """Two processes with a batch of 1 each are one process with a batch of 2, hard negatives of both included."""
-    flags = ["--objective", objective, "--hard_negatives", "1", "--negative_margin", "0", "--max_grad_norm", "1e9"]
-    flags += ["--save_strategy", "no", "--mined_cache", str(tmp_path / "mined"), "--max_steps", "2", "--tied", tied]
-    one = trained(runs["multilayer-minilm"], tmp_path / "one", *flags)
-    several = ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "1"]
-    result = run_two_processes(CLI, "train", str(runs["multilayer-minilm"]), *flags, *several)
-    assert result.returncode == 0, result.stderr[-3000:]
-    if tied == "false":
-        plain = [*flags[2:], *several, "--overwrite", "--lambda_", "1"]
-        refused = run_two_processes(CLI, "train", str(runs["multilayer-minilm"]), *plain)
-        assert refused.returncode and "--objective CachedMultiLayerObjective" in refused.stderr
-    log = json.loads((tmp_path / "two" / "training.json").read_text())["log"]
-    np.testing.assert_allclose([entry["loss"] for entry in log if "loss" in entry], one, rtol=1e-3)
-    expected = load_file(tmp_path / "one" / "final" / "model.safetensors")
-    for name, tensor in load_file(tmp_path / "two" / "final" / "model.safetensors").items():
-        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-3)  # Adam turns rounding into steps
+def test_two_encoders_in_two_processes_need_the_cached_objective(runs, tmp_path):
+    flags = ["--output_dir", str(tmp_path / "two"), "--tied", "false", "--lambda_", "1", "--max_steps", "2"]
+    refused = run_two_processes(CLI, "train", str(runs["multilayer-minilm"]), *flags)
+    assert refused.returncode and "--objective CachedMultiLayerObjective" in refused.stderr

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import pytrec_eval
 import torch
-from conftest import CLI, DOCUMENTS, QUERIES, run_python, run_two_processes, write_beir
+from conftest import DOCUMENTS, QUERIES, run_python, write_beir
 from safetensors.torch import load_file
 from scipy.special import erf
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
@@ -1277,28 +1277,6 @@ def test_a_backbone_with_one_vector_a_text_is_refused(run, sentence_model, tmp_p
         InputError, match="is a SentenceTransformer.*several vectors a text.*Name a MultiVectorEncoder"
     ):
         train([str(run), "--backbone", str(tmp_path / "dense"), "--output_dir", str(tmp_path / "out")])
-
-
-def test_a_dry_run_encodes_nothing(run, tmp_path, capsys):
-    train([str(run), "--dry_run", "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")])
-    printed = capsys.readouterr().out
-    assert "SoftGateObjective" in printed and "tiny 4" in printed
-    assert not (tmp_path / "cache").exists() and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_two_processes_train_what_one_does(run, objective, tmp_path):
-    flags = ["--save_strategy", "no", "--head_only", "true", "--max_steps", "3", "--max_grad_norm", "1e9"]
-    # Not Adam, whose first step is as long for a gradient of mere rounding as for any other.
-    flags += [*OBJECTIVES[objective], "--negatives", "2", "--optim", "sgd", "--learning_rate", "0.05"]
-    flags += ["--prior_weight", "20"] if objective == "SoftGateObjective" else ["--entropy_weight", "2"]
-    train([str(run), *flags, "--output_dir", str(tmp_path / "one")])
-    several = ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "1", "--ddp_backend", "gloo"]
-    result = run_two_processes(CLI, "train", str(run), *flags, *several)
-    assert result.returncode == 0, result.stderr[-3000:]
-    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-3)
-    for name, value in weights_of(tmp_path / "one").items():
-        torch.testing.assert_close(weights_of(tmp_path / "two")[name], value, atol=2e-4, rtol=1e-3, msg=name)
 
 
 def test_a_sample_that_drops_all_is_rewarded_for_the_vector_that_encoding_would_keep():

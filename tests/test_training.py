@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -187,6 +188,20 @@ def test_the_shipped_recipe_resolves_and_any_flag_overrides(tmp_path):
     vectors = model.encode_document(["list open ports"])[0]
     assert vectors.shape[1] == 128
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(vectors)), rtol=1e-4, atol=1e-4)
+
+
+def test_code_gets_the_plan_that_a_command_gets(toy_run, tmp_path):
+    values = {"temperature": 0.5, "projection_dim": 4, "max_steps": 3, "freeze": ["encoder", "x"], "overwrite": True}
+    plan = recipes.plan_of(toy_run, **values, output_dir=str(tmp_path))
+    words = shlex.split(plan.command)
+    assert words[:3] == ["polyrep", "train", str(toy_run)]
+    same = recipes.resolve(words[2:])
+    for part in ("run", "recipe", "config", "objective", "objective_arguments", "head", "command"):
+        assert getattr(plan, part) == getattr(same, part)
+    assert plan.args.to_dict() == same.args.to_dict() and plan.objective_arguments == {"temperature": 0.5}
+    assert plan.with_trainer(max_steps=5).args.max_steps == 5 and plan.args.max_steps == 3
+    with pytest.raises(InputError, match="'temprature' is no flag.*'temperature'"):
+        recipes.plan_of(toy_run, temprature=1)
 
 
 def test_help_is_grouped_and_complete(capsys):

@@ -1,6 +1,7 @@
 """The tiny model of a method that the shared tests hold to the rules of every method, and how it becomes a folder.
 
-A method's ``example.py`` makes it, on a backbone of two layers and in no time; only tests ask for it.
+A method's ``example.py`` makes it, on a backbone of two layers and in no time; only tests ask for it. It may name
+``RUNS`` beside it: the shipped runs that the shared tests train, by a word for each, as :class:`TinyRun`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,26 @@ class Example:
     weight: str | None = None
     bad_config: list[tuple[type, dict[str, Any], str]] = field(default_factory=list)
     symmetric: bool = False
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """A shipped run made one of seconds, on the backbone of the example's pipeline.
+
+    Attributes:
+        run: Its name in ``hub_configs``.
+        flags: What makes it small.
+        batch: Pairs a step.
+        together: Further flags under which processes that share a step take the steps of one: what each of them draws
+            or orders for itself is switched off.
+        solved: Weights that are solved for after training, which are known but for their signs.
+    """
+
+    run: str
+    flags: str = ""
+    batch: int = 2
+    together: str = ""
+    solved: Sequence[str] = ()
 
 
 def one_folder(

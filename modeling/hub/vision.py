@@ -14,7 +14,7 @@ from sentence_transformers.base.modules.module import Module
 from transformers import AutoModel
 
 from ..errors import InputError
-from ..methods.dense2sparse.modeling_dense2sparse import image_features, image_processor_of
+from .polyrep_towers import image_features, image_processor_of
 
 
 def fetch_vision(name: str, revision: str | None = None) -> Path:

@@ -1,6 +1,7 @@
 """One folder a method: what it is, how it is learned, its rows in the frontier. Importing one registers it."""
 
 from .dense2sparse import *
+from .dual_encoder import *
 from .gaussian import *
 from .lemur import *
 from .multilayer import *

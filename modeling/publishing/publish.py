@@ -80,11 +80,7 @@ def publish(argv: list[str], *, prog: str = "polyrep publish") -> str | None:
 
 
 def publish_folder(folder: Path, args: PublishArguments) -> str | None:
-    """Publish a folder.
-
-    Args:
-        folder: A model that is trained and measured.
-        args: Where to, and how.
+    """Publish a folder, a model that is trained and measured.
 
     Returns:
         The commit, 40 hex digits; None after ``--dry_run``.

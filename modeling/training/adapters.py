@@ -17,6 +17,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..hub.folder import PREFIX, Encoder
+from ..registry import room_of
 
 _FILE = "adapters.safetensors"
 
@@ -86,6 +87,8 @@ def _trained(model: nn.Module) -> dict[str, Any]:
 def _encoders(model: Encoder) -> list[tuple[Any, str]]:
     """Where the encoders of a model are: in a room's model, or the stock Transformer's own."""
     first: Any = model[0]
-    if first.model.config.model_type.startswith(PREFIX):
-        return [(first.model, name) for name in ("encoder", "query_encoder") if hasattr(first.model, name)]
-    return [(first, "model")]
+    kind = first.model.config.model_type
+    if not kind.startswith(PREFIX):
+        return [(first, "model")]
+    room = room_of(kind)
+    return [(first.model, name) for name, _ in first.model.named_children() if room and name in room.encoders]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -97,3 +98,14 @@ def _inherit(folder: Path, backbone: Path, similarity: str | None) -> None:
         if similarity and name.startswith("config_") and not own.get("similarity_fn_name"):
             own["similarity_fn_name"] = similarity
         write_json(folder / name, own)
+
+
+def freeze(patterns: list[str], model: nn.Module) -> None:
+    """Leave parameters as they are; InputError names a pattern that matches none."""
+    for pattern in patterns:
+        matched = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
+        if not matched:
+            names = [name for name, _ in model.named_parameters()]
+            raise InputError(f"--freeze {pattern!r}: matches no parameter. The first is {names[0]!r}.")
+        for parameter in matched:
+            parameter.requires_grad_(False)

@@ -17,7 +17,7 @@ from ..hub.cards import render_card
 from ..hub.fingerprint import fingerprint
 from ..hub.folder import Encoder, family_of, fastest_dtype, fetch, load, save
 from ..hub.vision import VisionEncoder, fetch_vision
-from .build import build
+from .build import build, freeze
 from .checkpoints import CheckpointCallback
 from .datasets import datasets_of
 from .head_trainer import HeadTrainer
@@ -26,7 +26,6 @@ from .pairs import HeadData
 from .recipes import Plan
 from .record import base_id
 from .teachers import open_teacher
-from .whole import freeze
 
 BACKBONES: dict[str, tuple[type[Encoder], str]] = {
     "sentence": (SentenceTransformer, "one dense vector a text"),

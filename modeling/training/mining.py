@@ -74,7 +74,7 @@ class Miner:
                 flush=True,
             )
         named = mined.rename_column("negative", "negative_1") if "negative" in mined.column_names else mined
-        return self._taught(dataset, named)
+        return self._with_scores(dataset, named)
 
     def mine_again(self, model: Any, dataset: RetrievalDataset, pairs: Dataset) -> Dataset:
         """The same pairs in the same order with negatives by a model in training; the old ones where it has too few.
@@ -110,9 +110,9 @@ class Miner:
         for column, name in enumerate(self.columns):
             old = pairs[name][:]
             fresh[name] = [texts[chosen[row, column]] if enough[row] else old[row] for row in range(len(rows))]
-        return self._taught(dataset, Dataset.from_dict(fresh))
+        return self._with_scores(dataset, Dataset.from_dict(fresh))
 
-    def _taught(self, dataset: RetrievalDataset, mined: Dataset) -> Dataset:
+    def _with_scores(self, dataset: RetrievalDataset, mined: Dataset) -> Dataset:
         """The same with the teacher's scores."""
         if self.teacher is None:
             return mined

@@ -67,8 +67,8 @@ def score_pairs(
         InputError: A score is not finite, or the teacher scores by a distance.
     """
     if isinstance(teacher, CrossEncoder):
-        asked, told = list(queries.values()), list(documents.values())
-        scores = teacher.predict([(asked[q], told[d]) for q, d in pairs], batch_size=batch_size)
+        query_texts, document_texts = list(queries.values()), list(documents.values())
+        scores = teacher.predict([(query_texts[q], document_texts[d]) for q, d in pairs], batch_size=batch_size)
     else:
         options: dict[str, Any] = {"cache_dir": cache_dir, "batch_size": batch_size}
         encoder: Any = teacher
@@ -92,10 +92,10 @@ def _of_embeddings(
         raise InputError(f"--teacher: scores by {similarity}. Use one with dot, cosine or maxsim.")
     scores = np.empty(len(pairs), np.float32)
     if queries.kind == "sparse":
-        asked, told = (sparse_rows(side, 0, len(side), similarity) for side in (queries, documents))
+        query_rows, document_rows = (sparse_rows(side, 0, len(side), similarity) for side in (queries, documents))
         for start in range(0, len(pairs), 4096):
             q, d = pairs[start : start + 4096].T
-            scores[start : start + 4096] = np.asarray(asked[q].multiply(told[d]).sum(1)).ravel()
+            scores[start : start + 4096] = np.asarray(query_rows[q].multiply(document_rows[d]).sum(1)).ravel()
         return scores
     order = np.argsort(documents.lengths[pairs[:, 1]], kind="stable")
     widest = int(queries.lengths.max()) if queries.kind == "tokens" else 1

@@ -14,6 +14,7 @@ from ..hub.cards import render_card
 from ..hub.folder import Encoder, load, save
 from .adapters import AdapterTrainerMixin, add_adapters, merge_adapters
 from .arguments import TRAINERS
+from .build import freeze
 from .checkpoints import CheckpointCallback, OneWriterMixin
 from .datasets import datasets_of
 from .mining import Miner, RemineCallback
@@ -106,17 +107,6 @@ def _pairs(plan: Plan) -> tuple[dict[str, Dataset], RemineCallback | None]:
             found[dataset.name] = miner.mine(dataset, found[dataset.name])
         mined[dataset.name] = (dataset, found[dataset.name])
     return found, RemineCallback(miner, mined) if miner is not None and recipe.remine else None
-
-
-def freeze(patterns: list[str], model: torch.nn.Module) -> None:
-    """Leave parameters as they are; InputError names a pattern that matches none."""
-    for pattern in patterns:
-        matched = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
-        if not matched:
-            names = [name for name, _ in model.named_parameters()]
-            raise InputError(f"--freeze {pattern!r}: matches no parameter. The first is {names[0]!r}.")
-        for parameter in matched:
-            parameter.requires_grad_(False)
 
 
 def _learning_rates(plan: Plan, loss: torch.nn.Module, objective: Objective) -> dict[str, float]:

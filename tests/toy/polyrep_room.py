@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import shutil
-import sys
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -95,16 +94,26 @@ def pool_tokens(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
     return states[torch.arange(states.shape[0], device=states.device), ranks.to(torch.int32).argmax(1)]
 
 
-def pooling_of(model, owner: str, poolings: tuple, remedy: str) -> tuple[str, bool]:
-    """Pooling of a SentenceTransformer and whether it normalises; ValueError if it does more than that."""
+def pooling_of(model, owner: str, poolings: tuple, remedy: str, prompts: bool = True) -> tuple[str, bool]:
+    """Pooling of a SentenceTransformer and whether it normalises; ValueError if it does more than that.
+
+    Args:
+        model: The SentenceTransformer.
+        owner: Whose folder is to hold it.
+        poolings: Those that it may have.
+        remedy: What to do else.
+        prompts: Whether it may put words before a text.
+    """
     names = [type(module).__name__ for module in model]
     pooled = names[:2] == ["Transformer", "Pooling"]
     pooling = model[1].pooling_mode if pooled else None
     plain = pooled and model[1].include_prompt and not getattr(model[0], "do_lower_case", False)
+    plain = plain and (prompts or not any((model.prompts or {}).values()))
     if not plain or pooling not in poolings or names[2:] not in ([], ["Normalize"]):
         raise ValueError(
-            f"{owner}: the backbone is {' + '.join(names)} with pooling {pooling!r}, and one folder of this kind "
-            f"holds a transformer and one pooling, {' or '.join(poolings)}. {remedy}"
+            f"{owner}: the backbone is {' + '.join(names)} with pooling {pooling!r} and prompts {model.prompts}, and "
+            f"one folder of this kind holds a transformer and one pooling, {' or '.join(poolings)}"
+            f"{'' if prompts else ', and no prompt'}. {remedy}"
         )
     return pooling, names[2:] == ["Normalize"]
 
@@ -261,7 +270,7 @@ class HeadModule:
     def save(self, output_path, *args, **kwargs):
         """Write the head as a folder of its own, and the code to the folder above, where it is looked for."""
         self.model.save_pretrained(output_path)
-        for file in (sys.modules[type(self).__module__].__file__, __file__):
+        for file in Path(output_path).glob("*.py"):
             shutil.copy(file, Path(output_path).parent)
 
     @classmethod

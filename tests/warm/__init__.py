@@ -18,36 +18,35 @@ import tempfile
 import time
 from pathlib import Path
 
-FOLDER, SESSION = "POLYREP_WARM_FOLDER", "POLYREP_WARM_SESSION"
-"""Variables that tell the workers of a session of pytest where its server is, and after whose end it ends too."""
+SESSION = os.environ.setdefault("POLYREP_TEST_SESSION", str(os.getpid()))
+"""The process of pytest that hands tests to workers: all of them share one server, which ends when it does."""
 
-os.environ.setdefault(SESSION, str(os.getpid()))
-os.environ.setdefault(FOLDER, tempfile.mkdtemp(prefix="warm-"))
+FOLDER = Path(tempfile.gettempdir(), f"warm-{SESSION}")
 
 
 def python() -> str:
     """The executable; the first call of a session starts the server behind it."""
-    folder = Path(os.environ[FOLDER])
-    executable, address = folder / "python", folder / "socket"
-    with (folder / "lock").open("w") as lock:
+    executable, address = FOLDER / "python", FOLDER / "socket"
+    FOLDER.mkdir(mode=0o700, exist_ok=True)
+    with (FOLDER / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not executable.exists():
-            _start(folder, address)
+            _start(address)
             client = Path(__file__).with_name("client.py").read_text(encoding="utf-8")
             executable.write_text(f"#!{sys.executable} -IS\n{client}\nmain({str(address)!r})\n", encoding="utf-8")
             executable.chmod(0o700)
     return str(executable)
 
 
-def _start(folder: Path, address: Path) -> None:
+def _start(address: Path) -> None:
     """Start the server, and wait until it listens."""
     # A process with threads cannot be forked, and each of these would start some as it is imported.
     single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    command = [sys.executable, str(Path(__file__).with_name("server.py")), str(address), os.environ[SESSION]]
-    with (folder / "log").open("wb") as log:
+    command = [sys.executable, str(Path(__file__).with_name("server.py")), str(address), SESSION]
+    with (FOLDER / "log").open("wb") as log:
         server = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | single, start_new_session=True
         )
     while not address.exists():
-        assert server.poll() is None, (folder / "log").read_text(encoding="utf-8")
+        assert server.poll() is None, (FOLDER / "log").read_text(encoding="utf-8")
         time.sleep(0.02)

@@ -14,6 +14,7 @@ import json
 import os
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import sys
@@ -57,6 +58,7 @@ def serve(address: str, session: int) -> dict[str, Any]:
                     if pid == 0:
                         signal.set_wakeup_fd(-1)
                         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
                         for end in (listener, awakened, wake, client, *clients.values()):
                             end.close()
                         return request
@@ -76,6 +78,7 @@ def serve(address: str, session: int) -> dict[str, Any]:
                     selector.unregister(client)
                     client.sendall(b"%d\n" % status)
                 client.close()
+    shutil.rmtree(os.path.dirname(address))
     sys.exit()
 
 

@@ -9,16 +9,25 @@ from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from ...hub.example import Example, one_folder
-from .example_dual_encoder import dual_encoder, image_text_folder
+from ...hub.example import Example, TinyRun, one_folder
+from ..dual_encoder.example import dual_encoder, image_text_folder
+from ..dual_encoder.modeling_dual_encoder import DualEncoderModel
 from .modeling_dense2sparse import (
+    CheckedTransformer,
     Dense2SparseConfig,
     Dense2SparseForRetrieval,
     Dense2SparseForRetrievalConfig,
     Dense2SparseModel,
     Dense2SparsePooling,
-    DualEncoderModel,
 )
+
+RUNS = {
+    "words": TinyRun(
+        "dense2sparse-minilm",
+        "--document_top_k 20 --query_top_k 10 --depth 4",
+        together="--negatives 2 --control term --noise 0.5 --mixup 0.5",
+    ),
+}
 
 
 def build(backbone: Path, scratch: Path) -> Example:
@@ -39,10 +48,11 @@ def build(backbone: Path, scratch: Path) -> Example:
     images = Dense2SparseForRetrieval.from_encoder(
         str(scratch / "towers"), query_top_k=20, document_top_k=30, average_length=5.0
     )
+    family = (SparseEncoder, CheckedTransformer, "expand")
     return Example(
         {
             "retriever": one_folder(retriever, backbone, scratch / "dense2sparse-retriever", SparseEncoder),
-            "images": image_text_folder(images, processor, scratch / "dense2sparse-images", SparseEncoder, "expand"),
+            "images": image_text_folder(images, processor, scratch / "dense2sparse-images", *family),
             "pipeline": SparseEncoder(modules=[*encoder.children(), Dense2SparsePooling(head)], device="cpu"),
         },
         weight="head.own_weight",

@@ -1,8 +1,7 @@
 """Dense2Sparse: a frozen dense vector becomes sparse weights over words, for an inverted index that a person can read.
 
-In the order of an encoding: two towers make a dense vector of a text or an image (``DualEncoderModel``; a text alone
-needs none of that), the head turns it into words (``Dense2SparseModel``), and one folder holds both
-(``Dense2SparseForRetrieval``).
+The head turns a vector into words (``Dense2SparseModel``), and one folder holds it and what makes the vector
+(``Dense2SparseForRetrieval``): a text encoder, or two towers for texts and images.
 
 After Nguyen, Hendriksen, Yates and de Rijke, "Multimodal Learned Sparse Retrieval with Probabilistic Expansion
 Control" (ECIR 2024, arXiv 2402.17535): one small head, shared by queries and documents, projects the vector of any
@@ -22,7 +21,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,18 +33,31 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoProcessor,
     AutoTokenizer,
-    BlipForImageTextRetrieval,
-    CLIPModel,
     PretrainedConfig,
     PreTrainedModel,
-    SiglipModel,
-    VisionTextDualEncoderProcessor,
     initialization,
 )
-from transformers.image_utils import load_image
 from transformers.utils import ModelOutput
 
-from .polyrep_room import HeadModule, check_choices, check_counts, fields_of, pool_tokens, pooling_of
+from .polyrep_room import (
+    HeadModule,
+    check_choices,
+    check_counts,
+    config_of,
+    fields_of,
+    new_encoder,
+    pool_tokens,
+    pooling_of,
+)
+from .polyrep_towers import (
+    BOTH_TOWERS,
+    ImageInputs,
+    TwoTowers,
+    initialize_projections,
+    open_both_towers,
+    shared_width,
+    tower_configs,
+)
 
 try:
     from sentence_transformers import SentenceTransformer
@@ -126,53 +137,50 @@ class Dense2SparseConfig(PretrainedConfig):
         base_fingerprint: str | None = None,
         **kwargs,
     ):
-        expansion_size = vocab_size if expansion_size is None else expansion_size
-        own_tokens = own_tokens or "none"
-        name = type(self).__name__
-        check_counts(name, input_dim=input_dim, vocab_size=vocab_size)
-        check_counts(name, 0, expansion_size=expansion_size, hidden_layers=hidden_layers)
-        check_choices(name, _CHOICES, activation=activation, expansion=expansion, own_tokens=own_tokens)
-        for field, value in (
-            ("document_top_k", document_top_k),
-            ("query_top_k", query_top_k),
-            ("expansion_size", expansion_size),
-        ):
-            if value is not None and not (field == "expansion_size" or value >= 1) or (value or 0) > vocab_size:
-                raise ValueError(
-                    f"{name}: {field}={value!r} of a vocabulary of {vocab_size:,} words cannot be kept. "
-                    f"Use 1 to {vocab_size:,}, or None for all."
-                )
-        if mass is not None and not 0 < mass <= 1:
-            raise ValueError(f"{name}: mass={mass!r} is no share, so nothing sensible is left. Use e.g. 0.5, or None.")
-        if min_weight is not None and not 0 <= min_weight < math.inf:
-            raise ValueError(f"{name}: min_weight={min_weight!r} is no weight. Use e.g. 0.1, or None.")
-        if own_tokens == expansion == "none":
-            raise ValueError(f"{name}: expansion and own_tokens are both 'none', so every vector is empty. Allow one.")
-        if own_tokens == "learned" and foreign_words:
-            raise ValueError(
-                f"{name}: own_tokens='learned', but the words are of another vocabulary than the encoder's, so a "
-                "text's token ids would be taken for other words. Use own_tokens='none'."
-            )
-        if own_tokens == "none" and expansion != "both":
-            raise ValueError(
-                f"{name}: expansion={expansion!r} without own tokens leaves the other side empty. Use "
-                "expansion='both', or own_tokens='learned'."
-            )
-        if not 0 < average_length < math.inf:
-            raise ValueError(f"{name}: average_length={average_length!r} is no length of a text. Use e.g. 100.")
-        self.input_dim, self.vocab_size, self.expansion_size = input_dim, vocab_size, expansion_size
-        self.hidden_layers, self.activation = hidden_layers, activation
-        self.expansion, self.own_tokens = expansion, own_tokens
+        self.input_dim, self.vocab_size, self.hidden_layers = input_dim, vocab_size, hidden_layers
+        self.expansion_size = vocab_size if expansion_size is None else expansion_size
+        self.activation, self.expansion, self.own_tokens = activation, expansion, own_tokens or "none"
         self.document_top_k, self.query_top_k = document_top_k, query_top_k
-        self.mass, self.min_weight = mass, min_weight
-        self.average_length = average_length
+        self.mass, self.min_weight, self.average_length = mass, min_weight, average_length
         self.special_token_ids = list(special_token_ids or [])
         self.foreign_words, self.added_tokens = foreign_words, added_tokens
         self.vocabulary_bytes = vocabulary_bytes
         self.base_model_id, self.base_revision, self.base_fingerprint = base_model_id, base_revision, base_fingerprint
+        self._check()
         kwargs.pop("projection_dim", None)
         super().__init__(**kwargs)
         self.projection_dim = vocab_size  # the name under which sentence-transformers looks for the width
+
+    def _check(self) -> None:
+        name, words, mass, least = type(self).__name__, self.vocab_size, self.mass, self.min_weight
+        check_counts(name, input_dim=self.input_dim, vocab_size=words)
+        check_counts(name, 0, expansion_size=self.expansion_size, hidden_layers=self.hidden_layers)
+        check_choices(name, _CHOICES, **{field: getattr(self, field) for field in _CHOICES if field != "pooling"})
+        for field, low in (("document_top_k", 1), ("query_top_k", 1), ("expansion_size", 0)):
+            value = getattr(self, field)
+            if value is not None and not low <= value <= words:
+                raise ValueError(
+                    f"{name}: {field}={value!r} of a vocabulary of {words:,} words cannot be kept. "
+                    f"Use 1 to {words:,}, or None for all."
+                )
+        if mass is not None and not 0 < mass <= 1:
+            raise ValueError(f"{name}: mass={mass!r} is no share, so nothing sensible is left. Use e.g. 0.5, or None.")
+        if least is not None and not 0 <= least < math.inf:
+            raise ValueError(f"{name}: min_weight={least!r} is no weight. Use e.g. 0.1, or None.")
+        if not 0 < self.average_length < math.inf:
+            raise ValueError(f"{name}: average_length={self.average_length!r} is no length of a text. Use e.g. 100.")
+        if self.own_tokens == self.expansion == "none":
+            raise ValueError(f"{name}: expansion and own_tokens are both 'none', so every vector is empty. Allow one.")
+        if self.own_tokens == "learned" and self.foreign_words:
+            raise ValueError(
+                f"{name}: own_tokens='learned', but the words are of another vocabulary than the encoder's, so a "
+                "text's token ids would be taken for other words. Use own_tokens='none'."
+            )
+        if self.own_tokens == "none" and self.expansion != "both":
+            raise ValueError(
+                f"{name}: expansion={self.expansion!r} without own tokens leaves the other side empty. Use "
+                "expansion='both', or own_tokens='learned'."
+            )
 
 
 @dataclass
@@ -247,8 +255,8 @@ class Dense2SparseModel(PreTrainedModel):
         kind = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["type"] if tokenizer.is_fast else "slow"
         if kind != "WordPiece":
             raise ValueError(
-                f"Dense2SparseModel: the tokenizer of {model.name_or_path!r} is {kind}, not WordPiece, so its entries "
-                "are no words to index under. Take the vocabulary of a BERT-like model instead, which leaves "
+                f"Dense2SparseModel: the tokenizer of {tokenizer.name_or_path!r} is {kind}, not WordPiece, so its "
+                "entries are no words to index under. Take the vocabulary of a BERT-like model instead, which leaves "
                 "the text's own tokens out: --vocabulary google-bert/bert-base-uncased --own_tokens none, or "
                 "from_mlm('google-bert/bert-base-uncased', input_dim, own_tokens='none')."
             )
@@ -257,24 +265,29 @@ class Dense2SparseModel(PreTrainedModel):
         stored = torch.frombuffer(bytearray("\n".join(words).encode()), dtype=torch.uint8)
         settings = {"vocab_size": size, "special_token_ids": sorted(set(tokenizer.all_special_ids))} | config
         head = cls(Dense2SparseConfig(input_dim=input_dim, vocabulary_bytes=len(stored), **settings))
-        output = model.get_output_embeddings()
-        weights = (output or model.get_input_embeddings()).weight.detach().float()[:size]  # (words, hidden)
-        with torch.no_grad():
-            head.vocabulary_text.copy_(stored)
-            if weights.shape[1] != input_dim:
-                kept = torch.pca_lowrank(weights, min(input_dim, *weights.shape))[2]
-                weights = F.pad(weights @ kept, (0, input_dim - kept.shape[1]))
-            elif output is not None:
-                body = set(model.base_model.modules())
-                norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm) and m not in body]
-                if norms and norms[-1].elementwise_affine:
-                    head.norm.load_state_dict(norms[-1].state_dict())
-                if output.bias is not None:
-                    head.vocabulary.bias.copy_(output.bias[: head.config.expansion_size])
-            else:  # rows of one length: frequent words have short embeddings, and would never be chosen
-                weights = F.normalize(weights - weights.mean(0), dim=1)
-            head.vocabulary.weight.copy_(weights[: head.config.expansion_size])
+        head.vocabulary_text.copy_(stored)
+        head._start_from_words(model)
         return head
+
+    @torch.no_grad()
+    def _start_from_words(self, model: PreTrainedModel | TwoTowers) -> None:
+        """Take the vocabulary projection from a model's output layer, or else from its word embeddings."""
+        output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        words, input_dim = (output or model.get_input_embeddings()).weight, self.config.input_dim
+        words = words.detach().float()[: self.config.vocab_size]  # (words, hidden)
+        if words.shape[1] != input_dim:
+            kept = torch.pca_lowrank(words, min(input_dim, *words.shape))[2]
+            words = F.pad(words @ kept, (0, input_dim - kept.shape[1]))
+        elif output is not None:
+            body = set(model.base_model.modules())
+            norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm) and m not in body]
+            if norms and norms[-1].elementwise_affine:
+                self.norm.load_state_dict(norms[-1].state_dict())
+            if output.bias is not None:
+                self.vocabulary.bias.copy_(output.bias[: self.config.expansion_size])
+        else:  # rows of one length: frequent words have short embeddings, and would never be chosen
+            words = F.normalize(words - words.mean(0), dim=1)
+        self.vocabulary.weight.copy_(words[: self.config.expansion_size])
 
     @classmethod
     def from_backbone(cls, model: SentenceTransformer, **config) -> Dense2SparseModel:
@@ -329,54 +342,73 @@ class Dense2SparseModel(PreTrainedModel):
                 expanded.
         """
         config, image = self.config, modality == "image"
-        if sentence_embedding.shape[-1] != config.input_dim:
-            raise ValueError(
-                f"Dense2SparseModel: vectors of width {sentence_embedding.shape[-1]}, but the head was made for "
-                f"input_dim={config.input_dim}, so it does not belong to this encoder. Use the one it was trained on "
-                f"({config.base_model_id or 'not recorded'}), or train a head for this one."
-            )
-        if not expand and not image:
-            if config.foreign_words:
-                raise ValueError(
-                    "Dense2SparseModel: expand=False asks for a text's own words, but the encoder's tokens are not "
-                    "this head's words. Use expand=True, or a head with the encoder's own vocabulary."
-                )
-            gate = sentence_embedding.new_zeros(1, 1)
-        expanding = config.expansion in ("both", task or "document")
-        if image and not expanding:
-            raise ValueError(
-                f"Dense2SparseModel: expansion={config.expansion!r} leaves images without a word. Use a head with "
-                "expansion='both', or encode them as documents."
-            )
-        if not image and input_ids is None and (config.own_tokens == "learned" or gate is not None):
-            raise ValueError(
-                "Dense2SparseModel: no input_ids, but a text's own words are asked for (own_tokens="
-                f"{config.own_tokens!r}, expand={expand}). Pass input_ids and attention_mask beside the vectors, or "
-                "modality='image' for those of images."
-            )
-        width = config.expansion_size if compact else config.vocab_size
-        weights = sentence_embedding.new_zeros(sentence_embedding.shape[0], width)
-        if expanding:
-            logits = self.vocabulary(self.hidden(sentence_embedding))
-            expanded = torch.log1p(F.relu(logits))
-            expanded = torch.log1p(expanded) if config.activation == "double_log1p" else expanded
-            expanded = expanded.to(weights.dtype)
-            weights = expanded if compact else weights.index_copy(1, self.expansion_terms, expanded)
-        if not image and (config.own_tokens == "learned" or gate is not None):
-            counts, lengths = (x.to(weights.dtype) for x in self.count(input_ids, attention_mask, compact))
-            if gate is not None:
-                gate = gate.to(weights.dtype)
-                if not compact and gate.shape[1] > 1:
-                    gate = torch.zeros_like(weights).index_copy(1, self.expansion_terms, gate)
-                weights = weights * torch.maximum(gate, (counts > 0).to(weights.dtype))
-            if config.own_tokens == "learned":
-                own = F.relu(self.own_weight)
-                own = own[self.expansion_terms] if compact else own
-                weights = torch.maximum(weights, own * self.saturate(counts, lengths, task))
-            weights = weights * (lengths > 0)  # nothing is known of a text without a known word
+        owned = not image and (config.own_tokens == "learned" or gate is not None or not expand)
+        self._check(sentence_embedding, task, expand, image, missing=owned and input_ids is None)
+        weights = self._expansion(sentence_embedding, task, compact)
+        if owned:
+            gate = gate if expand else sentence_embedding.new_zeros(1, 1)
+            weights = self._with_own_words(weights, gate, input_ids, attention_mask, task, compact)
         elif not image and attention_mask is not None:  # what the tokenizer adds to any text is an empty one
             weights = weights * (attention_mask.sum(1, keepdim=True) > config.added_tokens)
         return Dense2SparseOutput(sentence_embedding=weights if compact else self._prune(weights, task))
+
+    def _check(self, vectors: Tensor, task: str | None, expand: bool, image: bool, missing: bool) -> None:
+        config, name = self.config, type(self).__name__
+        if vectors.shape[-1] != config.input_dim:
+            raise ValueError(
+                f"{name}: vectors of width {vectors.shape[-1]}, but the head was made for input_dim="
+                f"{config.input_dim}, so it does not belong to this encoder. Use the one it was trained on "
+                f"({config.base_model_id or 'not recorded'}), or train a head for this one."
+            )
+        if not expand and not image and config.foreign_words:
+            raise ValueError(
+                f"{name}: expand=False asks for a text's own words, but the encoder's tokens are not this head's "
+                "words. Use expand=True, or a head with the encoder's own vocabulary."
+            )
+        if image and config.expansion not in ("both", task or "document"):
+            raise ValueError(
+                f"{name}: expansion={config.expansion!r} leaves images without a word. Use a head with "
+                "expansion='both', or encode them as documents."
+            )
+        if missing:
+            raise ValueError(
+                f"{name}: no input_ids, but a text's own words are asked for (own_tokens={config.own_tokens!r}, "
+                f"expand={expand}). Pass input_ids and attention_mask beside the vectors, or modality='image' for "
+                "those of images."
+            )
+
+    def _expansion(self, vectors: Tensor, task: str | None, compact: bool) -> Tensor:
+        """Weights of the words that the head finds, ``(batch, words)``; zero for a side that is not expanded."""
+        config = self.config
+        weights = vectors.new_zeros(vectors.shape[0], config.expansion_size if compact else config.vocab_size)
+        if config.expansion not in ("both", task or "document"):
+            return weights
+        expanded = torch.log1p(F.relu(self.vocabulary(self.hidden(vectors))))
+        expanded = torch.log1p(expanded) if config.activation == "double_log1p" else expanded
+        expanded = expanded.to(weights.dtype)
+        return expanded if compact else weights.index_copy(1, self.expansion_terms, expanded)
+
+    def _with_own_words(
+        self,
+        weights: Tensor,
+        gate: Tensor | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        task: str | None,
+        compact: bool,
+    ) -> Tensor:
+        """Weights of the expansion that the gate lets through, and of the text's own words, the larger of the two."""
+        counts, lengths = (x.to(weights.dtype) for x in self.count(input_ids, attention_mask, compact))
+        if gate is not None:
+            gate = gate.to(weights.dtype)
+            if not compact and gate.shape[1] > 1:
+                gate = torch.zeros_like(weights).index_copy(1, self.expansion_terms, gate)
+            weights = weights * torch.maximum(gate, (counts > 0).to(weights.dtype))
+        if self.config.own_tokens == "learned":
+            own = F.relu(self.own_weight)
+            own = own[self.expansion_terms] if compact else own
+            weights = torch.maximum(weights, own * self.saturate(counts, lengths, task))
+        return weights * (lengths > 0)  # nothing is known of a text without a known word
 
     def count(self, input_ids: Tensor, attention_mask: Tensor | None = None, compact: bool = False) -> tuple:
         """Own tokens of texts: times that each word occurs ``(batch, words)``, and length ``(batch, 1)``."""
@@ -456,318 +488,25 @@ class Dense2SparseModel(PreTrainedModel):
         return rows[0] if embeddings.ndim == 1 else rows
 
 
-class DualEncoderHeadConfig(PretrainedConfig):
-    """The two maps that bring a text encoder and a vision encoder into one space.
-
-    Args:
-        text_dim (int): Width of the text encoder's vectors.
-        image_dim (int): Width of the vision encoder's features.
-        projection_dim (int): Width of the shared space.
-        hidden_dim (int): Width of a residual layer (GELU) beside each linear map; 0 for none.
-        dropout (float): Share of an image's features that a training step leaves out.
-        text_dropout (float): Share of a text's.
-        base_model_id (str): The text encoder, with revision and fingerprint.
-        base_revision (str): Its commit on the Hub.
-        base_fingerprint (str): SHA-256 over its weight files and module configs.
-        vision_model_id (str): The vision encoder.
-    """
-
-    model_type = "polyrep_dual_encoder_head"
-    derived = ("text_dim", "image_dim", "base_model_id", "base_revision", "base_fingerprint", "vision_model_id")
-
-    def __init__(
-        self,
-        text_dim: int = 384,
-        image_dim: int = 1280,
-        projection_dim: int = 512,
-        hidden_dim: int = 0,
-        dropout: float = 0.0,
-        text_dropout: float = 0.0,
-        base_model_id: str | None = None,
-        base_revision: str | None = None,
-        base_fingerprint: str | None = None,
-        vision_model_id: str | None = None,
-        **kwargs,
-    ):
-        name = type(self).__name__
-        check_counts(name, text_dim=text_dim, image_dim=image_dim, projection_dim=projection_dim)
-        check_counts(name, 0, hidden_dim=hidden_dim)
-        for field, value in (("dropout", dropout), ("text_dropout", text_dropout)):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name}: {field}={value!r} is no share that leaves anything. Use 0 to below 1.")
-        self.text_dim, self.image_dim, self.projection_dim = text_dim, image_dim, projection_dim
-        self.hidden_dim, self.dropout, self.text_dropout = hidden_dim, dropout, text_dropout
-        self.base_model_id, self.base_revision, self.base_fingerprint = base_model_id, base_revision, base_fingerprint
-        self.vision_model_id = vision_model_id
-        super().__init__(**kwargs)
-
-
-@dataclass
-class DualEncoderOutput(ModelOutput):
-    """What the two maps and the towers return.
-
-    Attributes:
-        sentence_embedding: ``(batch, projection_dim)`` dense vectors of unit length.
-    """
-
-    sentence_embedding: Tensor | None = None
-
-
-class DualEncoderHead(PreTrainedModel):
-    """One map a side, from an encoder's vectors into the space that both share."""
-
-    config_class = DualEncoderHeadConfig
-    _supports_sdpa = _supports_flash_attn = True
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.text = _ProjectionLayer(config.text_dim, config, config.text_dropout)
-        self.image = _ProjectionLayer(config.image_dim, config, config.dropout)
-        self.log_scale = nn.Parameter(torch.tensor(3.0))  # of cosines, in the contrastive objective
-        self.post_init()
-
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, DualEncoderHead):
-            initialization.constant_(module.log_scale, 3.0)
-        elif isinstance(module, _ProjectionLayer):
-            initialization.zeros_(module.mean)
-            initialization.ones_(module.deviation)
-            if module.hidden is not None:  # the residual layer starts as none
-                initialization.zeros_(module.hidden[-1].weight)
-
-    @classmethod
-    def from_backbone(cls, model: SentenceTransformer, **config) -> DualEncoderHead:
-        """An untrained head for a text SentenceTransformer."""
-        return cls(DualEncoderHeadConfig(text_dim=model.get_embedding_dimension(), **config))
-
-    def forward(self, sentence_embedding: Tensor, modality: str = "text", **kwargs) -> DualEncoderOutput:
-        """Vectors of one side, ``(batch, text_dim)`` or ``(batch, image_dim)``, in the shared space.
-
-        Raises:
-            ValueError: The vectors have another width than this side's encoder gives.
-        """
-        side = self.image if modality == "image" else self.text
-        width = self.config.image_dim if modality == "image" else self.config.text_dim
-        if sentence_embedding.shape[-1] != width:
-            raise ValueError(
-                f"DualEncoderHead: {modality} vectors of width {sentence_embedding.shape[-1]}, but this head was made "
-                f"for {width}, so they come from another encoder. Use the one it was trained on, or train a head."
-            )
-        return DualEncoderOutput(sentence_embedding=F.normalize(side(sentence_embedding), dim=-1))
-
-
-class _ProjectionLayer(nn.Module):
-    """Standardise, then a linear map, and a residual layer beside it: ``(batch, width)`` to ``(batch, out)``."""
-
-    def __init__(self, width, config, dropout):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("deviation", torch.ones(width))
-        self.linear = nn.Linear(width, config.projection_dim)
-        self.hidden = None
-        if config.hidden_dim:
-            inner = nn.Linear(width, config.hidden_dim), nn.GELU(), nn.Dropout(dropout)
-            self.hidden = nn.Sequential(*inner, nn.Linear(config.hidden_dim, config.projection_dim, bias=False))
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, vectors):
-        state = self.dropout((vectors - self.mean) / self.deviation)
-        return self.linear(state) if self.hidden is None else self.linear(state) + self.hidden(state)
-
-
-class DualEncoderConfig(DualEncoderHeadConfig):
-    """Two towers whose vectors can be compared: one model that has both, or two encoders and a head.
-
-    Args:
-        encoder_config (dict): Config of CLIP, SigLIP or BLIP, which bring both towers and their maps; or
-        text_config (dict): config of the text encoder, and
-        vision_config (dict): of the vision encoder.
-        pooling (str): How token states become the text encoder's vector: mean, cls or lasttoken.
-        normalize (bool): Bring that vector to unit length before it is mapped.
-    """
+class TowersConfig(PretrainedConfig):
+    """The two towers that a retriever for images and texts holds, as the dual encoder that they are of has it."""
 
     model_type = "polyrep_dual_encoder"
     sub_configs = {"encoder_config": AutoConfig, "text_config": AutoConfig, "vision_config": AutoConfig}
 
-    def __init__(
-        self, encoder_config=None, text_config=None, vision_config=None, pooling="mean", normalize=True, **kwargs
-    ):
-        name = type(self).__name__
-        if encoder_config is None and text_config is None and vision_config is None:  # as a default
-            text_config, vision_config = {"model_type": "bert"}, {"model_type": "mobilenet_v2"}
-        if (encoder_config is None) != (text_config is not None and vision_config is not None):
-            raise ValueError(
-                f"{name}: needs encoder_config for both towers, or text_config and vision_config for one each."
-            )
-        check_choices(name, _CHOICES, pooling=pooling)
-        self.encoder_config, self.text_config, self.vision_config = (
-            None if part is None else _config_of(part) for part in (encoder_config, text_config, vision_config)
-        )
-        self.pooling, self.normalize = pooling, normalize
-        kind = getattr(self.encoder_config, "model_type", None)
-        if kind is not None:
-            if kind not in _BOTH_TOWERS:
-                raise ValueError(
-                    f"{name}: encoder_config is of {kind!r}, whose image and text vectors this does not know. Use one "
-                    f"of {', '.join(_BOTH_TOWERS)}, or a text and a vision encoder of their own."
-                )
-            kwargs["projection_dim"] = _shared_width(self.encoder_config)
+    def __init__(self, encoder_config=None, text_config=None, vision_config=None, **kwargs):
+        parts = (encoder_config, text_config, vision_config)
+        if parts != (None, None, None):  # as a default
+            parts = tower_configs(type(self).__name__, *parts)
+        self.encoder_config, self.text_config, self.vision_config = parts
         super().__init__(**kwargs)
-
-
-class DualEncoderModel(PreTrainedModel):
-    """Texts and images as dense vectors of one space: the frozen backbone of an image-text head, and a teacher."""
-
-    config_class = DualEncoderConfig
-    _supports_sdpa = _supports_flash_attn = True
-
-    def __init__(self, config):
-        super().__init__(config)
-        if config.encoder_config is not None:
-            self.encoder = _BOTH_TOWERS[config.encoder_config.model_type](config.encoder_config)
-        else:
-            self.text_encoder = AutoModel.from_config(config.text_config)
-            self.vision_encoder = AutoModel.from_config(config.vision_config)
-            self.head = DualEncoderHead(config)
-        self.post_init()
-
-    @classmethod
-    def from_encoder(
-        cls, backbone: str, head: DualEncoderHead | None = None, vision: str | None = None, **config
-    ) -> DualEncoderModel:
-        """A dual encoder from pretrained parts.
-
-        Args:
-            backbone: Folder or Hub id of CLIP, SigLIP or ``BlipForImageTextRetrieval``; or of a SentenceTransformer
-                for texts, and then:
-            head: A trained head; default: an untrained one.
-            vision: Folder or Hub id of a vision encoder that AutoModel opens.
-            config: Fields of DualEncoderHeadConfig for the untrained head.
-
-        Raises:
-            ValueError: A tower's width differs from the head's, or the backbone's modules do not fit in one folder.
-        """
-        kind = AutoConfig.from_pretrained(backbone).model_type
-        if kind in _BOTH_TOWERS:
-            encoder, found = _BOTH_TOWERS[kind].from_pretrained(backbone, output_loading_info=True)
-            missing = sorted(key for key in found["missing_keys"] if not key.startswith("itm_head"))
-            if missing:
-                raise ValueError(
-                    f"DualEncoderModel: {backbone} lacks {missing[0]} and {len(missing) - 1} more weights of "
-                    f"{type(encoder).__name__}, which would be random. Name a checkpoint made for retrieval."
-                )
-            model = cls(DualEncoderConfig(encoder_config=encoder.config))
-            model.encoder = encoder
-            return model.to(encoder.dtype)
-        if vision is None:
-            raise ValueError(
-                f"DualEncoderModel: {backbone} of {kind!r} has one tower. Name a vision encoder for the other, or "
-                f"one of {', '.join(_BOTH_TOWERS)}."
-            )
-        texts = SentenceTransformer(str(backbone), device="cpu")
-        pooling, normalize = Dense2SparseForRetrieval.check_backbone(texts)
-        images = AutoModel.from_pretrained(vision)
-        with torch.no_grad():
-            size = getattr(images.config, "image_size", 224)
-            height, width = (size, size) if isinstance(size, int) else size
-            pixels = torch.zeros(1, getattr(images.config, "num_channels", 3), height, width, dtype=images.dtype)
-            image_dim = image_features(images.eval(), pixels).shape[1]
-        if head is None:
-            head = DualEncoderHead.from_backbone(texts, image_dim=image_dim, **config)
-        for tower, found, expected in (
-            ("vision", image_dim, head.config.image_dim),
-            ("text", texts.get_embedding_dimension(), head.config.text_dim),
-        ):
-            if found != expected:
-                raise ValueError(
-                    f"DualEncoderModel: the {tower} tower gives vectors of width {found}, but the head was made for "
-                    f"{expected}, so its map cannot read them. Use the encoder whose features it was trained on."
-                )
-        fields = fields_of(head.config)
-        parts = {"text_config": texts[0].model.config, "vision_config": images.config}
-        model = cls(DualEncoderConfig(**fields, **parts, pooling=pooling, normalize=normalize))
-        model.text_encoder, model.vision_encoder = texts[0].model, images
-        model.head.load_state_dict(head.state_dict())
-        return model.to(texts[0].model.dtype)
-
-    def get_input_embeddings(self):
-        """The text tower's word embeddings, from which a head takes its words."""
-        if self.config.encoder_config is None:
-            return self.text_encoder.get_input_embeddings()
-        text = (
-            self.encoder.text_encoder if self.config.encoder_config.model_type == "blip" else self.encoder.text_model
-        )
-        return text.get_input_embeddings()
-
-    @staticmethod
-    def check_backbone(model: SentenceTransformer) -> tuple[str, bool]:
-        """As for the retriever: a text encoder whose pooling one folder can hold."""
-        return Dense2SparseForRetrieval.check_backbone(model)
-
-    @staticmethod
-    def load_processor(backbone: str, vision: str | None = None):
-        """What turns texts and images into this model's inputs: the backbone's own, or one of two parts."""
-        if vision is None:
-            return AutoProcessor.from_pretrained(backbone)
-        tokenizer = AutoTokenizer.from_pretrained(backbone)
-        return VisionTextDualEncoderProcessor(image_processor_of(vision), tokenizer)
-
-    def text_vectors(self, input_ids: Tensor, attention_mask: Tensor, **inputs) -> Tensor:
-        """Dense vectors of texts: ``(batch, tokens)`` to ``(batch, projection_dim)``, of unit length."""
-        if self.config.encoder_config is None:
-            states = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
-            vectors = pool_tokens(states, attention_mask, self.config.pooling)
-            vectors = F.normalize(vectors, dim=-1) if self.config.normalize else vectors
-            return self.head(vectors, "text").sentence_embedding
-        kind = self.config.encoder_config.model_type
-        if kind == "blip":
-            states = self.encoder.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-            vectors = self.encoder.text_proj(states[:, 0])
-        elif kind == "clip":
-            vectors = self.encoder.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
-        else:  # SigLIP reads its last position, and learned with padding up to there and no mask
-            text = self.config.encoder_config.text_config
-            missing = max(0, text.max_position_embeddings - input_ids.shape[1])
-            input_ids = torch.where(attention_mask.bool(), input_ids, text.pad_token_id)
-            input_ids = F.pad(input_ids, (0, missing), value=text.pad_token_id)
-            vectors = self.encoder.get_text_features(input_ids=input_ids).pooler_output
-        return F.normalize(vectors, dim=-1)
-
-    def image_vectors(self, pixel_values: Tensor) -> Tensor:
-        """Dense vectors of images: ``(batch, channels, height, width)`` to ``(batch, projection_dim)``."""
-        if self.config.encoder_config is None:
-            features = image_features(self.vision_encoder, pixel_values.to(self.dtype))
-            return self.head(features, "image").sentence_embedding
-        if self.config.encoder_config.model_type == "blip":
-            states = self.encoder.vision_model(pixel_values.to(self.dtype)).last_hidden_state
-            return F.normalize(self.encoder.vision_proj(states[:, 0]), dim=-1)
-        features = self.encoder.get_image_features(pixel_values=pixel_values.to(self.dtype))
-        return F.normalize(features.pooler_output, dim=-1)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        task: str | None = None,
-        **kwargs,
-    ) -> DualEncoderOutput:
-        """Dense vectors of texts; both tasks alike."""
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        return DualEncoderOutput(sentence_embedding=self.text_vectors(input_ids, attention_mask, **types))
-
-    def encode_image(self, pixel_values: Tensor, task: str | None = None) -> DualEncoderOutput:
-        """Dense vectors of images, ``(batch, channels, height, width)`` as the processor gives them."""
-        return DualEncoderOutput(sentence_embedding=self.image_vectors(pixel_values))
 
 
 class Dense2SparseForRetrievalConfig(Dense2SparseConfig):
     """A frozen encoder and the head in one.
 
     Args:
-        encoder_config (dict): Config of the text encoder, or a DualEncoderConfig for texts and images.
+        encoder_config (dict): Config of the text encoder, or a dual encoder's for texts and images.
         pooling (str): How a text encoder's token states become the dense vector: mean, cls or lasttoken.
         normalize (bool): Bring a text encoder's vector to unit length.
     """
@@ -777,7 +516,7 @@ class Dense2SparseForRetrievalConfig(Dense2SparseConfig):
 
     def __init__(self, encoder_config=None, pooling: str = "mean", normalize: bool = True, **kwargs):
         check_choices(type(self).__name__, _CHOICES, pooling=pooling)
-        self.encoder_config = _config_of(encoder_config or {"model_type": "bert"})
+        self.encoder_config = _encoder_config(encoder_config)
         self.pooling, self.normalize = pooling, normalize
         super().__init__(**kwargs)
         if self.has_images:
@@ -795,7 +534,16 @@ class Dense2SparseForRetrievalConfig(Dense2SparseConfig):
     @property
     def has_images(self) -> bool:
         """Whether the encoder has a tower for images."""
-        return isinstance(self.encoder_config, DualEncoderConfig)
+        return isinstance(self.encoder_config, TowersConfig)
+
+
+def _encoder_config(part) -> PretrainedConfig:
+    """A text encoder's config, or that of two towers; a dual encoder's own becomes one of towers."""
+    if getattr(part, "model_type", None) == TowersConfig.model_type and not isinstance(part, TowersConfig):
+        part = {name: value for name, value in part.to_dict().items() if name != "auto_map"}  # whose code is not here
+    if isinstance(part, dict) and part.get("model_type") == TowersConfig.model_type:
+        return TowersConfig.from_dict(part)
+    return config_of(part)
 
 
 class Dense2SparseForRetrieval(PreTrainedModel):
@@ -811,16 +559,20 @@ class Dense2SparseForRetrieval(PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         encoder = config.encoder_config
-        self.encoder = DualEncoderModel(encoder) if config.has_images else AutoModel.from_config(encoder)
+        self.encoder = TwoTowers(encoder) if config.has_images else new_encoder(encoder)
         self.head = Dense2SparseModel(config)
         self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        initialize_projections(module)
 
     @classmethod
     def from_encoder(cls, backbone: str, head: Dense2SparseModel | None = None, **config) -> Dense2SparseForRetrieval:
         """A retriever from any embedding model that is a transformer, one pooling and perhaps a normalisation.
 
         Args:
-            backbone: Folder or Hub id of such a SentenceTransformer, of a DualEncoderModel, or of CLIP, SigLIP or
+            backbone: Folder or Hub id of such a SentenceTransformer, of a dual encoder, or of CLIP, SigLIP or
                 ``BlipForImageTextRetrieval``.
             head: A trained head; default: an untrained one on the backbone's word embeddings.
             config: Fields of Dense2SparseConfig for the untrained one.
@@ -847,44 +599,19 @@ class Dense2SparseForRetrieval(PreTrainedModel):
     @staticmethod
     def load_processor(backbone: str):
         """What turns texts, or texts and images, into this model's inputs."""
-        towers = AutoConfig.from_pretrained(backbone).model_type in (*_BOTH_TOWERS, DualEncoderConfig.model_type)
+        towers = AutoConfig.from_pretrained(backbone).model_type in (*BOTH_TOWERS, TowersConfig.model_type)
         return (AutoProcessor if towers else AutoTokenizer).from_pretrained(backbone)
 
     @staticmethod
     def check_backbone(model: SentenceTransformer) -> tuple[str, bool]:
         """Pooling of a SentenceTransformer and whether it normalises; ValueError if it does more than that."""
-        names = [type(module).__name__ for module in model]
-        if len(names) == 1 and model[0].model.config.model_type == DualEncoderConfig.model_type:
+        if len(model) == 1 and model[0].model.config.model_type == TowersConfig.model_type:
             return "mean", True  # a dual encoder's own config says what it does
         remedy = (
             "Put the head behind the backbone's own modules instead: --pipeline true, or "
             "SparseEncoder(modules=[*model.children(), Dense2SparsePooling(head)])."
-        )
-        if any((model.prompts or {}).values()):
-            raise ValueError(
-                f"Dense2SparseForRetrieval: the backbone has the prompts {model.prompts}, whose words are not the "
-                f"text's own, and one folder of this kind holds none. {remedy}"
-            )
-        return pooling_of(model, "Dense2SparseForRetrieval", _CHOICES["pooling"], remedy)
-
-    @classmethod
-    def open_backbone(cls, backbone: str, dtype: torch.dtype) -> SentenceTransformer | None:
-        """A plain CLIP, SigLIP or BLIP folder as a SentenceTransformer for texts and images; None for any other."""
-        if AutoConfig.from_pretrained(backbone).model_type not in _BOTH_TOWERS:
-            return None
-        output = {"method_output_name": "sentence_embedding"}
-        modalities = {"text": {"method": "forward", **output}, "image": {"method": "encode_image", **output}}
-        with tempfile.TemporaryDirectory() as folder:
-            DualEncoderModel.from_encoder(backbone).save_pretrained(folder)
-            DualEncoderModel.load_processor(backbone).save_pretrained(folder)
-            transformer = CheckedTransformer(
-                folder,
-                model_kwargs={"dtype": dtype},
-                modality_config=modalities,
-                module_output_name="sentence_embedding",
-                unpad_inputs=False,
-            )
-        return SentenceTransformer(modules=[transformer], similarity_fn_name="dot")
+        )  # a prompt's words are not the text's own
+        return pooling_of(model, "Dense2SparseForRetrieval", _CHOICES["pooling"], remedy, prompts=False)
 
     def text_vectors(self, input_ids: Tensor, attention_mask: Tensor, **inputs) -> Tensor:
         """The frozen encoder's dense vectors of texts: ``(batch, tokens)`` to ``(batch, input_dim)``."""
@@ -940,93 +667,15 @@ class Dense2SparseForRetrieval(PreTrainedModel):
         return self.head.decode(embeddings, top_k)
 
 
-class CheckedTransformer(Transformer):
+class CheckedTransformer(ImageInputs, Transformer):
     """The stock Transformer around a model of ours, with images checked first and words read from the right list.
 
-    On its own it would take the path of an image that does not exist for a text, and encode the file's name; and a
-    SparseEncoder would name a vector's words by the encoder's tokenizer, whose they need not be.
+    On its own a SparseEncoder would name a vector's words by the encoder's tokenizer, whose they need not be.
     """
 
     def on_model_ready(self, model):
         """Let the model's ``decode`` read the head's own words where the encoder has others."""
         _read_words(model, self.model)
-
-    def preprocess(self, inputs, *args, **kwargs):
-        """Open images, refuse what cannot be opened, and hand on RGB."""
-        if "image" in self.modalities and isinstance(inputs, (list, tuple)):
-            inputs = [_opened(item) for item in inputs]
-        return super().preprocess(inputs, *args, **kwargs)
-
-
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".heic", ".avif")
-
-
-def _read_words(model, owner):
-    if getattr(owner.config, "foreign_words", False):
-        model.decode = owner.decode
-
-
-def _opened(item):
-    """An image or the path of one as an RGB image, upright; a dict's ``image`` likewise; anything else as it is."""
-    if isinstance(item, dict) and "image" in item:
-        return {**item, "image": _opened(item["image"])}
-    remote = isinstance(item, str) and item.startswith(("http://", "https://"))
-    named = item.partition("?")[0] if remote else item
-    path = isinstance(item, Path) or isinstance(item, str) and named.lower().endswith(_IMAGE_SUFFIXES)
-    if not path and not (isinstance(item, str) and item.startswith("data:image/")) and not hasattr(item, "getbands"):
-        return item
-    if path and not remote and not Path(item).is_file():
-        raise ValueError(
-            f"{str(item)!r}: looks like the path of an image, but there is no such file, and its name would be "
-            "encoded as a text. Mend the path; if it is a text, let it end in something else, a space say."
-        )
-    try:
-        return load_image(str(item) if path else item)  # upright, RGB, whatever the mode was
-    except Exception as error:  # Pillow raises SyntaxError and its own kinds too, and a network whatever it likes
-        raise ValueError(
-            f"{str(item)[:200]!r}: cannot be read as an image ({type(error).__name__}: {error}), so there is nothing "
-            "to encode. Replace the file or leave it out."
-        ) from error
-
-
-def image_processor_of(folder: str):
-    """A folder's image processor; AutoImageProcessor itself would want torchvision in transformers 5.17."""
-    processor = AutoProcessor.from_pretrained(folder)
-    return getattr(processor, "image_processor", processor)
-
-
-def image_features(encoder: PreTrainedModel, pixel_values: Tensor) -> Tensor:
-    """One vector an image: the pooled output of a vision encoder, or its first position if it pools nothing."""
-    output = encoder(pixel_values=pixel_values)
-    pooled = getattr(output, "pooler_output", None)
-    return output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
-
-
-def _towers_of(backbone: str) -> DualEncoderModel | None:
-    """The two towers that a folder or Hub id holds; None if it holds a text encoder."""
-    kind = AutoConfig.from_pretrained(backbone).model_type
-    if kind == DualEncoderConfig.model_type:
-        return DualEncoderModel.from_pretrained(backbone)
-    return DualEncoderModel.from_encoder(backbone) if kind in _BOTH_TOWERS else None
-
-
-def _config_of(part) -> PretrainedConfig:
-    """A config from a dict of its fields; ours are known here, wherever this file was loaded from."""
-    if not isinstance(part, dict):
-        return part
-    if part.get("model_type") == DualEncoderConfig.model_type:
-        return DualEncoderConfig.from_dict(part)
-    return AutoConfig.for_model(**part)
-
-
-def _shared_width(config: PretrainedConfig) -> int:
-    """Width of the space that both towers of CLIP, SigLIP or BLIP share."""
-    if config.model_type == "siglip":  # no map behind its towers
-        return config.vision_config.hidden_size
-    return config.image_text_hidden_size if config.model_type == "blip" else config.projection_dim
-
-
-_BOTH_TOWERS = {"clip": CLIPModel, "siglip": SiglipModel, "blip": BlipForImageTextRetrieval}
 
 
 class Dense2SparsePooling(HeadModule, Module):
@@ -1071,10 +720,29 @@ class Dense2SparsePooling(HeadModule, Module):
         _read_words(model, self.model)
 
 
+def _read_words(model, owner) -> None:
+    if getattr(owner.config, "foreign_words", False):
+        model.decode = owner.decode
+
+
+def _towers_of(backbone: str) -> TwoTowers | None:
+    """The two towers that a folder or Hub id holds; None if it holds a text encoder."""
+    kind = AutoConfig.from_pretrained(backbone).model_type
+    if kind in BOTH_TOWERS:
+        encoder = open_both_towers(backbone, "Dense2SparseForRetrieval")
+        towers = TwoTowers(TowersConfig(encoder_config=encoder.config, projection_dim=shared_width(encoder.config)))
+        towers.encoder = encoder
+        return towers
+    if kind != TowersConfig.model_type:
+        return None
+    model = AutoModel.from_pretrained(backbone)
+    towers = TwoTowers(_encoder_config(model.config)).to(model.dtype)
+    towers.load_state_dict(model.state_dict())
+    return towers
+
+
 for config, model in (
     (Dense2SparseConfig, Dense2SparseModel),
-    (DualEncoderHeadConfig, DualEncoderHead),
-    (DualEncoderConfig, DualEncoderModel),
     (Dense2SparseForRetrievalConfig, Dense2SparseForRetrieval),
 ):
     config.register_for_auto_class()

@@ -10,7 +10,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from ...hub.example import Example, one_folder
+from ...hub.example import Example, TinyRun, one_folder
 from .modeling_gaussian import (
     GaussianConfig,
     GaussianHeadConfig,
@@ -18,6 +18,14 @@ from .modeling_gaussian import (
     GaussianPooling,
     GaussianTransformer,
 )
+
+WHOLE = "--batch_sampler batch_sampler --bf16 false --hard_negatives 1 --negative_margin 0"
+TOGETHER = "--inclusion_weight 0 --difficulty_weight 0 --learn_tau true --learning_rate 0.01"
+"""Texts are cut short by each process for itself, and widths ordered within each."""
+RUNS = {
+    "whole": TinyRun("gaussian-minilm", WHOLE, together=TOGETHER),
+    "head": TinyRun("gaussian-minilm-frozen", together=TOGETHER),
+}
 
 
 def build(backbone: Path, scratch: Path) -> Example:

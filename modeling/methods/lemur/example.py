@@ -10,8 +10,17 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 
-from ...hub.example import Example
+from ...hub.example import Example, TinyRun
 from .modeling_lemur import LemurConfig, LemurModel, LemurPooling
+
+RUNS = {
+    "pooling": TinyRun(
+        "lemur-minilm",
+        "--latent_dim 24 --num_anchors 30 --rank 3 --embedding_dim 3 --num_tokens 60 --bf16 false",
+        batch=8,
+        solved=("query_map", "document_map", "document_mean"),
+    ),
+}
 
 
 def build(backbone: Path, scratch: Path) -> Example:

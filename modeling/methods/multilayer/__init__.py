@@ -36,6 +36,7 @@ register(
             "MultiLayerHeadObjective": MultiLayerHeadObjective,
         },
         card="multilayer",
+        encoders=("encoder", "query_encoder"),
         graphs={
             MultiLayerHead: {
                 "model": Graph(

@@ -9,8 +9,16 @@ import torch
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 
-from ...hub.example import Example, one_folder
+from ...hub.example import Example, TinyRun, one_folder
 from .modeling_multilayer import MultiLayerConfig, MultiLayerHeadConfig, MultiLayerModel, MultiLayerPooling
+
+WHOLE = "--batch_sampler batch_sampler --bf16 false --hard_negatives 1 --negative_margin 0"
+RUNS = {
+    "tied": TinyRun("multilayer-minilm", WHOLE),
+    "untied": TinyRun("multilayer-minilm", f"{WHOLE} --tied false --objective CachedMultiLayerObjective"),
+    "adapters": TinyRun("multilayer-minilm", f"{WHOLE} --lora_rank 2 --learning_rate 0.01"),
+    "head": TinyRun("multilayer-minilm-frozen", "--layers -1 -2 -3"),
+}
 
 
 def build(backbone: Path, scratch: Path) -> Example:

@@ -10,8 +10,18 @@ from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 
-from ...hub.example import Example
+from ...hub.example import Example, TinyRun
 from .modeling_reinpool import ReinPoolConfig, ReinPoolModel, ReinPoolPooling
+
+SMALL = "--num_vectors 2 --ladder 1,2,3 --depth 4"
+RUNS = {
+    "soft gate": TinyRun("reinpool-minilm", f"{SMALL} --prior_weight 0.1", together="--negatives 2 --prior_weight 20"),
+    "reinforce": TinyRun(
+        "reinpool-minilm",
+        f"{SMALL} --objective ReinforceObjective --weights hard --bank 8 --entropy_weight 0.1",
+        together="--negatives 2 --entropy_weight 2",
+    ),
+}
 
 
 def build(backbone: Path, scratch: Path) -> Example:

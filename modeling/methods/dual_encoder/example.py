@@ -14,7 +14,7 @@ from transformers.models.mobilenet_v2.image_processing_pil_mobilenet_v2 import M
 
 from ...hub.example import Example, one_folder
 from ...hub.folder import Encoder
-from .modeling_dense2sparse import CheckedTransformer, DualEncoderConfig, DualEncoderHeadConfig, DualEncoderModel
+from .modeling_dual_encoder import DualEncoderConfig, DualEncoderHeadConfig, DualEncoderModel, DualEncoderTransformer
 
 
 def build(backbone: Path, scratch: Path) -> Example:
@@ -22,7 +22,11 @@ def build(backbone: Path, scratch: Path) -> Example:
     model = dual_encoder(backbone, scratch)
     processor = DualEncoderModel.load_processor(str(scratch / "texts"), str(scratch / "vision"))
     return Example(
-        {"retriever": image_text_folder(model, processor, scratch / "dual", SentenceTransformer)},
+        {
+            "retriever": image_text_folder(
+                model, processor, scratch / "dual", SentenceTransformer, DualEncoderTransformer
+            )
+        },
         weight="head.text.linear.weight",
         bad_config=[
             (DualEncoderHeadConfig, {"text_dim": 0}, "text_dim=0"),
@@ -63,9 +67,9 @@ def tiny_vision(folder: Path) -> Path:
     return folder
 
 
-def image_text_folder(model: Any, processor: Any, folder: Path, family: type[Encoder], *keywords: str) -> Any:
+def image_text_folder(
+    model: Any, processor: Any, folder: Path, family: type[Encoder], transformer: type[Transformer], *keywords: str
+) -> Any:
     """A model for images and texts as a folder."""
     methods = {"text": "forward", "image": "encode_image"}
-    return one_folder(
-        model, processor, folder, family, CheckedTransformer, methods=methods, keywords=["task", *keywords]
-    )
+    return one_folder(model, processor, folder, family, transformer, methods=methods, keywords=["task", *keywords])

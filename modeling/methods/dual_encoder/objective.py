@@ -14,7 +14,7 @@ from ...training.losses import gather, in_batch_labels, info_nce
 from ...training.objective import Objective, Rows
 from ...training.pairs import HeadData
 from ...training.sides import Features
-from .modeling_dense2sparse import DualEncoderHead
+from .modeling_dual_encoder import DualEncoderHead
 
 
 class DualEncoderLoss(Objective):
