@@ -229,13 +229,36 @@ def kept_tokens_png(
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Rectangle
 
     if not documents or titles is not None and len(titles) != len(documents):
         raise InputError(
             f"kept_tokens_png: {len(documents)} documents and {'no' if titles is None else len(titles)} titles, so "
             "there is nothing to draw or nothing to call it. Pass one document or more, and a title for each or none."
         )
-    figure = _page(*_laid_out(documents, titles), threshold)
+    strongest = 1 - STRENGTH * (1 - np.array(HUE) / 255)  # the hue over white
+    colors = LinearSegmentedColormap.from_list("keep", np.stack([np.ones(3), strongest]))
+    headings, pieces, height = _laid_out(documents, titles)
+    bar = 4 * _FONT  # height of the colour bar with its numbers
+    size = np.array([_WIDTH + 2 * _MARGIN, height + bar + 2 * _MARGIN])
+    figure = plt.figure(figsize=tuple(size / 72))
+    axis = figure.add_axes((_MARGIN / size[0], (_MARGIN + bar) / size[1], _WIDTH / size[0], height / size[1]))
+    axis.set(xlim=(0, _WIDTH), ylim=(height, 0))  # one unit is one point, downwards
+    axis.axis("off")
+    plain: dict[str, Any] = {"fontsize": _FONT, "va": "center_baseline", "parse_math": False}
+    for y, text in headings:
+        axis.text(0, y, text, weight="bold", **plain)
+    for x, y, width, p, text in pieces:
+        axis.add_patch(Rectangle((x, y - _BOX / 2), width, _BOX, color=colors(p), lw=0))
+        axis.text(x, y, text, **plain)
+        if p > threshold:
+            axis.hlines(y + _BOX / 2, x, x + width, color="black", lw=1)
+    place = (_MARGIN / size[0], (_MARGIN + 2 * _FONT) / size[1], 0.4 * _WIDTH / size[0], 0.7 * _FONT / size[1])
+    scale = figure.colorbar(ScalarMappable(cmap=colors), cax=figure.add_axes(place), orientation="horizontal")
+    scale.set_label(f"keep probability; underlined: above {threshold:g}", fontsize=8)
+    scale.ax.tick_params(labelsize=8)
     try:
         with staged_file(Path(path)) as partial:
             figure.savefig(partial, format="png", dpi=144)
@@ -243,65 +266,35 @@ def kept_tokens_png(
         plt.close(figure)
 
 
-def _laid_out(documents: Sequence[tuple[Sequence[str], Any]], titles: Sequence[str] | None) -> tuple[Any, Any, float]:
-    """Where everything goes, in points from the upper left.
+def _laid_out(
+    documents: Sequence[tuple[Sequence[str], Any]], titles: Sequence[str] | None
+) -> tuple[list[tuple[float, str]], list[tuple[float, float, float, float, str]], float]:
+    """Where everything stands, in points from the top left.
 
     Returns:
-        Texts ``(left, middle, text, font)``; a box for each token, ``(left, middle, width, probability)``; the height.
+        Lines of titles (middle, text), pieces of tokens (left, middle, width, probability, text), and the height.
     """
     from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.font_manager import FontProperties
 
-    font, heading = FontProperties(size=_FONT), FontProperties(size=_FONT, weight="bold")
-    renderer = RendererAgg(8, 8, 144)
+    font, renderer = FontProperties(size=_FONT), RendererAgg(8, 8, 144)
 
     def length(text: str) -> float:
         return renderer.get_text_width_height_descent(text, font, ismath=False)[0] / 2  # 144 dots are 72 points
 
-    texts: list[tuple[float, float, str, FontProperties]] = []
-    boxes: list[tuple[float, float, float, float]] = []
-    line = 0.5
+    headings, found, line = [], [], 0.5
     for number, (tokens, keep_probability) in enumerate(documents):
         probability = _probabilities(keep_probability, tokens)
         for part in textwrap.wrap(titles[number], 80) if titles else ():
-            texts.append((0, line * _LINE, part, heading))
+            headings.append((line * _LINE, part))
             line += 1
         pieces = _pieces(tokens)
         lengths = [length(piece) for _, piece in pieces]
         places = _wrap(pieces, lengths, length(" "), _WIDTH)
         for (_, piece), width, (x, row), p in zip(pieces, lengths, places, probability, strict=True):
-            texts.append((x, (line + row) * _LINE, piece, font))
-            boxes.append((x, (line + row) * _LINE, width, p))
+            found.append((x, (line + row) * _LINE, width, p, piece))
         line += places[-1][1] + 1.5
-    return texts, boxes, (line - 0.5) * _LINE
-
-
-def _page(texts: Any, boxes: Any, height: float, threshold: float) -> Any:
-    """A figure of what is laid out, above a bar that says what the colours mean."""
-    from matplotlib import pyplot as plt
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.patches import Rectangle
-
-    strongest = 1 - STRENGTH * (1 - np.array(HUE) / 255)  # the hue over white
-    colors = LinearSegmentedColormap.from_list("keep", np.stack([np.ones(3), strongest]))
-    bar = 4 * _FONT  # height of the colour bar with its numbers
-    size = np.array([_WIDTH + 2 * _MARGIN, height + bar + 2 * _MARGIN])
-    figure = plt.figure(figsize=tuple(size / 72))
-    axis = figure.add_axes((_MARGIN / size[0], (_MARGIN + bar) / size[1], _WIDTH / size[0], height / size[1]))
-    axis.set(xlim=(0, _WIDTH), ylim=(height, 0))  # one unit is one point, downwards
-    axis.axis("off")
-    for x, y, width, p in boxes:
-        axis.add_patch(Rectangle((x, y - _BOX / 2), width, _BOX, color=colors(p), lw=0))
-    kept = np.array([box[:3] for box in boxes if box[3] > threshold]).reshape(-1, 3)
-    axis.hlines(kept[:, 1] + _BOX / 2, kept[:, 0], kept[:, 0] + kept[:, 2], color="black", lw=1)
-    for x, y, text, properties in texts:
-        axis.text(x, y, text, fontproperties=properties, va="center_baseline", parse_math=False)
-    place = (_MARGIN / size[0], (_MARGIN + 2 * _FONT) / size[1], 0.4 * _WIDTH / size[0], 0.7 * _FONT / size[1])
-    scale = figure.colorbar(ScalarMappable(cmap=colors), cax=figure.add_axes(place), orientation="horizontal")
-    scale.set_label(f"keep probability; underlined: above {threshold:g}", fontsize=8)
-    scale.ax.tick_params(labelsize=8)
-    return figure
+    return headings, found, (line - 0.5) * _LINE
 
 
 def _wrap(pieces: list[tuple[bool, str]], lengths: list[float], space: float, width: float) -> list[tuple[float, int]]:
