@@ -1,8 +1,8 @@
 """Two towers, one for texts and one for images, whose vectors can be compared; shared by shipped files of images.
 
 One model that brings both (CLIP, SigLIP, BLIP), or two encoders with a map behind each. A model holds them as
-``TwoTowers``, or is them, as the dual encoder is. This is copied like ``polyrep_room.py``, and has no config class
-either.
+``TwoTowers``, or is them, as the dual encoder is. The one to change is that of ``polyrep.hub``, whose copies `make
+rooms` renews, as of ``polyrep_room.py``; it has no config class either.
 """
 
 # mypy: ignore-errors
