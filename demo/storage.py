@@ -1,6 +1,6 @@
 """What is kept between two starts of the demo: unpacked models, and a corpus once it is encoded.
 
-Encoded things are folders in the format of :mod:`polyrep.encoding.embeddings`, memory-mapped when they are opened.
+Encoded things are folders in the format of :mod:`polyrep.encoding.cache`, memory-mapped when they are opened.
 Their keys name the model's files, the rooms' code and the texts but no library and no processor, so that a folder made
 on one machine serves another.
 """

@@ -52,17 +52,19 @@ def staged_folder(target: Path, *, merge: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def staged_file(target: Path) -> Iterator[Path]:
-    """Yield a path beside ``target`` that replaces it in one step when the block ends without an error.
+    """Yield a path near ``target`` that replaces it in one step when the block ends without an error.
 
-    After ``kill -9`` it stays under its hidden name until :func:`remove_leftovers`.
+    It lies in a folder of its own, since libraries write beside it, too. After ``kill -9`` that folder stays under its
+    hidden name until :func:`remove_leftovers`.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = _staged(target)
+    staged = _staged(target)
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
     try:
-        yield partial
-        os.replace(partial, target)
+        yield staged / target.name
+        os.replace(staged / target.name, target)
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path, name: str = ".+") -> None:

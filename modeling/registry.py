@@ -54,7 +54,7 @@ class Room:
         frontier: Its rows in the frontier, a :class:`~polyrep.evaluation.frontier.rows.Method`, named
             likewise. None of these is imported before it is asked for.
         mean_pooled: A function, named likewise, that turns a late-interaction model into one whose vectors are the
-            mean of its tokens; of one room.
+            mean of its tokens. Exactly one room gives it.
         seeded: Whether the head draws what is not learned: its config then takes the ``seed`` of the run.
         joins_vision: Whether the head brings the vectors of a text encoder and of a vision encoder (``--vision``) into
             one space: its config then takes ``image_dim`` and ``vision_model_id``, and where the vision encoder is a
@@ -64,8 +64,8 @@ class Room:
         load_processor: ``(backbone, **vision)`` to what prepares the inputs of the model; None: the
             backbone's tokenizer.
         encoders: Modules of the model that adapters train (``--lora_rank``), as far as it has them.
-        head_from_words: ``(folder, tokenizer, backbone, **config)`` to a head that reads the words of another model
-            (``--vocabulary``); None for a head that reads none.
+        head_from_words: ``(words, backbone, **config)`` to a head that reads the words of another model
+            (``--vocabulary``), and to their tokenizer; None for a head that reads none.
     """
 
     model: type[PreTrainedModel]
@@ -82,7 +82,7 @@ class Room:
     open_backbone: Callable[[str, torch.dtype], Any] | None = None
     load_processor: Callable[..., Any] | None = None
     encoders: tuple[str, ...] = ("encoder",)
-    head_from_words: Callable[..., PreTrainedModel] | None = None
+    head_from_words: Callable[..., tuple[PreTrainedModel, Any]] | None = None
 
     @property
     def package(self) -> str:

@@ -313,33 +313,37 @@ import os, random, signal, sys, time
 from polyrep.encoding import encode as encoding
 from polyrep.cli import main
 
-stock, draw = encoding.write_shard, random.Random(0)
+draw = random.Random(0)
 
-def ended(output, last=None):
+def ended(output, step="write_shard", last=None):
     pid, moment = os.fork(), draw.uniform(1e-5, 2e-2)
     if pid == 0:
-        def dying(folder, number, *arguments, **record):
+        def dying(*arguments, **record):
             done[0] += 1
             if done[0] == last:
                 signal.setitimer(signal.ITIMER_REAL, moment)  # SIGALRM ends a process that does not ask for it
-                stock(folder, number, *arguments, **record)
+                stock(*arguments, **record)
                 signal.pause()
-            return stock(folder, number, *arguments, **record)
+            return stock(*arguments, **record)
 
-        done, encoding.write_shard = [0], dying
+        done, stock = [0], getattr(encoding, step)
+        setattr(encoding, step, dying)
         sys.stdout = sys.stderr = open(os.devnull, "w")
         os._exit(main(["encode", *sys.argv[2:], "--output", output]))
     return os.waitpid(pid, 0)[1]
 
 assert ended(sys.argv[1] + "/whole") == 0
+killed = sys.argv[1] + "/killed"
+assert ended(killed, "_begin", 1) == signal.SIGALRM
 for _ in range(10):
-    assert ended(sys.argv[1] + "/killed", last=draw.randint(1, 8)) == signal.SIGALRM
-assert ended(sys.argv[1] + "/killed") == 0
+    assert ended(killed, last=draw.randint(1, 8)) == signal.SIGALRM
+assert ended(killed, "_finish", 1) == signal.SIGALRM
+assert ended(killed) == 0
 """
-"""Ends a run ten times as by kill -9, once it has begun to write one of its next eight shards; then lets it finish."""
+"""Ends a run twelve times as by kill -9: in its first step, in one of its next eight shards, and in its last step."""
 
 
-def test_killed_at_ten_random_moments_it_ends_in_the_same_shards(static, tmp_path):
+def test_killed_in_any_of_its_steps_it_ends_in_the_same_shards(static, tmp_path):
     texts = {f"{n}-{i}": f"{t} {n}" for n in range(200) for i, t in TEXTS.items()}
     corpus = write_lines(tmp_path / "corpus.jsonl", texts)
     argv = [str(tmp_path), str(static), "--input", str(corpus), "--shard_size", "50"]

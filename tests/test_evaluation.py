@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import shlex
+import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -414,6 +415,13 @@ def test_what_cannot_be_used_is_refused_before_anything_is_encoded(tmp_path, bei
     with pytest.raises(InputError, match=REFUSED[flags]):
         run(tmp_path, folders["one"], "--dataset", beir, "--output", tmp_path / "out", *flags.split())
     assert not (tmp_path / "cache").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_type_of_weights_that_is_none_is_refused_before_anything_is_read(monkeypatch):
+    module = sys.modules[evaluate.__module__]
+    monkeypatch.setattr(module, "load_retrieval_dataset", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(InputError, match="float8"):
+        evaluate(["bm25", "--dataset", "nowhere", "--model_dtype", "float8"])
 
 
 def test_a_pooling_that_is_none_is_refused_before_anything_is_encoded(tmp_path, beir, folders):

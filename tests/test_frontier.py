@@ -7,6 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from polyrep import InputError
 from polyrep.cli import main
 from polyrep.data import load_retrieval_dataset
 from polyrep.evaluation.frontier import command as frontier
+from polyrep.evaluation.frontier import fit
 from polyrep.evaluation.frontier import rows as candidates
 from polyrep.evaluation.frontier.advice import fronts, parse_budget, recommend
 from polyrep.evaluation.frontier.fit import REHEARSED, SHARE, fit_within
@@ -556,3 +558,22 @@ def test_two_data_sets_have_rows_of_their_own(tmp_path, pages, models):
     assert {row["dataset"] for row in results["rows"]} == {"pages", "others"}
     assert [entry["dataset"] for entry in results["recommendations"]] == ["pages", "others"]
     assert results["name"] == "frontier-pages-others"
+
+
+@pytest.mark.parametrize(("made_by_us", "trusted"), [(False, False), (True, True)])
+def test_a_fit_trusts_code_that_the_user_does_and_folders_of_our_own(monkeypatch, tmp_path, made_by_us, trusted):
+    asked = {}
+    monkeypatch.setattr(fit, "plan_of", lambda name, **values: asked.update(values))
+    full = SimpleNamespace(
+        folder=tmp_path,
+        single=(tmp_path / "single" if made_by_us else tmp_path, None),
+        side=lambda dataset, task: None,
+        fit_data=SimpleNamespace(dataset=None, source="x", settings={}),
+        model=SimpleNamespace(max_seq_length=None),
+        weights=torch.float32,
+        trust_remote_code=False,
+        **dict.fromkeys(("cache_dir", "batch_size", "seed", "kept")),
+    )
+    with pytest.raises(AttributeError):  # of the plan, which is none here
+        fit.fit_run(full, "some-run", "code", single=True)
+    assert asked["trust_remote_code"] is trusted

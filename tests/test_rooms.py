@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,14 @@ from room_examples import EXAMPLES
 from safetensors.torch import load_file, save_file
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Transformer
-from transformers import AutoModel, BertModel
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 import polyrep
 from polyrep import InputError
 from polyrep.hub.code import code_of
 from polyrep.hub.example import Example
+from polyrep.hub.polyrep_room import fingerprints_of
 from polyrep.registry import ROOMS
 
 TEXTS = list(QUERIES.values())
@@ -298,15 +300,20 @@ def recorded(examples: dict[str, Example], backbone: Path) -> dict[str, Any]:
         pipeline[-1].model.config.base_model_id = pipeline[-1].model.config.base_fingerprint = None
 
 
-def said_behind(first: Transformer, pipeline: Any, caplog: pytest.LogCaptureFixture) -> str:
-    """What a head says when it is put behind another first module: in a warning, or as it refuses."""
+def put_behind(first: Transformer, pipeline: Any, caplog: pytest.LogCaptureFixture) -> str:
+    """The warnings of a pipeline that is put together with another first module."""
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        try:
-            type(pipeline)(modules=[first, *list(pipeline)[1:]], device="cpu")
-        except ValueError as error:
-            return str(error)
+        type(pipeline)(modules=[first, *list(pipeline)[1:]], device="cpu")
     return caplog.text
+
+
+def said_behind(first: Transformer, pipeline: Any, caplog: pytest.LogCaptureFixture) -> str:
+    """What a head says when it is put behind another first module: in a warning, or as it refuses."""
+    try:
+        return put_behind(first, pipeline, caplog)
+    except ValueError as error:
+        return str(error)
 
 
 def test_a_head_behind_another_backbone_of_the_same_width_names_both(recorded, backbone, other, caplog):
@@ -325,9 +332,27 @@ def test_a_head_is_silent_behind_its_own_backbone_and_where_none_is_known(record
     taken_out = polyrep.load(tmp_path / "pipeline", trust_remote_code=True, device="cpu")[0]
     for room, pipeline in recorded.items():
         for first in (Transformer(str(backbone)), in_memory, half, taken_out):
-            assert "fingerprint" not in said_behind(first, pipeline, caplog), room
+            assert "fingerprint" not in put_behind(first, pipeline, caplog), room
         pipeline[-1].model.config.base_fingerprint = None
-        assert "fingerprint" not in said_behind(Transformer(str(other)), pipeline, caplog), room
+        assert "fingerprint" not in put_behind(Transformer(str(other)), pipeline, caplog), room
+
+
+def test_a_head_behind_vectors_of_another_width_is_refused(recorded, backbone, tmp_path):
+    config = BertConfig.from_pretrained(backbone, hidden_size=48, intermediate_size=64)
+    BertModel(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(backbone).save_pretrained(tmp_path)
+    for pipeline in recorded.values():
+        with pytest.raises(ValueError, match="width 48.*org/ours"):
+            type(pipeline)(modules=[Transformer(str(tmp_path)), pipeline[-1]], device="cpu")
+
+
+def test_a_backbone_is_known_by_its_folder_unless_a_head_is_in_it(saved):
+    for name, folder in saved.items():
+        module = SimpleNamespace(model=SimpleNamespace(name_or_path=str(folder)))
+        parts = [json.loads(file.read_text()) for file in folder.glob("*/config.json")]
+        has_head = any(part.get("model_type", "").startswith("polyrep_") for part in parts)
+        expected = [] if has_head else [polyrep.hub.fingerprint(folder)]
+        assert fingerprints_of(module) == expected, name
 
 
 def test_a_head_knows_its_backbone_at_the_revision_that_was_loaded(recorded, backbone, other, caplog):
@@ -342,7 +367,7 @@ def test_a_head_knows_its_backbone_at_the_revision_that_was_loaded(recorded, bac
         pinned = {"revision": old}
         first = Transformer("org/ours", model_kwargs=pinned, config_kwargs=pinned, processor_kwargs=pinned)
         for room, pipeline in recorded.items():
-            assert "fingerprint" not in said_behind(first, pipeline, caplog), room
+            assert "fingerprint" not in put_behind(first, pipeline, caplog), room
             pipeline[-1].model.config.base_fingerprint = "c" * 64
             assert "fingerprint cccc" in said_behind(first, pipeline, caplog), room
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -24,6 +25,7 @@ from polyrep.cli import main
 from polyrep.training import arguments, recipes
 from polyrep.training import losses as objectives
 from polyrep.training.build import build
+from polyrep.training.objective import Objective, contract
 
 
 def losses(output: Path) -> list[float]:
@@ -333,3 +335,11 @@ def test_several_gpus_in_one_process_are_refused(toy_run, tmp_path, monkeypatch,
     monkeypatch.setattr(arguments.SentenceTrainingArguments, "n_gpu", 2)
     assert main(["train", str(toy_run), "--output_dir", str(tmp_path / "out")]) == 2
     assert "2 GPUs" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_stock_loss_is_answered_for_and_a_loss_that_answers_by_itself_must_inherit():
+    modules = [importlib.import_module(family[2]) for family in arguments.TRAINERS.values()]
+    losses = [getattr(module, name) for module in modules for name in module.__all__]
+    assert losses and all(contract(loss) is Objective for loss in losses)
+    with pytest.raises(TypeError, match="Halfway: has 'prepare'.*Inherit from Objective"):
+        contract(type("Halfway", (torch.nn.Module,), {"prepare": lambda self, data: data}))

@@ -98,7 +98,7 @@ def from_pairs(source: str, table: DatasetDict, split: str | None) -> RetrievalD
     if wanted != split or (split == "train" and "dev" not in table):
         qrels = {q: judged for q, judged in qrels.items() if in_dev_tenth(q) == (split == "dev")}
     if wanted and not qrels:
-        raise InputError(f"{source}: split {split!r} has no pair, so there is nothing to train on or to measure.")
+        raise NoSplit(f"{source}: split {split!r} has no pair, so there is nothing to train on or to measure.")
     corpus: Mapping[str, Any] = texts if pages is None else pages
     kept = {q: given[q] for q in qrels} if extra else {}
     return RetrievalDataset(Path(source).name, split or "corpus", corpus, {q: queries[q] for q in qrels}, qrels, kept)

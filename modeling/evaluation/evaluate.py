@@ -157,6 +157,7 @@ def evaluate_models(
         InputError: A model, data set or flag cannot be used.
     """
     # Whatever can be refused is refused before hours of encoding.
+    fastest_dtype(args.model_dtype)
     datasets, suites = _open_data(args)
     systems, reference = _open_systems(args, models, untrusted, bool(datasets))
     _refuse_unfit(args, systems, datasets, suites)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
-from transformers import AutoTokenizer, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from ..errors import InputError, refusals
 from ..hub.cards import render_card
@@ -43,7 +43,7 @@ class HeadTraining:
         model: The head.
         backbone: The frozen model.
         trainer: Goes through the pairs, or through what the objective makes of them.
-        pairs: Data set -> number of its pairs.
+        pair_counts: Data set -> number of its pairs.
         prepare_seconds: What the objective took before the first step.
 
     Args:
@@ -62,7 +62,7 @@ class HeadTraining:
         self.model, tokenizer = _untrained_head(plan, folder, self.backbone, images)
         freeze(recipe.freeze, self.model)
         objective = contract(plan.objective(self.model, **plan.objective_arguments))
-        data, self.pairs = _cached_pairs(plan, self.backbone, objective, images, tokenizer)
+        data, self.pair_counts = _cached_pairs(plan, self.backbone, objective, images, tokenizer)
         planned = objective.planned_rows(plan.objective_arguments)
         started = time.perf_counter()
         rows = objective.prepare(data) if not recipe.dry_run else data if planned is None else range(planned)
@@ -187,9 +187,7 @@ def _untrained_head(
                 raise InputError(
                     f"--vocabulary {settings.vocabulary}: {head_class.__name__} reads no words. Leave it out."
                 )
-            words = fetch(settings.vocabulary, revision=None)
-            tokenizer = AutoTokenizer.from_pretrained(words)
-            head = room.head_from_words(str(words), tokenizer, backbone, **config)
+            head, tokenizer = room.head_from_words(settings.vocabulary, backbone, **config)
         else:
             head = head_class.from_backbone(backbone, **config)
         if settings.pipeline and not settings.head_only:  # what does not fit together should say so before training

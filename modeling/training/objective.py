@@ -148,7 +148,14 @@ def contract(loss: nn.Module) -> Objective: ...
 
 
 def contract(loss: nn.Module | type[nn.Module]) -> Objective | type[Objective]:
-    """Who answers the trainers for a loss, or for its class: it itself, or for a stock loss the defaults above."""
-    if isinstance(loss, type):
-        return loss if issubclass(loss, Objective) else Objective
-    return loss if isinstance(loss, Objective) else Objective()
+    """Who answers the trainers for a loss, or for its class: it itself, or for a stock loss the defaults above.
+
+    Raises:
+        TypeError: It answers by itself and is no :class:`Objective`, so that nobody would ask it.
+    """
+    owner = loss if isinstance(loss, type) else type(loss)
+    if not issubclass(owner, Objective):
+        if own := sorted(name for name in vars(Objective) if not name.startswith("_") and hasattr(owner, name)):
+            raise TypeError(f"{owner.__name__}: has {own[0]!r} and would not be asked. Inherit from Objective.")
+        return Objective if isinstance(loss, type) else Objective()
+    return loss  # type: ignore[return-value]

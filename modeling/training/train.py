@@ -49,7 +49,7 @@ def run(plan: Plan) -> Path | None:
     resume, earlier = _start(plan)
     training = _prepared(plan, resume)
     training.refuse_no_step()
-    context = card_context(plan, training.pairs)
+    context = card_context(plan, training.pair_counts)
     for path in earlier:  # only now that nothing of the new run can be refused any more
         shutil.rmtree(path)
     seconds = training.prepare_seconds + _train(training, resume)
@@ -98,7 +98,7 @@ def _show(plan: Plan) -> None:
     resume, _ = _start(plan)
     with tempfile.TemporaryDirectory() as scratch:  # the trainer makes its folder at once
         training = _prepared(plan.with_trainer(output_dir=scratch), resume)
-        print_plan(plan, training.model, training.trainer, training.pairs)
+        print_plan(plan, training.model, training.trainer, training.pair_counts)
 
 
 def _prepared(plan: Plan, resume: Path | None) -> Training:

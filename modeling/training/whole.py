@@ -29,7 +29,7 @@ class WholeTraining:
         plan: The run.
         model: What is trained.
         trainer: The family's own.
-        pairs: Data set -> number of its pairs.
+        pair_counts: Data set -> number of its pairs.
         prepare_seconds: What was spent on the data's vectors before the first step: nothing.
 
     Args:
@@ -46,7 +46,7 @@ class WholeTraining:
         if plan.recipe.lora_rank:
             add_adapters(self.model, plan.recipe.lora_rank)
         data, remine = _pairs(plan)
-        self.pairs = {name: len(pairs) for name, pairs in data.items()}
+        self.pair_counts = {name: len(pairs) for name, pairs in data.items()}
         freeze(plan.recipe.freeze, self.model)
         loss = plan.objective(self.model, **plan.objective_arguments)
         objective = contract(loss)
@@ -72,8 +72,8 @@ class WholeTraining:
             empty = next(iter(self.trainer.get_train_dataloader().batch_sampler), None) is None
         if empty:
             raise InputError(
-                f"{sum(self.pairs.values())} pairs make no batch of {self.plan.args.train_batch_size}, so there is no "
-                "step. Lower --per_device_train_batch_size, name more --datasets, or take another --batch_sampler."
+                f"{sum(self.pair_counts.values())} pairs make no batch of {self.plan.args.train_batch_size}, so "
+                "there is no step. Lower --per_device_train_batch_size, name more --datasets, or take another --batch_sampler."
             )
 
     def train(self, resume: Path | None) -> None:

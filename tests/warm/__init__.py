@@ -21,13 +21,13 @@ from pathlib import Path
 SESSION = os.environ.setdefault("POLYREP_TEST_SESSION", str(os.getpid()))
 """The process of pytest that hands tests to workers: all of them share one server, which ends when it does."""
 
-FOLDER = Path(tempfile.gettempdir(), f"warm-{SESSION}")
+FOLDER = Path(os.environ.get("POLYREP_TEST_FOLDER") or tempfile.mkdtemp(prefix="warm-"))
+os.environ["POLYREP_TEST_FOLDER"] = str(FOLDER)
 
 
 def python() -> str:
     """The executable; the first call of a session starts the server behind it."""
     executable, address = FOLDER / "python", FOLDER / "socket"
-    FOLDER.mkdir(mode=0o700, exist_ok=True)
     with (FOLDER / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not executable.exists():

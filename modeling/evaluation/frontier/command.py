@@ -61,9 +61,7 @@ class FrontierArguments:
 
     dataset: list[str] = field(default_factory=list, metadata={"help": "BEIR folders or Hub data set ids."})
     frontier: bool = field(default=True, metadata={"help": "This command."})
-    methods: list[str] = field(
-        default_factory=lambda: ["all"], metadata={"help": "all, or some by name; a wrong name lists them."}
-    )
+    methods: list[str] = field(default_factory=lambda: ["all"], metadata={"help": "all, or some by name."})
     budget: list[str] = field(
         default_factory=list,
         metadata={
@@ -130,7 +128,8 @@ def frontier(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
     Raises:
         InputError: The model, a data set or a flag cannot be used.
     """
-    about = "Compare every way to make the index of MODEL smaller on a corpus, and say what fits a budget."
+    about = "Compare every way to make the index of MODEL smaller on a corpus, and say what fits a budget. Methods: "
+    about += f"{', '.join(all_methods())}."
     args, source = parse(FrontierArguments, argv, prog, about, "MODEL", "Folder, Hub id, or minilm.")
     budgets = [parse_budget(text) for text in args.budget or BUDGETS]
     _refuse_flags(args)
@@ -194,6 +193,8 @@ def _open(args: FrontierArguments, source: str) -> list[FullModel]:
 def all_methods() -> dict[str, Method]:
     """Name of ``--methods`` -> method: what rooms bring, then their rivals."""
     rooms = {room.package.rpartition(".")[2]: room.named(room.frontier) for room in ROOMS.values() if room.frontier}
+    if twice := sorted(rooms.keys() & RIVALS.keys()):
+        raise InputError(f"--methods {twice[0]}: a room and a rival are called so. Rename the room's folder.")
     return rooms | RIVALS
 
 
@@ -244,7 +245,7 @@ def rank_all(full: FullModel, methods: list[str]) -> Found:
             key = digest([job.system, data, job.depends])
             try:
                 ranking = keep_ranking(_place(full, key), job.system, job.make, RERANK_DEPTH)
-            except (Exception, SystemExit) as error:  # the latter is how a parser refuses a flag
+            except (Exception, SystemExit) as error:  # the latter is how a parser refuses a value of a recipe
                 if job.system == FULL:
                     raise
                 reason = " ".join(f"{type(error).__name__}: {error}".split())

@@ -15,6 +15,7 @@ from ...data.dataset import RetrievalDataset
 from ...encoding.cache import embed, store
 from ...encoding.embeddings import Embeddings, mean_of_tokens, sum_of_tokens
 from ...encoding.encoders import kind_of
+from ...errors import InputError
 from ...files import digest
 from ...hub.folder import Encoder, load, save
 from ...registry import ROOMS
@@ -91,7 +92,10 @@ class FullModel:
             return self.folder, self.model  # type: ignore[return-value]
         folder = self.kept / "single" / digest([str(self.model), self.documents.path.name])
         if not folder.exists():
-            pool = next(room.named(room.mean_pooled) for room in ROOMS.values() if room.mean_pooled)
+            pools = [room.named(room.mean_pooled) for room in ROOMS.values() if room.mean_pooled]
+            if len(pools) != 1:
+                raise InputError(f"{len(pools)} rooms pool tokens to their mean, and one must: see Room.mean_pooled.")
+            pool = pools[0]
             save(pool(self.model), folder)
         return folder, load(folder, trust_remote_code=True, dtype=self.weights)
 

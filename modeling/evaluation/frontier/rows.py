@@ -87,12 +87,12 @@ class Method:
         """Hash of the code and of the recipe that its rows depend on."""
         recipe = shipped_folder("hub_configs") / self.run
         files = sorted(recipe.glob("*.*")) if self.run else []
-        learned = ("evaluation/frontier/fit.py", "training", "data") if self.run else ()
+        learned = (*LEARNED, "data") if self.run else ()
         return digest([code_digest(*COMMON, *learned, *self.code), [file.read_text("utf-8") for file in files]])
 
     def fit_digest(self) -> str:
         """Hash of the code that what it fits depends on."""
-        return code_digest("evaluation/frontier/fit.py", *self.code)
+        return code_digest(*LEARNED, *self.code)
 
 
 class Once(Generic[T]):
@@ -127,6 +127,14 @@ COMMON = (
     "search/scoring.py",
 )
 """Code that every row depends on."""
+
+LEARNED = (
+    "evaluation/frontier/fit.py",
+    "evaluation/frontier/fit_data.py",
+    "evaluation/frontier/full_model.py",
+    "training",
+)
+"""Code that whatever is fitted depends on."""
 
 
 def quantised(row: Encoded, precision: str | None) -> Encoded:

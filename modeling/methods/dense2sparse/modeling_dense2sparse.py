@@ -473,7 +473,10 @@ class Dense2SparseModel(PreTrainedModel):
 
 
 class TowersConfig(PretrainedConfig):
-    """The two towers that a retriever for images and texts holds, as the dual encoder that they are of has it."""
+    """The two towers that a retriever for images and texts holds, as the dual encoder that they are of has it.
+
+    Of one model type with the dual encoder's own config, whose folders this reads; no model is made of it.
+    """
 
     model_type = "polyrep_dual_encoder"
     sub_configs = {"encoder_config": AutoConfig, "text_config": AutoConfig, "vision_config": AutoConfig}
@@ -686,8 +689,9 @@ class Dense2SparsePooling(HeadModule, Module):
     def on_model_ready(self, model):
         """Refuse a backbone with vectors or a vocabulary of another kind, and warn of other weights."""
         self.check_backbone(model)
-        config, vocabulary = self.model.config, model.tokenizer.get_vocab() if list(model)[0] is not self else {}
-        if vocabulary and config.own_tokens == "learned":
+        config = self.model.config
+        if config.own_tokens == "learned" and list(model)[0] is not self:
+            vocabulary = model.tokenizer.get_vocab()
             own = [vocabulary.get(word) == i for i, word in enumerate(self.model.words)]
             if len(vocabulary) != config.vocab_size or not all(own):
                 raise ValueError(
@@ -710,13 +714,13 @@ def _towers_of(backbone: str) -> TwoTowers | None:
         encoder = open_both_towers(backbone, "Dense2SparseForRetrieval")
         towers = TwoTowers(TowersConfig(encoder_config=encoder.config, projection_dim=shared_width(encoder.config)))
         towers.encoder = encoder
-        return towers
+        return towers.eval()
     if kind != TowersConfig.model_type:
         return None
     model = AutoModel.from_pretrained(backbone)
     towers = TwoTowers(_encoder_config(model.config)).to(model.dtype)
     towers.load_state_dict(model.state_dict())
-    return towers
+    return towers.eval()  # as from_pretrained gives a model
 
 
 for config, model in (

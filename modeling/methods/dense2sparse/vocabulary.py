@@ -5,18 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ...hub.folder import fetch
 from .modeling_dense2sparse import Dense2SparseModel
 
 
-def head_from_words(words: str, tokenizer: Any, backbone: SentenceTransformer, **config: Any) -> Dense2SparseModel:
+def head_from_words(
+    words: str, backbone: SentenceTransformer, **config: Any
+) -> tuple[Dense2SparseModel, PreTrainedTokenizerBase]:
     """An untrained head for a backbone, on the word embeddings and with the vocabulary of another model.
 
     Args:
-        words: Folder of that model.
-        tokenizer: Its own.
+        words: Folder or Hub id of that model.
         backbone: Whose vectors the head reads.
         config: Fields of Dense2SparseConfig.
+
+    Returns:
+        The head, and the tokenizer of its words.
 
     Raises:
         ValueError: Own tokens are asked for: only the backbone's tokenizer sees a text when it is encoded.
@@ -29,4 +35,7 @@ def head_from_words(words: str, tokenizer: Any, backbone: SentenceTransformer, *
     added = backbone.tokenizer.num_special_tokens_to_add()
     dim = backbone.get_embedding_dimension()
     assert dim
-    return Dense2SparseModel.from_mlm(words, dim, tokenizer, foreign_words=True, added_tokens=added, **config)
+    folder = str(fetch(words))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    options: dict[str, Any] = {"foreign_words": True, "added_tokens": added} | config
+    return Dense2SparseModel.from_mlm(folder, dim, tokenizer, **options), tokenizer

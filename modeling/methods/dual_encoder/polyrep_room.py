@@ -210,8 +210,11 @@ def fingerprints_of(module) -> list[str]:
         except OSError:
             return []
         folders = [folder] if commit else sorted(path for path in folder.parent.iterdir() if path.is_dir())
-    kinds = [fields.get("model_type") or "" for folder in folders for _, fields in module_configs(folder)]
-    return [] if any(kind.startswith("polyrep_") for kind in kinds) else [fingerprint(folder) for folder in folders]
+    for folder in folders:
+        parts = [fields for file, fields in module_configs(folder) if file.parent != folder]
+        if any((fields.get("model_type") or "").startswith("polyrep_") for fields in parts):
+            return []
+    return [fingerprint(folder) for folder in folders]
 
 
 class HeadModule:
@@ -326,7 +329,10 @@ class HeadModule:
             model.config = expected(**(fields | changes))
         return cls(model)
 
-    from_pretrained = load
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """:meth:`load`, by the name that transformers has for it."""
+        return cls.load(*args, **kwargs)
 
     @classmethod
     def check_changes(cls, fields: dict, changes: dict, fixed: set = frozenset()) -> None:
