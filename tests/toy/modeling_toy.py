@@ -9,12 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
-from .polyrep_room import HeadModule, check_counts, config_of
-
-try:
-    from sentence_transformers.base.modules import Module
-except ImportError:  # AutoModel works without sentence-transformers
-    Module = nn.Module
+from .polyrep_room import HeadModule, Module, check_counts, config_of
 
 
 class ToyHeadConfig(PretrainedConfig):

@@ -40,6 +40,9 @@ from transformers.utils import ModelOutput
 
 from .polyrep_room import (
     HeadModule,
+    Module,
+    SentenceTransformer,
+    Transformer,
     check_choices,
     check_counts,
     config_of,
@@ -48,6 +51,7 @@ from .polyrep_room import (
     new_encoder,
     pool_tokens,
     pooling_of,
+    text_inputs,
 )
 from .polyrep_towers import (
     BOTH_TOWERS,
@@ -58,12 +62,6 @@ from .polyrep_towers import (
     shared_width,
     tower_configs,
 )
-
-try:
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.base.modules import Module, Transformer
-except ImportError:  # AutoModel works without sentence-transformers
-    SentenceTransformer, Module, Transformer = None, nn.Module, nn.Module
 
 _CHOICES = {
     "activation": ("log1p_relu", "double_log1p"),
@@ -621,10 +619,9 @@ class Dense2SparseForRetrieval(PreTrainedModel):
             expand: False gives a text's own words alone.
             kwargs: Ignored; what other retrievers read.
         """
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        vectors = self.text_vectors(input_ids, attention_mask, **types)
-        return self.head(vectors, input_ids, attention_mask, task, expand=expand)
+        inputs = text_inputs(input_ids, attention_mask, token_type_ids)
+        vectors = self.text_vectors(input_ids, **inputs)
+        return self.head(vectors, input_ids, inputs["attention_mask"], task, expand=expand)
 
     def encode_image(self, pixel_values: Tensor, task: str | None = None) -> Dense2SparseOutput:
         """Sparse vectors of images.

@@ -21,7 +21,16 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from .polyrep_room import check_choices, check_counts, fields_of, keep, pooling_of
+from .polyrep_room import (
+    SentenceTransformer,
+    Transformer,
+    check_choices,
+    check_counts,
+    fields_of,
+    keep,
+    pooling_of,
+    text_inputs,
+)
 from .polyrep_towers import (
     BOTH_TOWERS,
     ImageInputs,
@@ -33,12 +42,6 @@ from .polyrep_towers import (
     shared_width,
     tower_configs,
 )
-
-try:
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.base.modules import Transformer
-except ImportError:  # AutoModel works without sentence-transformers
-    SentenceTransformer, Transformer = None, object
 
 _CHOICES = {"pooling": ("mean", "cls", "lasttoken")}
 
@@ -223,9 +226,8 @@ class DualEncoderModel(Towers, PreTrainedModel):
         **kwargs,
     ) -> DualEncoderOutput:
         """Dense vectors of texts; both tasks alike."""
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        return DualEncoderOutput(sentence_embedding=self.text_vectors(input_ids, attention_mask, **types))
+        inputs = text_inputs(input_ids, attention_mask, token_type_ids)
+        return DualEncoderOutput(sentence_embedding=self.text_vectors(input_ids, **inputs))
 
     def encode_image(self, pixel_values: Tensor, task: str | None = None) -> DualEncoderOutput:
         """Dense vectors of images, ``(batch, channels, height, width)`` as the processor gives them."""

@@ -42,6 +42,9 @@ from transformers.utils import ModelOutput
 
 from .polyrep_room import (
     HeadModule,
+    Module,
+    SentenceTransformer,
+    Transformer,
     check_choices,
     check_counts,
     check_score,
@@ -51,15 +54,10 @@ from .polyrep_room import (
     new_encoder,
     pool_tokens,
     pooling_of,
+    text_inputs,
     text_limit,
     unless_given,
 )
-
-try:
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.base.modules import Module, Transformer
-except ImportError:  # AutoModel works without sentence-transformers
-    SentenceTransformer, Module, Transformer = None, nn.Module, nn.Module
 
 _CHOICES = {
     "divergence": ("kl", "reverse_kl", "likelihood", "w2", "csd", "dot"),
@@ -447,16 +445,14 @@ class GaussianModel(PreTrainedModel):
         Raises:
             ValueError: A text is longer than the encoder has room for.
         """
-        config = self.config
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        tokens, limit = input_ids.shape[1], config.max_position_embeddings
+        config, inputs = self.config, text_inputs(input_ids, attention_mask, token_type_ids)
+        tokens, limit, mask = input_ids.shape[1], config.max_position_embeddings, inputs["attention_mask"]
         if -1 < limit < tokens:
             raise ValueError(
                 f"GaussianModel: a text of {tokens} tokens, but the encoder has room for {limit}"
                 f"{' and [VAR]' if hasattr(self, 'var_embedding') else ''}. Cut texts: "
                 f"tokenizer(..., truncation=True, max_length={limit})."
             )
-        inputs = {"attention_mask": mask} | ({} if token_type_ids is None else {"token_type_ids": token_type_ids})
         if hasattr(self, "var_embedding"):
             place = torch.arange(2 * tokens, device=mask.device)
             order = torch.where(mask == 0, place[tokens:], place[:tokens]).argsort(dim=1)  # padding last: of texts

@@ -30,12 +30,7 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
-from .polyrep_room import HeadModule, check_choices, check_counts, check_score, keep
-
-try:
-    from sentence_transformers.base.modules.module import Module
-except ImportError:  # AutoModel works without sentence-transformers
-    Module = nn.Module
+from .polyrep_room import HeadModule, Module, check_choices, check_counts, check_score, keep
 
 _BLOCK = 2**25
 """Numbers in the largest intermediate of documents, 128 MiB; of queries, whose features are wider, twice that."""

@@ -36,6 +36,9 @@ from transformers.utils import ModelOutput, cached_file
 
 from .polyrep_room import (
     HeadModule,
+    Module,
+    SentenceTransformer,
+    Transformer,
     check_choices,
     config_of,
     fields_of,
@@ -43,15 +46,15 @@ from .polyrep_room import (
     new_encoder,
     pool_tokens,
     pooling_of,
+    text_inputs,
     unless_given,
 )
 
 try:
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.base.modules import Dense, Module, Normalize, Router, Transformer
+    from sentence_transformers.base.modules import Dense, Normalize, Router
     from sentence_transformers.sentence_transformer.modules import Pooling
-except ImportError:  # AutoModel works without sentence-transformers
-    SentenceTransformer, Module = None, nn.Module
+except ImportError:  # only to_plain_encoder makes some
+    pass
 
 _CHOICES = {
     "pooling": ("self_contrastive", "last", "mean", "scalar_mix", "linear", "multi"),
@@ -336,24 +339,21 @@ class MultiLayerModel(PreTrainedModel):
             output_hidden_states: Also give every chosen layer as a vector of its own.
             kwargs: Ignored; what other retrievers read.
         """
-        config = self.config
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        config, inputs = self.config, text_inputs(input_ids, attention_mask, token_type_ids)
         shown = bool(config.output_hidden_states if output_hidden_states is None else output_hidden_states)
         queries_too = config.pool_queries or config.pooling == "linear"
         alone = not shown and (not config.pools or task == "query" and not queries_too)
         layers = config.layers[:1] if alone else config.layers
         encoder = self.query_encoder if task == "query" and not config.tied else self.encoder
-        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        keep = not all(config.is_last(layer) for layer in layers)
-        output = encoder(input_ids=input_ids, attention_mask=mask, output_hidden_states=keep, **types)
-        if keep and output.hidden_states is None:
+        deep = not all(config.is_last(layer) for layer in layers)
+        output = encoder(input_ids=input_ids, output_hidden_states=deep, **inputs)
+        if deep and output.hidden_states is None:
             raise ValueError(
                 f"MultiLayerModel: {type(encoder).__name__} returned no hidden states, so layers {layers} cannot be "
                 "read. Use another encoder, or layers=[-1] with pooling='last'."
             )
-        states = output.hidden_states if keep else [output.last_hidden_state]
-        chosen = [states[layer] for layer in layers] if keep else states
-        pooled = torch.stack([pool_tokens(state, mask, config.token) for state in chosen], 1)
+        states = [output.hidden_states[layer] for layer in layers] if deep else [output.last_hidden_state]
+        pooled = torch.stack([pool_tokens(state, inputs["attention_mask"], config.token) for state in states], 1)
         return self.head(pooled, task=task, output_hidden_states=shown)
 
     @torch.no_grad()
@@ -476,8 +476,8 @@ class MultiLayerPooling(HeadModule, Module):
         """Pool a batch's hidden states into ``sentence_embedding``, or for multi into ``token_embeddings``."""
         config = self.model.config
         states = features.pop("all_layer_embeddings", None)
-        keep = states is not None
-        if not keep and (config.pools or not config.is_last(config.layers[0])):
+        deep = states is not None
+        if not deep and (config.pools or not config.is_last(config.layers[0])):
             raise ValueError(
                 f"MultiLayerPooling: the encoder gave no hidden states, so layers {config.layers} cannot be read. Put "
                 "this module directly behind a Transformer whose model returns them, or use pooling='last' with "
@@ -488,16 +488,16 @@ class MultiLayerPooling(HeadModule, Module):
                 "MultiLayerPooling: the encoder was fed without padding, so texts cannot be told apart. Load the "
                 "Transformer with unpad_inputs=False."
             )
-        chosen = [states[layer] for layer in config.layers] if keep else [features["token_embeddings"]]
+        chosen = [states[layer] for layer in config.layers] if deep else [features["token_embeddings"]]
         pooled = torch.stack([pool_tokens(s, features["attention_mask"], config.token) for s in chosen], 1)
-        output = self.model(pooled, task=task, output_hidden_states=keep)
+        output = self.model(pooled, task=task, output_hidden_states=deep)
         if config.pooling == "multi":
             vectors = output.token_embeddings  # (batch, vectors, dim), all of which count
             features["attention_mask"] = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
             features["token_embeddings"] = vectors
         else:
             features["sentence_embedding"] = output.sentence_embedding
-        if keep:
+        if deep:
             features["all_layer_embeddings"] = output.hidden_states
         return features
 

@@ -29,6 +29,12 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+try:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Module, Transformer
+except ImportError:  # AutoModel works without sentence-transformers
+    SentenceTransformer, Module, Transformer = None, nn.Module, nn.Module
+
 logger = logging.getLogger(__name__)
 
 NOT_FINGERPRINTED = ("transformers_version", "_name_or_path", "__version__")
@@ -87,6 +93,12 @@ def new_encoder(config: PretrainedConfig) -> PreTrainedModel:
     """An encoder of a config's kind, without the decoder where there is one (T5)."""
     encoders = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
     return encoders.from_config(config)
+
+
+def text_inputs(input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> dict:
+    """What an encoder reads beside the tokens: all count by default, and types only where there are some."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    return {"attention_mask": mask} | ({} if token_type_ids is None else {"token_type_ids": token_type_ids})
 
 
 def text_limit(encoder: PreTrainedModel) -> int:
