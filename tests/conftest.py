@@ -7,6 +7,7 @@ stand in small_models.py.
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import shutil
@@ -33,6 +34,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Import the models where tests run: in this process, unless it has workers for them."""
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         config.pluginmanager.import_plugin("small_models")
+
+
+def pytest_collection_finish() -> None:
+    """Have the collector of garbage pass over what was imported, a million objects that live to the end."""
+    gc.freeze()
 
 
 DOCUMENTS = {

@@ -109,7 +109,7 @@ class Reader:
     def __enter__(self) -> Reader:
         self.left.enter_context(mock.patch.dict(os.environ, MTEB_CACHE=str(self.world.folder / ".cache" / "mteb")))
         self.left.enter_context(mock.patch.object(sys, "path", [str(self.world.folder), *sys.path]))
-        self.left.enter_context(contextlib.chdir(self.world.folder))
+        self.left.enter_context(self.world.entered())
         self.left.enter_context(mock.patch.object(sys, "executable", warm.python()))
         self.left.callback(torch.set_num_threads, torch.get_num_threads())
         self.left.callback(self._forget, set(sys.modules))

@@ -13,10 +13,11 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 from conftest import ROOT
@@ -24,6 +25,7 @@ from huggingface_hub import constants
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+from transformers import AutoModel
 
 from polyrep.cli import main
 from polyrep.hub.folder import MINILM_ID, packaged_minilm
@@ -40,10 +42,14 @@ SHORT = {
 
 SHORTER: dict[str, dict[str, Any]] = {
     "dual-encoder-mobilenet-minilm": {"projection_dim": 64, "hidden_dim": 64},
+    "multilayer-minilm-frozen": {"layers": [-1, -2, -3, -4]},
     # Vectors of 256 numbers want as many documents.
     "lemur-minilm": {"datasets": [".many/tldr_pages"], "num_documents": 300, "latent_dim": 512, "num_anchors": 512},
 }
 """What some of them say instead, where time goes by the width."""
+
+LAYERS = 3
+"""Layers of all-MiniLM-L6-v2 that are kept."""
 
 SIZES = {"train": 16, "dev": 6, "test": 8}
 """Judgments kept of each split of a data set."""
@@ -85,11 +91,18 @@ class SmallWorld:
             else:
                 shutil.copytree(data, folder / "data" / data.name)
         cut(ROOT / "data" / "tldr_pages", folder / ".many" / "tldr_pages", SIZES | {"train": 300})
-        self.put_on_hub(MINILM_ID, packaged_minilm())
+        self.minilm = shallow_minilm(folder / ".hub" / "minilm")
+        self.put_on_hub(MINILM_ID, self.minilm)
         self.put_on_hub(VISION, tiny_vision(folder / ".hub" / "vision"))
         self.document_ids = {key for file in (folder / "data").glob("*/corpus.jsonl.gz") for key in lines_of(file)}
         self.photo = str(min((folder / "data" / "coco_mini" / "images").iterdir()))
         self.lasting = set(folder.iterdir()) | {folder / name for name in (".cache", "models")}
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Be in its folder, where ``minilm`` is the shallow one."""
+        with contextlib.chdir(self.folder), mock.patch("polyrep.hub.folder.packaged_minilm", lambda: self.minilm):
+            yield
 
     def put_on_hub(self, name: str, folder: Path) -> str:
         """Have a folder in the cache of the Hub as ``name``, as if it had been downloaded; return its commit."""
@@ -112,7 +125,7 @@ class SmallWorld:
         for name in dict.fromkeys(re.findall(r"\bhub_configs/([a-z0-9-]+)", text)):
             self.provide(self._needs(name))
         if PAGE_MODEL in text and PAGE_MODEL not in self.on_hub:
-            self.put_on_hub(PAGE_MODEL, page_model(self.folder / ".hub" / "pages"))
+            self.put_on_hub(PAGE_MODEL, page_model(self.minilm, self.folder / ".hub" / "pages"))
 
     def train(self, name: str) -> None:
         """Make ``models/NAME`` by its recipe, unless it is there already."""
@@ -120,7 +133,7 @@ class SmallWorld:
             return
         self.provide(self._needs(name))
         output = io.StringIO()
-        with contextlib.chdir(self.folder), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        with self.entered(), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             status = main(["train", f"hub_configs/{name}", *FLAGS.get(name, [])], prog="train.py")
         assert status == 0, output.getvalue()
 
@@ -169,9 +182,18 @@ def lines_of(file: Path) -> dict[str, str]:
         return {json.loads(line)["_id"]: line for line in lines}
 
 
-def page_model(folder: Path) -> Path:
+def shallow_minilm(folder: Path) -> Path:
+    """The packaged all-MiniLM-L6-v2 without its upper half, for a third of the time; it still knows the words."""
+    shutil.copytree(packaged_minilm(), folder)
+    model = AutoModel.from_pretrained(folder)
+    del model.encoder.layer[LAYERS:]
+    model.config.num_hidden_layers = LAYERS
+    model.save_pretrained(folder)
+    return folder
+
+
+def page_model(minilm: Path, folder: Path) -> Path:
     """A late-interaction model whose tokenizer knows ``<image>``, in place of one of page images."""
-    minilm = packaged_minilm()
     names = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
     modules = [Transformer(str(minilm)), Dense(384, 16, bias=False, **names), MultiVectorMask(), Normalize(**names)]
     model = MultiVectorEncoder(modules=modules, device="cpu")
