@@ -34,7 +34,7 @@ from polyrep.evaluation.frontier.fit_data import FitData, cloze_queries, in_meas
 from polyrep.evaluation.frontier.full_model import FullModel
 from polyrep.evaluation.frontier.picture import area, draw, labelled
 from polyrep.evaluation.frontier.rivals import RIVALS
-from polyrep.evaluation.frontier.rows import FULL, Candidate, Encoded, Method, quantised
+from polyrep.evaluation.frontier.rows import FULL, Candidate, Encoded, Method, quantized
 from polyrep.hub import load
 from polyrep.report import write_results
 
@@ -410,8 +410,8 @@ def test_a_quantised_vector_is_the_middle_of_its_bucket_or_its_signs(monkeypatch
     rng = np.random.default_rng(0)
     documents = vectors_of(rng, [3, 1, 4]) if kind == "tokens" else dense(rng.normal(size=(8, 12)).astype(np.float32))
     row = Encoded(documents, documents, "dot", {"fit_seconds": 2.0})
-    assert quantised(row, None) is row
-    coarse, signs = quantised(row, "int8"), quantised(row, "binary")
+    assert quantized(row, None) is row
+    coarse, signs = quantized(row, "int8"), quantized(row, "binary")
     step = (documents.values.max(0) - documents.values.min(0)) / 255
     error = np.abs(coarse.documents.values - documents.values).max(0)
     assert (error <= step / 2 + 2e-3).all() and (error > step / 8).any()

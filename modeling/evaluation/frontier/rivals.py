@@ -21,8 +21,8 @@ from .muvera import Muvera
 from .pooling import LADDER, hierarchical_clusters, hierarchically, pooled
 from .rows import (
     FULL,
-    QUANTISED,
     QUANTIZATIONS,
+    QUANTIZED_NUMBERS,
     STAGES,
     Candidate,
     Encoded,
@@ -30,9 +30,9 @@ from .rows import (
     Once,
     as_vectors,
     few_vectors,
-    lazily_quantised,
+    lazily_quantized,
     one_vector,
-    quantised,
+    quantized,
 )
 
 
@@ -51,11 +51,11 @@ def hierarchical(full: FullModel) -> Iterator[Candidate]:
     made = Once(make)
 
     def row(k: int, precision: str | None) -> Encoded:
-        return quantised(few_vectors(full, made()[k], {}), precision)
+        return quantized(few_vectors(full, made()[k], {}), precision)
 
     for k in LADDER:  # at one, the clusters are the mean, which has rows of its own
         yield Candidate(f"hierarchical, {k}", partial(row, k, None), k in STAGES[1:])
-    for k, (name, precision) in product(QUANTISED[1:], QUANTIZATIONS.items()):
+    for k, (name, precision) in product(QUANTIZED_NUMBERS[1:], QUANTIZATIONS.items()):
         yield Candidate(f"hierarchical, {k}, {name}", partial(row, k, precision))
 
 
@@ -71,7 +71,7 @@ def muvera(full: FullModel) -> Iterator[Candidate]:
         made, width = Once(make), settings["repetitions"] * 2 ** settings["k_sim"] * 16
         yield Candidate(f"MUVERA, {width}", made, settings["k_sim"] == 5)
         if settings["k_sim"] == 5:
-            yield Candidate(f"MUVERA, {width}, one-bit", partial(lazily_quantised, made, "binary"), True)
+            yield Candidate(f"MUVERA, {width}, one-bit", partial(lazily_quantized, made, "binary"), True)
 
 
 def sparse_codes(full: FullModel) -> Iterator[Candidate]:
@@ -112,9 +112,9 @@ def quantization(full: FullModel) -> Iterator[Candidate]:
     if full.kind == "tokens":
         averaged = Once(lambda: one_vector(full, mean_of_tokens(full.documents)))
         for name, precision in QUANTIZATIONS.items():
-            yield Candidate(f"mean, {name}", partial(lazily_quantised, averaged, precision), name == "one-bit")
+            yield Candidate(f"mean, {name}", partial(lazily_quantized, averaged, precision), name == "one-bit")
     for name, precision in QUANTIZATIONS.items():
-        yield Candidate(f"{FULL}, {name}", partial(lazily_quantised, whole, precision), full.kind == "sentence")
+        yield Candidate(f"{FULL}, {name}", partial(lazily_quantized, whole, precision), full.kind == "sentence")
 
 
 _HERE = "evaluation/frontier/"

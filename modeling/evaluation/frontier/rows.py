@@ -21,7 +21,7 @@ from .fit import code_digest
 from .full_model import FullModel
 
 FULL = "full model"
-QUANTISED = (1, 4, 16, 32)
+QUANTIZED_NUMBERS = (1, 4, 16, 32)
 """Numbers of vectors that are quantised, too."""
 
 STAGES = (1, 8)
@@ -137,7 +137,7 @@ LEARNED = (
 """Code that whatever is fitted depends on."""
 
 
-def quantised(row: Encoded, precision: str | None) -> Encoded:
+def quantized(row: Encoded, precision: str | None) -> Encoded:
     """A row with its documents quantised, as vectors again: what an index computes with, and the bytes that it stores.
 
     Queries stay as they are, so that scores are those of asymmetric rescoring. The ranges of int8 are those of the
@@ -172,9 +172,9 @@ def quantised(row: Encoded, precision: str | None) -> Encoded:
     return replace(row, documents=replace(row.documents, values=found), costs=row.costs | {"bytes_per_document": size})
 
 
-def lazily_quantised(make: Callable[[], Encoded], precision: str) -> Encoded:
+def lazily_quantized(make: Callable[[], Encoded], precision: str) -> Encoded:
     """A row quantised when it is asked for."""
-    return quantised(make(), precision)
+    return quantized(make(), precision)
 
 
 def one_vector(full: FullModel, documents: Embeddings, costs: dict[str, float] | None = None) -> Encoded:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...encoding.embeddings import in_memory
 from ...evaluation.frontier.fit import costs_of_fit, fit_run
 from ...evaluation.frontier.full_model import FullModel
-from ...evaluation.frontier.rows import QUANTIZATIONS, Candidate, Encoded, Method, Once, quantised
+from ...evaluation.frontier.rows import QUANTIZATIONS, Candidate, Encoded, Method, Once, quantized
 from .modeling_lemur import LemurModel, LemurPooling
 
 LEMUR_DIMS = (2048, 512, 256, 128)
@@ -41,7 +41,7 @@ def rows(full: FullModel) -> Iterator[Candidate]:
         with torch.inference_mode():
             queries, documents = (head.reduce(vectors, task, dim).cpu().numpy() for task, vectors in sides.items())
         found = Encoded(in_memory(queries), in_memory(documents.astype(np.float16)), "dot", costs)
-        return quantised(found, precision)
+        return quantized(found, precision)
 
     for dim in (dim for dim in LEMUR_DIMS if dim < len(full.documents) or dim == LEMUR_DIMS[0]):
         yield Candidate(f"LEMUR, {dim}", partial(row, dim, None), dim != 256)

@@ -17,15 +17,15 @@ from ...evaluation.frontier.fit import costs_of_fit, fit_run
 from ...evaluation.frontier.full_model import FullModel
 from ...evaluation.frontier.pooling import LADDER, Pool, pooled
 from ...evaluation.frontier.rows import (
-    QUANTISED,
     QUANTIZATIONS,
+    QUANTIZED_NUMBERS,
     STAGES,
     Candidate,
     Encoded,
     Method,
     Once,
     few_vectors,
-    quantised,
+    quantized,
 )
 from .modeling_reinpool import ReinPoolModel, ReinPoolPooling
 
@@ -60,11 +60,11 @@ def rows(full: FullModel) -> Iterator[Candidate]:
 
     def row(k: int, precision: str | None) -> Encoded:
         found, costs = made()
-        return quantised(few_vectors(full, found[k], costs), precision)
+        return quantized(few_vectors(full, found[k], costs), precision)
 
     for k in LADDER:
         yield Candidate(f"ReinPool, {k}", partial(row, k, None), k in STAGES)
-    for k, (name, precision) in product(QUANTISED, QUANTIZATIONS.items()):
+    for k, (name, precision) in product(QUANTIZED_NUMBERS, QUANTIZATIONS.items()):
         yield Candidate(f"ReinPool, {k}, {name}", partial(row, k, precision), (k, name) == (1, "one-bit"))
 
 
