@@ -113,10 +113,6 @@ class ImageBench(Bench):
     run = RUN
     rival_steps, rival_batch = 600, 256
 
-    def split(self, name: str) -> RetrievalDataset:
-        """A split of the collection."""
-        return load_retrieval_dataset(self.source, name)
-
     @cache  # noqa: B019  there is one bench
     def sides(self, split: str) -> tuple[SentenceSide, SentenceSide]:
         """Encoded captions and images of a split."""

@@ -11,7 +11,6 @@ fits only what is missing.
 from __future__ import annotations
 
 import hashlib
-import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench import ROOT, FitBench, code_of
 from safetensors.torch import load_model
 from scipy.sparse import csr_matrix
 from sentence_transformers import SentenceTransformer
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import AutoModel, HfArgumentParser, set_seed
 
 from polyrep.cli import train as train_run
-from polyrep.data import RetrievalDataset, load_retrieval_dataset
+from polyrep.data import RetrievalDataset
 from polyrep.encoding import Embeddings
 from polyrep.evaluation.frontier.csr import CSR_BATCH, CSR_RATE, CSR_SIZES, CSR_STEPS, csr, fit_module, with_csr
 from polyrep.evaluation.metrics import per_query_metrics
@@ -41,17 +41,11 @@ from polyrep.hub import fetch, fingerprint, load
 from polyrep.hub.folder import fastest_dtype
 from polyrep.methods.dense2sparse.frontier import OPERATING_POINTS, pruned, with_head
 from polyrep.report import provenance, write_results
-from polyrep.search.ranking import tie_ranks
 from polyrep.training.losses import info_nce
 from polyrep.training.pairs import HeadData
 from polyrep.training.sides import SentenceSide
 
-ROOT = Path(__file__).parent.parent
-THREADS = torch.get_num_threads()  # now: training may raise it
 RUN = ROOT / "hub_configs" / "dense2sparse-minilm"
-CODE = [
-    file for part in ("methods/dense2sparse", "training") for file in sorted((ROOT / "modeling" / part).glob("*.py"))
-]
 
 CONTROL = ["--control", "caption"]
 LABELS = ["--label_weight", "0.5"]
@@ -131,19 +125,11 @@ class MaskedContrastiveLoss(torch.nn.Module):
         return info_nce(queries @ documents.T * self.log_scale.exp(), labels, index[labels], index)
 
 
-class Bench:
+class Bench(FitBench):
     """One data set with its cached vectors, and everything that can be fitted to them."""
 
-    run = RUN
+    run, code = RUN, code_of("methods/dense2sparse", "training")
     rival_steps, rival_batch = CSR_STEPS, CSR_BATCH
-
-    def __init__(self, args: Arguments, source: str, model: SentenceTransformer):
-        self.args, self.source, self.model = args, source, model
-        self.flags = shlex.split(args.flags)
-
-    def split(self, name: str) -> RetrievalDataset:
-        """A split of the data set."""
-        return load_retrieval_dataset(self.source, name)
 
     def queries(self, split: str) -> SentenceSide:
         """Encoded queries of a split."""
@@ -157,37 +143,15 @@ class Bench:
         return SentenceSide.encode(self.model, dataset.corpus, "document", dataset.name, **self.options)
 
     @property
-    def options(self) -> dict[str, Any]:
-        """Where and how embeddings are cached."""
-        return {"cache_dir": f"{self.args.cache_dir}/embeddings", "batch_size": 32}
-
-    @cached_property
-    def ranks(self) -> np.ndarray:
-        """What decides ties."""
-        return tie_ranks(list(self.split("dev").corpus))
-
-    def fitted(self, label: str, depends: dict[str, Any], fit: Callable[[Path], None]) -> Path:
-        """The folder that ``fit`` fills, kept under a hash of what it depends on."""
-        train = self.split("train")
-        depends = depends | {
-            "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in CODE],
-            "pairs": [hashlib.sha256(json.dumps(x).encode()).hexdigest() for x in (train.queries, train.qrels)],
-            "backbone": fingerprint(fetch(self.args.backbone)),
-            "documents": hashlib.sha256(np.ascontiguousarray(self.documents.embeddings.values).data).hexdigest(),
-            "threads": THREADS,
-            "flags": self.flags,
-        }
-        digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
-        folder = Path(self.args.cache_dir) / "heads" / f"{self.split('dev').name}-{label}-{digest}"
-        if not (folder / "training.json").is_file():
-            fit(folder)
-        return folder
+    def inputs(self) -> dict[str, Any]:
+        """What tells the vectors that a fit reads."""
+        vectors = np.ascontiguousarray(self.documents.embeddings.values).data
+        return {"backbone": fingerprint(fetch(self.args.backbone)), "documents": hashlib.sha256(vectors).hexdigest()}
 
     def dense2sparse(self, flags: list[str], seed: int, *, whole: bool = False) -> Path:
         """Fit a head with the shipped run and flags over it; ``whole`` writes the retriever too."""
         # Projections in half precision where the processor computes in it; scores never are.
         flags = ["--bf16", str(fastest_dtype("auto") == torch.bfloat16), *self.flags, *flags]
-        recipe = {file.name: file.read_text() for file in sorted(self.run.iterdir())}
 
         def fit(folder: Path) -> None:
             where = ["--output_dir", str(folder), "--overwrite", "--cache_dir", self.options["cache_dir"]]
@@ -195,7 +159,7 @@ class Bench:
             plain = ["--save_strategy", "no", "--head_only", str(not whole)]
             train_run([self.run.name, *what, *where, *plain, *flags], prog="train.py")
 
-        return self.fitted("d2s", {"recipe": recipe, "arguments": flags, "seed": seed, "whole": whole}, fit)
+        return self.fitted("d2s", {"arguments": flags, "seed": seed, "whole": whole}, fit)
 
     def rival(self, kind: str, seed: int, size: int = 0, labels: bool = True) -> torch.nn.Module:
         """A stock module fitted on the same pairs with the same sampling and steps: ``adapter`` or ``csr``."""

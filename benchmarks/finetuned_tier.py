@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from frozen_tier import DEPTH, ROOT, gain_claim, significant
+from bench import ROOT
+from frozen_tier import DEPTH, gain_claim, significant
 from transformers import HfArgumentParser
 
 from polyrep.cli import train as train_run

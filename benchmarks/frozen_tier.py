@@ -5,36 +5,29 @@ Rankings are kept under a hash of data, settings and the method's code, so an in
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from bench import FitBench
 from safetensors import safe_open
 from safetensors.torch import save_file
-from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 from transformers import set_seed
 
-from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.evaluation.metrics import per_query_metrics
 from polyrep.evaluation.statistics import compare, macro_interval
 from polyrep.evaluation.systems import Ranking
 from polyrep.evaluation.table import table_rows
-from polyrep.search.ranking import tie_ranks
 from polyrep.training.head_trainer import HeadTrainer
 from polyrep.training.pairs import HeadData, Part
 from polyrep.training.recipes import Plan, resolve
 from polyrep.training.sides import Side
-
-ROOT = Path(__file__).parent.parent
 
 DEPTH = 100
 """Documents of a ranking that are kept: as many as the metrics read."""
@@ -61,23 +54,10 @@ Found = tuple[dict[str, np.ndarray], dict[str, float]]
 """Arrays by name, ``<split>.positions`` and ``<split>.scores`` among them, and costs."""
 
 
-class Bench:
+class Bench(FitBench):
     """One data set, and what fits of one run find on it."""
 
-    run: ClassVar[Path]
-    code: ClassVar[Sequence[Path]]
     settings: ClassVar[Mapping[str, list[str]]]
-
-    def __init__(self, args: Any, source: str, model: SentenceTransformer):
-        self.args, self.source, self.model = args, source, model
-        self.name = Path(source).name
-        self.options: dict[str, Any] = {"cache_dir": f"{args.cache_dir}/embeddings", "batch_size": 32}
-        self.split: Callable[[str], RetrievalDataset] = cache(lambda name: load_retrieval_dataset(source, name))
-
-    @cached_property
-    def ranks(self) -> np.ndarray:
-        """What decides ties."""
-        return tie_ranks(list(self.split("dev").corpus))
 
     def fit(self, system: str, flags: list[str], seed: int) -> Found:
         """Fit a system and rank dev and test."""
@@ -89,15 +69,9 @@ class Bench:
 
     def found(self, system: str, setting: str, seed: int) -> Found:
         """What a fit found, made now or read; ``setting`` is a learning rate and further flags."""
-        flags = [*self.settings[system], "--learning_rate", *setting.split(), *shlex.split(self.args.flags)]
-        depends = self.depends(system) | {
-            "flags": flags,
-            "seed": seed,
-            "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in self.code],
-            "recipe": [file.read_text(encoding="utf-8") for file in sorted(self.run.iterdir())],
-            "splits": [self.split(name).qrels for name in ("train", "dev", "test")],
-        }
-        digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
+        flags = [*self.settings[system], "--learning_rate", *setting.split(), *self.flags]
+        splits = [self.split(name).qrels for name in ("train", "dev", "test")]
+        digest = self.digest(self.depends(system) | {"flags": flags, "seed": seed, "splits": splits})
         path = Path(self.args.cache_dir) / "rankings" / f"{self.run.name}-{self.name}-{digest}.safetensors"
         if not path.is_file():
             arrays, costs = self.fit(system, flags, seed)

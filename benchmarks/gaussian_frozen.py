@@ -23,7 +23,8 @@ from typing import Any
 import frozen_tier
 import numpy as np
 import torch
-from frozen_tier import DEPTH, RAW, ROOT, chosen_on_dev, gain_claim, significant, test_tables
+from bench import ROOT, code_of
+from frozen_tier import DEPTH, RAW, chosen_on_dev, gain_claim, significant, test_tables
 from scipy.stats import kendalltau
 from sentence_transformers import SentenceTransformer
 from transformers import HfArgumentParser
@@ -40,9 +41,7 @@ from polyrep.training.pairs import HeadData
 from polyrep.training.teachers import open_teacher
 
 RUN = ROOT / "hub_configs" / "gaussian-minilm-frozen"
-ROOM = ROOT / "modeling" / "methods" / "gaussian"
-CODE = [*sorted(ROOM.glob("[mo]*.py")), *sorted((ROOT / "modeling" / "training").glob("*.py"))]
-CODE += [ROOT / "modeling" / "data" / "noise.py"]
+CODE = [*code_of("methods/gaussian", "training"), ROOT / "modeling" / "data" / "noise.py"]
 
 CONTROL = "vector"
 DIMS = 369

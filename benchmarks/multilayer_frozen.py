@@ -18,7 +18,8 @@ from typing import Any
 import frozen_tier
 import numpy as np
 import torch
-from frozen_tier import DEPTH, RAW, ROOT, chosen_on_dev, gain_claim, significant, test_tables
+from bench import ROOT, code_of
+from frozen_tier import DEPTH, RAW, chosen_on_dev, gain_claim, significant, test_tables
 from sentence_transformers import SentenceTransformer
 from transformers import HfArgumentParser
 
@@ -33,9 +34,7 @@ from polyrep.training.pairs import HeadData
 from polyrep.training.sides import LayerSide
 
 RUN = ROOT / "hub_configs" / "multilayer-minilm-frozen"
-CODE = [
-    file for part in ("methods/multilayer", "training") for file in sorted((ROOT / "modeling" / part).glob("*.py"))
-]
+CODE = code_of("methods/multilayer", "training")
 
 RATES = ("3e-4", "1e-3")
 CONTROL_RATES = ("3e-4", "6e-4", "1e-3", "2e-3")

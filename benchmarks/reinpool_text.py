@@ -23,13 +23,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench import ROOT, FitBench, code_of
 from bundle import bundle
 from sentence_transformers import MultiVectorEncoder
 from tqdm import tqdm
 from transformers import AutoModel, HfArgumentParser, set_seed
 
 from polyrep.cli import train as train_run
-from polyrep.data import RetrievalDataset, load_retrieval_dataset
+from polyrep.data import RetrievalDataset
 from polyrep.encoding import Embeddings, embed
 from polyrep.encoding.embeddings import mean_of_tokens, sum_of_tokens
 from polyrep.evaluation.frontier.pooling import (
@@ -49,17 +50,14 @@ from polyrep.hub.folder import fastest_dtype
 from polyrep.methods import ReinPoolConfig, ReinPoolModel, SoftGateObjective
 from polyrep.methods.reinpool.frontier import by_head
 from polyrep.report import provenance, write_results
-from polyrep.search.ranking import tie_ranks
 from polyrep.training.arguments import HeadTrainingArguments
 from polyrep.training.head_trainer import HeadTrainer
 from polyrep.training.pairs import HeadData
 from polyrep.training.recipes import resolve
 from polyrep.training.sides import TokenSide
 
-ROOT = Path(__file__).parent.parent
-THREADS = torch.get_num_threads()  # now: training may raise it
 RUN = ROOT / "hub_configs" / "reinpool-minilm"
-CODE = [file for part in ("methods/reinpool", "training") for file in sorted((ROOT / "modeling" / part).glob("*.py"))]
+CODE = code_of("methods/reinpool", "training")
 
 BINARY = (1, 4, 16, 32)
 KEPT_DEPTH = 100
@@ -153,21 +151,14 @@ class HierarchicalProjection(SoftGateObjective):
         return super().forward(features, labels)
 
 
-class Bench:
+class Bench(FitBench):
     """One data set with its cached vectors, and everything that can be fitted to them."""
 
+    run, code = RUN, CODE
+
     def __init__(self, args: Arguments, source: str, model: MultiVectorEncoder, length: int | None = None):
-        self.args, self.source, self.model, self.length = args, source, model, length
-        self.flags = shlex.split(args.flags)
-
-    @property
-    def name(self) -> str:
-        """Of the data set."""
-        return Path(self.source).name
-
-    def split(self, name: str) -> RetrievalDataset:
-        """A split of the data set."""
-        return load_retrieval_dataset(self.source, name)
+        super().__init__(args, source, model)
+        self.length = length
 
     def encoded(self, dataset: RetrievalDataset, task: str) -> TokenSide:
         """Token vectors of the queries or the documents."""
@@ -198,32 +189,9 @@ class Bench:
         return self.encoded(self.split(split), "query").embeddings
 
     @property
-    def options(self) -> dict[str, Any]:
-        """Where and how embeddings are cached."""
-        return {"cache_dir": f"{self.args.cache_dir}/embeddings", "batch_size": 32}
-
-    @cached_property
-    def ranks(self) -> np.ndarray:
-        """What decides ties."""
-        return tie_ranks(list(self.split("dev").corpus))
-
-    # Fitting
-
-    def fitted(self, label: str, depends: dict[str, Any], fit: Callable[[Path], None]) -> Path:
-        """The folder that ``fit`` fills, kept under a hash of what it depends on."""
-        train = self.split("train")
-        depends = depends | {
-            "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in CODE],
-            "pairs": [hashlib.sha256(json.dumps(x).encode()).hexdigest() for x in (train.queries, train.qrels)],
-            "documents": self.documents.path.name,
-            "threads": THREADS,
-            "flags": self.flags,
-            "recipe": {file.name: file.read_text() for file in sorted(RUN.iterdir())},
-        }
-        folder = Path(self.args.cache_dir) / "heads" / f"{self.name}-{label}-{_digest(depends)}"
-        if not (folder / "training.json").is_file():
-            fit(folder)
-        return folder
+    def inputs(self) -> dict[str, Any]:
+        """What tells the vectors that a fit reads."""
+        return {"documents": self.documents.path.name}
 
     def head(self, flags: list[str], seed: int) -> Path:
         """Fit a head with the shipped run and flags over it."""

@@ -66,12 +66,7 @@ def pack(folder: Path, target: Path) -> Path:
             )
     known = {_digest(tensor): name for name, tensor in _minilm().items() if tensor.numel() > SMALL}
     with staged_folder(target) as staged:
-        for file in _files(folder):
-            written = staged / file.relative_to(folder)
-            written.parent.mkdir(parents=True, exist_ok=True)
-            if file.suffix != ".safetensors":
-                shutil.copyfile(file, written)
-                continue
+        for file, written in _weights_beside_copies(folder, staged):
             tensors = load_file(file)
             borrowed = {
                 name: known[digest] for name, tensor in tensors.items() if (digest := _digest(tensor)) in known
@@ -100,12 +95,7 @@ def unpack(folder: Path, target: Path) -> Path:
     with staged_folder(target) as staged:
         if (folder / "tokenizer_config.json").is_file():
             AutoTokenizer.from_pretrained(packaged_minilm()).save_pretrained(staged)  # its settings follow
-        for file in _files(folder):
-            written = staged / file.relative_to(folder)
-            written.parent.mkdir(parents=True, exist_ok=True)
-            if file.suffix != ".safetensors":
-                shutil.copyfile(file, written)
-                continue
+        for file, written in _weights_beside_copies(folder, staged):
             with safe_open(file, "pt") as opened:
                 metadata = opened.metadata() or {}
             if BORROWED not in metadata:
@@ -147,10 +137,16 @@ def _copy_code(folder: Path) -> None:
                 shutil.copyfile(code, folder / code.name)
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _weights_beside_copies(folder: Path, staged: Path) -> Iterator[tuple[Path, Path]]:
+    """Copy what is no weight, and yield the files that are, each with its place to be."""
     for file in sorted(folder.rglob("*")):
         if file.is_file() and not any(file.match(pattern) for pattern in LEFT_OUT):
-            yield file
+            written = staged / file.relative_to(folder)
+            written.parent.mkdir(parents=True, exist_ok=True)
+            if file.suffix == ".safetensors":
+                yield file, written
+            else:
+                shutil.copyfile(file, written)
 
 
 def _minilm() -> dict[str, torch.Tensor]:

@@ -1,7 +1,8 @@
 """polyrep: one embedding backbone, many retrieval representations.
 
-Each method is a *room*: a sub-package whose ``modeling_<room>.py`` is also the code that its models carry to the Hub.
-``ROOMS`` lists them; importing polyrep registers their classes with ``AutoConfig`` and ``AutoModel``.
+Each method is a *room*: a folder under ``methods/``, whose ``modeling_<room>.py`` is also the code that its models
+carry to the Hub. ``ROOMS`` lists them; importing polyrep registers their classes with ``AutoConfig`` and
+``AutoModel``.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class Room:
 
     @property
     def package(self) -> str:
-        """Name of the folder that tells the method, as it is imported."""
+        """The package of the method, e.g. ``polyrep.methods.toy``."""
         return self.model.__module__.rpartition(".")[0]
 
     def named(self, reference: str) -> Any:

@@ -17,7 +17,7 @@ from .errors import InputError
 from .files import staged_folder, write_json, write_text
 
 METRIC_NAMES = {"nDCG@10": "ndcg_at_10", "nDCG@3": "ndcg_at_3", "MRR@10": "mrr_at_10", "Recall@100": "recall_at_100"}
-"""Ours -> MTEB's, for the metrics that every table here shows."""
+"""Metrics that every table shows, in this order, and what MTEB calls them; ``evaluation/metrics.py`` measures them."""
 
 _RESULTS = {
     "name": str,
@@ -317,7 +317,7 @@ def _table_cells(system: str, metrics: dict[str, dict[str, Any]]) -> dict[str, s
     return {
         "system": system,
         "nDCG@10": f"{main['value']:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else ""),
-        **{name: _or(metrics.get(name, {}).get("value"), ".3f") for name in ("nDCG@3", "MRR@10", "Recall@100")},
+        **{name: _or(metrics.get(name, {}).get("value"), ".3f") for name in METRIC_NAMES if name != "nDCG@10"},
         "gap closed": _or(main.get("gap_closed"), ".0%"),
         "retention": _or(main.get("retention"), ".0%"),
         "difference": difference,

@@ -47,6 +47,7 @@ from polyrep.methods import (
     DualEncoderLoss,
     DualEncoderModel,
 )
+from polyrep.methods.dual_encoder.backbone import load_processor, open_backbone
 from polyrep.methods.dual_encoder.example import dual_encoder, image_text_folder, tiny_vision
 
 COCO = ROOT / "data" / "coco_mini"
@@ -105,7 +106,7 @@ def by_the_parts(kind: str, model, tokens: dict, pixels: torch.Tensor) -> tuple[
 def test_towers_give_what_their_own_classes_give(towers):
     kind, model, folder = towers
     dual = DualEncoderModel.from_encoder(str(folder)).eval()
-    processor = DualEncoderModel.load_processor(str(folder))
+    processor = load_processor(str(folder))
     pixels = processor.image_processor([photo(), photo(seed=1)], return_tensors="pt")["pixel_values"]
     batch = processor.tokenizer(TEXTS, padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -121,14 +122,14 @@ def test_towers_give_what_their_own_classes_give(towers):
 def test_towers_and_head_are_one_folder(towers, tmp_path):
     kind, _, folder = towers
     retriever = Dense2SparseForRetrieval.from_encoder(str(folder), average_length=3.0)
-    processor = Dense2SparseForRetrieval.load_processor(str(folder))
+    processor = load_processor(str(folder))
     model = image_text_folder(retriever, processor, tmp_path / kind, SparseEncoder, CheckedTransformer, "expand")
     photo().save(tmp_path / "photo.png")
     images = model.encode_document([photo(), str(tmp_path / "photo.png")]).to_dense()
     torch.testing.assert_close(images[0], images[1], atol=1e-5, rtol=1e-4)
     queries = model.encode_query(TEXTS).to_dense()
     assert images.shape[1] == queries.shape[1] == retriever.config.vocab_size and (images > 0).any(1).all()
-    backbone = DualEncoderModel.open_backbone(str(folder), torch.float32)
+    backbone = open_backbone(str(folder), torch.float32)
     dense = torch.from_numpy(backbone.encode_document([photo()]))
     with torch.no_grad():
         expected = retriever.eval().head(dense, task="document", modality="image").sentence_embedding
@@ -136,7 +137,7 @@ def test_towers_and_head_are_one_folder(towers, tmp_path):
 
 
 def test_a_text_encoder_alone_is_no_image_model(backbone, tmp_path):
-    assert DualEncoderModel.open_backbone(str(backbone), torch.float32) is None
+    assert open_backbone(str(backbone), torch.float32) is None
     with pytest.raises(ValueError, match="'bert' has one tower"):
         DualEncoderModel.from_encoder(str(backbone))
     towers = dual_encoder(backbone, tmp_path)
@@ -151,7 +152,7 @@ def test_a_text_encoder_alone_is_no_image_model(backbone, tmp_path):
 def images_model(backbone, tmp_path_factory) -> SparseEncoder:
     scratch = tmp_path_factory.mktemp("images")
     dual_encoder(backbone, scratch).save_pretrained(scratch / "towers")
-    processor = DualEncoderModel.load_processor(str(scratch / "texts"), str(scratch / "vision"))
+    processor = load_processor(str(scratch / "texts"), str(scratch / "vision"))
     processor.save_pretrained(scratch / "towers")
     retriever = Dense2SparseForRetrieval.from_encoder(str(scratch / "towers"), average_length=3.0)
     return image_text_folder(retriever, processor, scratch / "model", SparseEncoder, CheckedTransformer, "expand")
@@ -207,7 +208,7 @@ def test_own_words_alone_are_those_of_the_caption(images_model):
 
 def test_words_of_another_vocabulary_are_named_by_it(backbone, tmp_path):
     dual_encoder(backbone, tmp_path).save_pretrained(tmp_path / "towers")
-    processor = DualEncoderModel.load_processor(str(tmp_path / "texts"), str(tmp_path / "vision"))
+    processor = load_processor(str(tmp_path / "texts"), str(tmp_path / "vision"))
     processor.save_pretrained(tmp_path / "towers")
     (tmp_path / "other").mkdir()
     words = (backbone / "vocab.txt").read_text().split()

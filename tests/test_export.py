@@ -27,7 +27,6 @@ from polyrep.methods import (
     CheckedTransformer,
     Dense2SparseForRetrieval,
     Dense2SparseForRetrievalConfig,
-    DualEncoderModel,
     GaussianConfig,
     MultiLayerConfig,
     MultiLayerHead,
@@ -35,6 +34,7 @@ from polyrep.methods import (
     MultiLayerModel,
     ReinPoolConfig,
 )
+from polyrep.methods.dual_encoder.backbone import load_processor
 from polyrep.methods.dual_encoder.example import dual_encoder, image_text_folder, tiny_vision
 from polyrep.publishing import compare, export
 
@@ -89,7 +89,7 @@ def words_of_images(backbone: Path, scratch: Path) -> Any:
     tiny_vision(scratch / "vision")  # for its processor
     ViTModel(ViTConfig(**sizes, image_size=32, patch_size=16)).save_pretrained(scratch / "vision")
     dual_encoder(backbone, scratch, scratch / "vision").save_pretrained(scratch / "towers")
-    processor = DualEncoderModel.load_processor(str(scratch / "texts"), str(scratch / "vision"))
+    processor = load_processor(str(scratch / "texts"), str(scratch / "vision"))
     processor.save_pretrained(scratch / "towers")
     model = Dense2SparseForRetrieval.from_encoder(str(scratch / "towers"), average_length=5.0)
     with torch.no_grad():

@@ -1,4 +1,8 @@
-"""A corpus, queries and judgments, from wherever they lie."""
+"""A corpus, queries and judgments, from wherever they lie.
+
+``load.py`` tells what lies there and asks ``beir.py``, ``tables.py`` or ``captions.py``; all give the data set of
+``dataset.py``. ``stream.py`` reads what is only encoded, of any size, a span at a time.
+"""
 
 from .dataset import RetrievalDataset
 from .load import load_corpus, load_retrieval_dataset

@@ -1,4 +1,4 @@
-"""Retrieval data sets in BEIR layout, from a folder or from the Hugging Face Hub.
+"""Retrieval data sets, from a folder or from the Hugging Face Hub: BEIR layout, tables of pairs, images with captions.
 
 A data set is a corpus, the queries of one split and their judgments (qrels). Everything is checked while it is read,
 because a silently skipped line moves nDCG by an amount that nobody can explain later.
@@ -85,7 +85,7 @@ def load_retrieval_dataset(
 
 
 def load_corpus(path_or_id: str | Path, *, revision: str | None = None, keep_empty: bool = False) -> RetrievalDataset:
-    """Read the documents alone: queries and judgments need not be there, and are left out if they are.
+    """Read the documents of a data set alone, for training or measuring without its queries, which need not be there.
 
     Args:
         path_or_id: As for :func:`load_retrieval_dataset`.

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 Kind = Literal["sentence", "tokens", "sparse", "layers", "cls_layers"]
-"""What is kept of a text; see the module's table."""
+"""What is kept of a text; see the table of :mod:`polyrep.encoding.cache`."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Embeddings:
     """Encoded texts, memory-mapped.
 
     Attributes:
-        kind: What a text became; see the module's table.
+        kind: What a text became; see the table of :mod:`polyrep.encoding.cache`.
         values: The numbers, in the shape of the table.
         offsets: ``(texts + 1,)`` bounds of each text's rows for ``tokens`` and ``sparse``; else None.
         indices: ``(active terms,)`` vocabulary index of each value for ``sparse``; else None.

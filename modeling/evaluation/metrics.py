@@ -6,9 +6,11 @@ import numpy as np
 import pytrec_eval
 
 from ..data.dataset import RetrievalDataset
+from ..report import METRIC_NAMES
 from .systems import Ranking
 
-METRICS = ("nDCG@10", "nDCG@3", "MRR@10", "Recall@100")
+METRICS = tuple(METRIC_NAMES)
+"""Metrics that every table shows. A new one is named there, and measured in :func:`per_query_metrics`."""
 
 
 def per_query_metrics(dataset: RetrievalDataset, ranking: Ranking) -> dict[str, np.ndarray]:
@@ -23,13 +25,13 @@ def per_query_metrics(dataset: RetrievalDataset, ranking: Ranking) -> dict[str, 
     }
     measured = pytrec_eval.RelevanceEvaluator(dataset.qrels, {"ndcg_cut.3,10", "recall.100"}).evaluate(run)
     reciprocal = pytrec_eval.RelevanceEvaluator(dataset.qrels, {"recip_rank"}).evaluate(top10)
-    sources = (
-        (measured, "ndcg_cut_10"),
-        (measured, "ndcg_cut_3"),
-        (reciprocal, "recip_rank"),
-        (measured, "recall_100"),
-    )
+    sources = {
+        "nDCG@10": (measured, "ndcg_cut_10"),
+        "nDCG@3": (measured, "ndcg_cut_3"),
+        "MRR@10": (reciprocal, "recip_rank"),
+        "Recall@100": (measured, "recall_100"),
+    }
     return {
-        metric: np.array([source[query][measure] for query in dataset.queries])
-        for metric, (source, measure) in zip(METRICS, sources, strict=True)
+        metric: np.array([sources[metric][0][query][sources[metric][1]] for query in dataset.queries])
+        for metric in METRICS
     }

@@ -27,10 +27,10 @@ def code_of(module: str) -> list[Path]:
 def localize(folder: str | Path) -> None:
     """Make a saved folder independent of the installed package, in place.
 
-    ``modules.json`` written while a room's module is importable names it as ``polyrep.room.modeling_room.Class``.
-    This keeps the last two parts, which is how sentence-transformers names code inside a folder, copies the modeling
-    file and what it imports from beside it to the folder's root, and restores the version requirements that saving
-    drops.
+    ``modules.json`` written while a room's module is importable names it as
+    ``polyrep.methods.room.modeling_room.Class``. This keeps the last two parts, which is how sentence-transformers
+    names code inside a folder, copies the modeling file and what it imports from beside it to the folder's root, and
+    restores the version requirements that saving drops.
     """
     folder = Path(folder)
     for config in [*folder.rglob("config.json"), *folder.rglob("tokenizer_config.json")]:

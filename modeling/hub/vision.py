@@ -11,10 +11,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.module import Module
-from transformers import AutoModel
+from transformers import AutoModel, AutoProcessor
 
 from ..errors import InputError
-from .polyrep_towers import image_features, image_processor_of
+from .polyrep_towers import image_features
 
 
 def fetch_vision(name: str, revision: str | None = None) -> Path:
@@ -38,6 +38,12 @@ def fetch_vision(name: str, revision: str | None = None) -> Path:
             f"{sorted(file.name for file in folder.iterdir())[:9]}."
         )
     return folder
+
+
+def image_processor_of(folder: str) -> Any:
+    """A folder's image processor; AutoImageProcessor itself would want torchvision in transformers 5.17."""
+    processor = AutoProcessor.from_pretrained(folder)
+    return getattr(processor, "image_processor", processor)
 
 
 class VisionEncoder(SentenceTransformer):

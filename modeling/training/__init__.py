@@ -2,7 +2,8 @@
 
 In the order in which one reads it:
 
-- ``recipes.py`` makes a plan of a run and what is asked over it, ``arguments.py`` has its flags;
+- ``recipes.py`` makes a plan of a run and what is asked over it, ``arguments.py`` has its flags, ``datasets.py`` reads
+  its data sets;
 - ``train.py`` trains a plan, and says what comes after what;
 - ``whole.py`` trains a whole model, with ``mining.py`` for its negatives and ``adapters.py`` for LoRA;
 - ``frozen.py`` trains a head on cached vectors, with ``head_trainer.py``; ``pairs.py`` makes its batches of what

@@ -1,4 +1,4 @@
-"""What every contrastive objective needs when a batch is spread over processes."""
+"""Parts of contrastive objectives, which hold when a batch is spread over processes."""
 
 from __future__ import annotations
 

@@ -131,7 +131,11 @@ def steady_threads() -> Iterator[None]:
 
 
 def code_digest(*names: str) -> str:
-    """Hash of files of the package, by name in it; a folder stands for all its Python files."""
-    root = Path(__file__).parents[2]
-    files = [file for name in names for file in [root / name, *sorted((root / name).glob("*.py"))] if file.is_file()]
+    """Hash of files of the package, by name in it; a folder stands for all its Python files.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder, so that what moved is not left out without a word.
+    """
+    parts = [Path(__file__).parents[2] / name for name in names]
+    files = [file for part in parts for file in (sorted(part.glob("*.py")) if part.is_dir() else [part])]
     return digest([file.read_text(encoding="utf-8") for file in files])

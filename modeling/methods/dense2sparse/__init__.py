@@ -6,7 +6,7 @@ Across images and texts, a dual encoder comes before: it brings both into one sp
 from __future__ import annotations
 
 from ...registry import Graph, Room, register
-from ..dual_encoder import DualEncoderModel
+from ..dual_encoder.backbone import load_processor, open_backbone
 from .modeling_dense2sparse import (
     CheckedTransformer,
     Dense2SparseConfig,
@@ -38,8 +38,8 @@ register(
         objectives={"Dense2SparseLoss": Dense2SparseLoss},
         card="dense2sparse",
         frontier="frontier:METHOD",
-        open_backbone=DualEncoderModel.open_backbone,
-        load_processor=Dense2SparseForRetrieval.load_processor,
+        open_backbone=open_backbone,
+        load_processor=load_processor,
         head_from_words=head_from_words,
         graphs={
             Dense2SparseModel: {

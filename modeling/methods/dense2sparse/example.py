@@ -10,8 +10,8 @@ from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 from ...hub.example import Example, TinyRun, one_folder
+from ..dual_encoder.backbone import load_processor
 from ..dual_encoder.example import dual_encoder, image_text_folder
-from ..dual_encoder.modeling_dual_encoder import DualEncoderModel
 from .modeling_dense2sparse import (
     CheckedTransformer,
     Dense2SparseConfig,
@@ -43,7 +43,7 @@ def build(backbone: Path, scratch: Path) -> Example:
     retriever = Dense2SparseForRetrieval.from_encoder(str(scratch / "encoder"), head=head)
     towers = dual_encoder(backbone, scratch)
     towers.save_pretrained(scratch / "towers")
-    processor = DualEncoderModel.load_processor(str(scratch / "texts"), str(scratch / "vision"))
+    processor = load_processor(str(scratch / "texts"), str(scratch / "vision"))
     processor.save_pretrained(scratch / "towers")
     images = Dense2SparseForRetrieval.from_encoder(
         str(scratch / "towers"), query_top_k=20, document_top_k=30, average_length=5.0

@@ -31,7 +31,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
-    AutoProcessor,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -45,6 +44,7 @@ from .polyrep_room import (
     check_counts,
     config_of,
     fields_of,
+    keep,
     new_encoder,
     pool_tokens,
     pooling_of,
@@ -93,9 +93,6 @@ class Dense2SparseConfig(PretrainedConfig):
         foreign_words (bool): The words are of another vocabulary than the encoder's, whose token ids mean others.
         added_tokens (int): Tokens that the encoder's tokenizer adds to any text.
         vocabulary_bytes (int): Length of the stored vocabulary in bytes; set by ``from_mlm``.
-        base_model_id (str): The backbone whose vectors the head was trained on, with revision and fingerprint.
-        base_revision (str): Its commit on the Hub.
-        base_fingerprint (str): SHA-256 over its weight files and module configs.
     """
 
     model_type = "polyrep_dense2sparse"
@@ -109,9 +106,6 @@ class Dense2SparseConfig(PretrainedConfig):
         "foreign_words",
         "added_tokens",
         "vocabulary_bytes",
-        "base_model_id",
-        "base_revision",
-        "base_fingerprint",
     )
 
     def __init__(
@@ -132,27 +126,17 @@ class Dense2SparseConfig(PretrainedConfig):
         foreign_words: bool = False,
         added_tokens: int = 2,
         vocabulary_bytes: int = 0,
-        base_model_id: str | None = None,
-        base_revision: str | None = None,
-        base_fingerprint: str | None = None,
         **kwargs,
     ):
-        self.input_dim, self.vocab_size, self.hidden_layers = input_dim, vocab_size, hidden_layers
-        self.expansion_size = vocab_size if expansion_size is None else expansion_size
-        self.activation, self.expansion, self.own_tokens = activation, expansion, own_tokens or "none"
-        self.document_top_k, self.query_top_k = document_top_k, query_top_k
-        self.mass, self.min_weight, self.average_length = mass, min_weight, average_length
-        self.special_token_ids = list(special_token_ids or [])
-        self.foreign_words, self.added_tokens = foreign_words, added_tokens
-        self.vocabulary_bytes = vocabulary_bytes
-        self.base_model_id, self.base_revision, self.base_fingerprint = base_model_id, base_revision, base_fingerprint
-        self._check()
+        expansion_size = vocab_size if expansion_size is None else expansion_size
+        own_tokens, special_token_ids = own_tokens or "none", list(special_token_ids or [])
+        self._check(keep(self, locals()))
         kwargs.pop("projection_dim", None)
         super().__init__(**kwargs)
         self.projection_dim = vocab_size  # the name under which sentence-transformers looks for the width
 
-    def _check(self) -> None:
-        name, words, mass, least = type(self).__name__, self.vocab_size, self.mass, self.min_weight
+    def _check(self, name: str) -> None:
+        words, mass, least = self.vocab_size, self.mass, self.min_weight
         check_counts(name, input_dim=self.input_dim, vocab_size=words)
         check_counts(name, 0, expansion_size=self.expansion_size, hidden_layers=self.hidden_layers)
         check_choices(name, _CHOICES, **{field: getattr(self, field) for field in _CHOICES if field != "pooling"})
@@ -595,12 +579,6 @@ class Dense2SparseForRetrieval(PreTrainedModel):
         retriever.encoder = encoder
         retriever.head.load_state_dict(head.state_dict())
         return retriever.to(encoder.dtype)
-
-    @staticmethod
-    def load_processor(backbone: str):
-        """What turns texts, or texts and images, into this model's inputs."""
-        towers = AutoConfig.from_pretrained(backbone).model_type in (*BOTH_TOWERS, TowersConfig.model_type)
-        return (AutoProcessor if towers else AutoTokenizer).from_pretrained(backbone)
 
     @staticmethod
     def check_backbone(model: SentenceTransformer) -> tuple[str, bool]:

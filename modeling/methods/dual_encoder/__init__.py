@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...registry import Graph, Room, register
+from .backbone import load_processor
 from .modeling_dual_encoder import (
     DualEncoderConfig,
     DualEncoderHead,
@@ -30,7 +31,7 @@ register(
         objectives={"DualEncoderLoss": DualEncoderLoss},
         card="dual_encoder",
         joins_vision=True,
-        load_processor=DualEncoderModel.load_processor,
+        load_processor=load_processor,
         graphs={
             DualEncoderHead: {
                 "text": Graph({"sentence_embedding": ("batch", "text_dim")}),

@@ -14,13 +14,14 @@ from transformers.models.mobilenet_v2.image_processing_pil_mobilenet_v2 import M
 
 from ...hub.example import Example, one_folder
 from ...hub.folder import Encoder
+from .backbone import load_processor
 from .modeling_dual_encoder import DualEncoderConfig, DualEncoderHeadConfig, DualEncoderModel, DualEncoderTransformer
 
 
 def build(backbone: Path, scratch: Path) -> Example:
     """One folder for images and texts."""
     model = dual_encoder(backbone, scratch)
-    processor = DualEncoderModel.load_processor(str(scratch / "texts"), str(scratch / "vision"))
+    processor = load_processor(str(scratch / "texts"), str(scratch / "vision"))
     return Example(
         {
             "retriever": image_text_folder(

@@ -9,7 +9,6 @@ stay as they are, with a small map behind each. It is the frozen backbone of hea
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 
 import torch
@@ -17,22 +16,18 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoProcessor,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
-    VisionTextDualEncoderProcessor,
 )
 from transformers.utils import ModelOutput
 
-from .polyrep_room import check_choices, check_counts, fields_of, pooling_of
+from .polyrep_room import check_choices, check_counts, fields_of, keep, pooling_of
 from .polyrep_towers import (
     BOTH_TOWERS,
     ImageInputs,
     Projections,
     Towers,
     image_features,
-    image_processor_of,
     initialize_projections,
     open_both_towers,
     shared_width,
@@ -58,14 +53,11 @@ class DualEncoderHeadConfig(PretrainedConfig):
         hidden_dim (int): Width of a residual layer (GELU) beside each linear map; 0 for none.
         dropout (float): Share of an image's features that a training step leaves out.
         text_dropout (float): Share of a text's.
-        base_model_id (str): The text encoder, with revision and fingerprint.
-        base_revision (str): Its commit on the Hub.
-        base_fingerprint (str): SHA-256 over its weight files and module configs.
         vision_model_id (str): The vision encoder.
     """
 
     model_type = "polyrep_dual_encoder_head"
-    derived = ("text_dim", "image_dim", "base_model_id", "base_revision", "base_fingerprint", "vision_model_id")
+    derived = ("text_dim", "image_dim", "vision_model_id")
 
     def __init__(
         self,
@@ -75,22 +67,15 @@ class DualEncoderHeadConfig(PretrainedConfig):
         hidden_dim: int = 0,
         dropout: float = 0.0,
         text_dropout: float = 0.0,
-        base_model_id: str | None = None,
-        base_revision: str | None = None,
-        base_fingerprint: str | None = None,
         vision_model_id: str | None = None,
         **kwargs,
     ):
-        name = type(self).__name__
+        name = keep(self, locals())
         check_counts(name, text_dim=text_dim, image_dim=image_dim, projection_dim=projection_dim)
         check_counts(name, 0, hidden_dim=hidden_dim)
         for field, value in (("dropout", dropout), ("text_dropout", text_dropout)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name}: {field}={value!r} is no share that leaves anything. Use 0 to below 1.")
-        self.text_dim, self.image_dim, self.projection_dim = text_dim, image_dim, projection_dim
-        self.hidden_dim, self.dropout, self.text_dropout = hidden_dim, dropout, text_dropout
-        self.base_model_id, self.base_revision, self.base_fingerprint = base_model_id, base_revision, base_fingerprint
-        self.vision_model_id = vision_model_id
         super().__init__(**kwargs)
 
 
@@ -228,33 +213,6 @@ class DualEncoderModel(Towers, PreTrainedModel):
         """Pooling of a SentenceTransformer and whether it normalises; ValueError if it does more than that."""
         remedy = "Name a backbone of these parts alone."
         return pooling_of(model, "DualEncoderModel", _CHOICES["pooling"], remedy, prompts=False)
-
-    @staticmethod
-    def load_processor(backbone: str, vision: str | None = None):
-        """What turns texts and images into this model's inputs: the backbone's own, or one of two parts."""
-        if vision is None:
-            return AutoProcessor.from_pretrained(backbone)
-        tokenizer = AutoTokenizer.from_pretrained(backbone)
-        return VisionTextDualEncoderProcessor(image_processor_of(vision), tokenizer)
-
-    @classmethod
-    def open_backbone(cls, backbone: str, dtype: torch.dtype) -> SentenceTransformer | None:
-        """A plain CLIP, SigLIP or BLIP folder as a SentenceTransformer for texts and images; None for any other."""
-        if AutoConfig.from_pretrained(backbone).model_type not in BOTH_TOWERS:
-            return None
-        output = {"method_output_name": "sentence_embedding"}
-        modalities = {"text": {"method": "forward", **output}, "image": {"method": "encode_image", **output}}
-        with tempfile.TemporaryDirectory() as folder:
-            cls.from_encoder(backbone).save_pretrained(folder)
-            cls.load_processor(backbone).save_pretrained(folder)
-            transformer = DualEncoderTransformer(
-                folder,
-                model_kwargs={"dtype": dtype},
-                modality_config=modalities,
-                module_output_name="sentence_embedding",
-                unpad_inputs=False,
-            )
-        return SentenceTransformer(modules=[transformer], similarity_fn_name="dot")
 
     def forward(
         self,

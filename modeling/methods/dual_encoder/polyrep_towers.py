@@ -1,8 +1,8 @@
 """Two towers, one for texts and one for images, whose vectors can be compared; shared by shipped files of images.
 
 One model that brings both (CLIP, SigLIP, BLIP), or two encoders with a map behind each. A model holds them as
-``TwoTowers``, or is them, as the dual encoder is. This is copied like ``polyrep_room.py``, and has no config class
-either.
+``TwoTowers``, or is them, as the dual encoder is. The one to change is that of ``polyrep.hub``, whose copies `make
+rooms` renews, as of ``polyrep_room.py``; it has no config class either.
 """
 
 # mypy: ignore-errors
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
-    AutoProcessor,
     BlipForImageTextRetrieval,
     CLIPModel,
     PretrainedConfig,
@@ -71,12 +70,6 @@ def open_both_towers(backbone: str, owner: str) -> PreTrainedModel:
             "would be random. Name a checkpoint made for retrieval."
         )
     return encoder
-
-
-def image_processor_of(folder: str):
-    """A folder's image processor; AutoImageProcessor itself would want torchvision in transformers 5.17."""
-    processor = AutoProcessor.from_pretrained(folder)
-    return getattr(processor, "image_processor", processor)
 
 
 def image_features(encoder: PreTrainedModel, pixel_values: Tensor) -> Tensor:

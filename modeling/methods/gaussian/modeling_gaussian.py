@@ -47,6 +47,7 @@ from .polyrep_room import (
     check_score,
     config_of,
     fields_of,
+    keep,
     new_encoder,
     pool_tokens,
     pooling_of,
@@ -86,14 +87,11 @@ class GaussianHeadConfig(PretrainedConfig):
         normalize_input (bool): Bring what is read to unit length first. Default: as the backbone does, else not.
         normalize_mean (bool): Bring means to unit length. Default: as the backbone does (``from_encoder``,
             ``from_backbone``, ``train``), else yes.
-        base_model_id (str): The backbone whose vectors the head was trained on, with revision and fingerprint.
-        base_revision (str): Its commit on the Hub.
-        base_fingerprint (str): SHA-256 over its weight files and module configs.
     """
 
     model_type = "polyrep_gaussian_head"
     # What follows from the backbone, and is nobody's choice.
-    derived = ("input_dim", "base_model_id", "base_revision", "base_fingerprint")
+    derived = ("input_dim",)
     similarity_fn_name = "dot"
 
     def __init__(
@@ -108,29 +106,23 @@ class GaussianHeadConfig(PretrainedConfig):
         separate_variance: bool = False,
         normalize_input: bool | None = None,
         normalize_mean: bool | None = None,
-        base_model_id: str | None = None,
-        base_revision: str | None = None,
-        base_fingerprint: str | None = None,
         **kwargs,
     ):
-        name = type(self).__name__
         variance_groups = None if type(variance_groups) is int and variance_groups == 0 else variance_groups
+        normalize_input, normalize_mean = bool(normalize_input), normalize_mean is not False
+        name = keep(self, locals())
         sizes = {"mean_dim": mean_dim, "projection_dim": projection_dim, "variance_groups": variance_groups}
         given = {field: value for field, value in sizes.items() if value is not None}
         check_counts(name, input_dim=input_dim, **given)
-        for field, value in (("beta", beta), ("variance_floor", variance_floor)):
+        check_choices(name, _CHOICES, divergence=divergence)
+        for field, value, usual in (("beta", beta, 14), ("variance_floor", variance_floor, 1e-3)):
             if not 0 < value < math.inf:
                 raise ValueError(
                     f"{name}: {field}={value}: a variance could be zero, and scores divide by it. Use more than 0, "
-                    f"e.g. {14 if field == 'beta' else 1e-3}."
+                    f"e.g. {usual}."
                 )
-        check_choices(name, _CHOICES, divergence=divergence)
         if divergence == "dot":
-            variance_groups, separate_variance = None, False
-        self.input_dim, self.variance_groups, self.divergence = input_dim, variance_groups, divergence
-        self.beta, self.variance_floor, self.separate_variance = beta, variance_floor, separate_variance
-        self.normalize_input, self.normalize_mean = bool(normalize_input), normalize_mean is not False
-        self.base_model_id, self.base_revision, self.base_fingerprint = base_model_id, base_revision, base_fingerprint
+            self.variance_groups, self.separate_variance = None, False
         self.mean_dim = self._mean_dim(mean_dim, projection_dim)
         self.projection_dim = self._index_dim(self.mean_dim)
         super().__init__(**kwargs)

@@ -57,23 +57,15 @@ def draw_ellipses(
         for row, name in enumerate(names):
             x, y = means[row, dims].tolist()
             width, height = (2 * SCALE * every[row, dims].sqrt()).tolist()
-            color, query = colors[row % len(colors)], texts is queries
-            thick = 2.5 if query else 1
+            color, thick = colors[row % len(colors)], 2.5 if texts is queries else 1
             axis.add_patch(Ellipse((x, y), width, height, fill=False, color=color, lw=thick))
             axis.plot(x, y, ".", color=color)
-            if query:
+            if texts is queries:
                 axis.plot([], [], color=color, lw=thick, label=name)
             else:  # of two near each other, one above and one below
                 beside = (3, 3) if row % 2 else (3, -font_size - 2)
-                axis.annotate(
-                    name,
-                    (x, y),
-                    beside,
-                    textcoords="offset points",
-                    fontsize=font_size,
-                    color="0.3",
-                    parse_math=False,
-                )
+                plain = {"textcoords": "offset points", "fontsize": font_size, "color": "0.3", "parse_math": False}
+                axis.annotate(name, (x, y), beside, **plain)
     axis.set_xlabel(f"mean, dimension {dims[0]}")
     axis.set_ylabel(f"mean, dimension {dims[1]}")
     axis.set_aspect("equal")

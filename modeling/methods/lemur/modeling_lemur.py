@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
-from .polyrep_room import HeadModule, check_choices, check_counts, check_score
+from .polyrep_room import HeadModule, check_choices, check_counts, check_score, keep
 
 try:
     from sentence_transformers.base.modules.module import Module
@@ -61,13 +61,10 @@ class LemurConfig(PretrainedConfig):
         embedding_dim (int): Numbers of a vector: up to rank, the first of those directions; or latent_dim, the
             features as they are, which is the default.
         seed (int): Of the fit.
-        base_model_id (str): The encoder whose token vectors the head was fitted to, with revision and fingerprint.
-        base_revision (str): Its commit on the Hub.
-        base_fingerprint (str): SHA-256 over its weight files and module configs.
     """
 
     model_type = "polyrep_lemur"
-    derived = ("token_dim", "seed", "base_model_id", "base_revision", "base_fingerprint")
+    derived = ("token_dim", "seed")
 
     def __init__(
         self,
@@ -80,13 +77,10 @@ class LemurConfig(PretrainedConfig):
         rank: int = 512,
         embedding_dim: int | None = None,
         seed: int = 0,
-        base_model_id: str | None = None,
-        base_revision: str | None = None,
-        base_fingerprint: str | None = None,
         **kwargs,
     ):
-        name = type(self).__name__
         embedding_dim = latent_dim if embedding_dim is None else embedding_dim
+        name = keep(self, locals())
         sizes = {"token_dim": token_dim, "latent_dim": latent_dim, "embedding_dim": embedding_dim}
         check_counts(name, num_anchors=num_anchors, **sizes)
         check_counts(name, 0, rank=rank, seed=seed)
@@ -104,10 +98,6 @@ class LemurConfig(PretrainedConfig):
                 f"{name}: embedding_dim={embedding_dim}, but only rank={rank} directions are kept. Use up to {rank}, "
                 f"or latent_dim={latent_dim} for the features themselves."
             )
-        self.token_dim, self.latent_dim, self.feature_type = token_dim, latent_dim, feature_type
-        self.query_scale, self.num_anchors, self.ridge = query_scale, num_anchors, ridge
-        self.rank, self.embedding_dim, self.seed = rank, embedding_dim, seed
-        self.base_model_id, self.base_revision, self.base_fingerprint = base_model_id, base_revision, base_fingerprint
         super().__init__(**kwargs)
 
 

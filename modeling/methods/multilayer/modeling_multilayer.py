@@ -39,6 +39,7 @@ from .polyrep_room import (
     check_choices,
     config_of,
     fields_of,
+    keep,
     new_encoder,
     pool_tokens,
     pooling_of,
@@ -72,14 +73,11 @@ class MultiLayerHeadConfig(PretrainedConfig):
         projection (bool): One linear map behind every layer, the identity at first.
         hidden_size (int): Width of the encoder's states; known once there is an encoder.
         num_hidden_layers (int): The encoder's layers; likewise.
-        base_model_id (str): The backbone whose states the head was trained on, with revision and fingerprint.
-        base_revision (str): Its commit on the Hub.
-        base_fingerprint (str): SHA-256 over its weight files and module configs.
     """
 
     model_type = "polyrep_multilayer_head"
     # What follows from the backbone, and is nobody's choice.
-    derived = ("hidden_size", "num_hidden_layers", "base_model_id", "base_revision", "base_fingerprint")
+    derived = ("hidden_size", "num_hidden_layers")
 
     def __init__(
         self,
@@ -91,18 +89,14 @@ class MultiLayerHeadConfig(PretrainedConfig):
         projection: bool = False,
         hidden_size: int | None = None,
         num_hidden_layers: int | None = None,
-        base_model_id: str | None = None,
-        base_revision: str | None = None,
-        base_fingerprint: str | None = None,
         **kwargs,
     ):
-        name, token = type(self).__name__, token or "mean"
+        token, normalize = token or "mean", bool(normalize)
+        name = keep(self, locals())
         if isinstance(layers, str | int) or not layers or not all(type(layer) is int for layer in layers):
             raise ValueError(f"{name}: layers={layers!r} names no hidden states. Use whole numbers, e.g. [-1, -3].")
         check_choices(name, _CHOICES, pooling=pooling, token=token)
-        self.layers, self.pooling, self.token, self.normalize = list(layers), pooling, token, bool(normalize)
-        self.pool_queries, self.projection = pool_queries, projection
-        self.base_model_id, self.base_revision, self.base_fingerprint = base_model_id, base_revision, base_fingerprint
+        self.layers = list(layers)
         if len(layers) == 1 and pooling not in ("last", "linear"):
             raise ValueError(
                 f"{name}: pooling={pooling!r} of the single layer {layers[0]} has nothing to pool. Name more layers, "
@@ -115,7 +109,6 @@ class MultiLayerHeadConfig(PretrainedConfig):
         if pooling == "linear" and projection:
             raise ValueError(f"{name}: projection with pooling='linear' is one map behind another. Leave it out.")
         super().__init__(**kwargs)
-        self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
         self.fit(num_hidden_layers, hidden_size)
 
     def fit(self, num_hidden_layers: int | None, hidden_size: int | None) -> None:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
-from .polyrep_room import HeadModule, check_choices, check_counts, check_score
+from .polyrep_room import HeadModule, check_choices, check_counts, check_score, keep
 
 try:
     from sentence_transformers.multi_vector_encoder.modules.token_pooling import BaseTokenPooling
@@ -64,13 +64,10 @@ class ReinPoolConfig(PretrainedConfig):
             soft weights all, whatever their probability.
         quantization (str): none, or binary for signs, one bit a dimension.
         tasks (list): What is pooled: document, and query where queries are to be pooled too.
-        base_model_id (str): The backbone whose vectors the head was trained on, with revision and fingerprint.
-        base_revision (str): Its commit on the Hub.
-        base_fingerprint (str): SHA-256 over its weight files and module configs.
     """
 
     model_type = "polyrep_reinpool"
-    derived = ("dim", "base_model_id", "base_revision", "base_fingerprint")
+    derived = ("dim",)
 
     def __init__(
         self,
@@ -92,51 +89,45 @@ class ReinPoolConfig(PretrainedConfig):
         refinement: int = 0,
         quantization: str | None = None,
         tasks: list | None = None,
-        base_model_id: str | None = None,
-        base_revision: str | None = None,
-        base_fingerprint: str | None = None,
         **kwargs,
     ):
         quantization = quantization or "none"
-        name = type(self).__name__
-        patches = {} if patch_columns is None else {"patch_columns": patch_columns}
-        counts = {"num_heads": num_heads, "ffn_mult": ffn_mult, "num_vectors": num_vectors, "min_keep": min_keep}
-        check_counts(name, dim=dim, **counts, **patches)
-        check_counts(name, 0, num_layers=num_layers, refinement=refinement)
-        check_choices(name, _CHOICES, output=output, pooling=pooling, weights=weights, quantization=quantization)
-        if dim % num_heads:
-            fitting = max(h for h in range(1, num_heads + 1) if dim % h == 0)
-            raise ValueError(
-                f"{name}: num_heads={num_heads} does not divide dim={dim}, so attention heads would be uneven. "
-                f"Use a divisor of {dim}, e.g. {fitting}."
-            )
-        if patch_columns and dim % 4:
-            raise ValueError(f"{name}: patch_columns needs dim in fours for its sines, but dim={dim}. Use None.")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"{name}: dropout={dropout!r} is no share below 1. Use e.g. 0.1.")
-        if not math.isfinite(initial_keep_logit):
-            raise ValueError(f"{name}: initial_keep_logit={initial_keep_logit!r} is no log-odds. Use e.g. 1.0.")
-        if not 0 < threshold < 1:
-            raise ValueError(f"{name}: threshold={threshold!r} is no probability to decide by. Use e.g. 0.5.")
-        if pooling == "mean" and num_vectors > 1:
-            raise ValueError(
-                f"{name}: pooling='mean' gives one vector, but num_vectors={num_vectors}. Use pooling='kmeans'."
-            )
-        if output == "sentence_embedding" and num_vectors > 1:
-            raise ValueError(
-                f"{name}: output='sentence_embedding' is one vector, but num_vectors={num_vectors}. Use "
-                "num_vectors=1, or output='token_embeddings' in a MultiVectorEncoder."
-            )
-        self.dim, self.num_layers, self.num_heads, self.ffn_mult = dim, num_layers, num_heads, ffn_mult
-        self.dropout, self.initial_keep_logit, self.patch_columns = dropout, initial_keep_logit, patch_columns
-        self.num_vectors, self.output, self.pooling, self.weights = num_vectors, output, pooling, weights
-        self.threshold, self.min_keep, self.normalize = threshold, min_keep, normalize
-        self.projection, self.refinement, self.quantization = projection, refinement, quantization
-        self.tasks = [tasks] if isinstance(tasks, str) else list(tasks or ["document"])
-        self.base_model_id, self.base_revision, self.base_fingerprint = base_model_id, base_revision, base_fingerprint
+        tasks = [tasks] if isinstance(tasks, str) else list(tasks or ["document"])
+        self._check(keep(self, locals()))
         kwargs.pop("hidden_size", None)
         super().__init__(**kwargs)
         self.hidden_size = dim  # the name under which sentence-transformers looks for the width
+
+    def _check(self, name: str) -> None:
+        dim, heads, vectors = self.dim, self.num_heads, self.num_vectors
+        patches = {} if self.patch_columns is None else {"patch_columns": self.patch_columns}
+        check_counts(name, dim=dim, num_heads=heads, ffn_mult=self.ffn_mult, num_vectors=vectors, **patches)
+        check_counts(name, min_keep=self.min_keep)
+        check_counts(name, 0, num_layers=self.num_layers, refinement=self.refinement)
+        check_choices(name, _CHOICES, **{field: getattr(self, field) for field in _CHOICES})
+        if dim % heads:
+            fitting = max(h for h in range(1, heads + 1) if dim % h == 0)
+            raise ValueError(
+                f"{name}: num_heads={heads} does not divide dim={dim}, so attention heads would be uneven. Use a "
+                f"divisor of {dim}, e.g. {fitting}."
+            )
+        if self.patch_columns and dim % 4:
+            raise ValueError(f"{name}: patch_columns needs dim in fours for its sines, but dim={dim}. Use None.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"{name}: dropout={self.dropout!r} is no share below 1. Use e.g. 0.1.")
+        if not math.isfinite(self.initial_keep_logit):
+            raise ValueError(f"{name}: initial_keep_logit={self.initial_keep_logit!r} is no log-odds. Use e.g. 1.0.")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"{name}: threshold={self.threshold!r} is no probability to decide by. Use e.g. 0.5.")
+        if self.pooling == "mean" and vectors > 1:
+            raise ValueError(
+                f"{name}: pooling='mean' gives one vector, but num_vectors={vectors}. Use pooling='kmeans'."
+            )
+        if self.output == "sentence_embedding" and vectors > 1:
+            raise ValueError(
+                f"{name}: output='sentence_embedding' is one vector, but num_vectors={vectors}. Use num_vectors=1, or "
+                "output='token_embeddings' in a MultiVectorEncoder."
+            )
 
 
 @dataclass

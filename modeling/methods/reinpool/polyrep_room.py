@@ -34,6 +34,25 @@ logger = logging.getLogger(__name__)
 NOT_FINGERPRINTED = ("transformers_version", "_name_or_path", "__version__")
 
 
+def keep(config: PretrainedConfig, given: dict) -> str:
+    """Set what a head's config is made of as its fields, and what is known of the backbone that the head was made on.
+
+    That is ``base_model_id`` and ``base_revision``, its commit on the Hub, and ``base_fingerprint``, its
+    :func:`fingerprint`; None where they are not recorded.
+
+    Args:
+        config: The config.
+        given: ``locals()`` of its constructor, the further arguments as ``kwargs``.
+
+    Returns:
+        The config's name, for messages.
+    """
+    base = {name: given["kwargs"].pop(name, None) for name in ("base_model_id", "base_revision", "base_fingerprint")}
+    own = {name: value for name, value in given.items() if name not in ("self", "kwargs", "__class__")}
+    vars(config).update(own | base)
+    return type(config).__name__
+
+
 def check_counts(owner: str, low: int = 1, **values) -> None:
     """ValueError that names the first value that is no whole number from ``low`` on."""
     for field, value in values.items():
@@ -307,10 +326,7 @@ class HeadModule:
             model.config = expected(**(fields | changes))
         return cls(model)
 
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """:meth:`load`, by the name that transformers has for it."""
-        return cls.load(*args, **kwargs)
+    from_pretrained = load
 
     @classmethod
     def check_changes(cls, fields: dict, changes: dict, fixed: set = frozenset()) -> None:

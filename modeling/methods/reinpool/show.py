@@ -12,7 +12,6 @@ take keep probabilities, so they also show a filter from elsewhere::
 from __future__ import annotations
 
 import html
-import os
 import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
@@ -27,6 +26,7 @@ from tokenizers.decoders import ByteLevel
 from torch import Tensor
 
 from ...errors import InputError
+from ...files import staged_file
 
 FOG, OPACITY = 96, 0.6
 """Grey that lies over dropped patches: on dark pages it shows as well, and text below it can still be read."""
@@ -229,10 +229,8 @@ def kept_tokens_png(
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.font_manager import FontProperties
     from matplotlib.patches import Rectangle
 
     if not documents or titles is not None and len(titles) != len(documents):
@@ -242,52 +240,61 @@ def kept_tokens_png(
         )
     strongest = 1 - STRENGTH * (1 - np.array(HUE) / 255)  # the hue over white
     colors = LinearSegmentedColormap.from_list("keep", np.stack([np.ones(3), strongest]))
-    font, heading = FontProperties(size=_FONT), FontProperties(size=_FONT, weight="bold")
-    renderer = RendererAgg(8, 8, 144)
-
-    def length(text: str) -> float:
-        return renderer.get_text_width_height_descent(text, font, ismath=False)[0] / 2  # 144 dots are 72 points
-
-    texts: list[tuple[float, float, str, FontProperties]] = []
-    boxes: list[tuple[float, float, float, float]] = []  # left, middle, width, probability
-    line = 0.5
-    for number, (tokens, keep_probability) in enumerate(documents):
-        probability = _probabilities(keep_probability, tokens)
-        for part in textwrap.wrap(titles[number], 80) if titles else ():
-            texts.append((0, line * _LINE, part, heading))
-            line += 1
-        pieces = _pieces(tokens)
-        lengths = [length(piece) for _, piece in pieces]
-        places = _wrap(pieces, lengths, length(" "), _WIDTH)
-        for (_, piece), width, (x, row), p in zip(pieces, lengths, places, probability, strict=True):
-            texts.append((x, (line + row) * _LINE, piece, font))
-            boxes.append((x, (line + row) * _LINE, width, p))
-        line += places[-1][1] + 1.5
-    height = (line - 0.5) * _LINE
+    headings, pieces, height = _laid_out(documents, titles)
     bar = 4 * _FONT  # height of the colour bar with its numbers
     size = np.array([_WIDTH + 2 * _MARGIN, height + bar + 2 * _MARGIN])
     figure = plt.figure(figsize=tuple(size / 72))
     axis = figure.add_axes((_MARGIN / size[0], (_MARGIN + bar) / size[1], _WIDTH / size[0], height / size[1]))
     axis.set(xlim=(0, _WIDTH), ylim=(height, 0))  # one unit is one point, downwards
     axis.axis("off")
-    for x, y, width, p in boxes:
+    plain: dict[str, Any] = {"fontsize": _FONT, "va": "center_baseline", "parse_math": False}
+    for y, text in headings:
+        axis.text(0, y, text, weight="bold", **plain)
+    for x, y, width, p, text in pieces:
         axis.add_patch(Rectangle((x, y - _BOX / 2), width, _BOX, color=colors(p), lw=0))
-    kept = np.array([box[:3] for box in boxes if box[3] > threshold]).reshape(-1, 3)
-    axis.hlines(kept[:, 1] + _BOX / 2, kept[:, 0], kept[:, 0] + kept[:, 2], color="black", lw=1)
-    for x, y, text, properties in texts:
-        axis.text(x, y, text, fontproperties=properties, va="center_baseline", parse_math=False)
+        axis.text(x, y, text, **plain)
+        if p > threshold:
+            axis.hlines(y + _BOX / 2, x, x + width, color="black", lw=1)
     place = (_MARGIN / size[0], (_MARGIN + 2 * _FONT) / size[1], 0.4 * _WIDTH / size[0], 0.7 * _FONT / size[1])
     scale = figure.colorbar(ScalarMappable(cmap=colors), cax=figure.add_axes(place), orientation="horizontal")
     scale.set_label(f"keep probability; underlined: above {threshold:g}", fontsize=8)
     scale.ax.tick_params(labelsize=8)
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        figure.savefig(partial, format="png", dpi=144)
-        os.replace(partial, path)
+        with staged_file(Path(path)) as partial:
+            figure.savefig(partial, format="png", dpi=144)
     finally:
-        partial.unlink(missing_ok=True)
         plt.close(figure)
+
+
+def _laid_out(
+    documents: Sequence[tuple[Sequence[str], Any]], titles: Sequence[str] | None
+) -> tuple[list[tuple[float, str]], list[tuple[float, float, float, float, str]], float]:
+    """Where everything stands, in points from the top left.
+
+    Returns:
+        Lines of titles (middle, text), pieces of tokens (left, middle, width, probability, text), and the height.
+    """
+    from matplotlib.backends.backend_agg import RendererAgg
+    from matplotlib.font_manager import FontProperties
+
+    font, renderer = FontProperties(size=_FONT), RendererAgg(8, 8, 144)
+
+    def length(text: str) -> float:
+        return renderer.get_text_width_height_descent(text, font, ismath=False)[0] / 2  # 144 dots are 72 points
+
+    headings, found, line = [], [], 0.5
+    for number, (tokens, keep_probability) in enumerate(documents):
+        probability = _probabilities(keep_probability, tokens)
+        for part in textwrap.wrap(titles[number], 80) if titles else ():
+            headings.append((line * _LINE, part))
+            line += 1
+        pieces = _pieces(tokens)
+        lengths = [length(piece) for _, piece in pieces]
+        places = _wrap(pieces, lengths, length(" "), _WIDTH)
+        for (_, piece), width, (x, row), p in zip(pieces, lengths, places, probability, strict=True):
+            found.append((x, (line + row) * _LINE, width, p, piece))
+        line += places[-1][1] + 1.5
+    return headings, found, (line - 0.5) * _LINE
 
 
 def _wrap(pieces: list[tuple[bool, str]], lengths: list[float], space: float, width: float) -> list[tuple[float, int]]:
