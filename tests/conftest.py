@@ -72,7 +72,7 @@ def beir(tmp_path: Path) -> Path:
 
 
 CLI = str(ROOT / "tests" / "toy_cli.py")
-
+"""The program `polyrep`, with the test room."""
 
 IMPORTABLE = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))}
 """What has programs import the tests, and what the tests themselves import."""

@@ -8,6 +8,7 @@ It listens on the Unix socket ADDRESS, and ends when the process SESSION has end
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -54,18 +55,13 @@ def serve(address: str, session: int) -> dict[str, Any]:
                 if key.fileobj is listener:
                     client, _ = listener.accept()
                     request = _receive(client)
-                    pid = os.fork()
-                    if pid == 0:
-                        signal.set_wakeup_fd(-1)
-                        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
-                        for end in (listener, awakened, wake, client, *clients.values()):
-                            end.close()
+                    if (pid := os.fork()) == 0:
+                        _let_go(listener, awakened, wake, client, *clients.values())
                         return request
                     for stream in request["streams"]:
                         os.close(stream)
-                    clients[pid] = client
                     client.sendall(b"%d\n" % pid)
+                    clients[pid] = client
                     selector.register(client, selectors.EVENT_READ, pid)
                 elif key.fileobj is awakened:
                     awakened.recv(4096)
@@ -73,13 +69,22 @@ def serve(address: str, session: int) -> dict[str, Any]:
                     os.kill(key.data, signal.SIGKILL)
                     selector.unregister(key.fileobj)
             for pid, status in _ended():
-                client = clients.pop(pid)
-                if client in (key.fileobj for key in selector.get_map().values()):
+                with clients.pop(pid) as client, contextlib.suppress(KeyError, BrokenPipeError):  # if it has gone
                     selector.unregister(client)
                     client.sendall(b"%d\n" % status)
-                client.close()
+    for pid in clients:
+        os.kill(pid, signal.SIGKILL)
     shutil.rmtree(os.path.dirname(address))
     sys.exit()
+
+
+def _let_go(*sockets: socket.socket) -> None:
+    """Drop in a new process what is the server's."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a server in the background ignores
+    for end in sockets:
+        end.close()
 
 
 def _runs(process: int) -> bool:
@@ -99,11 +104,9 @@ def _receive(client: socket.socket) -> dict[str, Any]:
 def _ended() -> list[tuple[int, int]]:
     """Processes that have ended since it was last asked, each with its status."""
     found = []
-    try:
+    with contextlib.suppress(ChildProcessError):  # none is left
         while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):
             found.append(ended)
-    except ChildProcessError:  # none is left
-        pass
     return found
 
 
@@ -122,26 +125,26 @@ def run(request: dict[str, Any]) -> None:
         if end.code is not None and not isinstance(end.code, int):
             print(end.code, file=sys.stderr)
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
-        status = 1
+        status = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
     os._exit(status)
 
 
 def _run(arguments: list[str]) -> None:
     """What Python does with its arguments, as far as tests use them."""
-    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    sys.path[:0] = paths
-    if paths:
+    if paths := [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]:
+        sys.path[:0] = paths
         sys.modules.pop("sitecustomize", None)
-        try:
-            importlib.import_module("sitecustomize")
-        except ModuleNotFoundError:
-            pass
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module("sitecustomize")  # as Python itself does
     safe = False
     while arguments and arguments[0] in ("-u", "-P"):
         safe |= arguments.pop(0) == "-P"
