@@ -71,9 +71,10 @@ class WholeTraining:
         with torch.random.fork_rng(devices=[]):
             empty = next(iter(self.trainer.get_train_dataloader().batch_sampler), None) is None
         if empty:
+            pairs, batch = sum(self.pair_counts.values()), self.plan.args.train_batch_size
             raise InputError(
-                f"{sum(self.pair_counts.values())} pairs make no batch of {self.plan.args.train_batch_size}, so "
-                "there is no step. Lower --per_device_train_batch_size, name more --datasets, or take another --batch_sampler."
+                f"{pairs} pairs make no batch of {batch}, so there is no step. Lower --per_device_train_batch_size, "
+                "name more --datasets, or take another --batch_sampler."
             )
 
     def train(self, resume: Path | None) -> None:
