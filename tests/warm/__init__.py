@@ -10,8 +10,10 @@ polyrep is not among what has been imported, so a program without it is as far f
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,8 +23,10 @@ from pathlib import Path
 SESSION = os.environ.setdefault("POLYREP_TEST_SESSION", str(os.getpid()))
 """The process of pytest that hands tests to workers: all of them share one server, which ends when it does."""
 
-FOLDER = Path(os.environ.get("POLYREP_TEST_FOLDER") or tempfile.mkdtemp(prefix="warm-"))
-os.environ["POLYREP_TEST_FOLDER"] = str(FOLDER)
+if "POLYREP_TEST_FOLDER" not in os.environ:
+    os.environ["POLYREP_TEST_FOLDER"] = tempfile.mkdtemp(prefix="warm-")
+    atexit.register(shutil.rmtree, os.environ["POLYREP_TEST_FOLDER"], ignore_errors=True)
+FOLDER = Path(os.environ["POLYREP_TEST_FOLDER"])
 
 
 def python() -> str:
