@@ -391,7 +391,7 @@ class LemurPooling(HeadModule, Module):
 
     head_class = LemurModel
     reads, gives = "token_dim", "embedding_dim"
-    changeable = {"embedding_dim", "ridge", "base_fingerprint"}
+    changeable = {"embedding_dim", "ridge"} | HeadModule.changeable
     made = "fitted"
     forward_kwargs = {"task"}
 

@@ -425,6 +425,7 @@ class ReinPoolPooling(HeadModule, BaseTokenPooling):
     head_class = ReinPoolModel
     reads = gives = "dim"
     changeable = {"num_vectors", "pooling", "output", "weights", "threshold", "min_keep", "quantization", "tasks"}
+    changeable |= HeadModule.changeable
 
     def __init__(self, model: ReinPoolModel, *, tasks: str | list[str] | None = None):
         super().__init__(model)
@@ -517,7 +518,7 @@ class ReinPoolPooling(HeadModule, BaseTokenPooling):
     @classmethod
     def check_changes(cls, fields, changes, fixed=frozenset()):
         """Refuse what fits no weights, and a threshold where nothing is decided."""
-        if "slots" in (fields["pooling"], changes.get("pooling")):  # which are learned, as many as there are
+        if "slots" in (fields["pooling"], changes.get("pooling")):  # learned, as many as there are
             fixed = fixed | {"pooling", "num_vectors"}
         super().check_changes(fields, changes, fixed)
         decisions = sorted({"threshold", "min_keep"} & changes.keys())

@@ -208,8 +208,9 @@ def fingerprint(folder: Path) -> str:
 def fingerprints_of(module) -> list[str]:
     """Fingerprints of the folders that a module may have come from; none if that is not to be known.
 
-    Of a repository in the cache they are those of all its versions, unless the model tells its commit, as it did up to
-    transformers 5.17. A folder that holds a head already has none: it was put together with its backbone on purpose.
+    Of a repository in the cache they are those of all its versions, unless the model tells its commit, as it does in
+    transformers 5.17 and no longer in 5.23. A folder that holds a head already has none: it was put together with its
+    backbone on purpose.
     """
     source = getattr(getattr(module, "model", None), "name_or_path", None)
     if not source:
