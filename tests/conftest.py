@@ -88,3 +88,9 @@ def run_two_processes(program: str | Path, *arguments: str) -> subprocess.Comple
     """Run a program in two processes that know of each other, as `torchrun` and `accelerate launch` start them."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return run_python(*launch, str(program), *arguments)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest test, which all would wait for if it came late."""
+    items.sort(key=lambda item: not item.nodeid.endswith("[README.md]"))
