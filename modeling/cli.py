@@ -62,10 +62,10 @@ def train(argv: list[str], *, prog: str = "polyrep train") -> Path | None:
         return run(plan)
     from .publishing.after_training import measure_and_publish, refuse_unpublishable
 
-    refuse_unpublishable(plan)
+    texts = refuse_unpublishable(plan)
     folder = run(plan)
     if folder is not None:
-        measure_and_publish(plan, folder)
+        measure_and_publish(plan, folder, texts)
     return folder
 
 

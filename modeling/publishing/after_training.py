@@ -16,8 +16,11 @@ from .publish import PublishArguments, publish_folder
 from .upload import check_repo_name, head_of
 
 
-def refuse_unpublishable(plan: Plan) -> None:
+def refuse_unpublishable(plan: Plan) -> bool:
     """Say before training what can be known then of why a run could not be published.
+
+    Returns:
+        Whether all that it will be measured on are texts, which :func:`measure_and_publish` asks for.
 
     Raises:
         InputError: No name, token or card, a repository that may not be replaced, a head alone, or data on whose test
@@ -45,7 +48,7 @@ def refuse_unpublishable(plan: Plan) -> None:
             f"--output_dir {args.output_dir}: called like its backbone, beside which the model is measured. Choose "
             "another name."
         )
-    _holds_texts(recipe)
+    return _holds_texts(recipe)
 
 
 def _holds_texts(recipe: RecipeArguments) -> bool:
@@ -68,12 +71,13 @@ def _holds_texts(recipe: RecipeArguments) -> bool:
     return texts
 
 
-def measure_and_publish(plan: Plan, folder: Path) -> None:
+def measure_and_publish(plan: Plan, folder: Path, texts: bool) -> None:
     """Measure a trained model beside its untouched backbone and BM25, on the test split of its data; publish it.
 
     Args:
         plan: The run.
         folder: What it made.
+        texts: What :func:`refuse_unpublishable` said.
 
     Raises:
         InputError: It could not be measured or published; says how to go on.
@@ -82,7 +86,7 @@ def measure_and_publish(plan: Plan, folder: Path) -> None:
     target = PublishArguments(args.hub_model_id, bool(args.hub_private_repo))
     target.trust_remote_code = recipe.trust_remote_code
     try:
-        target.results = [str(_measured(plan, folder))]
+        target.results = [str(_measured(plan, folder, texts))]
         publish_folder(folder, target)
     except InputError as error:
         said = {
@@ -97,14 +101,14 @@ def measure_and_publish(plan: Plan, folder: Path) -> None:
         ) from error
 
 
-def _measured(plan: Plan, folder: Path) -> Path:
+def _measured(plan: Plan, folder: Path, texts: bool) -> Path:
     """The file of what a trained model scores beside its backbone and BM25."""
     recipe, results = plan.recipe, folder.parent / "results"
     backbone, pinned = recipe.backbone, recipe.revision
     if not local(backbone):
         pinned = fetch(backbone, revision=recipe.revision).name  # a snapshot is called by its commit
     # BM25 reads no images, and neither does the text half of a dual encoder.
-    baselines = ["bm25"] if _holds_texts(recipe) else []
+    baselines = ["bm25"] if texts else []
     baselines += [] if plan.head and plan.head.vision else [backbone]
     asked = EvaluationArguments(
         dataset=recipe.datasets,
