@@ -20,6 +20,7 @@ import warm
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers on every machine
 os.environ["OMP_NUM_THREADS"] = "1"  # several workers share the cores, and threads that wait for a core burn it
+os.environ["OMP_WAIT_POLICY"] = "passive"  # nor may those that a training takes for itself
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hub-")  # nor on what its user has downloaded
