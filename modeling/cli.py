@@ -11,6 +11,7 @@ from typing import Any
 from .errors import InputError
 
 COMMANDS = {
+    "data": "data.command:data",
     "train": "cli:train",
     "evaluate": "cli:evaluate",
     "encode": "encoding.encode:encode",

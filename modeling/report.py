@@ -62,7 +62,8 @@ def write_results(
             stands before a comma) that it shows, none for no picture; and ``gap``, two systems from which a second
             axis counts 0 and 1. Also optional: ``recommendations``, each with a ``text`` and its ``dataset``;
             ``failures``, each a ``system``, its ``dataset`` and the ``reason`` why it has no row; ``notes``, sentences
-            below the tables.
+            below the tables; ``data``, of a data set that was made on this machine the ``documents``, ``fingerprint``
+            and ``packages``.
         output: Folder to write to; None writes nothing.
         picture: Draws results into a file; default: :func:`draw`.
 
@@ -143,6 +144,9 @@ def to_markdown(results: dict[str, Any]) -> str:
         f"{system}: fingerprint {digest[:16]} (SHA-256 over weights and configs)."
         for system, digest in results["models"].items()
     ]
+    for name, made in results.get("data", {}).items():
+        packages = ", ".join(f"{package} {version}" for package, version in made["packages"].items())
+        lines += [f"{name}: {made['documents']:,} documents, fingerprint {made['fingerprint']}, read from {packages}."]
     return "\n".join(lines) + "\n"
 
 

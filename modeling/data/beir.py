@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -74,8 +73,6 @@ def open_beir(source: str, split: str, revision: str | None) -> tuple[Iterator, 
             f"{folder}: the folder has neither corpus.jsonl nor corpus.jsonl.gz, so it is no BEIR data set. "
             f"Expected corpus.jsonl, queries.jsonl and qrels/{split}.tsv."
         )
-    if not folder.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise InputError(f"{source}: no such folder, and not of the form ORG/NAME of a Hub data set either.")
     return open_hub(source, revision)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,8 +68,8 @@ class RetrievalDataset:
 
 
 def dataset_name(source: str | Path) -> str:
-    """What tables and caches call a data set: the last part of its folder or of its id."""
-    return Path(source).name or Path(source).resolve().name
+    """What tables and caches call a data set: the last part of its name, folder or id, fit to be a file's name."""
+    return re.sub("[:,]", "-", Path(source).name or Path(source).resolve().name)
 
 
 def in_dev_tenth(query_id: str) -> bool:

@@ -1,4 +1,4 @@
-"""Retrieval data sets, from a folder or from the Hugging Face Hub: BEIR layout, tables of pairs, images with captions.
+"""Retrieval data sets, by name or from a folder or the Hub: BEIR layout, tables of pairs, images with captions.
 
 A data set is a corpus, the queries of one split and their judgments (qrels). Everything is checked while it is read,
 because a silently skipped line moves nDCG by an amount that nobody can explain later.
@@ -30,6 +30,7 @@ from ..errors import InputError, NoSplit
 from .beir import check_qrels, hub_rows, load_part, open_beir, read_jsonl, text_of_document, texts_by_id
 from .captions import is_captions, load_captions
 from .dataset import RetrievalDataset, dataset_name, in_dev_tenth
+from .named import located
 from .tables import from_pairs, open_pairs
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ def load_retrieval_dataset(
     hashed id says so, which ``split="train"`` then leaves out. Choosing settings on test is thus never necessary.
 
     Args:
-        path_or_id: A folder in BEIR layout, or a data set id on the Hub such as ``"mteb/scifact"``.
+        path_or_id: A name of ``polyrep data list``, a folder in BEIR layout, or a data set id on the Hub such as
+            ``"mteb/scifact"``.
         split: Split of the qrels, e.g. ``"train"``, ``"dev"``, ``"test"``.
         revision: Commit, tag or branch of a Hub data set.
         keep_empty: Accept documents and queries without text instead of refusing the data set.
@@ -59,8 +61,8 @@ def load_retrieval_dataset(
         NoSplit: The split is not there, or judges no query.
         InputError: A file, line or field is missing or malformed; an id is duplicated or unknown; a text is empty.
     """
-    source = str(path_or_id)
-    folder = Path(path_or_id)
+    source = located(path_or_id)
+    folder = Path(source)
     if is_captions(folder):
         return load_captions(folder, split, restval=restval)
     if (table := open_pairs(source, revision)) is not None:
@@ -95,7 +97,8 @@ def load_corpus(path_or_id: str | Path, *, revision: str | None = None, keep_emp
     Raises:
         InputError: The corpus is missing or malformed.
     """
-    source, folder = str(path_or_id), Path(path_or_id)
+    source = located(path_or_id)
+    folder = Path(source)
     if (table := open_pairs(source, revision, queries=False)) is not None:
         corpus: Mapping[str, Any] = from_pairs(source, table, None).corpus
     else:

@@ -11,7 +11,6 @@ import hashlib
 import io
 import itertools
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import InputError
+from .named import located
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 ID_FIELDS = ("_id", "id", "docid", "doc_id")
@@ -90,7 +90,7 @@ def open_source(
 
     Args:
         location: A ``.jsonl`` (``.gz``) or ``.parquet`` file; a folder of such files, of which ``corpus.jsonl`` alone
-            counts where there is one; a folder of images; or ``ORG/NAME`` on the Hub.
+            counts where there is one; a folder of images; a name of ``polyrep data list``; or ``ORG/NAME`` on the Hub.
         fields: Where records have what.
         split: Of a data set on the Hub.
         config: Likewise.
@@ -99,6 +99,7 @@ def open_source(
     Raises:
         InputError: It is none of these, or cannot be opened.
     """
+    location = located(location)
     path = Path(location)
     if path.is_file():
         return _of_files([path], fields)
@@ -114,12 +115,7 @@ def open_source(
         for kind, files in found.items():
             return _of_images(path, files) if kind == "images" else _of_files(files, fields)
         raise InputError(f"{path}: no .jsonl, .parquet or image ({', '.join(IMAGES)}) in it: nothing to encode.")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", location):
-        return _of_hub(location, fields, split, config, revision)
-    raise InputError(
-        f"{location}: no such file or folder, nor ORG/NAME of the Hub. Give a .jsonl or .parquet file, a folder of "
-        "such files or of images, or a data set."
-    )
+    return _of_hub(location, fields, split, config, revision)
 
 
 def picture(content: bytes | Path) -> Any:

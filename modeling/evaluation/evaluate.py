@@ -17,6 +17,7 @@ from sentence_transformers import MultiVectorEncoder
 
 from ..data.dataset import RetrievalDataset
 from ..data.load import load_retrieval_dataset
+from ..data.named import made_here, on_hub
 from ..errors import InputError
 from ..flags import as_flags, changed_fields, command_line, parse
 from ..hub.cards import hub_source
@@ -163,7 +164,7 @@ def evaluate_models(
     _refuse_unfit(args, systems, datasets, suites)
     found = _measure(args, systems, datasets, suites)
     rows = [
-        row | hub_source(path)
+        row | hub_source(*on_hub(path))
         for path, dataset in zip(args.dataset, datasets, strict=True)
         for row in table_rows(dataset, found.rankings[dataset.name], reference, args.seed)
     ]
@@ -178,6 +179,7 @@ def evaluate_models(
         "models": found.fingerprints,
         "rows": rows + found.benchmark_rows,
         "claims": [],
+        "data": made_here(*args.dataset),
     }
     _write(args, results, suites, found.unavailable)
     return results

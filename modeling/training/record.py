@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from ..data.catalog import CATALOG
 from ..data.dataset import dataset_name
+from ..data.named import on_hub
 from ..errors import InputError
 from ..files import read_json, write_json
 from ..flags import changed_fields
-from ..hub.cards import data_licence, public_command, stated_licence
+from ..hub.cards import data_licence, hub_source, public_command, stated_licence
 from ..hub.fingerprint import fingerprint
 from ..hub.folder import MINILM_ID, fetch, local
 from ..hub.vision import fetch_vision
@@ -92,7 +94,10 @@ def card_context(plan: Plan, counts: dict[str, int]) -> dict[str, Any]:
     licences = {
         "backbone": stated_licence(backbone),
         "vision": stated_licence(fetch_vision(vision, plan.head.vision_revision)) if plan.head and vision else None,
-        "data": {name: data_licence(source) for name, source in names.items()},
+        "data": {
+            name: CATALOG[source].licence if source in CATALOG else data_licence(source)
+            for name, source in names.items()
+        },
     }
     return {
         "command": public_command(plan.command),
@@ -103,7 +108,7 @@ def card_context(plan: Plan, counts: dict[str, int]) -> dict[str, Any]:
         "labels": contract(plan.objective).learns_from_labels(plan.objective_arguments),
         "objective": recipe.objective,
         "pairs": counts,
-        "datasets": {name: None if Path(source).is_dir() else source for name, source in names.items()},
+        "datasets": {name: hub_source(*on_hub(source)).get("hub_dataset") for name, source in names.items()},
         "licences": licences,
         "versions": ", ".join(f"{name} {version}" for name, version in provenance("")["versions"].items()),
         "seed": plan.args.seed,

@@ -21,6 +21,7 @@ from ...encoding.encoders import kind_of
 from ...errors import InputError
 from ...files import digest
 from ...flags import command_line, parse
+from ...data.named import made_here, on_hub
 from ...hub.cards import hub_source
 from ...hub.fingerprint import fingerprint
 from ...hub.folder import Encoder, fastest_dtype, fetch, load
@@ -143,6 +144,7 @@ def frontier(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
         "models": {display_name(source): fingerprint(models[0].folder)},
         "rows": [],
         "claims": [],
+        "data": made_here(*args.dataset),
         "recommendations": [],
         "failures": [],
         "notes": [NOTE, *(full.fit_data.note for full in models if full.fit_data.note)],
@@ -151,7 +153,7 @@ def frontier(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
     for path, full in zip(args.dataset, models, strict=True):
         found = rank_all(full, methods)
         rows, advice, margins = tabulate(full, found.rankings, budgets)
-        results["rows"] += [row | hub_source(path) for row in rows]
+        results["rows"] += [row | hub_source(*on_hub(path)) for row in rows]
         results["recommendations"] += advice
         results["claims"] += margins
         results["failures"] += found.failures
