@@ -27,7 +27,7 @@ from polyrep.encoding import embed
 from polyrep.hub.folder import packaged_minilm
 from polyrep.report import provenance, write_results
 
-DATA = Path(__file__).parent.parent / "data" / "tldr_pages"
+DATA = "tldr_pages"
 
 
 def measure(way: str, documents: int) -> float:

@@ -1,4 +1,4 @@
-r"""Draw what photographs become: six of the images that ship, with their heaviest words under several models.
+r"""Draw what images become: six drawn scenes, with their heaviest words under several models.
 
     python benchmarks/dense2sparse_pictures.py --output results --models \
         "no control=models/dense2sparse-mobilenet-free/final" \
@@ -6,7 +6,7 @@ r"""Draw what photographs become: six of the images that ship, with their heavie
         "Dense2Sparse=models/dense2sparse-mobilenet-minilm/final"
 
 The last is the shipped run; the first two are it with the flags of PUBLISHED in ``dense2sparse_images.py`` and
-``--control none`` or ``batch``. Real pixels go through the whole folder. A word in bold is in one of the captions.
+``--control none`` or ``batch``. The pixels go through the whole folder. A word in bold is in one of the captions.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import shlex
 import sys
 from pathlib import Path
 
-from polyrep.data import load_retrieval_dataset
+from scenes import SCENES
+
 from polyrep.hub import fingerprint, load
 from polyrep.report import provenance, write_results
 
-DATA = Path(__file__).parent.parent / "data" / "coco_mini"
-SHOWN = ["000000129648", "000000377575", "000000214753", "000000160012", "000000405279", "000000165518"]
+SHOWN = ["ball.png", "zebra.png", "pizza.png", "umbrella.png", "boat.png", "bus.png"]
 WORDS = 8
 
 
@@ -31,23 +31,18 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", required=True, help="NAME=FOLDER of each")
     parser.add_argument("--output", type=Path, required=True, help="folder for dense2sparse-pictures.json and .png")
     args = parser.parse_args()
-    images, captions = {}, {}
-    for split in ("train", "dev", "test"):
-        dataset = load_retrieval_dataset(DATA, split)
-        for caption, judged in dataset.qrels.items():
-            name = next(iter(judged)).removesuffix(".jpg")
-            if name in SHOWN:
-                images[name] = dataset.corpus[f"{name}.jpg"]
-                captions.setdefault(name, []).append(dataset.queries[caption])
+    images = {name: SCENES[name].draw() for name in SHOWN}
     models = dict(named.split("=", 1) for named in args.models)
     words, rows = {}, []
     for name, folder in models.items():
         model = load(folder, trust_remote_code=True, device="cpu")
         vectors = model.encode_document([images[image] for image in SHOWN])
-        said = {image: {w for text in captions[image] for w in model.tokenizer.tokenize(text)} for image in SHOWN}
+        said = {
+            image: {w for text in SCENES[image].captions for w in model.tokenizer.tokenize(text)} for image in SHOWN
+        }
         words[name] = dict(zip(SHOWN, model.decode(vectors, top_k=WORDS), strict=True))
         found = [word in said[image] for image in SHOWN for word, _ in words[name][image]]
-        row = {"system": name, "dataset": "coco_mini", "split": "all"}
+        row = {"system": name, "dataset": "drawn scenes", "split": "all"}
         rows.append(
             row | {"metric": f"share of the {WORDS} heaviest words in a caption", "value": sum(found) / len(found)}
         )
@@ -66,7 +61,7 @@ def main() -> None:
 
 
 def draw(images: dict, words: dict, said: dict, path: Path) -> None:
-    """A row an image: the photograph, then a column of words for each model."""
+    """A row an image: the picture, then a column of words for each model."""
     import matplotlib
 
     matplotlib.use("Agg")

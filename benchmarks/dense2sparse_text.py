@@ -31,6 +31,7 @@ from transformers import AutoModel, HfArgumentParser, set_seed
 
 from polyrep.cli import train as train_run
 from polyrep.data import RetrievalDataset
+from polyrep.data.named import made_here
 from polyrep.encoding import Embeddings
 from polyrep.evaluation.frontier.csr import CSR_BATCH, CSR_RATE, CSR_SIZES, CSR_STEPS, csr, fit_module, with_csr
 from polyrep.evaluation.metrics import per_query_metrics
@@ -93,7 +94,7 @@ class Arguments:
     """What to fit and measure."""
 
     datasets: list[str] = field(
-        default_factory=lambda: ["data/tldr_pages", "data/scitldr", "data/scifact"], metadata={"help": "BEIR folders."}
+        default_factory=lambda: ["tldr_pages", "scitldr", "scifact"], metadata={"help": "BEIR folders."}
     )
     backbone: str = field(default="minilm", metadata={"help": "Folder, Hub id, or minilm."})
     quick: bool = field(
@@ -479,6 +480,15 @@ def claims(measured: list[Measured]) -> list[dict[str, Any]]:
     return found
 
 
+NEXT = """
+Next, with data of your own (a folder with corpus.jsonl, or any name of `polyrep data list`):
+  make quickstart DATASET=my/folder                              this table for your documents and queries
+  accelerate launch train.py hub_configs/dense2sparse-minilm --datasets my/folder        the same head as a recipe
+  accelerate launch encode.py {model} --input my/folder --output encoded --trust_remote_code
+  polyrep index encoded --uri qdrant:my/index                    then: polyrep search "..." --model ... --uri ...
+Other representations, for your bytes and milliseconds: docs/choose.md"""
+
+
 def show_words(bench: Bench, folder: Path) -> None:
     """Print the heaviest words of three queries and of the document that each finds first."""
     model = load(folder, trust_remote_code=True)
@@ -508,6 +518,7 @@ def main() -> None:
             "seeds": args.seeds,
             "models": {args.backbone: fingerprint(folder)},
             "claims": [],
+            "data": made_here(*args.datasets),
             **outcome,
         }
         return write_results(results, Path(args.output) if args.output else None)
@@ -534,6 +545,7 @@ def main() -> None:
         print(f"\nThe model: {fitted / 'final'}")
         if args.output:
             print(f"Quality against FLOPs: {Path(args.output) / args.name}.png")
+        print(NEXT.format(model=fitted / "final"))
 
 
 if __name__ == "__main__":

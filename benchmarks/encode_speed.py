@@ -40,8 +40,8 @@ from polyrep.report import provenance, write_results
 class Arguments:
     """What to measure."""
 
-    dataset: str = "data/tldr_pages"
-    models: list[str] = field(default_factory=lambda: ["minilm", "models/late-interaction-minilm/final"])
+    dataset: str = "tldr_pages"
+    models: list[str] = field(default_factory=lambda: ["minilm", "models/four/late-interaction-minilm/final"])
     texts: int = field(default=768, metadata={"help": "For throughput, in two shards."})
     repeats: int = 3
     sizes: list[int] = field(default_factory=lambda: [10_000, 100_000])

@@ -43,7 +43,7 @@ class Arguments:
 
     stage: str = field(default="dev", metadata={"help": "dev, test or table; see above."})
     datasets: list[str] = field(
-        default_factory=lambda: ["data/tldr_pages", "data/scitldr", "data/scifact"], metadata={"help": "BEIR folders."}
+        default_factory=lambda: ["tldr_pages", "scitldr", "scifact"], metadata={"help": "BEIR folders."}
     )
     backbone: str = field(default="minilm", metadata={"help": "Folder or Hub id of a SentenceTransformer."})
     forms: list[str] = field(default_factory=list, metadata={"help": "Names of rows; default: all, or the best."})

@@ -31,7 +31,7 @@ from polyrep.report import provenance, write_results
 from polyrep.search import kl
 
 ROOT = Path(__file__).parent.parent
-DATA = ROOT / "data" / "tldr_pages"
+DATA = "tldr_pages"
 WIDTH, MEANS, BATCH = 768, 383, 512
 """The paper's encoder, distribution and batch."""
 

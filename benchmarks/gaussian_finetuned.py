@@ -6,7 +6,7 @@
 
 A model is trained on the union of the train sets for each setting and seed, the variance from an inserted [VAR] as in
 the paper. Meant for a GPU; ``--max_steps 2`` tries it on any machine. Rows that are taught need
-models/late-interaction-minilm/final, which train.py makes.
+models/four/late-interaction-minilm/final, which train.py makes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import finetuned_tier
 import gaussian_frozen as frozen
 
 CONTROL = frozen.CONTROL
-TAUGHT = ["--teacher", "models/late-interaction-minilm/final", "--hard_negatives", "4", "--distill_weight", "0.3"]
+TAUGHT = ["--teacher", "models/four/late-interaction-minilm/final", "--hard_negatives", "4", "--distill_weight", "0.3"]
 
 
 def _setting(*flags: str, divergence: str = "kl", groups: int = 1) -> list[str]:

@@ -1,6 +1,6 @@
 """What a variance gains behind a frozen encoder, beside the plain vector of as many numbers; and what it knows.
 
-    python benchmarks/gaussian_frozen.py --teacher models/late-interaction-minilm/final --output results
+    python benchmarks/gaussian_frozen.py --teacher models/four/late-interaction-minilm/final --output results
 
 Each text is encoded once; every setting then fits linear maps to that for seconds, with the shipped run's pairs,
 negatives and steps. Rates and temperatures are chosen on dev with the first seed, one for all sets. Fits are kept, so
@@ -127,7 +127,8 @@ class Arguments(frozen_tier.Arguments):
     """What to fit and measure."""
 
     teacher: str = field(
-        default="models/late-interaction-minilm/final", metadata={"help": "Model that the taught rows learn from."}
+        default="models/four/late-interaction-minilm/final",
+        metadata={"help": "Model that the taught rows learn from."},
     )
     name: str = field(default="gaussian-frozen", metadata={"help": "Name of the files."})
 

@@ -31,8 +31,8 @@ from polyrep.methods.gaussian.show import draw_ellipses
 from polyrep.report import provenance
 
 ROOT = Path(__file__).parent.parent
-DATA = ROOT / "data" / "tldr_pages"
-FIT = ["gaussian-minilm-frozen", "--datasets", str(DATA), "--variance_groups", "0", "--head_only", "true"]
+DATA = "tldr_pages"
+FIT = ["gaussian-minilm-frozen", "--datasets", DATA, "--variance_groups", "0", "--head_only", "true"]
 NARROW, WIDE = "List the contents of a zip archive without extracting it.", "compress"
 
 

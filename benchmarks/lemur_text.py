@@ -78,14 +78,15 @@ class Arguments:
     """What to fit and measure."""
 
     datasets: list[str] = field(
-        default_factory=lambda: ["data/tldr_pages", "data/scitldr", "data/scifact"], metadata={"help": "BEIR folders."}
+        default_factory=lambda: ["tldr_pages", "scitldr", "scifact"], metadata={"help": "BEIR folders."}
     )
     pooled: list[str] = field(
-        default_factory=lambda: ["data/tldr_pages", "data/scifact", "data/scitldr", "data/pubmedqa"],
+        default_factory=lambda: ["tldr_pages", "scifact", "scitldr", "pubmedqa"],
         metadata={"help": "Data sets whose documents make the corpus that grows."},
     )
     backbone: str = field(
-        default="models/late-interaction-minilm/final", metadata={"help": "Folder or Hub id of a MultiVectorEncoder."}
+        default="models/four/late-interaction-minilm/final",
+        metadata={"help": "Folder or Hub id of a MultiVectorEncoder."},
     )
     ablation: bool = field(default=False, metadata={"help": "Settings on dev instead of the table on test."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the fits."})

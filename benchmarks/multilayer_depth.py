@@ -51,7 +51,7 @@ TIMED = 192
 class Arguments:
     """What to train and measure."""
 
-    datasets: list[str] = field(default_factory=lambda: ["data/tldr_pages"], metadata={"help": "BEIR folders."})
+    datasets: list[str] = field(default_factory=lambda: ["tldr_pages"], metadata={"help": "BEIR folders."})
     backbone: str = field(default="minilm", metadata={"help": "Folder or Hub id of a SentenceTransformer."})
     max_steps: int = field(default=60, metadata={"help": "Steps of each model."})
     batch: int = field(default=32, metadata={"help": "Pairs of a step."})

@@ -1,6 +1,6 @@
 """What ReinPool costs: pooling beside encoding, clustering beside hierarchical pooling, and the memory of a fit.
 
-python benchmarks/reinpool.py --head models/reinpool-minilm/head --output results
+python benchmarks/reinpool.py --head models/tldr/reinpool-minilm/head --output results
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from polyrep.methods import ReinPoolConfig, ReinPoolModel, ReinPoolPooling
 from polyrep.report import provenance, write_results
 
 ROOT = Path(__file__).parent.parent
-DATA = ROOT / "data" / "scifact"
-FIT = [*("reinpool-minilm", "--datasets", str(DATA), "--head_only", "true", "--save_strategy", "no"), "--overwrite"]
+DATA = "scifact"
+FIT = [*("reinpool-minilm", "--datasets", DATA, "--head_only", "true", "--save_strategy", "no"), "--overwrite"]
 
 
 def best_of(repeats: int, call: Callable[[], object]) -> float:
@@ -43,8 +43,8 @@ def best_of(repeats: int, call: Callable[[], object]) -> float:
 def main() -> None:
     """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="models/late-interaction-minilm/final")
-    parser.add_argument("--head", default="models/reinpool-minilm/head")
+    parser.add_argument("--model", default="models/four/late-interaction-minilm/final")
+    parser.add_argument("--head", default="models/tldr/reinpool-minilm/head")
     parser.add_argument("--output", type=Path, help="folder for reinpool-speed.json and .md")
     parser.add_argument("--documents", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)

@@ -1,7 +1,8 @@
 """Pictures of the tokens that a trained ReinPool filter keeps.
 
-python benchmarks/reinpool_kept.py --model models/late-interaction-minilm/final --head models/reinpool-minilm/head \
-    --output results
+    python benchmarks/reinpool_kept.py --output results
+
+The pages are polyrep's own documentation.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from polyrep.methods import ReinPoolPooling
 from polyrep.methods.reinpool.show import kept_tokens_html, kept_tokens_png, token_pieces
 from polyrep.report import provenance
 
-DATA = Path(__file__).parent.parent / "data" / "tldr_pages"
+DATA = "python_docs:polyrep"
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="models/late-interaction-minilm/final")
     parser.add_argument("--head", default="models/reinpool-minilm/head")
-    parser.add_argument("--documents", nargs="*", help="ids of tldr_pages; default: three test pages over the corpus")
+    parser.add_argument("--documents", nargs="*", help="ids of documents; default: three test pages over the corpus")
     parser.add_argument("--output", type=Path, default=Path("runs"), help="folder for reinpool-kept.png, .html, .json")
     args = parser.parse_args()
     dataset = load_retrieval_dataset(DATA)

@@ -117,14 +117,15 @@ class Arguments:
     """What to fit and measure."""
 
     datasets: list[str] = field(
-        default_factory=lambda: ["data/tldr_pages", "data/scitldr", "data/scifact"], metadata={"help": "BEIR folders."}
+        default_factory=lambda: ["tldr_pages", "scitldr", "scifact"], metadata={"help": "BEIR folders."}
     )
     backbone: str = field(
-        default="models/late-interaction-minilm/final", metadata={"help": "Folder or Hub id of a MultiVectorEncoder."}
+        default="models/four/late-interaction-minilm/final",
+        metadata={"help": "Folder or Hub id of a MultiVectorEncoder."},
     )
     bundle: bool = field(default=True, metadata={"help": "Also four documents of the first data set as one."})
     transfer: list[str] = field(
-        default_factory=lambda: ["data/pubmedqa"], metadata={"help": "Further data sets, for heads of other corpora."}
+        default_factory=lambda: ["pubmedqa"], metadata={"help": "Further data sets, for heads of other corpora."}
     )
     ablation: bool = field(default=False, metadata={"help": "Every lever on dev instead of the table on test."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the fits."})

@@ -84,10 +84,12 @@ COLOURS = {
 class Arguments:
     """What to measure."""
 
-    datasets: list[str] = field(default_factory=lambda: ["data/tldr_pages", "data/scitldr", "data/scifact"])
+    datasets: list[str] = field(default_factory=lambda: ["tldr_pages", "scitldr", "scifact"])
     sizes: list[int] = field(default_factory=lambda: [1_000, 10_000, 100_000])
-    backbone: str = field(default="models/late-interaction-minilm/final", metadata={"help": "Of several vectors."})
-    models: str = field(default="models", metadata={"help": "Folder of the shipped runs' outputs."})
+    backbone: str = field(
+        default="models/four/late-interaction-minilm/final", metadata={"help": "Of several vectors."}
+    )
+    models: str = field(default="models/tldr", metadata={"help": "Folder of the shipped runs' outputs."})
     cache_dir: str = ".cache"
     systems: list[str] = field(default_factory=list, metadata={"help": "Only these representations."})
     time_budget: float = field(default=0.0, metadata={"help": "Seconds after which no row is begun; 0: none."})

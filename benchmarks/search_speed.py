@@ -1,6 +1,6 @@
 """Exact MaxSim search against a loop over documents and against sentence-transformers' own scoring, in one run.
 
-python benchmarks/search_speed.py --model models/late-interaction-minilm/final --output results
+python benchmarks/search_speed.py --model models/four/late-interaction-minilm/final --output results
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from polyrep.report import provenance, write_results
 from polyrep.search import exact_search
 from polyrep.search.ranking import tie_ranks
 
-DATA = Path(__file__).parent.parent / "data" / "tldr_pages"
+DATA = "tldr_pages"
 
 
 def main() -> None:
     """Time the three ways on the same vectors, check that they agree, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="models/late-interaction-minilm/final")
+    parser.add_argument("--model", default="models/four/late-interaction-minilm/final")
     parser.add_argument("--output", type=Path, help="folder for search-speed.json and .md")
     parser.add_argument("--queries", type=int, default=64)
     parser.add_argument("--documents", type=int, default=6357)

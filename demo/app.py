@@ -2,7 +2,7 @@
 
     python demo/app.py
 
-The first start encodes the corpus, about six minutes on two cores, and keeps it; an interrupted one goes on. What is
+The first start encodes the corpus, MINUTES on two cores, and keeps it; an interrupted one goes on. What is
 computed lies in collection.py, the HTML in views.py; here is which part of the page asks for what.
 """
 
@@ -24,14 +24,16 @@ import gradio as gr
 import images
 import views
 from collection import LONGEST, RUNS, Collection, few
+from sentence_transformers import SparseEncoder
 from storage import open_models
 
 from polyrep.data import load_retrieval_dataset
 from polyrep.errors import InputError
+from polyrep.hub import load
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE if (HERE / "data").is_dir() else HERE.parent
-"""Of the clone, or of the Space, in which this file lies beside the data."""
+ROOT = HERE if (HERE / "results").is_dir() else HERE.parent
+"""Of the clone, or of the Space, in which this file lies beside the results."""
 
 logger = logging.getLogger("demo")
 
@@ -59,11 +61,12 @@ a document takes in it, and how long a search takes.</p></div>"""
 def main() -> None:
     """Open or encode the corpus, then serve the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--dataset", default=str(ROOT / "data" / "tldr_pages"), help="folder or Hub id, as in evaluate.py"
-    )
+    parser.add_argument("--dataset", default="python_docs", help="name, folder or Hub id, as in evaluate.py")
     parser.add_argument("--documents", type=int, default=0, help="so many of its documents; 0: all")
     parser.add_argument("--models", type=Path, default=HERE / "models", help="packed models, or outputs of runs")
+    parser.add_argument("--vision", help="folder or Hub id of a Dense2Sparse model of images, for the tab Words")
+    parser.add_argument("--revision", help="commit of that model on the Hub")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that that model carries")
     parser.add_argument("--cache", type=Path, default=_default_cache(), help="where the encoded corpus is kept")
     parser.add_argument("--port", type=int, default=None, help="default: the first free one from 7860 on")
     parser.add_argument("--share", action="store_true", help="make a public link")
@@ -75,7 +78,8 @@ def main() -> None:
         if args.documents:
             shown = [query for query in EXAMPLES if query in dataset.qrels] or list(dataset.qrels)[: len(EXAMPLES)]
             dataset = few(dataset, args.documents, [document for query in shown for document in dataset.qrels[query]])
-        collection = Collection(dataset, open_models(args.models, RUNS, args.cache), args.cache)
+        images_model = open_vision(args.vision, args.revision, args.trust_remote_code) if args.vision else None
+        collection = Collection(dataset, open_models(args.models, RUNS, args.cache), args.cache, images_model)
     except InputError as error:
         parser.error(str(error))
     demo = build(collection)
@@ -89,6 +93,21 @@ def main() -> None:
         css_paths=HERE / "style.css",
         theme=theme(),
     )
+
+
+def open_vision(name: str, revision: str | None, trusted: bool) -> Any:
+    """The model that makes words of images.
+
+    Raises:
+        InputError: It cannot be opened, or makes none.
+    """
+    model = load(name, revision=revision, trust_remote_code=trusted)
+    if not isinstance(model, SparseEncoder) or "image" not in getattr(model[0], "modalities", ()):
+        raise InputError(
+            f"--vision {name}: gives no words of images. Name a Dense2Sparse model on a dual encoder, such as "
+            "`train.py hub_configs/dense2sparse-mobilenet-minilm` makes."
+        )
+    return model
 
 
 def theme() -> gr.themes.Base:
@@ -212,14 +231,11 @@ def _words_tab(collection: Collection, queries: list[str]) -> None:
     def text_words(text: str, task: str) -> str:
         return views.words(collection.words(text, "query" if task == "query" else "document"), task)
 
-    def image_words(source: str | bytes, alt: str) -> str:
-        image = images.opened(source)
-        return views.words(collection.image_words(image), "image", image, alt)
-
     def uploaded(content: bytes | None) -> str:
         if not content:
             raise InputError("No file came, or an empty one. Choose a photograph.")
-        return image_words(content, "Your image")
+        image = images.opened(content)
+        return views.words(collection.image_words(image), "image", image, "Your image")
 
     _explain(
         "Dense2Sparse turns one dense vector into weighted words, for an inverted index that a person can read. A "
@@ -233,30 +249,22 @@ def _words_tab(collection: Collection, queries: list[str]) -> None:
     result = _html(answer(queries[0], "query"))
     gr.on([box.submit, go.click, task.input], answer, [box, task], result, **ONE_AT_A_TIME)
 
-    photographs = _photographs()
-    answer_image = answered(image_words)
+    if collection.images is None:
+        _explain(
+            "The same with a photograph: its pixels become words of such an index, by which captions find it. The "
+            "demo brings no model of images. Start it with <code>--vision MODEL</code>, a Dense2Sparse model on a "
+            "dual encoder: what <code>train.py hub_configs/dense2sparse-mobilenet-minilm</code> makes of your "
+            "captions, or a repository that holds one."
+        )
+        return
     _explain(
-        "The same with a photograph: its pixels become words of such an index, by which captions find it. Choose one "
-        f"of these, or upload your own ({', '.join(images.FORMATS)}; at most {images.MOST_BYTES // 2**20} MB and "
+        "The same with a photograph: its pixels become words of such an index, by which captions find it. Upload one "
+        f"({', '.join(images.FORMATS)}; at most {images.MOST_BYTES // 2**20} MB and "
         f"{images.MOST_PIXELS // 10**6} million pixels; deleted within minutes)."
     )
-    choices = gr.HTML(views.photographs(photographs), js_on_load=PRESSED, apply_default_css=False)
     # Of any type, since the browser would drop a file that does not fit without a word.
     upload = gr.UploadButton("Upload a photograph", type="binary", size="md")
-    seen = _html(answer_image(*photographs[0]))
-
-    def chosen(event: gr.EventData) -> str:
-        return answer_image(*photographs[_pressed(event, photographs)])
-
-    choices.click(chosen, None, seen, **ONE_AT_A_TIME)
-    upload.upload(answered(uploaded), upload, seen, **ONE_AT_A_TIME)
-
-
-def _photographs() -> list[views.Photograph]:
-    """The twelve of data/coco_mini, each with a caption as its alternative text."""
-    folder = ROOT / "data" / "coco_mini"
-    rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [views.Photograph(str(folder / "images" / row["image"]), row["captions"][0].strip()) for row in rows]
+    upload.upload(answered(uploaded), upload, _html(""), **ONE_AT_A_TIME)
 
 
 def _kept_tab(collection: Collection, queries: list[str]) -> None:

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,6 @@ RUNS = {
     "dense2sparse-minilm": "head",
     "gaussian-minilm-frozen": "head",
     "multilayer-minilm-frozen": "head",
-    "dense2sparse-mobilenet-minilm": "final",
 }
 """The models of the demo, each with the part of a run's output that it is."""
 
@@ -274,13 +273,14 @@ class Collection:
         dataset: The corpus, and test queries with their judgments for examples.
         models: Run -> folder, for each of :data:`RUNS`.
         cache: Where what was encoded is kept.
+        images: A model whose words are those of images, if there is one.
 
     Raises:
         InputError: The documents are images.
     """
 
-    def __init__(self, dataset: RetrievalDataset, models: Mapping[str, Path], cache: Path):
-        self.dataset, self.models, self.cache = dataset, models, cache
+    def __init__(self, dataset: RetrievalDataset, models: Mapping[str, Path], cache: Path, images: Any = None):
+        self.dataset, self.models, self.cache, self.images = dataset, models, cache, images
         self.ids, self.texts = list(dataset.corpus), list(dataset.corpus.values())
         if not isinstance(self.texts[0], str):
             raise InputError(f"{dataset.name}: its documents are images, which these models do not read. Use texts.")
@@ -512,11 +512,6 @@ class Collection:
         vocabulary = self.dense2sparse.words
         own = {vocabulary[token] for token in features["input_ids"][0].tolist()}
         return Words([(word, weight, word in own) for word, weight in self.dense2sparse.decode(weights)[0]])
-
-    @cached_property
-    def images(self) -> Any:
-        """The model whose words are those of images; opened when the first image comes."""
-        return load(self.models["dense2sparse-mobilenet-minilm"], trust_remote_code=True)
 
     @torch.inference_mode()
     def image_words(self, image: Image.Image) -> Words:

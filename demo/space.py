@@ -4,7 +4,8 @@
     hf upload ORG/NAME FOLDER --repo-type space
 
 A Space installs requirements.txt before it sees anything else of the folder, so polyrep itself comes as a package
-beside app.py. A corpus that was encoded here goes along, and the Space starts at once.
+beside app.py. The documentation that was read here goes along, where the Space finds it by its name; so does what was
+encoded of it, and the Space starts at once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collection import RUNS, keys
 from storage import open_models, place
 
 from polyrep.data import load_retrieval_dataset
+from polyrep.data.named import located
 from polyrep.errors import InputError
 from polyrep.files import staged_folder
 
@@ -24,7 +26,7 @@ DEMO = Path(__file__).resolve().parent
 ROOT = DEMO.parent
 OWN = ("app.py", "collection.py", "images.py", "packed.py", "storage.py", "views.py", "style.css")
 SPACE = ("README.md", "requirements.txt")
-BESIDE = ("LICENSE", "data/tldr_pages", "data/coco_mini", "results/frontier-*.json", "results/frontier-*.png")
+BESIDE = ("LICENSE", "results/frontier-*.json", "results/frontier-*.png")
 _UNWANTED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.partial")
 
 
@@ -43,7 +45,8 @@ def stage(target: Path, cache: Path) -> bool:
     """
     if target.exists():
         raise InputError(f"{target}: exists already, and files of an earlier version would stay. Remove it first.")
-    dataset = load_retrieval_dataset(ROOT / "data" / "tldr_pages")
+    corpus = located("python_docs")
+    dataset = load_retrieval_dataset(corpus)
     wanted = keys(dataset, open_models(DEMO / "models", RUNS, cache))
     folders = [place(cache, name, key) for name, key in wanted.items()]
     whole = all(folder.is_dir() for folder in folders)
@@ -58,10 +61,8 @@ def stage(target: Path, cache: Path) -> bool:
             for source in ROOT.glob(pattern):
                 copied = staged / source.relative_to(ROOT)
                 copied.parent.mkdir(parents=True, exist_ok=True)
-                if source.is_dir():
-                    shutil.copytree(source, copied, ignore=_UNWANTED)
-                else:
-                    shutil.copyfile(source, copied)
+                shutil.copyfile(source, copied)
+        shutil.copytree(corpus, staged / "python_docs")
         for folder in folders if whole else ():
             shutil.copytree(folder, staged / "encoded" / folder.name)
     return whole

@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from collection import FULL, Found, Hit, KeptTokens, LayerScores, Uncertainty, Words
 from images import data_uri, embedded
@@ -249,22 +248,6 @@ def frontier(picture: bytes, results: Mapping[str, Any], name: str) -> str:
     table = _scrolling(f"All of {name}", _table(heads, cells, numbers=(2, 3)))
     return f"""<img class="result" src="{embedded(picture, "image/png")}" alt="{escape(alt)}">
 <details class="whole"><summary>The whole table, results/frontier-{escape(name)}.md</summary>{table}</details>"""
-
-
-class Photograph(NamedTuple):
-    """A file and a sentence that says what is to be seen."""
-
-    path: str
-    caption: str
-
-
-def photographs(shown: Sequence[Photograph]) -> str:
-    """Small pictures to press."""
-    pictures = [
-        f'<img src="{embedded(Path(one.path).read_bytes(), "image/jpeg")}" alt="{escape(one.caption)}">'
-        for one in shown
-    ]
-    return _buttons("Photographs", "photographs", pictures)
 
 
 def choices(label: str, texts: Sequence[str]) -> str:

@@ -25,6 +25,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hub-")  # nor on what its user has downloaded
 os.environ.pop("HF_HUB_CACHE", None)  # which would go before it
+os.environ.pop("POLYREP_DATA", None)
+if "PYTEST_XDIST_WORKER" not in os.environ:  # one for all workers, since reading python_docs takes a while
+    os.environ["POLYREP_CACHE"] = tempfile.mkdtemp(prefix="polyrep-")
+    atexit.register(shutil.rmtree, os.environ["POLYREP_CACHE"], ignore_errors=True)
 
 ROOT = Path(__file__).parent.parent
 

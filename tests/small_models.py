@@ -19,6 +19,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, StaticEm
 from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertTokenizer
+from world import write_world
 
 import polyrep
 from polyrep.hub.folder import packaged_minilm
@@ -161,3 +162,19 @@ def toy_run(tmp_path_factory: pytest.TempPathFactory, backbone: Path) -> Path:
     }
     (folder / "recipe.yaml").write_text("# test\n" + json.dumps(recipe))
     return folder
+
+
+@pytest.fixture(scope="session")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What POLYREP_DATA may name: invented pages, under the name of the corpus that every machine has."""
+    return write_world(tmp_path_factory.mktemp("sets") / "python_docs").parent
+
+
+@pytest.fixture(scope="session")
+def vision(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that makes words of images."""
+    from polyrep.methods.dense2sparse.example import build
+
+    folder = tmp_path_factory.mktemp("vision")
+    polyrep.save(build(backbone, folder).models["images"], folder / "model")
+    return folder / "model"

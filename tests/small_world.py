@@ -1,19 +1,19 @@
 """A small copy of the repository, in which the commands and the code of its pages run in seconds.
 
-It has the layout and the file names of the repository, real texts and images, the packaged all-MiniLM-L6-v2, and the
-recipes, whose runs take two steps. Models are made by those recipes when they are first asked for, so what is opened
-as ``models/NAME/final`` has the widths of the real one, and knows nothing.
+It has the layout and the file names of the repository, the packaged all-MiniLM-L6-v2, and the recipes, whose runs take
+two steps. Data sets of all the names that pages say are cut from the texts of ``world``; drawings are its photographs.
+Models are made by those recipes when they are first asked for, so what is opened as ``models/NAME/final`` has the
+widths of the real one, and knows nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gzip
 import io
-import json
+import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ from unittest import mock
 
 import yaml
 from conftest import ROOT
+from drawings import write_scenes
 from huggingface_hub import constants
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from transformers import AutoModel
+from world import ENGLISH, pages, write_world
 
 from polyrep.cli import main
 from polyrep.hub.folder import MINILM_ID, packaged_minilm
@@ -44,7 +46,7 @@ SHORTER: dict[str, dict[str, Any]] = {
     "dual-encoder-mobilenet-minilm": {"projection_dim": 64, "hidden_dim": 64},
     "multilayer-minilm-frozen": {"layers": [-1, -2, -3, -4]},
     # Vectors of 256 numbers want as many documents.
-    "lemur-minilm": {"datasets": [".many/tldr_pages"], "num_documents": 300, "latent_dim": 512, "num_anchors": 512},
+    "lemur-minilm": {"datasets": [".many/python_docs"], "num_documents": 300, "latent_dim": 512, "num_anchors": 512},
 }
 """What some of them say instead, where time goes by the width."""
 
@@ -52,12 +54,15 @@ LAYERS = 3
 """Layers of all-MiniLM-L6-v2 that are kept."""
 
 SIZES = {"train": 16, "dev": 6, "test": 8}
-"""Judgments kept of each split of a data set."""
+"""Queries kept of each split of a data set."""
+
+NAMED = ("python_docs", "tldr_pages", "scitldr", "scifact", "pubmedqa")
+"""Data sets that pages name."""
 
 PAGE_MODEL = "vidore/colpali-v1.3-hf"
 VISION = "google/mobilenet_v2_1.0_224"
-FLAGS = {"dual-encoder-mobilenet-minilm": ["--datasets", "data/coco_mini", "--vision", VISION]}
-FLAGS["dense2sparse-mobilenet-minilm"] = ["--datasets", "data/coco_mini", "--trust_remote_code", "true"]
+FLAGS = {"dual-encoder-mobilenet-minilm": ["--datasets", "captions", "--vision", VISION]}
+FLAGS["dense2sparse-mobilenet-minilm"] = ["--datasets", "captions", "--trust_remote_code", "true"]
 """What a recipe cannot know, and its users say."""
 
 
@@ -85,23 +90,23 @@ class SmallWorld:
         (folder / "modeling").symlink_to(ROOT / "modeling")
         for recipe in (folder / "hub_configs").glob("*/recipe.yaml"):
             shorten(recipe)
-        for data in sorted(path.parent for path in (ROOT / "data").glob("*/README.md")):
-            if (data / "qrels").is_dir():
-                cut(data, folder / "data" / data.name, SIZES)
-            else:
-                shutil.copytree(data, folder / "data" / data.name)
-        cut(ROOT / "data" / "tldr_pages", folder / ".many" / "tldr_pages", SIZES | {"train": 300})
+        for name in NAMED:
+            write_world(folder / ".sets" / name, sizes=SIZES)
+        write_world(folder / ".many" / "python_docs")
+        write_scenes(folder / ".sets" / "captions")
         self.minilm = shallow_minilm(folder / ".hub" / "minilm")
         self.put_on_hub(MINILM_ID, self.minilm)
         self.put_on_hub(VISION, tiny_vision(folder / ".hub" / "vision"))
-        self.document_ids = {key for file in (folder / "data").glob("*/corpus.jsonl.gz") for key in lines_of(file)}
-        self.photo = str(min((folder / "data" / "coco_mini" / "images").iterdir()))
+        self.document_ids = {page.id for page in pages(*ENGLISH)}
+        self.photo = str(min((folder / ".sets" / "captions" / "images").iterdir()))
         self.lasting = set(folder.iterdir()) | {folder / name for name in (".cache", "models")}
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Be in its folder, where ``minilm`` is the shallow one."""
-        with contextlib.chdir(self.folder), mock.patch("polyrep.hub.folder.packaged_minilm", lambda: self.minilm):
+        """Be in its folder, where ``minilm`` is the shallow one and names of data sets are known."""
+        shallow = mock.patch("polyrep.hub.folder.packaged_minilm", lambda: self.minilm)
+        sets = mock.patch.dict(os.environ, POLYREP_DATA=str(self.folder / ".sets"))
+        with contextlib.chdir(self.folder), shallow, sets:
             yield
 
     def put_on_hub(self, name: str, folder: Path) -> str:
@@ -156,30 +161,6 @@ def shorten(recipe: Path) -> None:
         content["datasets"] = content["datasets"][:1]
     content |= SHORT | SHORTER.get(recipe.parent.name, {})
     recipe.write_text(f"{recipe.read_text().splitlines()[0]}\n{yaml.safe_dump(content)}")
-
-
-def cut(source: Path, target: Path, sizes: Mapping[str, int]) -> None:
-    """Copy a data set with the first judgments of each split whose documents are short, and what they judge."""
-    (target / "qrels").mkdir(parents=True)
-    shutil.copy(source / "README.md", target)
-    lines = {name: lines_of(source / f"{name}.jsonl.gz") for name in ("queries", "corpus")}
-    longest = sorted(map(len, lines["corpus"].values()))[len(lines["corpus"]) // 10]
-    kept: dict[str, set[str]] = {name: set() for name in lines}
-    for split, size in sizes.items():
-        header, *judgments = (source / "qrels" / f"{split}.tsv").read_text().splitlines()
-        judgments = [j for j in judgments if len(lines["corpus"][j.split("\t")[1]]) <= longest][:size]
-        (target / "qrels" / f"{split}.tsv").write_text("\n".join([header, *judgments]) + "\n")
-        for name, ids in zip(kept, zip(*(j.split("\t")[:2] for j in judgments), strict=True), strict=True):
-            kept[name].update(ids)
-    for name, ids in kept.items():
-        with gzip.open(target / f"{name}.jsonl.gz", "wt", encoding="utf-8") as file:
-            file.writelines(line for key, line in lines[name].items() if key in ids)
-
-
-def lines_of(file: Path) -> dict[str, str]:
-    """Lines of a file of documents or queries by their ids."""
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        return {json.loads(line)["_id"]: line for line in lines}
 
 
 def shallow_minilm(folder: Path) -> Path:

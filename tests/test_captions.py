@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from drawings import SCENES, write_scenes
+from matplotlib.cbook import get_sample_data
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -17,7 +19,6 @@ from polyrep.data import load_retrieval_dataset
 from polyrep.data.captions import is_captions
 from polyrep.encoding import embed
 
-ROOT = Path(__file__).parent.parent
 SPLITS = ["train", "restval", "val", "test", "train"]
 
 
@@ -102,11 +103,29 @@ def test_safetensors_hold_images_and_perhaps_captions(tmp_path):
         load_retrieval_dataset(folder, "dev")
 
 
-def test_the_images_that_ship_open_upright_and_rgb():
-    dataset = load_retrieval_dataset(ROOT / "data" / "coco_mini", "train")
-    assert len(dataset.corpus) == 6 and len(dataset.queries) == 30
-    opened = dataset.corpus[next(iter(dataset.corpus))]
-    assert opened.mode == "RGB" and max(opened.size) <= 256
+def test_drawn_scenes_are_a_data_set_that_is_the_same_each_time(tmp_path):
+    folders = [write_scenes(tmp_path / name) for name in ("scenes", "again")]
+    seen: dict[str, str] = {}
+    for split, count in (("train", 6), ("dev", 2), ("test", 4)):
+        dataset, again = (load_retrieval_dataset(folder, split) for folder in folders)
+        assert len(dataset.corpus) == count and len(dataset.queries) == len(set(dataset.queries.values())) == 5 * count
+        for name, image in dataset.corpus.items():
+            assert image.mode == "RGB" and max(image.size) <= 256
+            assert image.tobytes() == again.corpus[name].tobytes()
+            seen[name] = image.resize((32, 32)).tobytes()
+    assert list(seen) == list(SCENES) and len(set(seen.values())) == 12
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_photograph_of_a_camera_opens_as_rgb(tmp_path, mode):
+    folder = jsonl(tmp_path / "set", [{"image": "face.jpg", "split": "test", "captions": ["a woman in uniform"]}])
+    (folder / "images").mkdir()
+    with Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)) as photograph:
+        photograph.convert(mode).save(folder / "images" / "face.jpg")
+        opened = load_retrieval_dataset(folder, "test").corpus["face.jpg"]
+        assert opened.mode == "RGB" and opened.size == photograph.size
+        expected = np.asarray(photograph.convert("L").convert("RGB") if mode == "L" else photograph, float)
+    assert abs(np.asarray(opened, float) - expected).mean() < 6
 
 
 def test_a_photograph_taken_sideways_stands_upright(tmp_path):

@@ -16,7 +16,7 @@ from small_world import SmallWorld
 
 PAGES = sorted(
     [
-        *(path for folder in ("docs", "demo", "data") for path in (ROOT / folder).rglob("*.md")),
+        *(path for folder in ("docs", "demo") for path in (ROOT / folder).rglob("*.md")),
         *ROOT.glob("*.md"),
     ]
 )
@@ -24,8 +24,9 @@ HERE = [page for page in PAGES if page.name != "add-a-method.md"]
 """The pages but the one that test_add_a_method.py follows in a copy of the whole repository."""
 
 STANDING_FOR = {
-    "CAPTIONS": "data/coco_mini",
+    "CAPTIONS": "captions",
     "ORG/NAME": "someone/model",
+    "photo.jpg": ".sets/captions/images/ball.png",
 }
 """Words that stand for something of the reader's, and what that is in the small world."""
 
@@ -58,7 +59,7 @@ BROKEN = {
     "```python\nimport numpy as np\n\nvector = np.zeros((1, 3))  # (1, 4)\n```": r"\(1, 4\)",
     "```bash\npolyrep serch x\n```": "exit status 2",
     "```bash\npython evaluate.py minilm --dataset data/nowhere\n```": "exit status 2: error: data/nowhere",
-    "```bash\npython evaluate.py minilm --datasets data/scifact\n```": "not used .*--datasets",
+    "```bash\npython evaluate.py minilm --datasets scifact\n```": "not used .*--datasets",
     "```bash\naccelerate launch --num_proceses 2 train.py x\n```": r"^2$",
     "```bash\nmake quickstrat\n```": "quickstrat",
     "```bash\npip install 'polyrep[serch]'\n```": "extras are quickstart",

@@ -5,14 +5,13 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
-from conftest import DOCUMENTS, QRELS, QUERIES, ROOT, write_beir
+from conftest import DOCUMENTS, QRELS, QUERIES, write_beir
 from PIL import Image
 
 from polyrep import InputError
@@ -139,17 +138,6 @@ def test_which_queries_are_dev_depends_on_nothing_but_their_ids(tmp_path):
     write(many / "qrels" / "train.tsv", lines[0] + "".join(reversed(lines[1:])))
     dev_of_few, dev_of_many = (set(load_retrieval_dataset(folder, "dev").queries) for folder in (few, many))
     assert dev_of_few == dev_of_many & {f"q{i}" for i in range(200)} != set()
-
-
-def test_the_dev_split_is_the_one_that_shipped_scifact_has(tmp_path):
-    """Its dev.tsv was cut from the train file by the rule that data sets without dev.tsv get here."""
-    shipped = ROOT / "data" / "scifact"
-    for name in ("corpus.jsonl.gz", "queries.jsonl.gz"):
-        (tmp_path / name).symlink_to(shipped / name)
-    train, dev = ((shipped / "qrels" / f"{split}.tsv").read_text().removeprefix(HEADER) for split in ("train", "dev"))
-    write(tmp_path / "qrels" / "train.tsv", HEADER + dev + train)
-    for split in ("train", "dev"):
-        assert load_retrieval_dataset(tmp_path, split).qrels == load_retrieval_dataset(shipped, split).qrels
 
 
 def test_an_existing_dev_split_is_used_as_it_is(tmp_path):
@@ -517,38 +505,3 @@ def test_a_path_that_is_neither_a_folder_nor_an_id_is_refused(tmp_path, monkeypa
 def test_an_id_that_cannot_be_had_is_refused():
     message = said_about("no-such-org/no-such-set")
     assert message.startswith("no-such-org/no-such-set:") and "Check the path, the id and the network" in message
-
-
-# What is shipped.
-
-SHIPPED = {
-    "tldr_pages": (6357, {"train": 4881, "dev": 625, "test": 636}, ["CC BY 4.0", "licenses/by/4.0/"]),
-    "scitldr": (3229, {"train": 1992, "dev": 1453, "test": 1967}, ["Apache-2.0"]),
-    "scifact": (5183, {"train": 722, "dev": 87, "test": 300}, ["CC BY 4.0", "ODC-By 1.0", "licenses/by/1-0/"]),
-    "pubmedqa": (1000, {"train": 451, "dev": 49, "test": 500}, ["MIT"]),
-}
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_set_has_the_counts_and_the_licence_of_its_readme(name):
-    documents, queries, licences = SHIPPED[name]
-    splits = {split: load_retrieval_dataset(ROOT / "data" / name, split) for split in queries}
-    assert {len(loaded.corpus) for loaded in splits.values()} == {documents}
-    assert {split: len(loaded.queries) for split, loaded in splits.items()} == queries
-    assert len(set().union(*(loaded.queries for loaded in splits.values()))) == sum(queries.values())  # no query twice
-    readme = (ROOT / "data" / name / "README.md").read_text(encoding="utf-8")
-    overview = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
-    for text in [f"{documents:,}", *(f"{count:,}" for count in queries.values())]:
-        assert text in readme and text in overview
-    for licence in licences:
-        assert licence in readme
-    assert licences[0] in overview
-
-
-def test_the_shipped_sets_are_small_and_made_without_a_date():
-    files = [path for path in (ROOT / "data").rglob("*") if path.is_file()]
-    assert {path.parent.name for path in files if path.suffix == ".gz"} == set(SHIPPED)
-    assert sum(os.path.getsize(path) for path in files) <= 8_000_000
-    for path in files:
-        if path.suffix == ".gz":
-            assert path.read_bytes()[4:8] == bytes(4)  # the time stamp of the gzip header

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import io
 import json
@@ -29,6 +30,7 @@ import views
 import warm
 import yaml
 from conftest import ROOT
+from matplotlib.cbook import get_sample_data
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -41,9 +43,8 @@ from polyrep.methods.gaussian.show import draw_ellipses
 from polyrep.methods.reinpool.show import kept_tokens_flow, words_of
 from polyrep.search import kl
 
-DATA = ROOT / "data" / "tldr_pages"
 MODELS = ROOT / "demo" / "models"
-QUERY = "View gzip and xz compressed files."
+QUERY = "can I bring my bike across the water"
 EVIL = '<script>alert("1")</script><img src=x onerror=alert(2)>'
 
 
@@ -54,10 +55,14 @@ def app() -> Any:
 
 
 @pytest.fixture(scope="session")
-def dataset(app: Any) -> Any:
-    whole = load_retrieval_dataset(DATA)
-    smaller = demo.few(whole, 60, [document for query in app.EXAMPLES for document in whole.qrels[query]])
-    return replace(smaller, corpus={**smaller.corpus, EVIL: f"{EVIL} gzip"})
+def whole(sets: Any) -> Any:
+    return load_retrieval_dataset(sets / "python_docs")
+
+
+@pytest.fixture(scope="session")
+def dataset(whole: Any) -> Any:
+    smaller = demo.few(whole, 60, [document for query in list(whole.qrels)[:6] for document in whole.qrels[query]])
+    return replace(smaller, corpus={**smaller.corpus, EVIL: f"{EVIL} ferry"})
 
 
 @pytest.fixture(scope="session")
@@ -166,15 +171,14 @@ def test_one_vector_takes_the_same_bytes_in_two_tabs(found, opened):
     assert kept.bytes_after == found["ReinPool, 1"].representation.bytes_per_document == 256
 
 
-def test_a_cut_without_queries_is_refused():
-    whole = load_retrieval_dataset(DATA)
+def test_a_cut_without_queries_is_refused(whole):
     asked = {document for judged in whole.qrels.values() for document in judged}
     with pytest.raises(InputError, match="none of its queries.*Take more"):
         demo.few(whole, 1, [document for document in whole.corpus if document not in asked][:1])
 
 
 def test_relevant_hits_are_marked_for_test_queries_alone(found, opened):
-    assert [hit.id for hit in found[demo.FULL].hits if hit.relevant] == ["common/zless"]
+    assert [hit.id for hit in found[demo.FULL].hits if hit.relevant] == ["velmora-000"]
     assert not any(hit.relevant for one in opened.search("something else") for hit in one.hits)
 
 
@@ -233,7 +237,7 @@ def test_tokens_for_a_page_of_ones_own_name_their_vector():
 
 
 def test_kept_tokens_are_those_that_go_into_each_vector(opened):
-    text = opened.dataset.corpus["linux/ufw-deny"]
+    text = opened.dataset.corpus["velmora-000"]
     kept = opened.kept_tokens(text, 4)
     assert len(kept.tokens) == len(kept.clusters) == len(kept.keep_probability)
     assert sorted(set(kept.clusters)) == [1, 2, 3, 4]
@@ -247,8 +251,8 @@ def test_kept_tokens_are_those_that_go_into_each_vector(opened):
 def test_words_of_a_text_are_its_own_or_added(opened):
     asked = opened.words(QUERY, "query")
     own = {word for word, _, mine in asked.words if mine}
-    assert {"compressed", "files", "view"} <= own and 0 < asked.own < len(asked.words) <= 48
-    assert "archive" not in own
+    assert {"bring", "bike", "water"} <= own and 0 < asked.own < len(asked.words) <= 48
+    assert "ferry" not in own
     weights = [weight for _, weight, _ in asked.words]
     assert weights == sorted(weights, reverse=True) and weights[-1] > 0
     assert opened.words(QUERY, "document").words != asked.words
@@ -256,18 +260,31 @@ def test_words_of_a_text_are_its_own_or_added(opened):
     assert page.count("<li>") == views.SHOWN_WORDS and "sr-only" in page
 
 
-def test_a_photograph_becomes_words(app, opened):
-    photograph = next(one for one in app._photographs() if "000000377575" in one.path)
-    words = opened.image_words(images.opened(photograph.path))
-    assert "dog" in [word for word, _, _ in words.words[:20]] and words.own == 0
-    page = views.words(words, "image", images.opened(photograph.path), 'my "dog" <b>')
+def test_a_photograph_becomes_words(app, opened, vision):
+    collection = copy.copy(opened)
+    collection.images = app.open_vision(str(vision), None, trusted=True)
+    picture = images.opened(get_sample_data("grace_hopper.jpg", asfileobj=False))
+    words = collection.image_words(picture)
+    assert words.words and words.own == 0
+    assert (
+        words.words
+        == collection.image_words(picture).words
+        != collection.image_words(Image.new("RGB", (60, 40))).words
+    )
+    page = views.words(words, "image", picture, 'my "dog" <b>')
     assert 'alt="my &quot;dog&quot; &lt;b&gt;"' in page
+
+
+def test_a_model_without_words_of_images_is_refused(app, opened):
+    for name in ("minilm", str(opened.models["late-interaction-minilm"])):
+        with pytest.raises(InputError, match="--vision .*gives no words of images.*dense2sparse-mobilenet-minilm"):
+            app.open_vision(name, None, trusted=False)
 
 
 def test_nothing_that_was_typed_or_indexed_becomes_markup(app, opened):
     search = app.answered(lambda text: views.search(text, opened.search(text), False))
     words = opened.words(EVIL, "query")
-    pages = [search(EVIL), search("gzip")]
+    pages = [search(EVIL), search("ferry")]
     pages += [views.words(words, EVIL), views.kept_tokens(opened.kept_tokens(EVIL, 4)), views.refusal(EVIL)]
     pages += [views.uncertainty(opened.uncertainty(EVIL)), views.layers(opened.layer_scores(EVIL))]
     pages += [views.choices(EVIL, [EVIL]), views.words(words, "image", Image.new("RGB", (9, 9)), EVIL)]
@@ -422,10 +439,9 @@ def test_a_budget_takes_the_best_row_within_it(app):
     assert best_of(within(rows, {"bytes": 256.0}))["system"] == published["system"]  # as the command itself says
 
 
-def test_a_smaller_corpus_keeps_what_is_needed():
-    whole = load_retrieval_dataset(DATA)
-    smaller = demo.few(whole, 50, ["common/zless"])
-    assert len(smaller.corpus) == 50 and "common/zless" in smaller.corpus
+def test_a_smaller_corpus_keeps_what_is_needed(whole):
+    smaller = demo.few(whole, 50, ["velmora-000"])
+    assert len(smaller.corpus) == 50 and "velmora-000" in smaller.corpus
     assert smaller.queries and all(set(judged) <= set(smaller.corpus) for judged in smaller.qrels.values())
     assert len(demo.few(whole, 10**6).corpus) == len(whole.corpus)
 
@@ -471,13 +487,15 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def test_the_staged_space_starts_by_itself(tmp_path):
+def test_the_staged_space_starts_by_itself(tmp_path, sets, monkeypatch):
     folder = tmp_path / "space"
+    monkeypatch.setenv("POLYREP_DATA", str(sets))
     assert space.stage(folder, tmp_path / "cache") is False  # nothing was encoded there
     with pytest.raises(InputError, match="exists already"):
         space.stage(folder, tmp_path / "cache")
     assert not list(folder.rglob("__pycache__")) and not list(folder.rglob(".*.partial"))
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    assert (folder / "python_docs" / "corpus.jsonl").is_file(), "where the app finds it by its name"
+    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "POLYREP_DATA")}
     env = clean | {"HF_HUB_OFFLINE": "1", "GRADIO_SERVER_PORT": str(free_port())}
     code = "import app, collection, polyrep; print(polyrep.__file__, app.ROOT)"
     where = subprocess.run(
@@ -510,7 +528,8 @@ def awaited(url: str, server: subprocess.Popen[Any], seconds: float = 240) -> st
     return None
 
 
-def test_an_encoded_corpus_goes_along(tmp_path, monkeypatch):
+def test_an_encoded_corpus_goes_along(tmp_path, monkeypatch, sets):
+    monkeypatch.setenv("POLYREP_DATA", str(sets))
     wanted = {"one": {"kind": "sentence"}}
     monkeypatch.setattr(space, "keys", lambda dataset, models: wanted)
     place = storage.place(tmp_path / "cache", "one", wanted["one"])

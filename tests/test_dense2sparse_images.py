@@ -1,4 +1,4 @@
-"""Dense2Sparse across images and texts: towers, inputs, objectives, and whole runs on images that ship."""
+"""Dense2Sparse across images and texts: towers, inputs, objectives, and whole runs on drawn scenes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_python
+from drawings import write_scenes
 from PIL import Image
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
@@ -50,7 +51,6 @@ from polyrep.methods import (
 from polyrep.methods.dual_encoder.backbone import load_processor, open_backbone
 from polyrep.methods.dual_encoder.example import dual_encoder, image_text_folder, tiny_vision
 
-COCO = ROOT / "data" / "coco_mini"
 TEXTS = ["list a file", "ports of a list"]
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -149,6 +149,11 @@ def test_a_text_encoder_alone_is_no_image_model(backbone, tmp_path):
 
 
 @pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    return write_scenes(tmp_path_factory.mktemp("drawn") / "scenes")
+
+
+@pytest.fixture(scope="module")
 def images_model(backbone, tmp_path_factory) -> SparseEncoder:
     scratch = tmp_path_factory.mktemp("images")
     dual_encoder(backbone, scratch).save_pretrained(scratch / "towers")
@@ -241,7 +246,7 @@ def test_a_checkpoint_without_its_maps_is_refused(tmp_path):
         DualEncoderModel.from_encoder(str(tmp_path / "blip"))
 
 
-def test_given_vectors_are_brought_to_the_length_of_the_encoders_own(images_model, tmp_path):
+def test_given_vectors_are_brought_to_the_length_of_the_encoders_own(images_model, scenes, tmp_path):
     from polyrep.data import load_retrieval_dataset
     from polyrep.training.vectors import encode_dataset
 
@@ -252,12 +257,12 @@ def test_given_vectors_are_brought_to_the_length_of_the_encoders_own(images_mode
     model.get_embedding_dimension = lambda: 12
     model.preprocess = images_model.preprocess
     type(model).__getitem__ = lambda self, i: images_model[0]
-    dataset = load_retrieval_dataset(features(tmp_path / "set", **arrays), "test")
+    dataset = load_retrieval_dataset(features(scenes, tmp_path / "set", **arrays), "test")
     for side in encode_dataset(model, dataset):
         lengths = np.linalg.norm(side.embeddings.values.astype(np.float32), axis=1)
         np.testing.assert_allclose(lengths, 1.0, atol=2e-3)
-    arrays["images"][0] = 0
-    dataset = load_retrieval_dataset(features(tmp_path / "zero", **arrays), "test")
+    arrays["images"][8] = 0  # the first of test
+    dataset = load_retrieval_dataset(features(scenes, tmp_path / "zero", **arrays), "test")
     with pytest.raises(InputError, match="document vector 0 of the split is zero"):
         encode_dataset(model, dataset)
     assert width > 12
@@ -435,13 +440,13 @@ def test_a_hidden_layer_beside_the_map_starts_as_none():
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, backbone) -> dict[str, Path]:
-    """Both runs on the twelve images that ship, with a tiny vision encoder: dual encoder, then words."""
+def runs(tmp_path_factory, backbone, scenes) -> dict[str, Path]:
+    """Both runs on the twelve scenes, with a tiny vision encoder: dual encoder, then words."""
     root = tmp_path_factory.mktemp("runs")
     dual_encoder(backbone, root)  # leaves its text encoder and vision encoder behind
     shared = [
         "--datasets",
-        str(COCO),
+        str(scenes),
         "--cache_dir",
         str(root / "cache"),
         "--max_steps",
@@ -494,14 +499,14 @@ except ValueError as error:
     refused = "no such file" in str(error)
 print("REPORT" + json.dumps({
     "images": images.to_dense().tolist(), "auto": auto.sentence_embedding.tolist(), "refused": refused,
-    "caption": model.encode_query(["a dog catches a frisbee"]).to_dense().tolist(),
+    "caption": model.encode_query(["a boat with a sail"]).to_dense().tolist(),
     "words": model.decode(images[0], top_k=5), "dense": dense.encode_document([photo]).tolist(),
 }))
 """
 
 
-def test_pixels_go_in_and_words_come_out_where_polyrep_is_not(runs):
-    image = sorted((COCO / "images").iterdir())[0]
+def test_pixels_go_in_and_words_come_out_where_polyrep_is_not(runs, scenes):
+    image = scenes / "images" / "boat.png"
     result = run_python("-c", OPEN, str(runs["words"] / "final"), str(runs["dual"] / "final"), str(image))
     assert result.returncode == 0, result.stderr[-3000:]
     seen = json.loads(result.stdout.partition("REPORT")[2])
@@ -509,7 +514,7 @@ def test_pixels_go_in_and_words_come_out_where_polyrep_is_not(runs):
     expected = model.encode_document([str(image)]).to_dense().numpy()
     for found in (*seen["images"], *seen["auto"]):
         np.testing.assert_allclose(found, expected[0], atol=1e-5)
-    np.testing.assert_allclose(seen["caption"], model.encode_query(["a dog catches a frisbee"]).to_dense(), atol=1e-5)
+    np.testing.assert_allclose(seen["caption"], model.encode_query(["a boat with a sail"]).to_dense(), atol=1e-5)
     assert seen["refused"] and len(seen["words"]) == 5
     assert [word for word, _ in seen["words"]] == [word for word, _ in model.decode(torch.from_numpy(expected[0]), 5)]
     dense = polyrep.load(runs["dual"] / "final", trust_remote_code=True, device="cpu")
@@ -524,7 +529,7 @@ def test_the_folders_tell_where_they_come_from_and_carry_no_path(runs):
         for file in (folder / "final").glob("*.json"):
             assert str(runs["root"]) not in file.read_text(), file
         card = (folder / "final" / "README.md").read_text()
-        assert "coco_mini 30" in card and "encode_image" in card
+        assert "scenes 30" in card and "encode_image" in card
 
 
 def test_what_was_trained_is_what_the_folder_holds(runs):
@@ -538,20 +543,20 @@ def test_what_was_trained_is_what_the_folder_holds(runs):
     assert any(p.abs().sum() > 0 for p in head.vocabulary.parameters())
 
 
-def test_runs_evaluate_on_real_images(runs, capsys):
+def test_runs_evaluate_on_images(runs, scenes):
     from polyrep.evaluation.evaluate import evaluate
 
     final = str(runs["words"] / "final")
-    flags = ["--dataset", str(COCO), "--split", "test", "--baselines", "none", "--trust_remote_code", "true"]
+    flags = ["--dataset", str(scenes), "--split", "test", "--baselines", "none", "--trust_remote_code", "true"]
     results = evaluate([final, *flags, "--cache_dir", str(runs["root"] / "cache")])
     rows = [row for row in results["rows"] if row["metric"] == "nDCG@10"]
     assert [row["queries"] for row in rows] == [20] and 0 < rows[0]["value"] <= 1
 
 
-def features(folder: Path, **arrays: np.ndarray) -> Path:
-    """The shipped captions with vectors in the place of the images."""
+def features(scenes: Path, folder: Path, **arrays: np.ndarray) -> Path:
+    """The captions of the scenes with vectors in the place of the images."""
     folder.mkdir()
-    shutil.copyfile(COCO / "captions.jsonl", folder / "captions.jsonl")
+    shutil.copyfile(scenes / "captions.jsonl", folder / "captions.jsonl")
     if len(arrays) == 1:
         np.save(folder / "v.npy", arrays["images"])
     else:
@@ -559,24 +564,26 @@ def features(folder: Path, **arrays: np.ndarray) -> Path:
     return folder
 
 
-def test_features_of_the_tower_train_what_its_images_do(runs, tmp_path):
+def test_features_of_the_tower_train_what_its_images_do(runs, scenes, tmp_path):
     vision = polyrep.hub.vision.VisionEncoder.open(runs["root"] / "vision", fastest_dtype("auto"))
-    names = [json.loads(line)["image"] for line in (COCO / "captions.jsonl").read_text().splitlines()]
-    own = vision.encode_document([Image.open(COCO / "images" / name).convert("RGB") for name in names])
-    folder = features(tmp_path / "features", images=own.astype(np.float16))
-    flags = [flag if flag != str(COCO) else str(folder) for flag in runs["shared"]]
+    names = [json.loads(line)["image"] for line in (scenes / "captions.jsonl").read_text().splitlines()]
+    own = vision.encode_document([Image.open(scenes / "images" / name).convert("RGB") for name in names])
+    folder = features(scenes, tmp_path / "features", images=own.astype(np.float16))
+    flags = [flag if flag != str(scenes) else str(folder) for flag in runs["shared"]]
 
     def dual(data: Path, name: str) -> dict[str, torch.Tensor]:
         train(
             ["dual-encoder-mobilenet-minilm", "--backbone", str(runs["root"] / "texts")]
-            + [flag if flag != str(COCO) else str(data) for flag in runs["shared"]]
+            + [flag if flag != str(scenes) else str(data) for flag in runs["shared"]]
             + ["--vision", str(runs["root"] / "vision"), "--projection_dim", "12", "--hidden_dim", "8"]
             + ["--head_only", "true", "--output_dir", str(tmp_path / name)]
         )
         return AutoModel.from_pretrained(tmp_path / name / "head").state_dict()
 
     expected, found = AutoModel.from_pretrained(runs["dual"] / "head").state_dict(), dual(folder, "dual")
-    exchanged = dual(features(tmp_path / "exchanged", images=np.roll(own, 1, axis=0).astype(np.float16)), "other")
+    exchanged = dual(
+        features(scenes, tmp_path / "exchanged", images=np.roll(own, 1, axis=0).astype(np.float16)), "other"
+    )
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=5e-3, rtol=5e-2, msg=name)
     weight = "image.linear.weight"
@@ -587,12 +594,12 @@ def test_features_of_the_tower_train_what_its_images_do(runs, tmp_path):
     torch.testing.assert_close(ours.vocabulary.weight, theirs.vocabulary.weight, atol=2e-2, rtol=5e-2)
 
 
-def test_vectors_of_both_sides_need_no_encoding(towers, tmp_path, monkeypatch):
+def test_vectors_of_both_sides_need_no_encoding(towers, scenes, tmp_path, monkeypatch):
     kind, _, folder = towers
     width = DualEncoderModel.from_encoder(str(folder)).config.projection_dim
     generator = np.random.default_rng(0)
     arrays = {n: generator.normal(size=(c, width)).astype(np.float32) for n, c in (("images", 12), ("captions", 60))}
-    data = features(tmp_path / "vectors", **arrays)
+    data = features(scenes, tmp_path / "vectors", **arrays)
     monkeypatch.setattr("polyrep.training.sides.embed", lambda *_, **__: pytest.fail("encoded"))
     flags = ["--datasets", str(data), "--max_steps", "2", "--per_device_train_batch_size", "8", "--bf16", "false"]
     train(
@@ -612,26 +619,26 @@ def test_vectors_of_both_sides_need_no_encoding(towers, tmp_path, monkeypatch):
         ("dual", {"images": (11, 448)}, r"shape \(11, 448\).*12 images"),
     ],
 )
-def test_vectors_of_another_encoder_are_refused(runs, tmp_path, run, change, words):
+def test_vectors_of_another_encoder_are_refused(runs, scenes, tmp_path, run, change, words):
     arrays = {name: np.ones(shape, np.float32) for name, shape in change.items()}
-    data = features(tmp_path / "vectors", **arrays)
+    data = features(scenes, tmp_path / "vectors", **arrays)
     name = "dual-encoder-mobilenet-minilm" if run == "dual" else "dense2sparse-mobilenet-minilm"
     backbone = runs["root"] / "texts" if run == "dual" else runs["dual"] / "final"
     vision = ["--vision", str(runs["root"] / "vision")] if run == "dual" else []
-    flags = [flag if flag != str(COCO) else str(data) for flag in runs["shared"]]
+    flags = [flag if flag != str(scenes) else str(data) for flag in runs["shared"]]
     with pytest.raises(InputError, match=words):
         trusted = ["--trust_remote_code", str(run == "words")]
         train([name, "--backbone", str(backbone), *trusted, *vision, *flags, "--output_dir", str(tmp_path / "out")])
 
 
-def test_a_caption_without_a_known_word_is_refused(runs, tmp_path):
+def test_a_caption_without_a_known_word_is_refused(runs, scenes, tmp_path):
     data = tmp_path / "data"
-    shutil.copytree(COCO, data)
+    shutil.copytree(scenes, data)
     lines = [json.loads(line) for line in (data / "captions.jsonl").read_text().splitlines()]
     train_line = next(line for line in lines if line["split"] == "train")
     train_line["captions"][2] = "☃☃"
     (data / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    flags = [flag if flag != str(COCO) else str(data) for flag in runs["shared"]]
+    flags = [flag if flag != str(scenes) else str(data) for flag in runs["shared"]]
     with pytest.raises(InputError, match=f"caption '{train_line['image']}#2' .'☃☃'. holds no word"):
         train(words_run(runs, *flags) + ["--output_dir", str(tmp_path / "out")])
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
@@ -21,10 +20,10 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from test_retrievers import vectors_of
 from test_scoring import dense
 from transformers import AutoModel, BertConfig, BertTokenizer
+from world import write_world
 
 from polyrep import InputError
 from polyrep.cli import main
-from polyrep.data import load_retrieval_dataset
 from polyrep.evaluation.frontier import command as frontier
 from polyrep.evaluation.frontier import fit
 from polyrep.evaluation.frontier import rows as candidates
@@ -45,19 +44,7 @@ WORDS = 200
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty pages, and the questions that ask for them: two in three to learn from."""
-    source = load_retrieval_dataset(ROOT / "data" / "tldr_pages", "train")
-    asked = dict(list((query, next(iter(judged))) for query, judged in source.qrels.items())[:40])
-    folder = tmp_path_factory.mktemp("data") / "pages"
-    (folder / "qrels").mkdir(parents=True)
-    documents = dict.fromkeys(asked.values())
-    for stem, texts in (("corpus", {d: source.corpus[d] for d in documents}), ("queries", source.queries)):
-        wanted = {key: texts[key] for key in (documents if stem == "corpus" else asked)}
-        lines = [json.dumps({"_id": key, "text": text}) for key, text in wanted.items()]
-        (folder / f"{stem}.jsonl").write_text("\n".join(lines) + "\n")
-    for split, place in (("train", (0, 1)), ("test", (2,))):
-        lines = [f"{q}\t{d}\t1" for number, (q, d) in enumerate(asked.items()) if number % 3 in place]
-        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n")
-    return folder
+    return write_world(tmp_path_factory.mktemp("data") / "pages", sizes={"train": 27, "test": 13})
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""ReinPool behind page-image retrievers of transformers, on real pages, and the pictures of what its filter keeps."""
+"""ReinPool behind page-image retrievers of transformers, on pages of text, and pictures of what its filter keeps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+import world
+from drawings import page as drawn_page
 from PIL import Image
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.multi_vector_encoder.interpretability import get_n_patches
@@ -126,7 +127,9 @@ def colqwen2(folder: Path) -> int:
 
 @pytest.fixture(scope="module")
 def pages() -> list[Image.Image]:
-    return [Image.open(file) for file in sorted((ROOT / "tests" / "data" / "northwind").glob("*.jpg"))]
+    """One full of text in portrait, one with less in landscape."""
+    documents = [f"{document.title}\n{document.text}" for document in world.pages("velmora")]
+    return [drawn_page("\n".join(documents[:8]), 693, 896), drawn_page("\n".join(documents[8:11]), 896, 504)]
 
 
 @pytest.fixture(scope="module", params=[colpali, colqwen2], ids=["ColPali", "ColQwen2"])

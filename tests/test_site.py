@@ -97,7 +97,9 @@ def public_names() -> dict[str, list[str]]:
 
 
 def test_every_page_is_there_and_the_front_door_leads_to_it(site, pages):
-    wanted = {f"docs/{page}.html" for page in ("index", "choose", "add-a-method", "scale", "serving", "api/index")}
+    wanted = {
+        f"docs/{page}.html" for page in ("index", "choose", "data", "add-a-method", "scale", "serving", "api/index")
+    }
     wanted |= {f"docs/methods/{method}.html" for method in METHODS}
     wanted |= {file.relative_to(ROOT).with_suffix(".html").as_posix() for file in (ROOT / "results").glob("*.md")}
     assert not {page for page in wanted if not (site / page).is_file()}
@@ -124,7 +126,7 @@ def test_no_link_is_dead(site, pages):
 
 
 def test_a_link_to_a_folder_leads_to_its_readme(site, pages):
-    assert "scifact/README.html" in pages[site / "data" / "README.html"].links
+    assert "demo/README.html" in pages[site / "README.html"].links
 
 
 def test_nothing_is_fetched_from_another_host(site, pages):

@@ -1,7 +1,9 @@
 """A corpus, queries and judgments, from wherever they lie.
 
-``load.py`` tells what lies there and asks ``beir.py``, ``tables.py`` or ``captions.py``; all give the data set of
-``dataset.py``. ``stream.py`` reads what is only encoded, of any size, a span at a time.
+``named.py`` turns a name into a place: ``catalog.py`` knows where sets are to be had, ``converters.py`` what to make
+of them, ``python_docs.py`` reads the corpus that every machine has. ``load.py`` tells what lies there and asks
+``beir.py``, ``tables.py`` or ``captions.py``; all give the data set of ``dataset.py``. ``stream.py`` reads what is
+only encoded, of any size, a span at a time.
 """
 
 from .dataset import RetrievalDataset

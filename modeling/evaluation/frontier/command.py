@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ...data.named import made_here, on_hub
 from ...encoding.embeddings import Embeddings
 from ...encoding.encoders import kind_of
 from ...errors import InputError
 from ...files import digest
 from ...flags import command_line, parse
-from ...data.named import made_here, on_hub
 from ...hub.cards import hub_source
 from ...hub.fingerprint import fingerprint
 from ...hub.folder import Encoder, fastest_dtype, fetch, load
