@@ -49,7 +49,7 @@ version = release = installed_version("polyrep")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
-include_patterns = ["docs/**", "results/*.md", "*.md"]
+include_patterns = ["docs/**", "results/*.md", "demo/README.md", "*.md"]
 exclude_patterns = [".*", "build"]
 
 myst_enable_extensions = ["amsmath", "dollarmath"]

@@ -367,6 +367,11 @@ class Reader:
         scores = [float(hit.split()[0]) for hit in hits]
         assert scores == sorted(scores, reverse=True) and {hit.split()[1] for hit in hits} <= self._documents()
 
+    def _known(self, arguments: list[str], output: str) -> None:
+        verb, *names = arguments
+        assert verb != "get" or list(Path(flag(arguments, "--output") or output.strip()).glob("corpus.jsonl*"))
+        assert (names[0] if names else "python_docs") in output or verb == "get", output
+
     def _exported(self, arguments: list[str], output: str) -> None:
         folder = Path(arguments[0]) / "onnx"
         assert read_json(next(Path(arguments[0]).rglob("export.json"))) and list(folder.glob("*.onnx")), output
@@ -382,6 +387,7 @@ class Reader:
             assert re.search(rf"{repo}: .* at commit [0-9a-f]{{40}}", output), output
 
     AFTER: Mapping[str, Callable[[Reader, list[str], str], None]] = {
+        "data": _known,
         "train": _trained,
         "evaluate": _evaluated,
         "encode": _encoded,

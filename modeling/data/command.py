@@ -10,7 +10,8 @@ from pathlib import Path
 from ..errors import InputError
 from ..files import read_json, staged_folder
 from .catalog import CATALOG, NamedSet
-from .named import among_own, cache_folder, differences, disk_errors, fetched, in_cache, located
+from .named import among_own, cache_folder, differences, disk_errors, fetched, in_cache, is_path, located
+from .python_docs import is_python_docs
 
 
 def data(argv: Sequence[str], *, prog: str = "polyrep data") -> None:
@@ -41,7 +42,8 @@ def listing() -> str:
     """The table, one line a set."""
     lines = [("NAME", "DOCUMENTS", "HERE", "LICENCE", "TASK")]
     for entry in CATALOG.values():
-        lines.append((entry.name, size_of(entry), "yes" if here(entry) else "no", entry.licence, entry.task))
+        there = is_python_docs(entry.name) or here(entry.name)
+        lines.append((entry.name, size_of(entry), "yes" if there else "no", entry.licence, entry.task))
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
     table = ["  ".join([*map(str.ljust, line[:4], widths), line[4]]) for line in lines]
     return "\n".join([*table, "", f"Sets that were fetched lie in {cache_folder()}."])
@@ -52,18 +54,22 @@ def size_of(entry: NamedSet) -> str:
     return f"{entry.documents:,}" if entry.documents else "about 13,000"
 
 
-def here(entry: NamedSet) -> Path | None:
+def here(name: str) -> Path | None:
     """Where a set lies on this machine already; what is read from the machine itself is there in any case."""
-    if (own := among_own(entry.name)) is not None:
+    if is_path(name):
+        return Path(name)
+    if (own := among_own(name)) is not None:
         return own
-    if not entry.origin:
-        return None if entry.bring else cache_folder() / entry.name
-    return folder if (folder := in_cache(entry)).is_dir() else None
+    if is_python_docs(name):
+        return Path(located(name))
+    return folder if (entry := CATALOG.get(name)) and (folder := in_cache(entry)).is_dir() else None
 
 
 def shown(name: str) -> str:
     """What there is to know of a set; nothing is fetched for it, and ``python_docs`` is read."""
-    entry = CATALOG.get(name)
+    entry, place = CATALOG.get(name), here(name)
+    if entry is None and place is None:
+        located(name)  # refuses what is no name
     lines = [name]
     if entry:
         lines += [f"  task       {entry.task}", f"  documents  {size_of(entry)}", f"  licence    {entry.licence}"]
@@ -71,19 +77,14 @@ def shown(name: str) -> str:
         lines += [f"  origin     {entry.origin} at {entry.commit}"] if entry.origin else []
         lines += [f"  bring      {entry.bring}"] if entry.bring else []
         lines += [f"  sha256     {part} {value}" for part, value in entry.sha256.items()]
-    place = Path(located(name)) if entry is None or not (entry.origin or entry.bring) else here(entry)
-    if place is None:
-        return "\n".join([*lines, "  here       no"])
-    lines.append(f"  here       {place}")
-    if entry and entry.sha256:
+    lines.append(f"  here       {place or 'no'}")
+    if place and entry and entry.sha256:
         differing = differences(place, entry)
         lines.append(f"  verified   {'no: ' + '; '.join(differing) if differing else 'yes, the hashes on record'}")
-    for key, value in read_json(place / "provenance.json").items():
-        if key == "passed_over":
-            lines.append(f"  passed over: {len(value)} modules")
-            lines += [f"    {module}: {why}" for module, why in value.items()]
-        elif isinstance(value, dict):
-            lines += [f"  {key}:", *(f"    {part} {of}" for part, of in value.items())]
+    for key, value in read_json(place / "provenance.json").items() if place and is_python_docs(name) else ():
+        if isinstance(value, dict):
+            lines.append(f"  {key.replace('_', ' ')} ({len(value)}):")
+            lines += [f"    {part}: {of}" for part, of in value.items()]
         else:
             lines.append(f"  {key:<10} {value}")
     return "\n".join(lines)
@@ -98,12 +99,12 @@ def got(name: str, output: Path | None = None, *, any_content: bool = False) -> 
     if output and output.exists():
         raise InputError(f"--output {output}: exists already, and would be mixed with the set. Name a new folder.")
     entry = CATALOG.get(name)
-    if entry and any_content and entry.origin and here(entry) is None:
+    if entry and any_content and here(name) is None:
         place = fetched(entry, any_content=True)
     else:
         place = Path(located(name))
-    if not place.exists():
-        raise InputError(f"{name}: a data set of the Hub, which is read from there by its id. Use the id as it is.")
+    if not place.is_dir():
+        raise InputError(f"{name}: no folder but a file or a data set of the Hub, which is read as it is. Name it so.")
     if output is None:
         return place
     with disk_errors(name, output.parent), staged_folder(output) as staged:

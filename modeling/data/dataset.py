@@ -69,7 +69,8 @@ class RetrievalDataset:
 
 def dataset_name(source: str | Path) -> str:
     """What tables and caches call a data set: the last part of its name, folder or id, fit to be a file's name."""
-    return re.sub("[:,]", "-", Path(source).name or Path(source).resolve().name)
+    name = re.sub("[:,]", "-", Path(source).name or Path(source).resolve().name)
+    return name if len(name) <= 100 else f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def in_dev_tenth(query_id: str) -> bool:

@@ -3,9 +3,10 @@
     python -P docstrings.py PACKAGE ... [--skip MODULE ...]
 
 :mod:`polyrep.data.python_docs` starts it, since importing a module runs it. It imports nothing of polyrep. What is
-imported may print, raise, or try to reach further; it finds no terminal, no window, no network, no other program, and
-a scratch folder (the working directory) as the only place to write to. A module that hangs is for the caller to stop:
-each is announced before it is imported.
+imported may print, raise, or try to reach further; it finds no terminal and no window, is refused networks and other
+programs, and may write to a scratch folder (the working directory) alone. That is a fence against accidents, since
+packages are what the user has installed and runs anyway; it holds no attacker. A module that hangs is for the caller
+to stop: each is announced before it is imported.
 
 Lines::
 
@@ -18,6 +19,7 @@ Lines::
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -27,7 +29,7 @@ import pkgutil
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 PASSED_OVER = {"antigravity", "idlelib", "turtledemo", "this", "test", "posix", "nt"}
@@ -37,11 +39,21 @@ NOT_PUBLIC = {"tests", "test", "testing_utils", "test_utils", "conftest", "setup
 """Names of modules in a package that are its own business."""
 
 FORBIDDEN = (
-    *("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.startfile", "os.kill"),
-    *("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto", "webbrowser.open"),
+    *("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.startfile", "os.kill"),
+    *("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostby", "socket.getnameinfo", "socket.send"),
+    *("webbrowser.open", "os.chdir", "ftplib.", "smtplib.", "urllib.Request"),
 )
-CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
-"""Audit events: what no import may do, and what it may do in the scratch folder alone."""
+"""Beginnings of audit events that no import has a reason for."""
+
+CHANGES = {
+    **dict.fromkeys(("os.remove", "os.rmdir", "os.truncate", "os.chmod", "os.chown", "os.utime", "os.mkdir"), 1),
+    **dict.fromkeys(("shutil.rmtree", "sqlite3.connect", "os.setxattr", "os.removexattr"), 1),
+    **dict.fromkeys(("os.rename", "os.link", "os.symlink", "shutil.move", "shutil.copyfile"), 2),
+}
+"""Events that change something, and how many paths their arguments begin with; allowed in the scratch folder alone."""
+
+IN_FOLDER = {"os.remove": 1, "os.rmdir": 1, "os.mkdir": 2, "os.rename": 2, "os.link": 2, "os.symlink": 2}
+"""Of these, where arguments tell that the path is relative to an open folder."""
 
 
 def main() -> None:
@@ -86,25 +98,48 @@ def _own_channel() -> Callable[[dict[str, str]], None]:
 
 
 def _forbid(scratch: str) -> None:
-    """Refuse, by an audit hook, what an import has no business with."""
-    inside = (scratch + os.sep, "/dev/null", "/dev/shm/", os.devnull)
+    """Refuse what an import has no business with, where Python says that it happens: no sandbox, but a fence."""
+
+    def refuse(what: str) -> None:
+        raise PermissionError(f"{what} while documentation is read")
+
+    def check(event: str, path: Any) -> None:
+        full = os.path.realpath(os.fsdecode(path))
+        if (
+            full != scratch
+            and not full.startswith((scratch + os.sep, "/dev/null", "/dev/shm/"))
+            and full != os.devnull
+        ):
+            refuse(f"{event} of {full}")
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
             path, mode, flags = arguments
             writes = (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or set(mode or "") & set("wax+")
-            if not writes or isinstance(path, int):
-                return
+            if writes and not isinstance(path, int):
+                check(event, path)
         elif event in CHANGES:
-            path = arguments[0]
+            for path in arguments[: CHANGES[event]]:
+                if not isinstance(path, int) and path != ":memory:":
+                    check(event, path)
+            # A path may be relative to an open folder, of which nobody knows where it is.
+            if (
+                any(isinstance(value, int) and value > 2 for value in arguments[CHANGES[event] :])
+                and "mod" not in event
+            ):
+                refuse(f"{event} in another folder")
         elif event.startswith(FORBIDDEN):
-            raise PermissionError(f"{event} while documentation is read")
-        else:
-            return
-        path = os.path.realpath(os.fsdecode(path))
-        if path != scratch and not path.startswith(inside):
-            raise PermissionError(f"{event} of {path} while documentation is read")
+            refuse(event)
 
+    def open_here(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if dir_fd is not None and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            refuse("os.open in another folder")
+        return opened(path, flags, mode, dir_fd=dir_fd)
+
+    opened, os.open = os.open, open_here  # its event does not tell of dir_fd
+    with contextlib.suppress(ImportError):
+        forking: Any = importlib.import_module("_posixsubprocess")  # which has no event
+        forking.fork_exec = lambda *arguments: refuse("fork_exec")
     sys.addaudithook(hook)
 
 
@@ -128,36 +163,50 @@ def documented(modules: list[types.ModuleType], owners: set[str]) -> Iterator[di
         modules: Where to look.
         owners: Top-level names of the modules whose objects count; a package imports from others, too.
     """
-    found: dict[int, tuple[tuple[int, bool, str], str, Any]] = {}
-
-    def meet(name: str, thing: Any) -> None:
-        home = f"{getattr(thing, '__module__', None)}.{getattr(thing, '__qualname__', '')}"
-        rank = (name.count("."), name != home, name)
-        if id(thing) not in found or rank < found[id(thing)][0]:
-            found[id(thing)] = (rank, name, thing)
-
+    found: dict[int, tuple[tuple[int, bool, bool, str], Any]] = {}
     for module in modules:
-        for name, thing in sorted(vars(module).items()):
-            if name.startswith("_") or isinstance(thing, types.ModuleType) or not callable(thing):
-                continue
-            home = getattr(thing, "__module__", None)
-            if not isinstance(home, str) or home.partition(".")[0] in owners:
-                meet(f"{module.__name__}.{name}", thing)
+        for part, thing in sorted(vars(module).items()):
+            with contextlib.suppress(Exception):  # an object of somebody else's may raise at any question
+                if rank := rank_of(module, part, thing, owners):
+                    found[id(thing)] = min(found.get(id(thing), (rank, thing)), (rank, thing), key=lambda e: e[0])
     for module in modules:
         if doc := own_doc(module):
             yield {"name": module.__name__, "class": "", "doc": doc}
-    seen: set[int] = set()
-    for _, name, thing in sorted(found.values(), key=lambda entry: entry[0]):
+    seen = set(found)
+    for (*_, name), thing in sorted(found.values(), key=lambda entry: entry[0]):
         name = name.removeprefix("builtins.")
         if doc := own_doc(thing):
             yield {"name": name, "class": name if isinstance(thing, type) else "", "doc": doc}
-        for part, member in sorted(vars(thing).items()) if isinstance(thing, type) else ():
-            member = getattr(member, "__func__", member)
-            if part.startswith("_") or isinstance(member, type) or id(member) in seen | found.keys():
-                continue
-            if (callable(member) or inspect.isdatadescriptor(member)) and (doc := own_doc(member)):
+        for part, member in members(thing, found, owners) if isinstance(thing, type) else ():
+            if id(member) not in seen and (doc := own_doc(member)):
                 seen.add(id(member))
                 yield {"name": f"{name}.{part}", "class": name, "doc": doc}
+
+
+def rank_of(module: types.ModuleType, part: str, thing: Any, owners: set[str]) -> tuple[int, bool, bool, str] | None:
+    """How good a name of a module is for an object, least first; None if it is no public object of the package."""
+    if part.startswith("_") or isinstance(thing, types.ModuleType) or not callable(thing):
+        return None
+    home, name = getattr(thing, "__module__", None), f"{module.__name__}.{part}"
+    if isinstance(home, str) and home.partition(".")[0] not in owners:
+        return None
+    away = name != f"{home}.{getattr(thing, '__qualname__', '')}"
+    return name.count("."), part not in (getattr(module, "__all__", None) or ()), away, name
+
+
+def members(owner: type, public: Container[int], owners: set[str]) -> Iterator[tuple[str, Any]]:
+    """What a class defines itself, or has of a base that its package hides: methods, properties and descriptors."""
+    ours = (base for base in owner.__mro__[1:] if base.__module__.partition(".")[0] in owners)
+    bases = [base for base in ours if id(base) not in public and base is not object]
+    defined: dict[str, Any] = {}
+    for base in (owner, *bases):
+        defined = {**vars(base), **defined}
+    for part, member in sorted(defined.items()):
+        member = getattr(member, "__func__", member)
+        lent = getattr(member, "__objclass__", owner) not in owner.__mro__  # as the old tensor types of torch have it
+        if not part.startswith("_") and not isinstance(member, type) and not lent:
+            if callable(member) or inspect.isdatadescriptor(member):
+                yield part, member
 
 
 def own_doc(thing: Any) -> str:

@@ -14,18 +14,20 @@ from __future__ import annotations
 
 import difflib
 import errno
+import gzip
 import hashlib
+import http.client
 import json
 import logging
 import os
 import re
 import shutil
 import tarfile
-import tempfile
 import urllib.request
-import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,9 @@ SECONDS = 30
 MOST_BYTES = 4 << 30
 """Of what one archive may hold."""
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Numbers of errors that say that nothing can be written."""
+
 
 def located(name: str | Path) -> str:
     """The folder, file or Hub id that a data set is read from.
@@ -59,15 +64,18 @@ def located(name: str | Path) -> str:
         InputError: It is none of these, or a named set cannot be fetched or is not what it should be.
     """
     name = str(name)
-    if Path(name).exists():
+    if is_path(name):
         return name
     if (own := among_own(name)) is not None:
+        warn_of(own, name)
         return str(own)
     if is_python_docs(name):
         with disk_errors(name):
             return str(python_docs(name, cache_folder()))
     if name in CATALOG:
-        return str(fetched(CATALOG[name]))
+        folder = fetched(CATALOG[name])
+        warn_of(folder, name)
+        return str(folder)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         known = sorted({*CATALOG, *(folder.name for folder in _own_sets())})
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
@@ -78,22 +86,30 @@ def located(name: str | Path) -> str:
     return name
 
 
+def entry_of(name: str) -> NamedSet | None:
+    """What the table knows of the set that a name stands for here; None for a folder, one's own set, or the Hub."""
+    if is_path(name) or among_own(name) is not None:
+        return None
+    return CATALOG["python_docs"] if is_python_docs(name) else CATALOG.get(name)
+
+
 def on_hub(name: str) -> tuple[str, str | None]:
     """The Hub id that a name of the table stands for, and its commit; of anything else, itself."""
-    entry = CATALOG.get(name)
-    if entry is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", entry.origin) or Path(name).exists() or among_own(name):
+    entry = entry_of(name)
+    if entry is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", entry.origin):
         return name, None
     return entry.origin, entry.commit
 
 
 def made_here(*names: str) -> dict[str, dict[str, Any]]:
     """Data set -> what ``python_docs`` was read from on this machine, for those of these that are it."""
-    found = {dataset_name(name): read_json(Path(located(name)) / "provenance.json") for name in names}
-    return {
-        name: {part: made[part] for part in ("documents", "queries", "fingerprint", "packages")}
-        for name, made in found.items()
-        if made
+    made = {
+        dataset_name(name): read_json(Path(located(name)) / "provenance.json")
+        for name in names
+        if is_python_docs(name) and entry_of(name)
     }
+    parts = ("documents", "queries", "fingerprint", "packages")
+    return {name: {part: found[part] for part in parts} for name, found in made.items()}
 
 
 def cache_folder() -> Path:
@@ -101,6 +117,14 @@ def cache_folder() -> Path:
     if folder := os.environ.get("POLYREP_CACHE"):
         return Path(folder) / "data"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polyrep" / "data"
+
+
+def is_path(name: str) -> bool:
+    """Whether something lies there; what is too long for a file's name does not."""
+    try:
+        return bool(name) and Path(name).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _own_sets() -> list[Path]:
@@ -113,16 +137,27 @@ def _own_sets() -> list[Path]:
 
 
 def among_own(name: str) -> Path | None:
-    """The folder of that name in ``$POLYREP_DATA``; a set of the table that is another one there is warned of."""
-    found = next((folder for folder in _own_sets() if folder.name == name), None)
-    if found and (entry := CATALOG.get(name)) and entry.sha256 and (differing := differences(found, entry)):
+    """The folder of that name in ``$POLYREP_DATA``."""
+    return next((folder for folder in _own_sets() if folder.name == name), None)
+
+
+@cache
+def warn_of(folder: Path, name: str) -> None:
+    """Say once if a folder under a known name is not the set that results are of."""
+    entry = CATALOG.get(name)
+    if entry is None or not entry.sha256:
+        return
+    try:
+        differing = differences(folder, entry)
+    except InputError as error:  # of another layout, say
+        differing = [str(error)]
+    if differing:
         logger.warning(
             "%s is not the %s that published results are of: %s. Figures made with it compare with themselves alone.",
-            found,
+            folder,
             name,
             "; ".join(differing),
         )
-    return found
 
 
 def fetched(entry: NamedSet, *, any_content: bool = False) -> Path:
@@ -149,23 +184,10 @@ def fetched(entry: NamedSet, *, any_content: bool = False) -> Path:
     if constants.HF_HUB_OFFLINE:
         raise InputError(f"{entry.name}: not on this machine, and HF_HUB_OFFLINE forbids to fetch it. {remedy}")
     with disk_errors(entry.name), staged_folder(folder) as staged:
-        if entry.convert is None:
-            try:
-                _from_hub(entry, staged)
-            except InputError as error:
-                raise InputError(f"{error} {remedy}") from error
-        else:
-            with tempfile.TemporaryDirectory(dir=staged.parent, prefix=".fetched-") as place:
-                for address in entry.files:
-                    try:
-                        download(address.format(commit=entry.commit), Path(place))
-                    except OSError as error:
-                        if error.errno == errno.ENOSPC:
-                            raise
-                        raise InputError(
-                            f"{entry.name}: cannot be fetched from {entry.origin} ({first_line(error)}). {remedy}"
-                        ) from error
-                entry.convert(Path(place), staged)
+        try:
+            _from_hub(entry, staged) if entry.convert is None else _from_files(entry, staged)
+        except InputError as error:
+            raise InputError(f"{error} {remedy}") from error
         if not any_content and (differing := differences(staged, entry)):
             raise InputError(
                 f"{entry.name}: what came from {entry.origin} is not what results are of: {'; '.join(differing)}. "
@@ -187,6 +209,22 @@ def source_note(entry: NamedSet) -> str:
     )
 
 
+def _from_files(entry: NamedSet, target: Path) -> None:
+    """Download the files of a set and convert them."""
+    assert entry.convert is not None
+    place = target / ".fetched"  # goes with the staged folder, whatever ends this process
+    place.mkdir()
+    for address in entry.files:
+        try:
+            download(address.format(commit=entry.commit), place)
+        except OSError as error:
+            if error.errno in DISK:
+                raise
+            raise InputError(f"{entry.name}: cannot be fetched from {entry.origin} ({first_line(error)}).") from error
+    entry.convert(place, target)
+    shutil.rmtree(place)
+
+
 def _from_hub(entry: NamedSet, target: Path) -> None:
     """A data set of the Hub in BEIR layout; one without a dev split gets the usual tenth."""
     corpus, queries, splits, read_qrels = open_hub(entry.origin, entry.commit)
@@ -205,69 +243,60 @@ def _from_hub(entry: NamedSet, target: Path) -> None:
 
 
 def download(address: str, folder: Path) -> None:
-    """Fetch a file into a folder; an archive is unpacked into it, and only whole.
+    """Fetch a file into a folder; an archive (``.../tar.gz/...``) is unpacked into it, and only whole.
 
     Raises:
         OSError: The server cannot be reached, refuses, or sends less than it announced.
         InputError: An archive is damaged, too large, or has members outside of the folder.
     """
     name = address.rpartition("/")[2]
-    archive = next((suffix for suffix in ("tar.gz", "zip") if f"/{suffix}/" in address or name.endswith(suffix)), "")
     request = urllib.request.Request(address, headers={"User-Agent": "polyrep"})
-    with tempfile.NamedTemporaryFile(dir=folder.parent, prefix=".download-") as file:
-        with urllib.request.urlopen(request, timeout=SECONDS) as answer:  # noqa: S310  addresses are the table's
+    file = folder / f".{name}"
+    try:
+        with urllib.request.urlopen(request, timeout=SECONDS) as answer, file.open("wb") as written:
             expected = int(answer.headers.get("Content-Length") or 0)
-            bar = tqdm(total=expected or None, unit="B", unit_scale=True, desc=name[:40])
-            with bar:
+            with tqdm(total=expected or None, unit="B", unit_scale=True, desc=name[:40]) as bar:
                 while part := answer.read(1 << 20):
-                    file.write(part)
-                    bar.update(len(part))
-        file.flush()
-        if expected and file.tell() != expected:
-            raise OSError(f"{address}: broke off after {file.tell():,} of {expected:,} bytes")
-        if archive:
-            unpack(Path(file.name), archive, folder)
-        else:
-            shutil.copyfile(file.name, folder / name)
+                    bar.update(written.write(part))
+    except http.client.HTTPException as error:  # an answer in pieces that breaks off
+        raise OSError(f"{address}: broke off ({first_line(error)})") from error
+    if expected and file.stat().st_size != expected:
+        raise OSError(f"{address}: broke off after {file.stat().st_size:,} of {expected:,} bytes")
+    if "/tar.gz/" in address:
+        unpack(file, folder)
+        file.unlink()
+    else:
+        file.rename(folder / name)
 
 
-def unpack(file: Path, kind: str, folder: Path) -> None:
-    """Unpack an archive, refusing members that would lie outside, and more bytes than anybody needs.
-
-    Args:
-        file: The archive.
-        kind: ``tar.gz`` or ``zip``.
-        folder: Where to.
+def unpack(file: Path, folder: Path) -> None:
+    """Unpack a ``.tar.gz``: its files and folders, none of them outside, and no more bytes than anybody needs.
 
     Raises:
         InputError: It is damaged, too large, or reaches outside of the folder.
     """
     try:
-        if kind == "zip":
-            with zipfile.ZipFile(file) as archive:
-                names = [(member.filename, member.file_size) for member in archive.infolist()]
-                _refuse_members(names, folder)
-                archive.extractall(folder)
-        else:
-            with tarfile.open(file, "r:gz") as tar:
-                members = [member for member in tar if member.isreg() or member.isdir()]
-                _refuse_members([(member.name, member.size) for member in members], folder)
-                tar.extractall(folder, members, filter="data")
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        with gzip.open(file) as whole:  # to the end, where its checksum stands: tarfile would stop before it
+            size = 0
+            while part := whole.read(1 << 20):
+                size += len(part)
+                if size > MOST_BYTES:
+                    raise InputError(f"The archive that came holds over {MOST_BYTES:,} bytes. It is not unpacked.")
+        with tarfile.open(file, "r:gz") as archive:
+            members = [member for member in archive if member.isreg() or member.isdir()]
+            for member in members:
+                if not (folder / member.name).resolve().is_relative_to(folder.resolve()):
+                    raise InputError(
+                        f"The archive that came has a member outside of its folder, {member.name!r}. It is not "
+                        "unpacked."
+                    )
+            # Python 3.11 before 3.11.4 has no filters, and would not need them after these checks.
+            options: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            archive.extractall(folder, members, **options)
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in DISK:
             raise
         raise InputError(f"The archive that came is damaged ({first_line(error)}). Fetch it again.") from None
-
-
-def _refuse_members(members: list[tuple[str, int]], folder: Path) -> None:
-    root = folder.resolve()
-    for name, _ in members:
-        if not (root / name).resolve().is_relative_to(root) or Path(name).is_absolute() or "\\" in name:
-            raise InputError(
-                f"The archive that came has a member outside of its folder, {name!r}: nothing is unpacked."
-            )
-    if (size := sum(size for _, size in members)) > MOST_BYTES:
-        raise InputError(f"The archive that came unpacks to {size:,} bytes, over {MOST_BYTES:,}: nothing is unpacked.")
 
 
 def content_hashes(folder: Path) -> dict[str, str]:
@@ -318,6 +347,8 @@ def disk_errors(name: str, folder: Path | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = " or name another folder with the environment variable POLYREP_CACHE" if folder is None else ""
+        if error.errno not in DISK and not isinstance(error, FileExistsError | NotADirectoryError):
+            raise InputError(f"{name}: cannot be had ({first_line(error)}), so nothing is kept. Try again.") from error
         raise InputError(
             f"{name}: cannot be kept in {folder or cache_folder()} ({first_line(error)}), so nothing is. Make room "
             f"there{remedy}."

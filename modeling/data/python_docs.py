@@ -20,16 +20,21 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import platform
 import queue
 import re
+import site
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +45,8 @@ from ..files import digest, file_sha256, staged_folder, write_json
 from . import docstrings
 from .converters import tenth, write_beir
 from .dataset import dataset_name
+
+logger = logging.getLogger(__name__)
 
 NAME = "python_docs"
 PACKAGES = (
@@ -53,6 +60,8 @@ WORDS_OF_TEXT = 12
 SECONDS = 60.0
 """A module that imports for longer is passed over."""
 
+TOO_LONG = "did not come back within"
+
 Row = dict[str, str]
 
 
@@ -61,12 +70,12 @@ def is_python_docs(name: str) -> bool:
     return name.partition(":")[0] == NAME
 
 
-def python_docs(name: str, cache: Path, *, seconds: float = SECONDS) -> Path:
+def python_docs(name: str, kept_in: Path, *, seconds: float = SECONDS) -> Path:
     """The folder of the corpus, in BEIR layout, read anew where packages have changed.
 
     Args:
         name: ``python_docs``, or with the importable names of packages, ``python_docs:requests,fastapi``.
-        cache: Where corpora are kept.
+        kept_in: Where corpora are kept.
         seconds: That a module may take to be imported.
 
     Raises:
@@ -77,7 +86,7 @@ def python_docs(name: str, cache: Path, *, seconds: float = SECONDS) -> Path:
     made_of = {"python": platform.python_version(), "platform": sys.platform, "packages": versions}
     code = [file_sha256(Path(file)) for file in (__file__, str(docstrings.__file__))]
     # The last part is what tables call the data set.
-    folder = cache / NAME / digest([made_of, code]) / dataset_name(name)
+    folder = kept_in / NAME / digest([made_of, code]) / dataset_name(name)
     if (folder / "provenance.json").is_file():
         return folder
     rows: list[Row] = []
@@ -86,13 +95,16 @@ def python_docs(name: str, cache: Path, *, seconds: float = SECONDS) -> Path:
     for package in bar:
         bar.set_postfix_str(package)
         found, failed = read_package(package, seconds)
-        if not found and package in failed:
+        if not found and package in failed and name != NAME:
             raise InputError(
                 f"{package}: cannot be imported ({failed[package]}), so its documentation cannot be read. Mend the "
                 "installation, or leave the package out."
             )
         rows += found
         passed_over |= failed
+    for module, why in passed_over.items():
+        if TOO_LONG in why or module in packages:
+            logger.warning("%s: %s is not in it: %s. Another run of another machine may have it.", name, module, why)
     documents, queries, judged = arranged(rows)
     if not queries:
         raise InputError(
@@ -102,8 +114,8 @@ def python_docs(name: str, cache: Path, *, seconds: float = SECONDS) -> Path:
     with staged_folder(folder) as staged:
         write_beir(staged, documents, queries, judged)
         counts = {split: len({query for query, _ in pairs}) for split, pairs in judged.items()}
-        # Of texts their length alone: examples in a few docstrings run at import, and draw other numbers each time.
-        words = {name: len(text.split()) for name, (_, text) in documents.items()}
+        # Without the order of words: a few docstrings list a set.
+        words = {name: sorted(text.split()) for name, (_, text) in documents.items()}
         made = {"documents": len(documents), "queries": counts, "fingerprint": digest([words, queries, judged])}
         write_json(staged / "provenance.json", {"name": name} | made | made_of | {"passed_over": passed_over})
     return folder
@@ -113,12 +125,12 @@ def _packages(name: str) -> tuple[str, ...]:
     """What a name of the corpus asks for, each checked to be there."""
     _, colon, listed = name.partition(":")
     if not colon:
-        return tuple(package for package in PACKAGES if package == "stdlib" or importlib.util.find_spec(package))
+        return tuple(package for package in PACKAGES if package == "stdlib" or _spec(package))
     packages = tuple(dict.fromkeys(part.strip() for part in listed.split(",")))
     for package in packages:
-        if not re.fullmatch(r"[A-Za-z_]\w*", package):
+        if not re.fullmatch(r"(?!__)[A-Za-z_]\w*", package):
             raise InputError(f"{name}: {package!r} is no name of a package. Write {NAME}:requests,fastapi, say.")
-        if package != "stdlib" and importlib.util.find_spec(package) is None:
+        if package != "stdlib" and _spec(package) is None:
             raise InputError(
                 f"{name}: {package} is not installed in this environment, so there is no documentation to read. "
                 f"Install it here, or check the name: it is the one of `import {package}`."
@@ -126,18 +138,36 @@ def _packages(name: str) -> tuple[str, ...]:
     return packages
 
 
+def _spec(package: str) -> ModuleSpec | None:
+    """Where a package lies; None if it cannot be imported."""
+    try:
+        return importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # __main__ has none
+        return None
+
+
 def _version(package: str) -> str:
-    """Of the distribution that a module comes from; of one that lies about, its files' sizes and times."""
+    """Of the distribution that a module comes from; of one that lies about, its files' sizes and times as well."""
     if package == "stdlib":
         return platform.python_version()
-    names = importlib.metadata.packages_distributions().get(package)
-    if names:
-        return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in sorted(set(names)))
-    spec = importlib.util.find_spec(package)
+    version = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in sorted(_distributions().get(package, []))
+    )
+    spec = _spec(package)
     assert spec is not None
     places = [Path(place) for place in spec.submodule_search_locations or [spec.origin or ""]]
+    installed = [Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")]
+    if version and any(place.is_relative_to(where) for place in places for where in installed):
+        return version
     files = sorted(file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place]))
-    return digest([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()])
+    seen = digest([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()])
+    return f"{version} as of {seen}".strip()
+
+
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    """Top-level module -> distributions that bring it; finding out takes a tenth of a second."""
+    return {name: sorted(set(found)) for name, found in importlib.metadata.packages_distributions().items()}
 
 
 def read_package(package: str, seconds: float) -> tuple[list[Row], dict[str, str]]:
@@ -148,7 +178,7 @@ def read_package(package: str, seconds: float) -> tuple[list[Row], dict[str, str
         passed_over |= failed
         if hung is None:
             return rows, passed_over
-        passed_over[hung] = f"did not come back within {seconds:g} s, or ended the process"
+        passed_over[hung] = f"{TOO_LONG} {seconds:g} s, or ended the process"
         if hung == package:
             return [], passed_over
 
@@ -168,11 +198,15 @@ def _read_once(package: str, skipped: list[str], seconds: float) -> tuple[list[R
             elif row.get("done"):
                 done = True
             else:
-                rows.append(row | {"doc": ADDRESS.sub("0x...", row["doc"].replace(scratch, "~"))})
+                doc = VARIES.sub("", ADDRESS.sub("0x...", row["doc"].replace(scratch, "~")))
+                rows.append(row | {"doc": doc.encode("utf-8", "replace").decode()})  # half a surrogate pair is no text
     return rows, failed, None if done else module or package
 
 
-ADDRESS = re.compile(r"\b0x[0-9a-f]{9,}\b")
+VARIES = re.compile(r"^.*# may vary.*\n?", re.MULTILINE)
+"""Lines of examples that some packages run at import, with other numbers each time."""
+
+ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{9,}\b")
 """Where an object lay in memory, which some docstrings tell."""
 
 
@@ -181,6 +215,7 @@ def _lines(package: str, skipped: list[str], scratch: str, seconds: float) -> It
     private = ("HOME", "USERPROFILE", "TMPDIR", "TEMP", "TMP", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR")
     environment = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "WAYLAND_DISPLAY")}
     environment |= dict.fromkeys((*private, "HF_HOME", "TORCHINDUCTOR_CACHE_DIR"), scratch)
+    environment["PYTHONUSERBASE"] = site.getuserbase()  # which goes by HOME
     # The same words from every run: some docstrings are made of sets.
     environment |= {
         "PYTHONHASHSEED": "0",
@@ -219,7 +254,7 @@ def arranged(
     """Documents, queries and judgments of docstrings.
 
     Args:
-        rows: ``name``, ``class`` (the class that it is, or is of) and ``doc``.
+        rows: ``name``, ``class`` (the class that it is, or is of) and ``doc``. Of equal texts the first stays.
 
     Returns:
         Document id -> (title, text), query id -> text, and split -> pairs of query id and document id. A document's
@@ -229,7 +264,7 @@ def arranged(
     texts: set[str] = set()
     answers: dict[str, list[str]] = defaultdict(list)
     together = _Groups()
-    for row in sorted(rows, key=lambda row: row["name"]):
+    for row in rows:
         summary, text = summary_and_text(row["doc"])
         long_enough = len(re.findall(r"\w+", text)) >= WORDS_OF_TEXT and len(summary.split()) in WORDS_OF_SUMMARY
         if not long_enough or row["name"] in documents or text in texts:
@@ -265,8 +300,8 @@ class _Groups:
             self.above[first] = min(firsts)
 
 
-SIGNATURE = re.compile(r"(?:\s*(?:\w+ = )?[\w.]+\([^\n]*\)(?:[ ]*-+>[^\n]*)?(?:\n|$))+")
-"""What extension modules write in front: lines that show how to call."""
+SIGNATURE = re.compile(r"(?:\s*(?:\w+ = )?[\w.]+\((?:[^()]|\([^()]*\))*\)(?:[ ]*-+>[^\n]*)?(?:\n|$))+")
+"""What extension modules write in front: how to call, on a line or on several."""
 
 REFERENCE = re.compile(r":[\w:+-]+:`(?:[^`<]*<)?~?([^`>]*)>?`|\[`~?\.?([^`\]]+)`?\]")
 """A reference in reStructuredText or to a page of Hugging Face's; the last part of its target is what remains."""

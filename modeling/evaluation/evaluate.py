@@ -162,6 +162,7 @@ def evaluate_models(
     datasets, suites = _open_data(args)
     systems, reference = _open_systems(args, models, untrusted, bool(datasets))
     _refuse_unfit(args, systems, datasets, suites)
+    data = made_here(*args.dataset)
     found = _measure(args, systems, datasets, suites)
     rows = [
         row | hub_source(*on_hub(path))
@@ -179,7 +180,7 @@ def evaluate_models(
         "models": found.fingerprints,
         "rows": rows + found.benchmark_rows,
         "claims": [],
-        "data": made_here(*args.dataset),
+        "data": data,
     }
     _write(args, results, suites, found.unavailable)
     return results

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..data.catalog import CATALOG
 from ..data.dataset import dataset_name
-from ..data.named import on_hub
+from ..data.named import entry_of, located, on_hub
 from ..errors import InputError
 from ..files import read_json, write_json
 from ..flags import changed_fields
@@ -84,6 +83,12 @@ def base_id(backbone: str) -> str:
     return (path.parent if path.name == "final" else path).name if path.is_dir() else backbone
 
 
+def _licence_of(source: str) -> str | None:
+    """Licence of a data set: the table's of one that is known by name, else what its own card states."""
+    entry = entry_of(source)
+    return entry.licence if entry else data_licence(located(source))
+
+
 def card_context(plan: Plan, counts: dict[str, int]) -> dict[str, Any]:
     """What the card says of a run: nothing of the machine that made it, and whose weights and data went into it."""
     recipe = plan.recipe
@@ -94,10 +99,7 @@ def card_context(plan: Plan, counts: dict[str, int]) -> dict[str, Any]:
     licences = {
         "backbone": stated_licence(backbone),
         "vision": stated_licence(fetch_vision(vision, plan.head.vision_revision)) if plan.head and vision else None,
-        "data": {
-            name: CATALOG[source].licence if source in CATALOG else data_licence(source)
-            for name, source in names.items()
-        },
+        "data": {name: _licence_of(source) for name, source in names.items()},
     }
     return {
         "command": public_command(plan.command),
