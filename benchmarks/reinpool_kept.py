@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from polyrep.data import load_retrieval_dataset
+from polyrep.data.named import made_here
 from polyrep.files import staged_folder, write_json, write_text
 from polyrep.hub import fingerprint, load
 from polyrep.methods import ReinPoolPooling
@@ -34,7 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     dataset = load_retrieval_dataset(DATA)
     judged = [next(iter(documents)) for documents in dataset.qrels.values()]
-    chosen = args.documents or judged[:: len(judged) // 3][:3]
+    chosen = args.documents or judged[:: max(1, len(judged) // 3)][:3]
     retriever = load(args.model)
     pooling = ReinPoolPooling.from_pretrained(args.head)
     shown = []
@@ -59,6 +60,7 @@ def main() -> None:
             for one, name in zip(shown, chosen, strict=True)
         ]
         results = {"name": "reinpool-kept", "seeds": [0], "settings_tried": 1, "models": models, "rows": rows}
+        results["data"] = made_here(DATA)
         write_json(staged / "reinpool-kept.json", made_by | results | {"claims": [], "keep_probability": figures})
 
 

@@ -38,12 +38,12 @@ ROOT = HERE if (HERE / "results").is_dir() else HERE.parent
 logger = logging.getLogger("demo")
 
 EXAMPLES = (
-    "q:common/zless",
-    "q:common/pwd",
-    "q:linux/vgdisplay",
-    "q:common/x-tping",
-    "q:linux/ufw-deny",
-    "q:common/pngtopam",
+    "q:pandas.read_csv",
+    "q:os.truncate",
+    "q:threading.Condition.notify_all",
+    "q:numpy.cov",
+    "q:matplotlib.pyplot.ylim",
+    "q:email.utils.parseaddr",
 )
 """Test queries to begin with, where the data set has them."""
 

@@ -136,7 +136,7 @@ def test_a_folder_of_that_path_goes_first_then_ones_own_sets_then_the_cache_then
 
 def test_a_name_that_nobody_knows_is_refused_with_its_neighbours(places, monkeypatch):
     message = said("tldr_page")
-    assert message.startswith("tldr_page: no such folder") and "Did you mean tldr_pages?" in message
+    assert message.startswith("tldr_page: no such file or folder") and "Did you mean tldr_pages?" in message
     assert "polyrep data list" in message and "ORG/NAME" in message
     assert "There are arguana" in said("zzzz")
     write_world(places / "own" / "tldr_paper", "german", sizes={"test": 2})
@@ -507,7 +507,7 @@ def test_the_verb_refuses_what_it_cannot_do(lamps, places, capsys):
         (["get", "lampz"], "Did you mean lamps"),
         (["show", "lampz"], "Did you mean lamps"),
         (["get", "someone/set"], "a data set of the Hub"),
-        (["show", "x" * 300], "no such folder"),
+        (["show", "x" * 300], "no such file or folder"),
         (["get", "flickr8k"], "captions.py"),
     ):
         assert main(["data", *words]) == 2

@@ -163,7 +163,7 @@ def documented(modules: list[types.ModuleType], owners: set[str]) -> Iterator[di
         modules: Where to look.
         owners: Top-level names of the modules whose objects count; a package imports from others, too.
     """
-    found: dict[int, tuple[tuple[int, bool, bool, str], Any]] = {}
+    found: dict[int, tuple[tuple[int, int, str], Any]] = {}
     for module in modules:
         for part, thing in sorted(vars(module).items()):
             with contextlib.suppress(Exception):  # an object of somebody else's may raise at any question
@@ -183,15 +183,18 @@ def documented(modules: list[types.ModuleType], owners: set[str]) -> Iterator[di
                 yield {"name": f"{name}.{part}", "class": name, "doc": doc}
 
 
-def rank_of(module: types.ModuleType, part: str, thing: Any, owners: set[str]) -> tuple[int, bool, bool, str] | None:
-    """How good a name of a module is for an object, least first; None if it is no public object of the package."""
+def rank_of(module: types.ModuleType, part: str, thing: Any, owners: set[str]) -> tuple[int, int, str] | None:
+    """How good a name of a module is for an object, least first; None if it is no public object of the package.
+
+    Short names go first; then those that the object itself tells, or that the module exports.
+    """
     if part.startswith("_") or isinstance(thing, types.ModuleType) or not callable(thing):
         return None
     home, name = getattr(thing, "__module__", None), f"{module.__name__}.{part}"
     if isinstance(home, str) and home.partition(".")[0] not in owners:
         return None
     away = name != f"{home}.{getattr(thing, '__qualname__', '')}"
-    return name.count("."), part not in (getattr(module, "__all__", None) or ()), away, name
+    return name.count("."), away + (part not in (getattr(module, "__all__", None) or ())), name
 
 
 def members(owner: type, public: Container[int], owners: set[str]) -> Iterator[tuple[str, Any]]:

@@ -80,8 +80,8 @@ def located(name: str | Path) -> str:
         known = sorted({*CATALOG, *(folder.name for folder in _own_sets())})
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
         raise InputError(
-            f"{name}: no such folder, no data set of `polyrep data list`, and not of the form ORG/NAME of the Hub "
-            f"either. {'Did you mean ' + ' or '.join(near) if near else 'There are ' + ', '.join(known)}?"
+            f"{name}: no such file or folder, no data set of `polyrep data list`, and not of the form ORG/NAME of the "
+            f"Hub either. {'Did you mean ' + ' or '.join(near) if near else 'There are ' + ', '.join(known)}?"
         )
     return name
 
