@@ -2,7 +2,7 @@
 
     python demo/app.py
 
-The first start encodes the corpus, MINUTES on two cores, and keeps it; an interrupted one goes on. What is
+The first start encodes the corpus, for some minutes on two cores, and keeps it; an interrupted one goes on. What is
 computed lies in collection.py, the HTML in views.py; here is which part of the page asks for what.
 """
 
@@ -48,7 +48,7 @@ EXAMPLES = (
 """Test queries to begin with, where the data set has them."""
 
 RESULTS = ROOT / "results"
-FRONTIERS = ("tldr_pages", "scifact")
+FRONTIERS = ("python_docs", "tldr_pages", "scifact")
 MOST_VECTORS = 16
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "models", "show_progress": "minimal"}
 """One computation at a time: two cores give one query its milliseconds, and two queries neither theirs."""
