@@ -6,6 +6,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,11 @@ def open_hub(source: str, revision: str | None) -> tuple[Iterator, Iterator, set
     """The same four parts as a folder gives, read through ``datasets`` (Arrow files, no remote code)."""
     try:
         corpus, queries = (load_part(source, name, revision) for name in ("corpus", "queries"))
-        try:
-            judgments = load_dataset(source, "default", revision=revision)
-        except ValueError:  # this arrangement keeps its judgments in a repository of their own
+        for name in ("default", "qrels"):
+            with suppress(ValueError):
+                judgments = load_dataset(source, name, revision=revision)
+                break
+        else:  # this arrangement keeps its judgments in a repository of their own
             judgments = load_dataset(f"{source}-qrels")
     except (OSError, ValueError, DatasetsError) as error:
         raise InputError(

@@ -228,11 +228,16 @@ def _from_files(entry: NamedSet, target: Path) -> None:
 def _from_hub(entry: NamedSet, target: Path) -> None:
     """A data set of the Hub in BEIR layout; one without a dev split gets the usual tenth."""
     corpus, queries, splits, read_qrels = open_hub(entry.origin, entry.commit)
-    write_lines(
-        target / "corpus.jsonl",
-        ({"_id": row["_id"], "title": row.get("title") or "", "text": row["text"]} for _, row in corpus),
-    )
-    write_lines(target / "queries.jsonl", ({"_id": row["_id"], "text": row["text"]} for _, row in queries))
+
+    def of(row: dict[str, Any], *fields: str) -> str:
+        for name in fields:
+            if isinstance(row.get(name), str):
+                return row[name]
+        raise InputError(f"{entry.name}: a row of {entry.origin} has no {fields[0]} but {sorted(row)}.")
+
+    documents = ({"_id": of(r, "_id", "id"), "title": r.get("title") or "", "text": of(r, "text")} for _, r in corpus)
+    write_lines(target / "corpus.jsonl", documents)
+    write_lines(target / "queries.jsonl", ({"_id": of(r, "_id", "id"), "text": of(r, "text")} for _, r in queries))
     judged = {split: [(q, d, int(score)) for _, q, d, score in read_qrels(split)] for split in sorted(splits)}
     if "train" in judged and "dev" not in judged:
         judged["dev"] = [row for row in judged["train"] if in_dev_tenth(row[0])]
