@@ -63,7 +63,6 @@ results-docs: $(VENV)/.dev
 	$(BIN)/python benchmarks/python_docs.py --output results
 	$(BIN)/python evaluate.py models/late-interaction-minilm/final --frontier --dataset python_docs \
 		--methods mean hierarchical reinpool lemur dense2sparse csr --output results
-	$(BIN)/python benchmarks/dense2sparse_text.py --quick --datasets python_docs --output results --name quickstart
 	$(BIN)/python benchmarks/reinpool_kept.py --output results
 
 # Of the sets that others published: one late-interaction model of four, and heads of tldr_pages.
