@@ -148,9 +148,9 @@ def test_search_works_by_keyboard_alone(page):
         pytest.fail("the query cannot be reached by Tab")
     assert box.evaluate("(e) => getComputedStyle(e).outlineStyle") == "solid"
     page.keyboard.press("Control+A")
-    page.keyboard.type("last boat home after a late party")
+    page.keyboard.type("dark sour bread that needs to rest overnight")
     page.keyboard.press("Enter")
-    page.get_by_role("heading", name="Best documents for “Block traffic through the firewall.”").wait_for()
+    page.get_by_role("heading", name="Best documents for “dark sour bread that needs to rest overnight”").wait_for()
     assert panel(page).locator("article").count() == 9
     assert panel(page).locator("article.full .relevant").count() == 1
     page.keyboard.press("Tab")  # to the button
@@ -159,8 +159,8 @@ def test_search_works_by_keyboard_alone(page):
     assert page.evaluate("document.activeElement.closest('.choices') !== null")
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.keyboard.press("Enter")
-    page.get_by_role("heading", name="Best documents for “View gzip and xz compressed files.”").wait_for()
-    assert box.input_value() == "View gzip and xz compressed files."
+    page.get_by_role("heading", name="Best documents for “can I bring my bike across the water”").wait_for()
+    assert box.input_value() == "can I bring my bike across the water"
 
 
 def test_tabs_can_be_reached_by_keyboard(page):

@@ -272,7 +272,7 @@ def test_the_quick_start_runs_and_its_second_run_fits_nothing(backbone, tmp_path
     first = run_python(*command)
     assert first.returncode == 0, first.stderr[-3000:]
     systems = {row["system"] for row in json.loads((tmp_path / "out" / "quick.json").read_text())["rows"]}
-    expected = {"BM25", "dense", "Dense2Sparse", "Dense2Sparse controlled", "CSR", "dense + Dense2Sparse"}
+    expected = {"BM25", "dense", "Dense2Sparse", "CSR", "dense + Dense2Sparse"}
     assert expected <= {system.partition(", ")[0] for system in systems}
     assert first.stdout.count("\n    ") == 3, "three queries with their words"
     assert (tmp_path / "out" / "quick.png").stat().st_size > 10_000

@@ -236,7 +236,7 @@ def test_help_is_grouped_and_complete(capsys):
         ({"learning_rat": 1}, [], "'learning_rat' is no flag.*'learning_rate'"),
         ({"objective": "Nope"}, [], "'Nope'.*ToyLoss"),
         ({"datasets": []}, [], "no training data"),
-        ({"datasets": ["no/such/folder"]}, [], "no such folder"),
+        ({"datasets": ["no/such/folder"]}, [], "no such file or folder"),
         ({"freeze": ["nothing"]}, [], "'nothing': matches no parameter"),
         ({"backbone": "./nowhere"}, [], "nowhere"),
         ({}, ["--resume_from_checkpoint", "last"], "no complete checkpoint"),
