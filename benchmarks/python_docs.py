@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,8 @@ def main() -> None:
     folder = fetch(args.backbone)
     model = load(folder, dtype=fastest_dtype("auto"))
     rows, claims, tried = [], [], 0
-    layers: Callable[[str], Any] = lambda source: multilayer_frozen.Bench(args, source, model)  # noqa: E731
-    variance: Callable[[str], Any] = lambda source: gaussian_frozen.Bench(args, source, model, None)  # noqa: E731
+    layers: Any = partial(multilayer_frozen.Bench, args, model=model)
+    variance: Any = partial(gaussian_frozen.Bench, args, model=model, teacher=None)
     for method, systems, module, open_bench, beside in (
         ("multilayer", LAYERS, multilayer_frozen, layers, multilayer_frozen.Bench.beside),
         ("gaussian", VARIANCE, gaussian_frozen, variance, nothing),

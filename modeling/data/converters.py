@@ -7,7 +7,6 @@ by hash.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from .dataset import in_dev_tenth, tenth
 
 Judged = Mapping[str, Iterable[tuple[str, str]]]
 """Split -> (query id, document id), of judgments that are 1."""
@@ -50,11 +50,6 @@ def write_qrels(file: Path, rows: Iterable[tuple[str, str, int]]) -> None:
     with file.open("w", encoding="utf-8", newline="\n") as lines:
         lines.write("query-id\tcorpus-id\tscore\n")
         lines.writelines(f"{query}\t{document}\t{score}\n" for query, document, score in rows)
-
-
-def tenth(identifier: str) -> int:
-    """0 to 9, by a hash."""
-    return int(hashlib.md5(identifier.encode(), usedforsecurity=False).hexdigest(), 16) % 10
 
 
 def tldr_pages(fetched: Path, target: Path) -> None:
@@ -116,7 +111,7 @@ def pubmedqa(fetched: Path, target: Path) -> None:
         if not isinstance(row, dict) or not {"QUESTION", "CONTEXTS"} <= row.keys():
             raise InputError(f"{fetched / 'ori_pqal.json'}: {paper} has no QUESTION and CONTEXTS. Fetch it again.")
         documents[paper], queries[f"q{paper}"] = ("", one_line(row["CONTEXTS"])), one_line([row["QUESTION"]])
-        split = "test" if paper in official else "dev" if tenth(paper) == 0 else "train"
+        split = "test" if paper in official else "dev" if in_dev_tenth(paper) else "train"
         judged[split].append((f"q{paper}", paper))
     write_beir(target, documents, queries, judged)
 

@@ -73,6 +73,11 @@ def dataset_name(source: str | Path) -> str:
     return name if len(name) <= 100 else f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
+def tenth(identifier: str) -> int:
+    """0 to 9, by a hash of an id."""
+    return int(hashlib.md5(identifier.encode(), usedforsecurity=False).hexdigest(), 16) % 10
+
+
 def in_dev_tenth(query_id: str) -> bool:
-    """Whether a train query is set aside for dev, by a hash of its id."""
-    return int(hashlib.md5(query_id.encode(), usedforsecurity=False).hexdigest(), 16) % 10 == 0
+    """Whether a train query is set aside for dev."""
+    return tenth(query_id) == 0

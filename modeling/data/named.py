@@ -44,6 +44,8 @@ from .python_docs import is_python_docs, python_docs
 
 logger = logging.getLogger(__name__)
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
 SECONDS = 30
 """Without an answer from a server before it counts as unreachable."""
 
@@ -76,7 +78,7 @@ def located(name: str | Path) -> str:
         folder = fetched(CATALOG[name])
         warn_of(folder, name)
         return str(folder)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not HUB_ID.fullmatch(name):
         known = sorted({*CATALOG, *(folder.name for folder in _own_sets())})
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
         raise InputError(
@@ -96,7 +98,7 @@ def entry_of(name: str) -> NamedSet | None:
 def on_hub(name: str) -> tuple[str, str | None]:
     """The Hub id that a name of the table stands for, and its commit; of anything else, itself."""
     entry = entry_of(name)
-    if entry is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", entry.origin):
+    if entry is None or not HUB_ID.fullmatch(entry.origin):
         return name, None
     return entry.origin, entry.commit
 

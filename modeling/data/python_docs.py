@@ -43,8 +43,8 @@ from tqdm import tqdm
 from ..errors import InputError
 from ..files import digest, file_sha256, staged_folder, write_json
 from . import docstrings
-from .converters import tenth, write_beir
-from .dataset import dataset_name
+from .converters import write_beir
+from .dataset import dataset_name, tenth
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def python_docs(name: str, kept_in: Path, *, seconds: float = SECONDS) -> Path:
         passed_over |= failed
     for module, why in passed_over.items():
         if TOO_LONG in why or module in packages:
-            logger.warning("%s: %s is not in it: %s. Another run of another machine may have it.", name, module, why)
+            logger.warning("%s: %s is not in it: %s. A run on another machine may have it.", name, module, why)
     documents, queries, judged = arranged(rows)
     if not queries:
         raise InputError(
@@ -150,9 +150,8 @@ def _version(package: str) -> str:
     """Of the distribution that a module comes from; of one that lies about, its files' sizes and times as well."""
     if package == "stdlib":
         return platform.python_version()
-    version = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in sorted(_distributions().get(package, []))
-    )
+    names = _distributions().get(package, [])
+    version = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     spec = _spec(package)
     assert spec is not None
     places = [Path(place) for place in spec.submodule_search_locations or [spec.origin or ""]]
