@@ -33,6 +33,7 @@ import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -91,17 +92,18 @@ def python_docs(name: str, kept_in: Path, *, seconds: float = SECONDS) -> Path:
         return folder
     rows: list[Row] = []
     passed_over: dict[str, str] = {}
-    bar = tqdm(packages, desc="reading the documentation of installed packages", unit="package")
-    for package in bar:
-        bar.set_postfix_str(package)
-        found, failed = read_package(package, seconds)
-        if not found and package in failed and name != NAME:
-            raise InputError(
-                f"{package}: cannot be imported ({failed[package]}), so its documentation cannot be read. Mend the "
-                "installation, or leave the package out."
-            )
-        rows += found
-        passed_over |= failed
+    # Each package is read by a process of its own, for which a thread only waits.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        read = pool.map(lambda package: read_package(package, seconds), packages)
+        bar = tqdm(packages, desc="reading the documentation of installed packages", unit="package")
+        for package, (found, failed) in zip(bar, read, strict=True):
+            if not found and package in failed and name != NAME:
+                raise InputError(
+                    f"{package}: cannot be imported ({failed[package]}), so its documentation cannot be read. Mend "
+                    "the installation, or leave the package out."
+                )
+            rows += found
+            passed_over |= failed
     for module, why in passed_over.items():
         if TOO_LONG in why or module in packages:
             logger.warning("%s: %s is not in it: %s. A run on another machine may have it.", name, module, why)
