@@ -109,7 +109,7 @@ results-images: $(VENV)/.dev
 	$(BIN)/accelerate launch train.py hub_configs/dual-encoder-mobilenet-minilm \
 		--datasets $(CAPTIONS) --vision $(VISION) --overwrite
 	$(BIN)/accelerate launch train.py hub_configs/dense2sparse-mobilenet-minilm \
-		--datasets $(CAPTIONS) --trust_remote_code true --overwrite
+		--datasets $(CAPTIONS) --overwrite
 	$(BIN)/python benchmarks/dense2sparse_images.py --dataset $(CAPTIONS) --output results
 	$(BIN)/python benchmarks/dense2sparse_search.py --dataset $(CAPTIONS) --output results
 

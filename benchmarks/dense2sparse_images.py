@@ -476,8 +476,7 @@ def main() -> None:
         raise InputError(f"--dataset {args.dataset!r}: no such folder. Name one with captions and image features.")
     made_by = provenance(shlex.join(["python", *sys.argv]))
     folder = fetch(args.backbone)
-    model = load(folder, trust_remote_code=True, dtype=fastest_dtype("auto"))
-    args.flags = f"--trust_remote_code true {args.flags}"  # the backbone's code is polyrep's own
+    model = load(folder, dtype=fastest_dtype("auto"))
     bench = ImageBench(args, args.dataset, model)
     for tried in args.tried:
         system = measured_sparse(bench, shlex.split(tried), args.seeds[:1], "dev")

@@ -35,7 +35,7 @@ def main() -> None:
     models = dict(named.split("=", 1) for named in args.models)
     words, rows = {}, []
     for name, folder in models.items():
-        model = load(folder, trust_remote_code=True, device="cpu")
+        model = load(folder, device="cpu")
         vectors = model.encode_document([images[image] for image in SHOWN])
         said = {
             image: {w for text in SCENES[image].captions for w in model.tokenizer.tokenize(text)} for image in SHOWN

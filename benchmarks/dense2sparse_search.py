@@ -411,7 +411,7 @@ def load_vectors(args: argparse.Namespace) -> tuple[Embeddings, Embeddings, Embe
                 f"{getattr(args, name)}: not found, so there is nothing to search in. Pass --{name} FOLDER."
             )
     head = AutoModel.from_pretrained(args.head).eval()
-    model = load(args.backbone, trust_remote_code=True, dtype=fastest_dtype("auto"))
+    model = load(args.backbone, dtype=fastest_dtype("auto"))
     sides = {
         split: encode_dataset(model, load_retrieval_dataset(args.dataset, split), cache_dir=".cache/embeddings")
         for split in ("test", "dev", "train")

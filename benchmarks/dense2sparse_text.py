@@ -485,14 +485,14 @@ NEXT = """
 Next, with data of your own (a folder with corpus.jsonl, or any name of `polyrep data list`):
   make quickstart DATASET=my/folder                              this table for your documents and queries
   accelerate launch train.py hub_configs/dense2sparse-minilm --datasets my/folder        the same head as a recipe
-  accelerate launch encode.py {model} --input my/folder --output encoded --trust_remote_code
+  accelerate launch encode.py {model} --input my/folder --output encoded
   polyrep index encoded --uri qdrant:my/index                    then: polyrep search "..." --model ... --uri ...
 Other representations, for your bytes and milliseconds: docs/choose.md"""
 
 
 def show_words(bench: Bench, folder: Path) -> None:
     """Print the heaviest words of three queries and of the document that each finds first."""
-    model = load(folder, trust_remote_code=True)
+    model = load(folder)
     dataset = bench.split("test")
     texts = list(dataset.queries.values())
     chosen = [texts[i] for i in np.linspace(0, len(texts) - 1, 5).astype(int)[1:4]]

@@ -137,7 +137,7 @@ def measured(args: Arguments, tier: Tier, form: str, seed: int, split: str) -> d
         final = train_run([*argv, *tier.forms[form], *shlex.split(args.flags)], prog="train.py")
         log = json.loads((Path(scratch) / "model" / "training.json").read_text(encoding="utf-8"))["log"]
         assert final is not None
-        model = load(final, trust_remote_code=True, dtype=fastest_dtype("auto"))
+        model = load(final, dtype=fastest_dtype("auto"))
         model.max_seq_length = 256
         datasets: dict[str, Any] = {}
         for source in args.datasets:

@@ -125,7 +125,7 @@ def one_folder(model: MultiLayerModel, backbone: Path, folder: Path) -> Sentence
         (folder / name).write_bytes(source.read_bytes())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(backbone).save_pretrained(folder)
-    opened = load(folder, trust_remote_code=True)
+    opened = load(folder)
     opened.max_seq_length = load(backbone).max_seq_length
     return opened
 

@@ -62,7 +62,7 @@ NAMED = ("python_docs", "tldr_pages", "scitldr", "scifact", "pubmedqa")
 PAGE_MODEL = "vidore/colpali-v1.3-hf"
 VISION = "google/mobilenet_v2_1.0_224"
 FLAGS = {"dual-encoder-mobilenet-minilm": ["--datasets", "captions", "--vision", VISION]}
-FLAGS["dense2sparse-mobilenet-minilm"] = ["--datasets", "captions", "--trust_remote_code", "true"]
+FLAGS["dense2sparse-mobilenet-minilm"] = ["--datasets", "captions"]
 """What a recipe cannot know, and its users say."""
 
 

@@ -547,18 +547,18 @@ def test_two_data_sets_have_rows_of_their_own(tmp_path, pages, models):
     assert results["name"] == "frontier-pages-others"
 
 
-@pytest.mark.parametrize(("made_by_us", "trusted"), [(False, False), (True, True)])
-def test_a_fit_trusts_code_that_the_user_does_and_folders_of_our_own(monkeypatch, tmp_path, made_by_us, trusted):
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_fit_trusts_code_that_the_user_does(monkeypatch, tmp_path, trusted):
     asked = {}
     monkeypatch.setattr(fit, "plan_of", lambda name, **values: asked.update(values))
     full = SimpleNamespace(
         folder=tmp_path,
-        single=(tmp_path / "single" if made_by_us else tmp_path, None),
+        single=(tmp_path / "single", None),
         side=lambda dataset, task: None,
         fit_data=SimpleNamespace(dataset=None, source="x", settings={}),
         model=SimpleNamespace(max_seq_length=None),
         weights=torch.float32,
-        trust_remote_code=False,
+        trust_remote_code=trusted,
         **dict.fromkeys(("cache_dir", "batch_size", "seed", "kept")),
     )
     with pytest.raises(AttributeError):  # of the plan, which is none here

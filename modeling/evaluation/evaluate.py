@@ -8,7 +8,7 @@ Public benchmarks by name are MTEB's own business: see ``mteb.py``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,18 +90,16 @@ class System:
         name: In tables.
         source: As the user names it.
         folder: Where it is; None for BM25.
-        trusted: Whether code that it carries may run.
     """
 
     name: str
     source: str
     folder: Path | None
-    trusted: bool
 
     def open(self, args: EvaluationArguments) -> Encoder:
         """The model, with weights and length as they are asked for."""
         assert self.folder
-        model = load(self.folder, trust_remote_code=self.trusted, dtype=fastest_dtype(args.model_dtype))
+        model = load(self.folder, trust_remote_code=args.trust_remote_code, dtype=fastest_dtype(args.model_dtype))
         if not isinstance(model, Encoder):
             raise InputError(
                 f"{self.source}: the folder of a head, which encodes no text. Name the folder that has it on top."
@@ -140,15 +138,12 @@ def evaluate(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
     return evaluate_models(args, models, command=command_line(prog, argv))
 
 
-def evaluate_models(
-    args: EvaluationArguments, models: Sequence[str], *, untrusted: Collection[str] = (), command: str | None = None
-) -> dict[str, Any]:
+def evaluate_models(args: EvaluationArguments, models: Sequence[str], *, command: str | None = None) -> dict[str, Any]:
     """Measure models and print the table; write JSON, Markdown and PNG if ``args.output`` is set.
 
     Args:
         args: What to measure, on what, against what.
         models: Folders, Hub ids, ``minilm`` or ``bm25``.
-        untrusted: Models whose code does not run whatever ``args.trust_remote_code`` says.
         command: What the results say that they were made by; default: the command that asks for the same.
 
     Returns:
@@ -160,7 +155,7 @@ def evaluate_models(
     # Whatever can be refused is refused before hours of encoding.
     fastest_dtype(args.model_dtype)
     datasets, suites = _open_data(args)
-    systems, reference = _open_systems(args, models, untrusted, bool(datasets))
+    systems, reference = _open_systems(args, models, bool(datasets))
     _refuse_unfit(args, systems, datasets, suites)
     data = made_here(*args.dataset)
     found = _measure(args, systems, datasets, suites)
@@ -199,15 +194,12 @@ def _open_data(args: EvaluationArguments) -> tuple[list[RetrievalDataset], list[
     return datasets, suites
 
 
-def _open_systems(
-    args: EvaluationArguments, models: Sequence[str], untrusted: Collection[str], searches: bool
-) -> tuple[list[System], str]:
+def _open_systems(args: EvaluationArguments, models: Sequence[str], searches: bool) -> tuple[list[System], str]:
     """Baselines and models, fetched, and the name of the one that the others are compared with.
 
     Args:
         args: The flags.
         models: What the user names.
-        untrusted: Models whose code does not run.
         searches: Whether there is a data set to search, where MTEB does not.
     """
     baselines = [name for name in args.baselines.split(",") if name and name != "none"]
@@ -226,9 +218,10 @@ def _open_systems(
     refuse_unknown(reference.partition(", ")[0], names)  # a comma and what follows name a pooling
     systems = []
     for name, source in zip(names, sources, strict=True):
-        trusted = args.trust_remote_code and source not in untrusted
-        folder = None if source == "bm25" else fetch(source, revision=args.revision, trust_remote_code=trusted)
-        systems.append(System(name, source, folder, trusted))
+        folder = None
+        if source != "bm25":
+            folder = fetch(source, revision=args.revision, trust_remote_code=args.trust_remote_code)
+        systems.append(System(name, source, folder))
     return systems, reference
 
 

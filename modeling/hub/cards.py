@@ -375,8 +375,8 @@ def check_template(template: str) -> jinja2.Environment:
     while pending:
         name = pending.pop()
         seen.add(name)
-        if not (folder / name).is_file() or template.startswith("_"):
-            there = sorted(path.stem for path in folder.glob("[!_]*.md"))
+        there = sorted(path.stem for path in folder.glob("[!_]*.md"))
+        if template not in there or not (folder / name).is_file():
             raise InputError(f"model_cards/{name}: no such template. There are {', '.join(there)}.")
         try:
             tree = environment.parse((folder / name).read_text(encoding="utf-8"))

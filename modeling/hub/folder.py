@@ -22,7 +22,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from ..errors import InputError
 from ..files import file_sha256, read_json, staged_folder, write_text
-from .code import localize, refuse_foreign_code
+from .code import localize, may_run
 from .fingerprint import weight_files
 
 Encoder = SentenceTransformer | SparseEncoder | MultiVectorEncoder
@@ -61,8 +61,8 @@ def load(
 
     Args:
         model: A folder, a Hub id, or ``"minilm"`` for the packaged all-MiniLM-L6-v2.
-        trust_remote_code: Run the code that the folder carries. For a Hub id this needs ``revision``, since code
-            that can change under you is not the code that you read.
+        trust_remote_code: Run the code that the folder carries; polyrep's own, byte for byte, runs without. For a Hub
+            id this needs ``revision``, since code that can change under you is not the code that you read.
         revision: Commit, tag or branch of a Hub id.
         dtype: Type of the weights in memory, e.g. ``torch.bfloat16``; default: as saved.
         device: Torch device; default: the best one present.
@@ -74,14 +74,13 @@ def load(
         InputError: The folder is incomplete or damaged, or remote code was asked for without a revision.
     """
     folder = fetch(model, revision=revision, trust_remote_code=trust_remote_code)
-    if trust_remote_code:
-        refuse_foreign_code(folder)
+    allowed = may_run(folder, trust_remote_code)
     if _is_head(folder):
-        head = AutoModel.from_pretrained(folder, trust_remote_code=trust_remote_code, dtype=dtype or "auto")
+        head = AutoModel.from_pretrained(folder, trust_remote_code=allowed, dtype=dtype or "auto")
         return head.to(device) if device else head
     encoder = family_of(folder)(
         str(folder),
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=allowed,
         device=device,
         model_kwargs={"use_safetensors": True} | ({"dtype": dtype} if dtype is not None else {}),
     )

@@ -42,7 +42,7 @@ def fetch_vision(name: str, revision: str | None = None) -> Path:
 
 def image_processor_of(folder: str) -> Any:
     """A folder's image processor; AutoImageProcessor itself would want torchvision in transformers 5.17."""
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     return getattr(processor, "image_processor", processor)
 
 
@@ -63,7 +63,7 @@ class _Features(Module):
 
     def __init__(self, folder: Path, dtype: torch.dtype):
         super().__init__()
-        self.model = AutoModel.from_pretrained(folder, dtype=dtype)
+        self.model = AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         self.processor = image_processor_of(str(folder))
 
     def preprocess(self, inputs: list[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:

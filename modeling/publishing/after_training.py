@@ -116,8 +116,8 @@ def _measured(plan: Plan, folder: Path, texts: bool) -> Path:
         output=str(results),
         name="test",
         revision=pinned,
-        trust_remote_code=True,  # the model's own code is ours
+        trust_remote_code=recipe.trust_remote_code,
         keep_empty=recipe.keep_empty,
     )
-    evaluate_models(asked, [str(folder)], untrusted=[] if recipe.trust_remote_code else [backbone])
+    evaluate_models(asked, [str(folder)])
     return results / f"{asked.name}.json"

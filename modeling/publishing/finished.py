@@ -92,7 +92,7 @@ def _files_of_results(folder: Path, named: list[Path]) -> list[Path]:
     if not files or not all(file.is_file() for file in files):
         missing.append(
             f"{' '.join(map(str, places))}: no results. Measure the model first: `python evaluate.py {folder} "
-            f"--dataset DATA --trust_remote_code --output {beside}`, with its control as a second model."
+            f"--dataset DATA --output {beside}`, with its control as a second model."
         )
     if missing:
         raise InputError(f"{folder}: not finished.\n  " + "\n  ".join(missing))

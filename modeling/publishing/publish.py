@@ -22,12 +22,11 @@ from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from transformers import PreTrainedModel
 
 from ..errors import InputError
-from ..files import file_sha256, read_json, staged_folder, write_text
+from ..files import read_json, staged_folder, write_text
 from ..flags import parse
 from ..hub.cards import PINNED, HubId, hub_place, own_rows, render_card, ways_to_open
-from ..hub.code import code_of, localize, refuse_foreign_code
+from ..hub.code import localize, may_run, refuse_foreign_code
 from ..hub.folder import Encoder, is_hub_id, load
-from ..registry import ROOMS
 from .finished import Finished, collect
 from .inspection import refuse_secrets, verify
 from .upload import check_repo_name, head_of, is_carried, model_kind, source_of, upload
@@ -152,17 +151,9 @@ def _hub_ids(named: list[str]) -> dict[str, HubId]:
 
 def _open(folder: Path, trusted: bool) -> tuple[Encoder | PreTrainedModel, bool]:
     """The model, on the CPU, and whether its code may run; what is not the installed one's needs the user's word."""
-    refuse_foreign_code(folder)
-    shipped = {file_sha256(file) for room in ROOMS.values() for file in code_of(room.model.__module__)}
-    code = sorted(folder.rglob("*.py"))
-    foreign = [file for file in code if file_sha256(file) not in shipped]
-    if foreign and not trusted:
-        raise InputError(
-            f"{foreign[0]}: is not the code of this polyrep, and opening the model would run it. Read it, then pass "
-            "--trust_remote_code."
-        )
-    trusted = bool(code) or trusted
-    return load(folder, trust_remote_code=trusted, device="cpu"), trusted
+    if not trusted:
+        refuse_foreign_code(folder, "opening the model")
+    return load(folder, trust_remote_code=trusted, device="cpu"), trusted or may_run(folder, trusted)
 
 
 def _stage(

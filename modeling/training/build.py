@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+from sentence_transformers.base.modules.module import Module
 from sentence_transformers.base.modules.transformer import Transformer
-from sentence_transformers.util.misc import import_from_string
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..errors import InputError, refusals
 from ..files import read_json, staged_folder, write_json
-from ..hub.code import localize
+from ..hub.code import listed_activation, listed_module, localize, may_run
 from ..hub.folder import family_of, fetch, save
 from ..hub.vision import fetch_vision
 from ..registry import Room
 from .recipes import Plan
+
+_CONFIGS = ("config.json", "config_sentence_transformers.json", "modules.json", "sentence_bert_config.json")
+"""What a model takes of the folder of its run, beside the configs of further modules."""
+
+_OF_TRANSFORMERS = {
+    "do_lower_case",
+    "document_length",
+    "max_seq_length",
+    "modality_config",
+    "module_output_name",
+    "query_expansion",
+    "query_length",
+    "transformer_task",
+    "unpad_inputs",
+}
+"""What a run may say of its Transformer."""
 
 
 def build(plan: Plan, folder: Path, head: PreTrainedModel | None = None) -> None:
@@ -33,13 +48,18 @@ def build(plan: Plan, folder: Path, head: PreTrainedModel | None = None) -> None
     """
     recipe = plan.recipe
     backbone = fetch(recipe.backbone, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    allowed = may_run(backbone, recipe.trust_remote_code)
+    parts = read_json(plan.run / "modules.json")
+    for part in parts:
+        _listed(plan, part)
     with staged_folder(folder) as staged:
-        shutil.copytree(plan.run, staged, dirs_exist_ok=True, ignore=shutil.ignore_patterns("recipe.yaml"))
-        parts = read_json(plan.run / "modules.json") or [{}]
-        if plan.room and len(parts) == 1:
+        for file in _CONFIGS:  # a run is data: whatever else lies in its folder stays there
+            if (plan.run / file).is_file():
+                shutil.copyfile(plan.run / file, staged / file)
+        if plan.room and len(parts) < 2:
             _build_one_folder(plan, plan.room, backbone, staged, head)
         else:
-            _build_pipeline(plan, backbone, staged, parts)
+            _build_pipeline(plan, backbone, staged, parts, allowed)
 
 
 def _build_one_folder(plan: Plan, room: Room, backbone: Path, folder: Path, head: PreTrainedModel | None) -> None:
@@ -52,16 +72,25 @@ def _build_one_folder(plan: Plan, room: Room, backbone: Path, folder: Path, head
     with refusals():
         model = retriever.from_encoder(str(backbone), **options, **vision)
     model.save_pretrained(folder)
-    load_processor = room.load_processor or AutoTokenizer.from_pretrained
-    load_processor(str(backbone), **vision).save_pretrained(folder)
+    if room.load_processor:
+        processor = room.load_processor(str(backbone), **vision)
+    else:
+        processor = AutoTokenizer.from_pretrained(str(backbone), trust_remote_code=False)
+    processor.save_pretrained(folder)
     _inherit(folder, backbone, getattr(model.config, "similarity_fn_name", None))
     localize(folder)
 
 
-def _build_pipeline(plan: Plan, backbone: Path, folder: Path, parts: list[dict[str, Any]]) -> None:
-    """Write the modules that ``modules.json`` lists, the first of them the backbone's own transformer."""
-    trusted = {"trust_remote_code": plan.recipe.trust_remote_code}
-    first = read_json(plan.run / "sentence_bert_config.json")
+def _build_pipeline(plan: Plan, backbone: Path, folder: Path, parts: list[dict[str, Any]], allowed: bool) -> None:
+    """Write the modules that ``modules.json`` lists, the first the backbone's own, with its code if that may run."""
+    trusted = {"trust_remote_code": allowed}
+    file = plan.run / "sentence_bert_config.json"
+    first = read_json(file)
+    if unknown := sorted(first.keys() - _OF_TRANSFORMERS):
+        raise InputError(
+            f"{file}: {unknown[0]!r} is no setting that a run may make, since it could open more than the backbone. "
+            f"Settings: {', '.join(sorted(_OF_TRANSFORMERS))}."
+        )
     modules: list[nn.Module] = [
         Transformer(str(backbone), model_kwargs=trusted, processor_kwargs=trusted, config_kwargs=trusted, **first)
     ]
@@ -72,19 +101,26 @@ def _build_pipeline(plan: Plan, backbone: Path, folder: Path, parts: list[dict[s
         save(family_of(plan.run)(modules=modules, **keep), folder)
 
 
+def _listed(plan: Plan, part: dict[str, Any]) -> type[Module]:
+    """The class of an entry of ``modules.json``; InputError if it is on no list, or its config outside of the run."""
+    listing = plan.run / "modules.json"
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str) or not isinstance(part.get("path"), str):
+        raise InputError(f"{listing}: {part!r} is no module. Expected an object with a type and a path.")
+    if not (plan.run / part["path"]).resolve().is_relative_to(plan.run.resolve()):
+        raise InputError(f"{listing}: module path {part['path']!r} leaves the folder. Refused; mend it.")
+    return listed_module(part["type"], listing)
+
+
 def _untrained(plan: Plan, part: dict[str, Any]) -> nn.Module:
     """A module of ``modules.json``: the room's, or a stock one from its config."""
-    module, _, name = part["type"].rpartition(".")
-    if plan.room and plan.room.module and name == plan.room.module.__name__:
+    kind: Any = _listed(plan, part)
+    if plan.room and plan.room.module and kind is plan.room.module:
         with refusals():
-            return plan.room.module(**plan.config)
-    if not module.startswith("sentence_transformers."):
-        raise InputError(f"{plan.run}/modules.json: {part['type']} is neither stock nor of a registered room.")
-    module_class = getattr(importlib.import_module(module), name)
-    config = module_class.load_config(str(plan.run), subfolder=part["path"])
+            return kind(**plan.config)
+    config = kind.load_config(str(plan.run), subfolder=part["path"])
     if "activation_function" in config:  # Dense names a class and takes an instance
-        config["activation_function"] = import_from_string(config["activation_function"])()
-    return module_class(**config)
+        config["activation_function"] = listed_activation(config["activation_function"], plan.run / part["path"])
+    return kind(**config)
 
 
 def _inherit(folder: Path, backbone: Path, similarity: str | None) -> None:

@@ -246,6 +246,6 @@ def with_backbone(plan: Plan, head: PreTrainedModel, backbone: Encoder) -> Encod
         return model
     with tempfile.TemporaryDirectory() as scratch:
         build(plan, Path(scratch) / "model", head)
-        model = load(Path(scratch) / "model", trust_remote_code=True)
+        model = load(Path(scratch) / "model", trust_remote_code=plan.recipe.trust_remote_code)
     model.prompts, model.max_seq_length = backbone.prompts, backbone.max_seq_length
     return model

@@ -22,7 +22,7 @@ import yaml
 from torch import nn
 from transformers import HfArgumentParser
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..files import read_json, shipped_folder
 from ..flags import as_flags, command_line
 from ..hub.cards import check_template
@@ -40,6 +40,17 @@ from .arguments import (
     negative_columns,
 )
 from .objective import contract
+
+CONSENTS = (
+    "trust_remote_code",
+    "overwrite",
+    "resume_from_checkpoint",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_token",
+    "hub_private_repo",
+)
+"""What a recipe, which may be a stranger's, cannot say: the command line alone gives consent."""
 
 
 @dataclass(frozen=True)
@@ -142,13 +153,23 @@ def _find_run(name: str) -> Path:
     raise InputError(f"{name}: no folder with a recipe.yaml. Shipped runs: {', '.join(shipped)}.")
 
 
+def _is_shipped(run: Path) -> bool:
+    """Whether a run is one of polyrep's own."""
+    return run.resolve().parent == shipped_folder("hub_configs").resolve()
+
+
 def _read_recipe(run: Path) -> dict[str, Any]:
     try:
         recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError(f"{run}/recipe.yaml: not valid YAML ({error}).") from None
-    if not isinstance(recipe, dict):
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{run}/recipe.yaml: not valid YAML ({first_line(error)}).") from None
+    if not isinstance(recipe, dict) or not all(isinstance(flag, str) for flag in recipe):
         raise InputError(f"{run}/recipe.yaml: expected `flag: value` lines, found {type(recipe).__name__}.")
+    if asked := [flag for flag in CONSENTS if flag in recipe]:
+        raise InputError(
+            f"{run}/recipe.yaml: {asked[0]}: {recipe[asked[0]]} is for whoever trains to say, since it runs code, "
+            f"replaces files or uploads. Remove the line, and pass --{asked[0]} where you want it."
+        )
     return recipe
 
 
@@ -158,7 +179,9 @@ def _plan(run: _Run, values: Mapping[str, Any], flags: list[str], prog: str, com
     own = run.recipe.get("objective", "")
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chooser.add_argument("--objective", default=values.get("objective", own))
-    name = chooser.parse_known_args(flags)[0].objective
+    chooser.add_argument("--backbone", default=values.get("backbone"))
+    said = chooser.parse_known_args(flags)[0]
+    name = said.objective
     objective = _find_objective(name, run)
     on_cache = contract(objective).trains_on is not None  # a head over cached vectors
     groups: list[type] = [RecipeArguments, *([HeadArguments] if on_cache else []), *_method_flags(run, on_cache)]
@@ -182,6 +205,11 @@ def _plan(run: _Run, values: Mapping[str, Any], flags: list[str], prog: str, com
     for fields in method:
         config |= fields
     plan = Plan(run.folder, run.room, recipe, config, objective, objective_arguments, args, defaults, command, head)
+    if recipe.trust_remote_code and said.backbone is None and not _is_shipped(run.folder):
+        raise InputError(
+            f"--trust_remote_code: covers what the command names, and the backbone {recipe.backbone} is named by "
+            f"{run.folder}/recipe.yaml alone. Read its code, then pass --backbone {recipe.backbone} too."
+        )
     _refuse_contradictions(plan)
     _settle(plan)
     return plan

@@ -18,6 +18,7 @@ from ..encoding.cache import embed
 from ..encoding.embeddings import Embeddings
 from ..errors import InputError
 from ..files import read_json
+from ..hub.code import may_run
 from ..hub.folder import Encoder, fastest_dtype, fetch, load
 from ..search.ranking import filled, sparse_rows
 from ..search.scoring import CHUNK_ELEMENTS
@@ -32,6 +33,7 @@ def open_teacher(name: str, revision: str | None = None) -> Teacher:
     kinds = read_json(folder / "config.json").get("architectures") or [""]
     plain = kinds[0].endswith("ForSequenceClassification") and not (folder / "modules.json").is_file()
     if family == "CrossEncoder" or plain:
+        may_run(folder, trusted=False)
         return CrossEncoder(str(folder))
     teacher: Any = load(folder, dtype=fastest_dtype("auto"))
     if not isinstance(teacher, Encoder):

@@ -21,6 +21,7 @@ from transformers import set_seed
 
 from ..errors import InputError
 from ..files import write_json
+from ..hub.code import refuse_foreign_code
 from .build import build
 from .checkpoints import checkpoint_to_resume, last_checkpoint
 from .frozen import HeadTraining
@@ -74,6 +75,8 @@ def _start(plan: Plan) -> tuple[Path | None, list[Path]]:
             "with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES."
         )
     resume = checkpoint_to_resume(output, args.resume_from_checkpoint)
+    if resume and not plan.recipe.trust_remote_code:
+        refuse_foreign_code(resume, "going on from it")
     earlier = []
     if resume:
         refuse_another_run(plan, output)

@@ -41,8 +41,7 @@ class WholeTraining:
 
     def __init__(self, plan: Plan, init: Path):
         self.plan = plan
-        # The code of a room is ours; any other code in the folder came with the backbone.
-        self.model: Any = load(init, trust_remote_code=bool(plan.room) or plan.recipe.trust_remote_code)
+        self.model: Any = load(init, trust_remote_code=plan.recipe.trust_remote_code)
         if plan.recipe.lora_rank:
             add_adapters(self.model, plan.recipe.lora_rank)
         data, remine = _pairs(plan)

@@ -94,7 +94,7 @@ def fit_run(full: FullModel, name: str, code: str, *, single: bool = False, **va
     plan = plan_of(
         name,
         backbone=str(backbone),
-        trust_remote_code=full.trust_remote_code or backbone != full.folder,  # the latter we have made ourselves
+        trust_remote_code=full.trust_remote_code,
         datasets=[data.source],
         cache_dir=full.cache_dir,
         encode_batch_size=full.batch_size,

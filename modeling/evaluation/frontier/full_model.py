@@ -97,7 +97,7 @@ class FullModel:
                 raise InputError(f"{len(pools)} rooms pool tokens to their mean, and one must: see Room.mean_pooled.")
             pool = pools[0]
             save(pool(self.model), folder)
-        return folder, load(folder, trust_remote_code=True, dtype=self.weights)
+        return folder, load(folder, trust_remote_code=self.trust_remote_code, dtype=self.weights)
 
     def side(self, dataset: RetrievalDataset, task: Literal["query", "document"]) -> SentenceSide:
         """Queries or documents as one vector a text; of tokens these are taken from their cache, not encoded."""

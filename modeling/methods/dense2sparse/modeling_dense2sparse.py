@@ -229,11 +229,11 @@ class Dense2SparseModel(PreTrainedModel):
             ValueError: The tokenizer has no word-piece vocabulary, so its entries are no words that one could index.
         """
         if isinstance(model, (str, Path)):
-            architectures = AutoConfig.from_pretrained(model).architectures or [""]
+            architectures = AutoConfig.from_pretrained(model, trust_remote_code=False).architectures or [""]
             masked = architectures[0].endswith("ForMaskedLM")
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-            model = (AutoModelForMaskedLM if masked else AutoModel).from_pretrained(model)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.name_or_path)
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+            model = (AutoModelForMaskedLM if masked else AutoModel).from_pretrained(model, trust_remote_code=False)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False)
         kind = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["type"] if tokenizer.is_fast else "slow"
         if kind != "WordPiece":
             raise ValueError(
@@ -573,7 +573,8 @@ class Dense2SparseForRetrieval(PreTrainedModel):
         else:
             width = encoder.config.projection_dim
         if head is None:
-            head = Dense2SparseModel.from_mlm(encoder, width, AutoTokenizer.from_pretrained(backbone), **config)
+            tokenizer = AutoTokenizer.from_pretrained(backbone, trust_remote_code=False)
+            head = Dense2SparseModel.from_mlm(encoder, width, tokenizer, **config)
         retriever = cls(
             Dense2SparseForRetrievalConfig(**fields_of(head.config), encoder_config=encoder.config, **whole)
         )
@@ -706,7 +707,7 @@ def _read_words(model, owner) -> None:
 
 def _towers_of(backbone: str) -> TwoTowers | None:
     """The two towers that a folder or Hub id holds; None if it holds a text encoder."""
-    kind = AutoConfig.from_pretrained(backbone).model_type
+    kind = AutoConfig.from_pretrained(backbone, trust_remote_code=False).model_type
     if kind in BOTH_TOWERS:
         encoder = open_both_towers(backbone, "Dense2SparseForRetrieval")
         towers = TwoTowers(TowersConfig(encoder_config=encoder.config, projection_dim=shared_width(encoder.config)))
@@ -714,7 +715,7 @@ def _towers_of(backbone: str) -> TwoTowers | None:
         return towers.eval()
     if kind != TowersConfig.model_type:
         return None
-    model = AutoModel.from_pretrained(backbone)
+    model = AutoModel.from_pretrained(backbone, trust_remote_code=False)
     towers = TwoTowers(_encoder_config(model.config)).to(model.dtype)
     towers.load_state_dict(model.state_dict())
     return towers.eval()  # as from_pretrained gives a model

@@ -62,7 +62,7 @@ def shared_width(config: PretrainedConfig) -> int:
 
 def open_both_towers(backbone: str, owner: str) -> PreTrainedModel:
     """CLIP, SigLIP or BLIP from a folder or Hub id; ValueError if it lacks a weight that its vectors need."""
-    kind = BOTH_TOWERS[AutoConfig.from_pretrained(backbone).model_type]
+    kind = BOTH_TOWERS[AutoConfig.from_pretrained(backbone, trust_remote_code=False).model_type]
     encoder, found = kind.from_pretrained(backbone, output_loading_info=True)
     if missing := sorted(key for key in found["missing_keys"] if not key.startswith("itm_head")):
         raise ValueError(

@@ -36,6 +36,6 @@ def head_from_words(
     dim = backbone.get_embedding_dimension()
     assert dim
     folder = str(fetch(words))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     options: dict[str, Any] = {"foreign_words": True, "added_tokens": added} | config
     return Dense2SparseModel.from_mlm(folder, dim, tokenizer, **options), tokenizer

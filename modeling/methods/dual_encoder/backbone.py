@@ -22,14 +22,16 @@ def load_processor(backbone: str, vision: str | None = None) -> Any:
         vision: Of the vision encoder that goes with it, where that is another.
     """
     if vision is not None:
-        return VisionTextDualEncoderProcessor(image_processor_of(vision), AutoTokenizer.from_pretrained(backbone))
-    both = AutoConfig.from_pretrained(backbone).model_type in (*BOTH_TOWERS, DualEncoderConfig.model_type)
-    return (AutoProcessor if both else AutoTokenizer).from_pretrained(backbone)
+        tokenizer = AutoTokenizer.from_pretrained(backbone, trust_remote_code=False)
+        return VisionTextDualEncoderProcessor(image_processor_of(vision), tokenizer)
+    kind = AutoConfig.from_pretrained(backbone, trust_remote_code=False).model_type
+    both = kind in (*BOTH_TOWERS, DualEncoderConfig.model_type)
+    return (AutoProcessor if both else AutoTokenizer).from_pretrained(backbone, trust_remote_code=False)
 
 
 def open_backbone(backbone: str, dtype: torch.dtype) -> SentenceTransformer | None:
     """A plain CLIP, SigLIP or BLIP folder as a SentenceTransformer for texts and images; None for any other."""
-    if AutoConfig.from_pretrained(backbone).model_type not in BOTH_TOWERS:
+    if AutoConfig.from_pretrained(backbone, trust_remote_code=False).model_type not in BOTH_TOWERS:
         return None
     output = {"method_output_name": "sentence_embedding"}
     modalities = {"text": {"method": "forward", **output}, "image": {"method": "encode_image", **output}}

@@ -179,7 +179,7 @@ class DualEncoderModel(Towers, PreTrainedModel):
         Raises:
             ValueError: A tower's width differs from the head's, or the backbone's modules do not fit in one folder.
         """
-        kind = AutoConfig.from_pretrained(backbone).model_type
+        kind = AutoConfig.from_pretrained(backbone, trust_remote_code=False).model_type
         if kind in BOTH_TOWERS:
             encoder = open_both_towers(backbone, "DualEncoderModel")
             model = cls(DualEncoderConfig(encoder_config=encoder.config))
@@ -192,7 +192,7 @@ class DualEncoderModel(Towers, PreTrainedModel):
             )
         texts = SentenceTransformer(str(backbone), device="cpu")
         pooling, normalize = cls.check_backbone(texts)
-        images = AutoModel.from_pretrained(vision).eval()
+        images = AutoModel.from_pretrained(vision, trust_remote_code=False).eval()
         image_dim = _feature_width(images)
         if head is None:
             head = DualEncoderHead.from_backbone(texts, image_dim=image_dim, **config)
