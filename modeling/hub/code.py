@@ -81,11 +81,7 @@ def may_run(folder: Path, trusted: bool) -> bool:
             an activation function or an attention that would be imported or fetched.
     """
     if trusted:
-        if foreign := next((found for found in _references_of(folder) if "--" in found[1]), None):
-            raise InputError(
-                f"{foreign[0]}: takes its code from another repository ({foreign[1]}), at whatever that holds today. "
-                "Refused; copy the code into the folder, or open the model without --trust_remote_code."
-            )
+        _refuse_elsewhere(folder)
         return True
     _refuse_unlisted(folder)
     return any(folder.rglob("*.py")) and _foreign(folder) is None
@@ -93,6 +89,7 @@ def may_run(folder: Path, trusted: bool) -> bool:
 
 def refuse_foreign_code(folder: Path, use: str) -> None:
     """InputError if a folder holds or names code that is not polyrep's own, byte for byte, with what would run it."""
+    _refuse_elsewhere(folder)
     if foreign := _foreign(folder):
         raise InputError(
             f"{foreign}: is not the code of this polyrep, and {use} would run it. Read it, then pass "
@@ -152,6 +149,15 @@ def _listed(reference: str) -> type[Module] | None:
         rooms = (room.model.__module__ for room in ROOMS.values())
         found = next((getattr(sys.modules[room], name, None) for room in rooms if room.endswith(f".{stem}")), None)
     return found if isinstance(found, type) and issubclass(found, Module) else None
+
+
+def _refuse_elsewhere(folder: Path) -> None:
+    """InputError if a folder takes code from another repository."""
+    if found := next((found for found in _references_of(folder) if "--" in found[1]), None):
+        raise InputError(
+            f"{found[0]}: takes its code from another repository ({found[1]}), at whatever that holds today. Refused; "
+            "copy the code into the folder, or open the model without --trust_remote_code."
+        )
 
 
 def _foreign(folder: Path) -> str | None:
