@@ -1,8 +1,14 @@
-"""What tells one model from another: a hash over its weight files and module configs.
+"""What tells one model from another: a hash over all of its folder that changes a vector.
 
 Shipped files need it too, to know the backbone of a head, so it stands in :mod:`polyrep.hub.polyrep_room`.
 """
 
-from .polyrep_room import NOT_FINGERPRINTED, fingerprint, weight_files, without
+from .polyrep_room import NOT_FINGERPRINTED, fingerprint, fingerprints, weight_files, without
 
-__all__ = ["NOT_FINGERPRINTED", "fingerprint", "weight_files", "without"]
+__all__ = ["NOT_FINGERPRINTED", "fingerprint", "fingerprints", "told", "weight_files", "without"]
+
+
+def told(fingerprint: str) -> str:
+    """A fingerprint as messages show it: its first digits, and what one of the first version does not say."""
+    old = "" if "-" in fingerprint else " (of version 1, which says nothing of prompts and tokenizer)"
+    return f"{fingerprint[:14]}{old}"

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import InputError
 from ..files import read_json, shipped_folder
 from ..hub.cards import HubId, check_template, own_rows
-from ..hub.fingerprint import fingerprint
+from ..hub.fingerprint import fingerprints
 from ..hub.folder import check_folder
 from ..registry import room_of
 from ..report import check_results
@@ -22,8 +22,8 @@ class Finished:
 
     Attributes:
         folder: Where it is.
-        fingerprint: Its own.
-        fingerprints: Also those of what was trained together with it (a head and the whole model).
+        fingerprints: Its own, of all versions, and those of what was trained together with it (a head and the whole
+            model).
         recipe: What its card says of the training; None where that is not recorded.
         template: Name of the card's template.
         results: What was measured on it, in the layout of results, oldest first.
@@ -31,7 +31,6 @@ class Finished:
     """
 
     folder: Path
-    fingerprint: str
     fingerprints: Collection[str]
     recipe: Mapping[str, Any] | None
     template: str
@@ -58,21 +57,23 @@ def collect(
     folder = folder.resolve()
     named = [Path(place) for place in results]
     files = _files_of_results(folder, named)
-    digest, record = fingerprint(folder), read_json(folder.parent / "training.json")
+    own, record = fingerprints(folder), read_json(folder.parent / "training.json")
     trained = {record.get("fingerprint"), *(record.get("fingerprints") or {}).values()} - {None}
-    if digest not in trained:  # recorded of other weights
+    if not trained & set(own):  # recorded of other weights
         record, trained = {}, set()
-    fingerprints = {digest} | trained
+    known = {*own, *trained}
     # Older records have no card of their own, but what its recipe says.
     name = template or record.get("template") or record.get("recipe", {}).get("card") or _card_of(folder)
     check_template(name)
-    ours = _own_results(folder, files, named, digest, fingerprints)
-    known = {row["dataset"] for result in ours.values() for row in result["rows"]}
-    if unknown := [name for name in hub_ids or {} if name not in known]:
-        raise InputError(f"--hub_dataset {unknown[0]}: the results have no such data set; they have {sorted(known)}.")
+    ours = _own_results(folder, files, named, own[0], known)
+    datasets = {row["dataset"] for result in ours.values() for row in result["rows"]}
+    if unknown := [name for name in hub_ids or {} if name not in datasets]:
+        raise InputError(
+            f"--hub_dataset {unknown[0]}: the results have no such data set; they have {sorted(datasets)}."
+        )
     pictures = [file.with_suffix(".png") for file in ours if file.with_suffix(".png").is_file()]
     picture = pictures[-1] if pictures else None
-    return Finished(folder, digest, fingerprints, record.get("card"), name, list(ours.values()), picture)
+    return Finished(folder, known, record.get("card"), name, list(ours.values()), picture)
 
 
 def _files_of_results(folder: Path, named: list[Path]) -> list[Path]:

@@ -26,6 +26,7 @@ from ..files import read_json, staged_folder, write_text
 from ..flags import parse
 from ..hub.cards import PINNED, HubId, hub_place, own_rows, render_card, ways_to_open
 from ..hub.code import localize, may_run, refuse_foreign_code
+from ..hub.fingerprint import fingerprints
 from ..hub.folder import Encoder, is_hub_id, load
 from .finished import Finished, collect
 from .inspection import refuse_secrets, verify
@@ -178,7 +179,7 @@ def _stage(
             shutil.copyfile(file, staged / name)
     localize(staged)
     exported_from = read_json(staged / "onnx" / "export.json").get("fingerprint")
-    if any(staged.glob("onnx/*")) and exported_from != finished.fingerprint:
+    if any(staged.glob("onnx/*")) and exported_from not in fingerprints(source):
         raise InputError(
             f"{source / 'onnx'}: exported from other weights, or by something that does not say from which, so they "
             "may be another model. Export them again with `polyrep export-onnx --overwrite`, or remove the folder."

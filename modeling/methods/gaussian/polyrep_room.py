@@ -39,6 +39,27 @@ logger = logging.getLogger(__name__)
 
 NOT_FINGERPRINTED = ("transformers_version", "_name_or_path", "__version__")
 
+EXPORTS = {"onnx", "openvino"}
+"""Folders of what was made of a model for other engines."""
+
+OF_TOKENIZERS = (
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+    "do_lower_case",
+    "model_max_length",
+    "strip_accents",
+    "tokenize_chinese_chars",
+    "truncation_side",
+)
+"""What of a ``tokenizer_config.json`` changes tokens."""
+
+ELSEWHERE = ("config.json", "sentence_bert_config.json", "tokenizer_config.json", "generation_config.json")
+"""Configs that are read by themselves, or change no vector."""
+
+SIMILARITIES = {"SentenceTransformer": "cosine", "SparseEncoder": "dot", "MultiVectorEncoder": "maxsim"}
+"""Family -> similarity where the folder names none."""
+
 
 def keep(config: PretrainedConfig, given: dict) -> str:
     """Set what a head's config is made of as its fields, and what is known of the backbone that the head was made on.
@@ -178,7 +199,7 @@ def without(content, keys: tuple):
 def weight_files(folder: Path) -> list[Path]:
     """Every weight file of a model folder, those of its modules and of their parts included, but no exports."""
     files = sorted(folder.rglob("*.safetensors"))
-    return [file for file in files if not {"onnx", "openvino"} & set(file.relative_to(folder).parts)]
+    return [file for file in files if not EXPORTS & set(file.relative_to(folder).parts)]
 
 
 def module_configs(folder: Path) -> list[tuple[Path, dict]]:
@@ -188,21 +209,76 @@ def module_configs(folder: Path) -> list[tuple[Path, dict]]:
     return [(file, json.loads(file.read_text(encoding="utf-8"))) for file in files]
 
 
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over the weight files and module configs of a model folder.
+def tokenizer_files(folder: Path) -> list[tuple[Path, object]]:
+    """What tells how texts become tokens: the fast tokenizer where there is one, else the vocabularies as they are."""
+    found = []
+    for file in sorted(folder.rglob("tokenizer.json")):
+        # transformers writes down what it truncated and padded to last.
+        found.append((file, without(json.loads(file.read_text(encoding="utf-8")), ("truncation", "padding"))))
+    fast = {file.parent for file, _ in found}
+    names = ("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+    for file in sorted(file for name in names for file in folder.rglob(name) if file.parent not in fast):
+        found.append((file, hashlib.sha256(file.read_bytes()).hexdigest()))
+    for file in sorted(folder.rglob("tokenizer_config.json")):
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        found.append((file, {name: fields[name] for name in OF_TOKENIZERS if fields.get(name) not in (None, "right")}))
+    return found
 
-    Tokenizer, prompts and card do not count, nor do version stamps and the path a model was loaded from, so a copy
-    saved again has the same value.
+
+def settings_of(folder: Path) -> list[tuple[Path, object]]:
+    """What a folder says of its modules' order, prompts, similarity, dimensions kept, images and chats, cleaned."""
+    found = []
+    if (file := folder / "modules.json").is_file():
+        parts = json.loads(file.read_text(encoding="utf-8"))
+        # A class has had several places, and lies in the folder or in the package.
+        kinds = [(part["type"].rpartition(".")[2], part.get("path"), part.get("kwargs") or []) for part in parts]
+        found.append((file, kinds))
+    if (file := folder / "config_sentence_transformers.json").is_file():
+        fields = without(json.loads(file.read_text(encoding="utf-8")), (*NOT_FINGERPRINTED, "requirements"))
+        fields["prompts"] = {task: text for task, text in (fields.get("prompts") or {}).items() if text}
+        family = fields.setdefault("model_type", "SentenceTransformer")
+        fields["similarity_fn_name"] = fields.get("similarity_fn_name") or SIMILARITIES.get(family)
+        found.append((file, {name: value for name, value in fields.items() if value not in (None, {}, "")}))
+    for file in sorted([*folder.rglob("*config.json"), *folder.rglob("artifact.metadata")]):
+        if file.name not in ELSEWHERE and not EXPORTS & set(file.relative_to(folder).parts):
+            found.append((file, without(json.loads(file.read_text(encoding="utf-8")), NOT_FINGERPRINTED)))
+    for file in sorted(folder.rglob("*.jinja")):
+        found.append((file, hashlib.sha256(file.read_bytes()).hexdigest()))
+    return found
+
+
+def fingerprint(folder: Path, version: int = 2) -> str:
+    """SHA-256 over all of a model folder that changes a vector.
+
+    That is weights, configs of modules and their order, prompts, similarity, ``truncate_dim``, tokenizer and image
+    processor. Card and code do not count, nor do version stamps and the path a model was loaded from, so a copy saved
+    again has the same value.
+
+    Args:
+        folder: The model.
+        version: 1 is what older heads, indexes and results hold: over weights and configs of modules alone.
+
+    Returns:
+        Hex digits; from version 2 on with the version before them, as in ``2-5f1c...``.
     """
     digest = hashlib.sha256()
     for file in weight_files(folder):
         with file.open("rb") as stream:
             content = hashlib.file_digest(stream, "sha256").hexdigest()
-        digest.update(f"{file.relative_to(folder)}:{content}\n".encode())
-    for file, fields in module_configs(folder):
-        content = json.dumps(without(fields, NOT_FINGERPRINTED), sort_keys=True)
-        digest.update(f"{file.relative_to(folder)}:{content}\n".encode())
-    return digest.hexdigest()
+        digest.update(f"{file.relative_to(folder).as_posix()}:{content}\n".encode())
+    said = [(file, without(fields, NOT_FINGERPRINTED)) for file, fields in module_configs(folder)]
+    if version > 1:
+        said = [part for part in said if not EXPORTS & set(part[0].relative_to(folder).parts)]
+        said += settings_of(folder) + tokenizer_files(folder)
+    for file, fields in said:
+        content = json.dumps(fields, sort_keys=True)
+        digest.update(f"{file.relative_to(folder).as_posix()}:{content}\n".encode())
+    return digest.hexdigest() if version == 1 else f"{version}-{digest.hexdigest()}"
+
+
+def fingerprints(folder: Path) -> list[str]:
+    """Fingerprints of a folder of all versions, the latest first, to compare with what was written down once."""
+    return [fingerprint(folder, version) for version in (2, 1)]
 
 
 def fingerprints_of(module) -> list[str]:
@@ -227,7 +303,7 @@ def fingerprints_of(module) -> list[str]:
         parts = [fields for file, fields in module_configs(folder) if file.parent != folder]
         if any((fields.get("model_type") or "").startswith("polyrep_") for fields in parts):
             return []
-    return [fingerprint(folder) for folder in folders]
+    return [found for folder in folders for found in fingerprints(folder)]
 
 
 class HeadModule:
@@ -279,7 +355,7 @@ class HeadModule:
         if before and config.base_fingerprint:
             found = fingerprints_of(before[0])
             if found and config.base_fingerprint not in found:
-                self.other_backbone(before[0].model.name_or_path, found[-1])
+                self.other_backbone(before[0].model.name_or_path, found[0])
 
     def other_backbone(self, name: str, found: str) -> None:
         """Say that a backbone, by its name and fingerprint, is not the one that the head was trained on."""
