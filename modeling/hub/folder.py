@@ -247,6 +247,7 @@ def _opening(folder: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
+        check_sizes(folder, turned=True)  # which names what transformers only logs
         raise InputError(
             f"{folder}: cannot be opened ({first_line(error)}). Fetch or save the model again, or open it with the "
             "versions of transformers and sentence-transformers that saved it."

@@ -23,7 +23,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from ..errors import InputError
 from ..files import read_json
 from .fingerprint import weight_files
-from .polyrep_room import new_encoder
+from .polyrep_room import first_not_finite, new_encoder
 
 PREFIX = "polyrep_"
 """What every ``model_type`` of ours starts with."""
@@ -150,10 +150,14 @@ def stored_weights(part: Path) -> dict[str, Stored]:
     return _check_shards(part / name, _shards(part / name))
 
 
-def check_sizes(folder: Path) -> None:
+def check_sizes(folder: Path, *, turned: bool = False) -> None:
     """Refuse weights of other sizes or types than the configs ask for, before a model of these sizes takes memory.
 
     Models of ours compare by themselves; those with code of others are not known before it runs.
+
+    Args:
+        folder: The model's.
+        turned: Refuse also weights of as many values in another shape, some of which transformers turns as it reads.
 
     Raises:
         InputError: The tensor, both sizes, and the remedy.
@@ -174,7 +178,7 @@ def check_sizes(folder: Path) -> None:
         model = _described(part) if stored else None
         if model is not None:
             for name, found, tensor in _pairs(model, stored):
-                _refuse_other(name, found, tensor)
+                _refuse_other(name, found, tensor, turned)
 
 
 def check_loaded(folder: Path, model: nn.Module) -> None:
@@ -194,13 +198,11 @@ def check_loaded(folder: Path, model: nn.Module) -> None:
         stored = stored_weights(part)
         if inner is not None and (stock or ours) and not (part / "adapter_config.json").is_file():
             _refuse_missing(part, inner, stored, str(getattr(module, "modality_config", "")))
-        for name, tensor in module.state_dict().items():
-            if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
-                owner = next((found.file for key, found in stored.items() if name.endswith(key)), part)
-                raise InputError(
-                    f"{owner}: {name} has values that are not finite, so every vector would be. Fetch or save the "
-                    "model again."
-                )
+        if name := first_not_finite(module):
+            owner = next((found.file for key, found in stored.items() if name.endswith(key)), part)
+            raise InputError(
+                f"{owner}: {name} has values that are not finite, so no vector is. Fetch or save the model again."
+            )
         words, rows = _rows(module)
         if words > rows:
             raise InputError(
@@ -318,11 +320,11 @@ def _pairs(model: PreTrainedModel, stored: dict[str, Stored]) -> Iterator[tuple[
         yield name, next((stored[key] for key in names if key in stored), None), tensor
 
 
-def _refuse_other(name: str, found: Stored | None, tensor: torch.Tensor) -> None:
-    """InputError for a stored tensor that a model's cannot be; one that is only turned may be meant to."""
+def _refuse_other(name: str, found: Stored | None, tensor: torch.Tensor, turned: bool) -> None:
+    """InputError for a stored tensor that a model's cannot be."""
     if found is None:
         return
-    if math.prod(found.shape) != tensor.numel():
+    if math.prod(found.shape) != tensor.numel() or turned and found.shape != tensor.shape:
         raise InputError(
             f"{found.file}: {name} is {list(found.shape)}, and the config asks for {list(tensor.shape)}, so they are "
             "of different models. Fetch or save the model again."

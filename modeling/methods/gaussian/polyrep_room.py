@@ -384,12 +384,10 @@ class WholeWeights:
             )
         if found["mismatched_keys"] and not other_sizes:
             _refuse_sizes(owner, *min(found["mismatched_keys"]))
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
-                raise ValueError(
-                    f"{owner}: {name} has values that are not finite, so every vector would be. Fetch or save the "
-                    "model again."
-                )
+        if name := first_not_finite(model):
+            raise ValueError(
+                f"{owner}: {name} has values that are not finite, so no vector is. Fetch or save the model again."
+            )
         return (model, found) if output_loading_info else model
 
     @classmethod
@@ -418,6 +416,18 @@ class WholeWeights:
                     f"{owner} stores {name} as {dtype}, and the model has {str(tensor.dtype).removeprefix('torch.')} "
                     "there. Save it as such."
                 )
+
+
+def first_not_finite(model: nn.Module) -> str | None:
+    """Name of the first weight with a value that is not finite."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta or tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            continue
+        # A sum is a tenth of the work, and finite only if all values are; or it overflows.
+        if not tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).isfinite():
+            if not tensor.isfinite().all():
+                return name
+    return None
 
 
 def _refuse_sizes(owner: str, name: str, found: tuple, expected: tuple) -> None:
