@@ -8,6 +8,7 @@ import logging
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from room_examples import EXAMPLES
 from safetensors.torch import load_file, save_file
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Transformer
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 import polyrep
@@ -96,7 +97,14 @@ for name, (folder, again, wrong) in jobs["folders"].items():
             entry[f"opened as {other}"] = True
         except Exception as error:
             entry[f"opened as {other}"] = False
-print("REPORT" + json.dumps(report))
+refusals = {}
+for name, folder in jobs["damaged"].items():
+    try:
+        AutoModel.from_pretrained(folder, trust_remote_code=True)
+        refusals[name] = "opened"
+    except ValueError as error:
+        refusals[name] = str(error)
+print("REPORT" + json.dumps([report, refusals]))
 """
 
 
@@ -116,28 +124,78 @@ def saved(examples: dict[str, Example], tmp_path_factory: pytest.TempPathFactory
     }
 
 
-def fresh_process(folders: dict[str, Path], again: Path, families: dict[str, str]) -> dict[str, Any]:
+DAMAGES: dict[str, Callable[[Any], Any]] = {
+    "lacks {}": lambda weight: None,
+    "has {} of": lambda weight: weight[:-1].contiguous() if weight.ndim else weight[None].repeat(2),
+    "stores {} as": lambda weight: weight.to(torch.int8) if weight.is_floating_point() else weight.float(),
+    "{} has values that are not finite": lambda weight: weight.index_fill(0, torch.tensor(0), torch.nan),
+}
+"""What AutoModel says of a weight -> what was done to it."""
+
+
+@pytest.fixture(scope="module")
+def damaged(saved: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every head and every model of ours with its largest weight of numbers damaged: what is to be said -> folder."""
+    root = tmp_path_factory.mktemp("damaged")
+    found: dict[str, Path] = {}
+    for name, source in saved.items():
+        for config in sorted(source.rglob("config.json")):
+            if not json.loads(config.read_text()).get("model_type", "").startswith("polyrep_"):
+                continue
+            weights = load_file(config.parent / "model.safetensors")
+            numbers = {key: w for key, w in weights.items() if w.is_floating_point() and w.ndim}
+            key = max(numbers, key=lambda key: numbers[key].numel())
+            for words, change in DAMAGES.items():
+                folder = root / str(len(found))
+                shutil.copytree(config.parent, folder)
+                changed = {**weights, key: change(weights[key])}
+                kept = {name: weight for name, weight in changed.items() if weight is not None}
+                save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+                found[f"{name}/{config.parent.name}: {words.format(key)}"] = folder
+    return found
+
+
+def fresh_process(
+    folders: dict[str, Path], again: Path, families: dict[str, str], damaged: dict[str, Path]
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Open all folders in one process without polyrep, encode, and save each again as a user would."""
     jobs = {
         name: (str(folder), str(again / name), CONFUSABLE[families[name]] if "retriever" in name else [])
         for name, folder in folders.items()
     }
     again.mkdir(parents=True, exist_ok=True)
-    result = run_python("-c", FRESH, json.dumps({"texts": TEXTS, "folders": jobs}), cwd=again)
+    bad = {name: str(folder) for name, folder in damaged.items()}
+    result = run_python("-c", FRESH, json.dumps({"texts": TEXTS, "folders": jobs, "damaged": bad}), cwd=again)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.partition("REPORT")[2])
 
 
 @pytest.fixture(scope="module")
-def opened(
-    saved: dict[str, Path], examples: dict[str, Example], tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, Any]]:
+def processes(
+    saved: dict[str, Path],
+    examples: dict[str, Example],
+    damaged: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[tuple[dict[str, Any], dict[str, str]]]:
     """What two fresh processes saw: the first opens our folders, the second what the first saved again."""
     families = {f"{r}/{k}": type(m).__name__ for r, e in examples.items() for k, m in e.models.items()}
     root = tmp_path_factory.mktemp("again")
-    first = fresh_process(saved, root / "first", families)
-    second = fresh_process({name: root / "first" / name for name in saved}, root / "second", families)
+    first = fresh_process(saved, root / "first", families, damaged)
+    second = fresh_process({name: root / "first" / name for name in saved}, root / "second", families, {})
     return [first, second]
+
+
+@pytest.fixture(scope="module")
+def opened(processes: list[tuple[dict[str, Any], dict[str, str]]]) -> list[dict[str, Any]]:
+    """What they saw of the folders that are whole."""
+    return [report for report, _ in processes]
+
+
+def test_automodel_refuses_damaged_weights_without_polyrep(processes, damaged):
+    refusals = processes[0][1]
+    assert len(refusals) == len(damaged) >= 4 * len(ROOMS)
+    for name, said in refusals.items():
+        assert name.partition(": ")[2] in said, f"{name}: {said}"
 
 
 def dense(vectors: Any) -> Any:
@@ -232,7 +290,7 @@ def test_saved_folders_name_no_installed_package_and_state_their_requirements(sa
         assert not list(folder.rglob("*.bin")) and list(folder.glob("*.safetensors"))
 
 
-def test_a_dropped_weight_is_refused_by_load_and_never_garbage_with_automodel(examples, saved, tmp_path):
+def test_a_dropped_weight_is_refused_by_load_and_automodel_and_a_new_one_follows_the_seed(examples, saved, tmp_path):
     for room, example in examples.items():
         if example.weight is None:
             continue
@@ -243,10 +301,12 @@ def test_a_dropped_weight_is_refused_by_load_and_never_garbage_with_automodel(ex
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(InputError, match=example.weight):
             polyrep.load(folder, trust_remote_code=True)
-        fresh = []
+        with pytest.raises(ValueError, match=f"lacks {example.weight}"):
+            AutoModel.from_pretrained(folder, trust_remote_code=True)
+        config, fresh = AutoConfig.from_pretrained(folder, trust_remote_code=True), []
         for _ in range(2):
             torch.manual_seed(0)
-            fresh.append(AutoModel.from_pretrained(folder, trust_remote_code=True).get_parameter(example.weight))
+            fresh.append(AutoModel.from_config(config, trust_remote_code=True).get_parameter(example.weight))
         assert fresh[0].shape == shape and torch.equal(*fresh), "an initialised weight follows the seed"
         assert 0 < fresh[0].abs().max() < 1
 

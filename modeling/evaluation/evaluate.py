@@ -105,7 +105,7 @@ class System:
                 f"{self.source}: the folder of a head, which encodes no text. Name the folder that has it on top."
             )
         if args.max_length:
-            if model.max_seq_length is None:
+            if not isinstance(model.max_seq_length, int):  # a bag of words says infinity, and takes no other
                 raise InputError(
                     f"{self.source}: has no maximal length, so --max_length {args.max_length} means nothing."
                 )

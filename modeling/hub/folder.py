@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.resources
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,17 @@ import huggingface_hub
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
+from sentence_transformers.base.modules import Dense
+from sentence_transformers.sparse_encoder.modules import SpladePooling
+from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
-from ..errors import InputError
+from ..errors import InputError, first_line, refusals
 from ..files import file_sha256, read_json, staged_folder, write_text
 from .code import localize, may_run
 from .fingerprint import weight_files
+from .weights import PREFIX, check_loaded, check_sizes, check_weight_files, projection
 
 Encoder = SentenceTransformer | SparseEncoder | MultiVectorEncoder
 FAMILIES: dict[str, type[Encoder]] = {
@@ -34,9 +39,6 @@ MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """Hash of its ``model.safetensors`` on the Hub."""
-
-PREFIX = "polyrep_"
-"""What every ``model_type`` of ours starts with."""
 
 _READABLE = ["*.json", "artifact.metadata", "*.safetensors", "*.txt", "*.model", "*.py", "*.md", "*.jinja"]
 _TOKENIZERS = (
@@ -75,17 +77,21 @@ def load(
     """
     folder = fetch(model, revision=revision, trust_remote_code=trust_remote_code)
     allowed = may_run(folder, trust_remote_code)
-    if _is_head(folder):
-        head = AutoModel.from_pretrained(folder, trust_remote_code=allowed, dtype=dtype or "auto")
-        return head.to(device) if device else head
-    encoder = family_of(folder)(
-        str(folder),
-        trust_remote_code=allowed,
-        device=device,
-        model_kwargs={"use_safetensors": True} | ({"dtype": dtype} if dtype is not None else {}),
-    )
-    _refuse_missing_weights(folder, encoder)
-    return encoder
+    check_sizes(folder)
+    with _opening(folder):
+        if _is_head(folder):
+            settings = {"trust_remote_code": allowed, "use_safetensors": True}
+            opened = AutoModel.from_pretrained(folder, dtype=dtype or "auto", **settings)
+            opened = opened.to(device) if device else opened
+        else:
+            opened = _opener(folder)(
+                str(folder),
+                trust_remote_code=allowed,
+                device=device,
+                model_kwargs={"use_safetensors": True} | ({"dtype": dtype} if dtype is not None else {}),
+            )
+        check_loaded(folder, opened)
+    return _mended(opened)
 
 
 def fetch(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
@@ -120,15 +126,10 @@ def check_folder(folder: Path) -> None:
     Raises:
         InputError: What is missing or damaged, and the remedy.
     """
-    modules = folder / "modules.json"
-    parts = [folder / part.get("path", "") for part in read_json(modules)] if modules.is_file() else [folder]
-    outside = [part for part in parts if folder.resolve() not in (part.resolve(), *part.resolve().parents)]
-    if outside:
-        raise InputError(f"{modules}: module path {outside[0]} leaves the folder. Refused; get a clean copy.")
-    if not modules.is_file() and not (folder / "config.json").is_file():
+    if not (folder / "modules.json").is_file() and not (folder / "config.json").is_file():
         raise InputError(f"{folder}: neither modules.json nor config.json, so this is no model folder.")
-    weights = weight_files(folder)
-    if not weights:
+    check_weight_files(folder)
+    if not weight_files(folder):
         pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
         remedy = (
             "It has pickled weights only, which can run code when read: convert them to safetensors first."
@@ -136,12 +137,6 @@ def check_folder(folder: Path) -> None:
             else "Copy the weights into the folder or name the folder of the model that has them."
         )
         raise InputError(f"{folder}: no model.safetensors, so the model has no weights. {remedy}")
-    for file in weights:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file}: damaged or truncated ({error}). Delete it and fetch it again.") from None
     if not _is_head(folder) and not any(any(folder.rglob(name)) for name in _TOKENIZERS):
         raise InputError(
             f"{folder}: no tokenizer ({', '.join(_TOKENIZERS)}), so text cannot be encoded. "
@@ -242,21 +237,57 @@ def _is_head(folder: Path) -> bool:
     return model_type.startswith(PREFIX) and not (folder / "modules.json").is_file()
 
 
-def _refuse_missing_weights(folder: Path, encoder: Encoder) -> None:
-    """Refuse what transformers only logs: a weight that the file lacks and that starts afresh, in a model of ours."""
-    for part, module in zip(read_json(folder / "modules.json") or [], encoder, strict=False):
-        model = getattr(module, "model", None)
-        if not isinstance(model, PreTrainedModel) or not model.config.model_type.startswith(PREFIX):
-            continue
-        stored: set[str] = set(getattr(model, "all_tied_weights_keys", None) or {})
-        for file in (folder / part["path"]).glob("*.safetensors"):
-            with safe_open(file, framework="pt") as weights:
-                stored.update(weights.keys())
-        if missing := sorted(set(model.state_dict()) - stored):
-            raise InputError(
-                f"{folder / part['path']}: the weights file lacks {', '.join(missing[:3])} ({len(missing)} in all), "
-                "which would be random numbers. Fetch or save the model again."
-            )
+@contextmanager
+def _opening(folder: Path) -> Iterator[None]:
+    """What the libraries raise about a folder that they cannot open as InputError."""
+    try:
+        with refusals():
+            yield
+    except InputError:
+        raise
+    except Exception as error:
+        check_sizes(folder, turned=True)  # which names what transformers only logs
+        raise InputError(
+            f"{folder}: cannot be opened ({first_line(error)}). Fetch or save the model again, or open it with the "
+            "versions of transformers and sentence-transformers that saved it."
+        ) from error
+
+
+class _ColBERT(MultiVectorEncoder):
+    """An original ColBERT checkpoint, in one file, as sentence-transformers reads it, or in several."""
+
+    @staticmethod
+    def _build_stanford_projection(model_name_or_path: str, **_: Any) -> Dense:
+        weight = projection(Path(model_name_or_path))
+        return Dense(
+            weight.shape[1],
+            weight.shape[0],
+            bias=False,
+            activation_function=nn.Identity(),
+            init_weight=weight,
+            module_input_name="token_embeddings",
+        )
+
+
+def _opener(folder: Path) -> type[Encoder]:
+    """The class that opens a folder; see :func:`family_of`."""
+    family = family_of(folder)
+    if (read_json(folder / "config.json").get("architectures") or [""])[0] != "HF_ColBERT":
+        return family
+    if family is MultiVectorEncoder and not (folder / "modules.json").is_file():
+        return _ColBERT
+    return family
+
+
+def _mended(model: Any) -> Any:
+    """A model as its family has it, with the width that it lacks until its first text."""
+    if isinstance(model, _ColBERT):
+        model.__class__ = MultiVectorEncoder
+    for module in model.children() if isinstance(model, SparseEncoder) else []:
+        if isinstance(module, SpladePooling) and module.embedding_dimension is None:
+            words = model[0].model.get_output_embeddings()
+            module.embedding_dimension = None if words is None else int(words.weight.shape[0])
+    return model
 
 
 def prompts_of(model: Any) -> dict[str, str]:

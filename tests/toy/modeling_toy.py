@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
-from .polyrep_room import HeadModule, Module, check_counts, config_of
+from .polyrep_room import HeadModule, Module, WholeWeights, check_counts, config_of
 
 
 class ToyHeadConfig(PretrainedConfig):
@@ -30,7 +30,7 @@ class ToyHeadConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-class ToyHead(PreTrainedModel):
+class ToyHead(WholeWeights, PreTrainedModel):
     config_class = ToyHeadConfig
 
     def __init__(self, config):
@@ -63,7 +63,7 @@ class ToyOutput(ModelOutput):
     sentence_embedding: torch.Tensor | None = None
 
 
-class ToyModel(PreTrainedModel):
+class ToyModel(WholeWeights, PreTrainedModel):
     config_class = ToyConfig
 
     def __init__(self, config):

@@ -43,6 +43,7 @@ from .polyrep_room import (
     Module,
     SentenceTransformer,
     Transformer,
+    WholeWeights,
     check_choices,
     check_counts,
     config_of,
@@ -176,7 +177,7 @@ class Dense2SparseOutput(ModelOutput):
     sentence_embedding: Tensor | None = None
 
 
-class Dense2SparseModel(PreTrainedModel):
+class Dense2SparseModel(WholeWeights, PreTrainedModel):
     """The head: dense vectors, and for texts their own token ids, become word weights."""
 
     config_class = Dense2SparseConfig
@@ -531,7 +532,7 @@ def _encoder_config(part) -> PretrainedConfig:
     return config_of(part)
 
 
-class Dense2SparseForRetrieval(PreTrainedModel):
+class Dense2SparseForRetrieval(WholeWeights, PreTrainedModel):
     """Encoder and head in one state dict, so that one folder is a whole sparse retriever.
 
     ``forward`` encodes texts, and ``encode_image`` images where the encoder has a tower for them.

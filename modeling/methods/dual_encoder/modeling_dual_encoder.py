@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 from .polyrep_room import (
     SentenceTransformer,
     Transformer,
+    WholeWeights,
     check_choices,
     check_counts,
     fields_of,
@@ -93,7 +94,7 @@ class DualEncoderOutput(ModelOutput):
     sentence_embedding: Tensor | None = None
 
 
-class DualEncoderHead(Projections, PreTrainedModel):
+class DualEncoderHead(Projections, WholeWeights, PreTrainedModel):
     """One map a side, from an encoder's vectors into the space that both share."""
 
     config_class = DualEncoderHeadConfig
@@ -150,7 +151,7 @@ class DualEncoderConfig(DualEncoderHeadConfig):
         super().__init__(**kwargs)
 
 
-class DualEncoderModel(Towers, PreTrainedModel):
+class DualEncoderModel(Towers, WholeWeights, PreTrainedModel):
     """The towers as a model of their own: ``forward`` encodes texts, and ``encode_image`` images."""
 
     config_class = DualEncoderConfig

@@ -45,6 +45,7 @@ from .polyrep_room import (
     Module,
     SentenceTransformer,
     Transformer,
+    WholeWeights,
     check_choices,
     check_counts,
     check_score,
@@ -195,7 +196,7 @@ class GaussianOutput(ModelOutput):
     uncertainty: Tensor | None = None
 
 
-class GaussianHead(PreTrainedModel):
+class GaussianHead(WholeWeights, PreTrainedModel):
     """The head: a linear map to the mean, and one to the variance, without bias (section 3.1 of the paper)."""
 
     config_class = GaussianHeadConfig
@@ -363,7 +364,7 @@ class GaussianConfig(GaussianHeadConfig):
             self.variance_from = self.mean_from
 
 
-class GaussianModel(PreTrainedModel):
+class GaussianModel(WholeWeights, PreTrainedModel):
     """Encoder, the embedding of [VAR] and the head in one state dict; ``task`` says which side of a score a text is.
 
     [VAR] is inserted as an embedding, so tokenizer and vocabulary stay the backbone's.

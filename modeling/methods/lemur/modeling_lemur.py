@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
-from .polyrep_room import HeadModule, Module, check_choices, check_counts, check_score, keep
+from .polyrep_room import HeadModule, Module, WholeWeights, check_choices, check_counts, check_score, keep
 
 _BLOCK = 2**25
 """Numbers in the largest intermediate of documents, 128 MiB; of queries, whose features are wider, twice that."""
@@ -160,7 +160,7 @@ def ridge_solution(features: Tensor, ridge: float) -> Tensor:
     return torch.cholesky_solve(features.T, factor).T
 
 
-class LemurModel(PreTrainedModel):
+class LemurModel(WholeWeights, PreTrainedModel):
     """The head: token vectors of a query or of a document become one vector."""
 
     config_class = LemurConfig

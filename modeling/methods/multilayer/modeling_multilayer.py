@@ -39,6 +39,7 @@ from .polyrep_room import (
     Module,
     SentenceTransformer,
     Transformer,
+    WholeWeights,
     check_choices,
     config_of,
     fields_of,
@@ -176,7 +177,7 @@ class MultiLayerOutput(ModelOutput):
     hidden_states: Tensor | None = None
 
 
-class MultiLayerHead(PreTrainedModel):
+class MultiLayerHead(WholeWeights, PreTrainedModel):
     """The head: a text's state at each chosen layer becomes its vector."""
 
     config_class = MultiLayerHeadConfig
@@ -267,7 +268,7 @@ class MultiLayerConfig(MultiLayerHeadConfig):
             )
 
 
-class MultiLayerModel(PreTrainedModel):
+class MultiLayerModel(WholeWeights, PreTrainedModel):
     """Encoder and head in one state dict; with ``tied=False`` a second encoder for queries, chosen by ``task``."""
 
     config_class = MultiLayerConfig

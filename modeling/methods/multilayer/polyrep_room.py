@@ -432,3 +432,89 @@ class HeadModule:
                 f"{cls.__name__}: {name}={changes[name]!r}, but the head was {cls.made} with {name}={fields[name]!r}, "
                 f"and its weights fit nothing else. Change only {', '.join(sorted(allowed))}, or get another head."
             )
+
+
+class WholeWeights:
+    """A model opens with all its weights or not at all; beside PreTrainedModel, and before it.
+
+    transformers only logs which weights a file lacks, and makes random ones.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """As transformers has it.
+
+        Raises:
+            ValueError: A weight is missing, of another shape or type than the config asks for, or not finite.
+        """
+        source, other_sizes = pretrained_model_name_or_path, kwargs.pop("ignore_mismatched_sizes", False)
+        if source is not None and not other_sizes:
+            cls._check_sizes(source, **kwargs)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, found = super().from_pretrained(source, *args, **kwargs)
+        owner = f"{cls.__name__}: {source or 'the state dict'}"
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(
+                f"{owner} lacks {', '.join(missing[:3])} ({len(missing)} in all), which would be random numbers. "
+                "Fetch or save the model again."
+            )
+        if found["mismatched_keys"] and not other_sizes:
+            _refuse_sizes(owner, *min(found["mismatched_keys"]))
+        if name := first_not_finite(model):
+            raise ValueError(
+                f"{owner}: {name} has values that are not finite, so no vector is. Fetch or save the model again."
+            )
+        return (model, found) if output_loading_info else model
+
+    @classmethod
+    def _check_sizes(cls, source, config=None, subfolder="", **kwargs) -> None:
+        """Compare a file with the config before a model of these sizes takes memory; shards, as they are read."""
+        places = ("cache_dir", "local_files_only", "proxies", "revision", "token")
+        where = {name: kwargs[name] for name in places if name in kwargs} | {"subfolder": subfolder}
+        try:
+            header = _header(cached_file(source, "model.safetensors", **where))
+        except (OSError, ValueError):  # in several files, or damaged, which safetensors says
+            return
+        if not isinstance(config, PretrainedConfig):
+            of = {"return_unused_kwargs": True, **where, **kwargs}
+            config = cls.config_class.from_pretrained(source if config is None else config, **of)[0]
+        with torch.device("meta"):
+            expected = cls(config).state_dict()
+        for name, tensor in expected.items():
+            if name not in header:
+                continue
+            dtype, shape = header[name]["dtype"], tuple(header[name]["shape"])
+            owner = f"{cls.__name__}: {source}"
+            if shape != tensor.shape:
+                _refuse_sizes(owner, name, shape, tensor.shape)
+            if (dtype in ("F64", "F32", "F16", "BF16")) != tensor.is_floating_point():
+                raise ValueError(
+                    f"{owner} stores {name} as {dtype}, and the model has {str(tensor.dtype).removeprefix('torch.')} "
+                    "there. Save it as such."
+                )
+
+
+def first_not_finite(model: nn.Module) -> str | None:
+    """Name of the first weight with a value that is not finite."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta or tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            continue
+        # A sum is a tenth of the work, and finite only if all values are; or it overflows.
+        if not tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).isfinite():
+            if not tensor.isfinite().all():
+                return name
+    return None
+
+
+def _refuse_sizes(owner: str, name: str, found: tuple, expected: tuple) -> None:
+    raise ValueError(
+        f"{owner} has {name} of {list(found)}, and the config asks for {list(expected)}, so they are of different "
+        "models. Fetch or save the model again."
+    )
+
+
+def _header(file) -> dict:
+    """What a file of safetensors says of its tensors, by name."""
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        return json.loads(stream.read(length)) if length <= min(100_000_000, Path(file).stat().st_size) else {}

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
-from .polyrep_room import HeadModule, check_choices, check_counts, check_score, keep
+from .polyrep_room import HeadModule, WholeWeights, check_choices, check_counts, check_score, keep
 
 try:
     from sentence_transformers.multi_vector_encoder.modules.token_pooling import BaseTokenPooling
@@ -176,7 +176,7 @@ class _Attention(nn.Module):
         return states + self.ffn_out(hidden)
 
 
-class ReinPoolModel(PreTrainedModel):
+class ReinPoolModel(WholeWeights, PreTrainedModel):
     """The head: a filter over token vectors, and the pooling of what it keeps."""
 
     config_class = ReinPoolConfig
