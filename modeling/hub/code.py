@@ -40,7 +40,7 @@ def localize(folder: str | Path) -> None:
     modules_file = folder / "modules.json"
     if not modules_file.is_file():
         return
-    modules = read_json(modules_file)
+    modules = read_json(modules_file, list, type=str)
     for module in modules:
         name, _, class_name = module["type"].rpartition(".")
         stem = name.rpartition(".")[2]
@@ -72,9 +72,9 @@ def _foreign_code(folder: Path) -> tuple[Path, str] | None:
     Such a reference may stand in the config of anything (model, tokenizer, processor, part, module) and at any depth.
     """
     for file in sorted(folder.rglob("*config*.json")):
-        if found := next(filter(_is_elsewhere, _references(read_json(file))), None):
+        if found := next(filter(_is_elsewhere, _references(read_json(file, object))), None):
             return file, found
-    for module in read_json(folder / "modules.json") or []:
+    for module in read_json(folder / "modules.json", list, type=str):
         if _is_elsewhere(module["type"]):
             return folder / "modules.json", module["type"]
     return None

@@ -39,6 +39,13 @@ PREFIX = "polyrep_"
 """What every ``model_type`` of ours starts with."""
 
 _READABLE = ["*.json", "artifact.metadata", "*.safetensors", "*.txt", "*.model", "*.py", "*.md", "*.jinja"]
+_SETTINGS = ("*config*.json", "special_tokens_map.json", "artifact.metadata")
+_FIELDS: dict[str, Any] = {
+    "config.json": {"model_type": str, "architectures": list, "auto_map": dict},
+    "config_sentence_transformers.json": {"model_type": str, "prompts": dict, "similarity_fn_name": str},
+    "sentence_bert_config.json": {"modality_config": dict},
+}
+"""What is read of these files, by us and by the libraries that open the model."""
 _TOKENIZERS = (
     "tokenizer.json",
     "vocab.txt",
@@ -122,12 +129,15 @@ def check_folder(folder: Path) -> None:
         InputError: What is missing or damaged, and the remedy.
     """
     modules = folder / "modules.json"
-    parts = [folder / part.get("path", "") for part in read_json(modules)] if modules.is_file() else [folder]
+    listed = read_json(modules, list, path=str, type=str)
+    parts = [folder / part["path"] for part in listed] if modules.is_file() else [folder]
     outside = [part for part in parts if folder.resolve() not in (part.resolve(), *part.resolve().parents)]
     if outside:
         raise InputError(f"{modules}: module path {outside[0]} leaves the folder. Refused; get a clean copy.")
     if not modules.is_file() and not (folder / "config.json").is_file():
         raise InputError(f"{folder}: neither modules.json nor config.json, so this is no model folder.")
+    for file in sorted(path for pattern in _SETTINGS for path in folder.rglob(pattern)):
+        read_json(file, **_FIELDS.get(file.name, {}))
     weights = weight_files(folder)
     if not weights:
         pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
@@ -177,7 +187,7 @@ def family_of(folder: Path) -> type[Encoder]:
     """The sentence-transformers class that the folder's files name; late-interaction models of others included."""
     config = folder / "config_sentence_transformers.json"
     name = read_json(config).get("model_type", "SentenceTransformer")
-    architectures = read_json(folder / "config.json").get("architectures") or [""]
+    architectures = read_json(folder / "config.json", architectures=list).get("architectures") or [""]
     late = architectures[0] == "HF_ColBERT" or architectures[0].endswith("ForRetrieval")
     if name == "ColBERT" or (late and not config.is_file() and not (folder / "modules.json").is_file()):
         return MultiVectorEncoder  # PyLate's name, Stanford's ColBERT, and the native ColPali family
@@ -239,13 +249,13 @@ def fastest_dtype(name: str) -> torch.dtype:
 
 def _is_head(folder: Path) -> bool:
     """Whether the folder holds a bare head of ours, which takes embeddings and so has no tokenizer."""
-    model_type = read_json(folder / "config.json").get("model_type") or ""
+    model_type = read_json(folder / "config.json", model_type=str).get("model_type") or ""
     return model_type.startswith(PREFIX) and not (folder / "modules.json").is_file()
 
 
 def _refuse_missing_weights(folder: Path, encoder: Encoder) -> None:
     """Refuse what transformers only logs: a weight that the file lacks and that starts afresh, in a model of ours."""
-    for part, module in zip(read_json(folder / "modules.json") or [], encoder, strict=False):
+    for part, module in zip(read_json(folder / "modules.json", list, path=str), encoder, strict=False):
         model = getattr(module, "model", None)
         if not isinstance(model, PreTrainedModel) or not model.config.model_type.startswith(PREFIX):
             continue

@@ -35,7 +35,7 @@ def build(plan: Plan, folder: Path, head: PreTrainedModel | None = None) -> None
     backbone = fetch(recipe.backbone, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     with staged_folder(folder) as staged:
         shutil.copytree(plan.run, staged, dirs_exist_ok=True, ignore=shutil.ignore_patterns("recipe.yaml"))
-        parts = read_json(plan.run / "modules.json") or [{}]
+        parts = read_json(plan.run / "modules.json", list, path=str, type=str) or [{}]
         if plan.room and len(parts) == 1:
             _build_one_folder(plan, plan.room, backbone, staged, head)
         else:
