@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import shutil
 import socket
 from collections.abc import Iterator
@@ -117,16 +118,58 @@ def shipped_folder(name: str) -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / name
 
 
-def read_json(path: Path) -> Any:
-    """Content of a JSON file, ``{}`` where there is none; InputError names the line of a malformed one."""
+MOST_DEPTH = 100
+"""Levels of a JSON file. Whoever walks through them would otherwise meet the bound of the interpreter."""
+
+
+def read_json(
+    path: Path, expect: type = dict, /, *, remedy: str = "Fetch or save the model again.", **fields: type
+) -> Any:
+    """Content of a JSON file, an empty one where there is no file.
+
+    Args:
+        path: The file.
+        expect: What it holds: ``dict`` for an object, ``list`` for a list of objects, ``object`` for anything.
+        remedy: What to do about one that is damaged.
+        fields: Type of fields that the caller reads: of an object where they are there and not null, of each object
+            of a list always.
+
+    Raises:
+        InputError: It holds something else, or is no JSON; with the line where there is one.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
-        return {}
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path}:{error.lineno}: not valid JSON ({error.msg}). Fetch or save the model again."
-        ) from None
+        return expect()
+    except (ValueError, RecursionError) as error:
+        why = str(error).partition(";")[0]
+        where = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else str(path)
+        if isinstance(error, json.JSONDecodeError):
+            why = "a byte order mark, which UTF-8 has none of" if "BOM" in error.msg else error.msg
+        elif isinstance(error, UnicodeDecodeError):
+            why = f"byte {error.start} is no UTF-8"
+        raise InputError(f"{where}: not valid JSON ({why}). {remedy}") from None
+    if _depth(content) > MOST_DEPTH:
+        raise InputError(f"{path}: more than {MOST_DEPTH} levels, one in another, which no such file has. {remedy}")
+    if not isinstance(content, expect):
+        wanted = "an object" if expect is dict else "a list of objects"
+        raise InputError(f"{path}: holds {reprlib.repr(content)}, not {wanted}. {remedy}")
+    for part in content if expect is list else [content]:
+        if not isinstance(part, dict) and expect is not object:
+            raise InputError(f"{path}: its list holds {reprlib.repr(part)}, not an object. {remedy}")
+        for name, kind in fields.items():
+            if not isinstance(value := part.get(name), kind) and (value is not None or expect is list):
+                raise InputError(f"{path}: {name} is {reprlib.repr(value)}, not a {kind.__name__}. {remedy}")
+    return content
+
+
+def _depth(content: Any) -> int:
+    """How deep parsed JSON is nested; what is deeper than the bound is not looked at further."""
+    depth, level = 0, [content]
+    while level and depth <= MOST_DEPTH:
+        inside = (part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list))
+        depth, level = depth + 1, [value for values in inside for value in values]
+    return depth
 
 
 def digest(content: Any) -> str:

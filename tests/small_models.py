@@ -32,8 +32,12 @@ jinja2.Template = functools.cache(jinja2.Template)  # saving a model compiles th
 
 @pytest.fixture(scope="session")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+def write_backbone(folder: Path) -> Path:
     """A random BERT of two layers with a word-piece tokenizer, as a plain transformers folder. No dropout."""
-    folder = tmp_path_factory.mktemp("backbone")
+    folder.mkdir(exist_ok=True)
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     words = [
         "[PAD]",

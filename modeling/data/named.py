@@ -106,7 +106,7 @@ def on_hub(name: str) -> tuple[str, str | None]:
 def made_here(*names: str) -> dict[str, dict[str, Any]]:
     """Data set -> what ``python_docs`` was read from on this machine, for those of these that are it."""
     made = {
-        dataset_name(name): read_json(Path(located(name)) / "provenance.json")
+        dataset_name(name): read_json(Path(located(name)) / "provenance.json", remedy="Bring the set again.")
         for name in names
         if is_python_docs(name) and entry_of(name)
     }

@@ -193,7 +193,7 @@ class _Work:
 
     def _is_done(self, span: Span) -> bool:
         path = shard_path(self.output, span.number)
-        record = read_json(path.with_suffix(".json"))
+        record = read_json(path.with_suffix(".json"), remedy="Delete it, and its shard is encoded again.")
         if not record or not path.is_file() or path.stat().st_size != record["bytes"]:
             return False
         if record["input_sha256"] != span.digest():
@@ -286,7 +286,7 @@ def _begin(output: Path, manifest: dict[str, Any]) -> None:
     shards, path = output / "shards", output / "manifest.json"
     shards.mkdir(parents=True, exist_ok=True)
     remove_leftovers(shards)
-    known = read_json(path)
+    known = read_json(path, remedy="Choose another --output, or delete the folder to begin anew.")
     if not known:
         write_json(path, manifest)
         return

@@ -37,6 +37,7 @@ from ..files import file_sha256, read_json, staged_file, write_json
 from .embeddings import Embeddings, Kind
 
 FORMAT = "polyrep-encoded-1"
+_AGAIN = "Encode the corpus again."
 PRECISIONS = ("float16", "float32", "int8", "binary")
 KINDS = ("sentence", "tokens", "sparse")
 
@@ -125,14 +126,14 @@ class EncodedCorpus:
         path = self.folder / "manifest.json"
         if not path.is_file():
             raise InputError(f"{path}: missing, so this is no encoded corpus. Make one with `polyrep encode`.")
-        self.manifest: dict[str, Any] = read_json(path)
+        self.manifest: dict[str, Any] = read_json(path, remedy=_AGAIN, vectors=dict)
         if self.manifest.get("format") != FORMAT:
             raise InputError(
                 f"{path}: its format is {self.manifest.get('format')!r}, not {FORMAT}, so the shards mean something "
                 "else. Encode the corpus again."
             )
         self.origin = Origin(**self.manifest["vectors"])
-        shards = read_json(self.folder / "complete.json").get("shards")
+        shards = read_json(self.folder / "complete.json", remedy=_AGAIN).get("shards")
         if shards != len(self.records):
             raise InputError(
                 f"{self.folder}: {len(self.records)} shards are done of {shards or 'more'}, so an index would lack "
@@ -142,7 +143,7 @@ class EncodedCorpus:
     @cached_property
     def records(self) -> list[dict[str, Any]]:
         """What is known of each finished shard, in order: ``number, documents, bytes, sha256, ...``."""
-        return [read_json(path) for path in sorted((self.folder / "shards").glob("*.json"))]
+        return [read_json(path, remedy=_AGAIN) for path in sorted((self.folder / "shards").glob("*.json"))]
 
     def __len__(self) -> int:
         """Documents."""

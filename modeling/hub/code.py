@@ -49,7 +49,7 @@ def localize(folder: str | Path) -> None:
     modules_file = folder / "modules.json"
     if not modules_file.is_file():
         return
-    modules = read_json(modules_file)
+    modules = read_json(modules_file, list, type=str)
     for module in modules:
         name, _, class_name = module["type"].rpartition(".")
         stem = name.rpartition(".")[2]
@@ -200,10 +200,7 @@ def _refuse_unlisted(folder: Path) -> None:
 def _module_types(folder: Path) -> Iterator[tuple[Path, str]]:
     """Every module that sentence-transformers would import, those of a Router too, and the file that names it."""
     listing = folder / "modules.json"
-    for number, part in enumerate(read_json(listing) or []):
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise InputError(f"{listing}: entry {number} has no type, so its module is unknown. Save it again.")
-        yield listing, part["type"]
+    yield from ((listing, part["type"]) for part in read_json(listing, list, type=str))
     for file in sorted(folder.rglob("*config.json")):
         for key, value in _items(read_json(file)):
             if key == "types" and isinstance(value, dict):

@@ -41,6 +41,13 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 """Hash of its ``model.safetensors`` on the Hub."""
 
 _READABLE = ["*.json", "artifact.metadata", "*.safetensors", "*.txt", "*.model", "*.py", "*.md", "*.jinja"]
+_SETTINGS = ("*config*.json", "special_tokens_map.json", "artifact.metadata")
+_FIELDS: dict[str, Any] = {
+    "config.json": {"model_type": str, "architectures": list, "auto_map": dict},
+    "config_sentence_transformers.json": {"model_type": str, "prompts": dict, "similarity_fn_name": str},
+    "sentence_bert_config.json": {"modality_config": dict},
+}
+"""What is read of these files, by us and by the libraries that open the model."""
 _TOKENIZERS = (
     "tokenizer.json",
     "vocab.txt",
@@ -128,6 +135,8 @@ def check_folder(folder: Path) -> None:
     """
     if not (folder / "modules.json").is_file() and not (folder / "config.json").is_file():
         raise InputError(f"{folder}: neither modules.json nor config.json, so this is no model folder.")
+    for file in sorted(path for pattern in _SETTINGS for path in folder.rglob(pattern)):
+        read_json(file, **_FIELDS.get(file.name, {}))
     check_weight_files(folder)
     if not weight_files(folder):
         pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
@@ -171,7 +180,7 @@ def family_of(folder: Path) -> type[Encoder]:
     """The sentence-transformers class that the folder's files name; late-interaction models of others included."""
     config = folder / "config_sentence_transformers.json"
     name = read_json(config).get("model_type", "SentenceTransformer")
-    architectures = read_json(folder / "config.json").get("architectures") or [""]
+    architectures = read_json(folder / "config.json", architectures=list).get("architectures") or [""]
     late = architectures[0] == "HF_ColBERT" or architectures[0].endswith("ForRetrieval")
     if name == "ColBERT" or (late and not config.is_file() and not (folder / "modules.json").is_file()):
         return MultiVectorEncoder  # PyLate's name, Stanford's ColBERT, and the native ColPali family
@@ -233,7 +242,7 @@ def fastest_dtype(name: str) -> torch.dtype:
 
 def _is_head(folder: Path) -> bool:
     """Whether the folder holds a bare head of ours, which takes embeddings and so has no tokenizer."""
-    model_type = read_json(folder / "config.json").get("model_type") or ""
+    model_type = read_json(folder / "config.json", model_type=str).get("model_type") or ""
     return model_type.startswith(PREFIX) and not (folder / "modules.json").is_file()
 
 

@@ -10,12 +10,20 @@ a test compares them byte by byte. It defines no config class: transformers woul
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
+import inspect
 import json
 import logging
+import math
+import re
+import reprlib
 import shutil
 from difflib import get_close_matches
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -80,18 +88,222 @@ def keep(config: PretrainedConfig, given: dict) -> str:
     return type(config).__name__
 
 
-def check_counts(owner: str, low: int = 1, **values) -> None:
-    """ValueError that names the first value that is no whole number from ``low`` on."""
-    for field, value in values.items():
-        if type(value) is not int or value < low:
-            raise ValueError(f"{owner}: {field}={value!r} is no count. Use a whole number from {low} on.")
+WIDTH = (1, 65_536)
+"""Smallest and largest width of a vector, so that no config asks for more memory than any model has."""
+LAYERS = (0, 1_000)
+WORDS = (1, 2**24)
+_NUMBERS = 2**32
+"""Most numbers of one weight: of 262,144 words times a width of 16,384."""
+
+_TEXT, _ITEMS, _DEPTH = 1_000, 2**16, 20
+_BACKBONE = dict.fromkeys(("base_model_id", "base_revision", "base_fingerprint"), str | None)
+
+# Of configs that are not ours, by name; the first that fits counts. Shipped models stay well below.
+_SIZES = {
+    r"hidden_size|d_model|n_embd|num_attention_heads|n_heads?": WIDTH,
+    r"vocab_size": WORDS,
+    r"(\w+_)?(layers?|depths?|blocks)": (-1, LAYERS[1]),
+    r"(max_position_embeddings|n_positions|\w*max_length|\w*_window\w*)": (-1, 2**40),
+    r"(\w+_)?(sizes?|dims?|width|channels|heads|labels|buckets|experts|groups|size_mult|multiplier|ratio)|d_\w+": (
+        -1,
+        2**20,
+    ),
+}
 
 
-def check_choices(owner: str, choices: dict[str, tuple], **values) -> None:
-    """ValueError that names the first value that is none of its field's choices."""
-    for field, value in values.items():
-        if value not in choices[field]:
-            raise ValueError(f"{owner}: {field}={value!r} is unknown. Use one of {', '.join(choices[field])}.")
+def checked(**allowed):
+    """Hold the arguments of a config's constructor to their annotations and to what is allowed, before it runs.
+
+    An annotation is bool, int, float, str, a list of one of these, or several of them with None. A bool is no number,
+    an int is a float too, and NaN and infinity are neither. An argument without annotation is the constructor's to
+    check. What transformers keeps in its own fields is checked by transformers, whose errors become a ValueError.
+
+    Args:
+        allowed: Argument -> its smallest and largest number, or its choices; of a list those of each item.
+
+    Raises:
+        ValueError: In the constructor. It names class, field, value and what to use.
+    """
+
+    def decorate(init):
+        signature = inspect.signature(init)
+        hints = _BACKBONE | get_type_hints(init)
+
+        @functools.wraps(init)
+        def constructor(self, /, *args, **kwargs):
+            owner, names = type(self).__name__, _fields(type(self))
+            theirs = {field: value for field, value in kwargs.items() if field not in names}
+            _check_theirs(owner, type(self), theirs)
+            given = signature.bind(self, *args, **kwargs).arguments
+            for field, value in (given | given.pop("kwargs", {})).items():
+                if field in hints and not _fits(value, hints[field], allowed.get(field)):
+                    use = _expected(hints[field], allowed.get(field))
+                    raise ValueError(f"{owner}: {field}={shown(value)} does not fit. Use {use}.")
+            try:
+                init(self, *args, **kwargs)
+            except Exception as error:
+                if not str(error).startswith(f"{owner}: "):
+                    _blame(owner, theirs, error)
+                raise
+
+        constructor.arguments = signature.parameters.keys() - {"self"}
+        return constructor
+
+    return decorate
+
+
+def check_weight(owner: str, **sizes: int) -> None:
+    """ValueError if one weight of these sizes would hold more numbers than that of any model."""
+    if math.prod(sizes.values()) > _NUMBERS:
+        product = " x ".join(f"{field}={value}" for field, value in sizes.items())
+        raise ValueError(
+            f"{owner}: {product} makes a weight of {math.prod(sizes.values()):,} numbers, more than any model has. "
+            f"Use sizes whose product is {_NUMBERS:,} or less."
+        )
+
+
+def shown(value) -> str:
+    """A value in a message: cut where it is long or deep, or a number of thousands of digits."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python refuses to write it out
+        return f"a {type(value).__name__} that is too long to show"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120
+_SHORT.maxlong = 40
+
+
+def _fits(value, hint, allowed) -> bool:
+    """Whether a value is of a type, and all its numbers or texts are allowed."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if value is None or isinstance(value, bool):
+        return type(value) in kinds
+    for kind in kinds:
+        if (get_origin(kind) or kind) is list and isinstance(value, (list, tuple)):
+            item = (get_args(kind) or (str,))[0]
+            return len(value) <= _ITEMS and all(_fits(part, item, allowed) for part in value)
+    if isinstance(value, str):
+        return str in kinds and (value in allowed if allowed else len(value) <= _TEXT and value.isprintable())
+    if not (type(value) is int and (int in kinds or float in kinds) or type(value) is float and float in kinds):
+        return False
+    return allowed[0] <= value <= allowed[1] if allowed else -math.inf < value < math.inf
+
+
+def _expected(hint, allowed) -> str:
+    """What :func:`_fits` takes, in words."""
+    found = []
+    for kind in get_args(hint) if isinstance(hint, UnionType) else (hint,):
+        if (get_origin(kind) or kind) is list:
+            found.append(f"a list, each of {_expected((get_args(kind) or (str,))[0], allowed)}")
+        elif kind in (int, float):
+            between = f" from {allowed[0]:,} to {allowed[1]:,}" if allowed else ""
+            found.append(f"a {'whole ' if kind is int else ''}number{between}")
+        elif kind is str:
+            found.append(f"one of {', '.join(allowed)}" if allowed else f"a line of up to {_TEXT:,} characters")
+        else:
+            found.append("true or false" if kind is bool else "null")
+    return ", or ".join(found)
+
+
+def _fields(kind: type) -> set:
+    """Names of the arguments of a config class of ours and of those that it extends."""
+    ours = [getattr(vars(part).get("__init__"), "arguments", ()) for part in kind.__mro__]
+    return _BACKBONE.keys() | {name for names in ours for name in names}
+
+
+def _check_theirs(owner: str, kind: type, fields: dict) -> None:
+    """ValueError for fields that are not ours, and would harm if transformers took them."""
+    check_sizes(owner, fields)
+    known = {field.name for field in dataclasses.fields(PretrainedConfig)} | {"model_type"}
+    for field, value in fields.items():
+        there = inspect.getattr_static(kind, field, known)
+        if field == "self" or there is not known and field not in known and not getattr(there, "fset", None):
+            raise ValueError(f"{owner}: {field}={shown(value)} is no field, but a part of every config. Leave it out.")
+        if field == "model_type" and value != kind.model_type:
+            raise ValueError(
+                f"{owner}: model_type={shown(value)}, but this is the config of a {kind.model_type}. Open it with "
+                "AutoConfig, or leave it out."
+            )
+        if field == "auto_map" and not (isinstance(value, dict) and all(isinstance(k, str) for k in value.values())):
+            raise ValueError(
+                f"{owner}: auto_map={shown(value)} names no code. Use an object of texts, or leave it out."
+            )
+
+
+def _blame(owner: str, fields: dict, error: Exception) -> None:
+    """ValueError that names the field which transformers refuses in its own way; nothing where it takes each."""
+    for field, value in fields.items():
+        try:
+            PretrainedConfig(**{field: value})
+        except Exception:
+            why = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"{owner}: {field}={shown(value)} is refused by transformers ({type(error).__name__}: {why}). Leave "
+                "it out, or save the model again."
+            ) from error
+
+
+def check_sizes(owner: str, content, path: str = "", depth: int = 0) -> None:
+    """ValueError for a size in a config that is not ours, or in one inside it, that no model has; or no end of those.
+
+    Args:
+        owner: Whose config.
+        content: Its fields, or the value of one.
+        path: Where it lies.
+        depth: Likewise.
+    """
+    if depth > _DEPTH:
+        raise ValueError(f"{owner}: {path[:100]} holds more than {_DEPTH} values inside each other. Save it again.")
+    if isinstance(content, int) and abs(content) >= 2**63:
+        raise ValueError(f"{owner}: {path}={shown(content)} does not fit. Use a number of up to 18 digits.")
+    for field, value in content.items() if isinstance(content, dict) else ():
+        where = f"{path}.{field}" if path else str(field)
+        for pattern, (low, high) in _SIZES.items():
+            if re.fullmatch(pattern, str(field)):
+                for size in value if isinstance(value, (list, tuple)) else (value,):
+                    if isinstance(size, (int, float)) and not low <= size <= high:
+                        raise ValueError(
+                            f"{owner}: {where}={shown(value)} does not fit. Use a number from {low:,} to {high:,}."
+                        )
+                break
+        if field in ("dtype", "torch_dtype") and not isinstance(value, (dict, torch.dtype, type(None))):
+            if not isinstance(getattr(torch, str(value), None), torch.dtype):
+                raise ValueError(f"{owner}: {where}={shown(value)} is no type of weights. Use e.g. 'float32'.")
+        check_sizes(owner, value, where, depth + 1)
+    for value in content if isinstance(content, (list, tuple)) else ():
+        check_sizes(owner, value, path, depth + 1)
+
+
+def part_config(part, owner: str, field: str) -> PretrainedConfig:
+    """A config that is not ours, from a dict of its fields, as a folder holds it.
+
+    Raises:
+        ValueError: It is none, or of no model that transformers has.
+    """
+    if isinstance(part, PretrainedConfig):
+        return part
+    kind = part.get("model_type") if isinstance(part, dict) else None
+    if not isinstance(kind, str) or kind.startswith("polyrep_"):
+        found = f"of model_type={shown(kind)}" if isinstance(part, dict) else shown(part)
+        raise ValueError(
+            f"{owner}: {field} is {found}, no config of an encoder. Use that of a backbone, as an object."
+        )
+    check_sizes(owner, part, field)
+    try:
+        config = AutoConfig.for_model(**{name: value for name, value in part.items() if name != "auto_map"})
+    except Exception as error:  # each model refuses in its own way
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{owner}: {field} of model_type={shown(kind)} makes no config ({type(error).__name__}: {why}). Take it "
+            "from the backbone's folder again."
+        ) from error
+    width = getattr(config, "hidden_size", None)
+    for other in ("vocab_size", "intermediate_size"):
+        if isinstance(width, int) and isinstance(size := getattr(config, other, None), int):
+            check_weight(owner, **{f"{field}.{other}": size, f"{field}.hidden_size": width})
+    return config
 
 
 def unless_given(config: dict, **values) -> dict:
@@ -105,15 +317,46 @@ def fields_of(config: PretrainedConfig) -> dict:
     return {name: getattr(config, name) for name in own}
 
 
-def config_of(part) -> PretrainedConfig:
-    """An encoder's config from a dict of its fields, as a folder holds it; default: BERT's."""
-    return AutoConfig.for_model(**part) if isinstance(part, dict) else part or AutoConfig.for_model("bert")
+def config_of(part, owner: str) -> PretrainedConfig:
+    """A text encoder's config from a dict of its fields, as a folder holds it; default: BERT's.
+
+    Raises:
+        ValueError: It is of no model whose token states have one width.
+    """
+    config = part_config({"model_type": "bert"} if part is None else part, owner, "encoder_config")
+    for field, low in (("hidden_size", 1), ("num_hidden_layers", 0)):
+        if type(value := getattr(config, field, None)) is not int or value < low:
+            raise ValueError(
+                f"{owner}: encoder_config of {config.model_type!r} has {field}={shown(value)}, and its states must "
+                "have one width and depth. Use the config of a text encoder."
+            )
+    return config
 
 
-def new_encoder(config: PretrainedConfig) -> PreTrainedModel:
-    """An encoder of a config's kind, without the decoder where there is one (T5)."""
+def new_encoder(config: PretrainedConfig, reads: str = "input_ids") -> PreTrainedModel:
+    """An encoder of a config's kind, without the decoder where there is one (T5).
+
+    Args:
+        config: Of the encoder.
+        reads: What its ``forward`` must take.
+
+    Raises:
+        ValueError: The config makes none.
+    """
     encoders = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
-    return encoders.from_config(config)
+    try:
+        encoder = encoders.from_config(config)
+    except Exception as error:  # each model refuses in its own way
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{type(config).__name__}: no encoder can be made of it ({type(error).__name__}: {why}). Take the config "
+            "from the backbone's folder again."
+        ) from error
+    if reads not in inspect.signature(encoder.forward).parameters:
+        raise ValueError(
+            f"{type(config).__name__}: its {type(encoder).__name__} reads no {reads}. Use the config of another one."
+        )
+    return encoder
 
 
 def text_inputs(input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> dict:
@@ -202,11 +445,22 @@ def weight_files(folder: Path) -> list[Path]:
     return [file for file in files if not EXPORTS & set(file.relative_to(folder).parts)]
 
 
+def read_settings(file: Path) -> dict:
+    """The object that a JSON file holds; ValueError if it holds none."""
+    try:
+        content = json.loads(file.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not valid JSON ({error}). Fetch or save the model again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds {shown(content)}, not an object. Fetch or save the model again.")
+    return content
+
+
 def module_configs(folder: Path) -> list[tuple[Path, dict]]:
     """Every module's config of a model folder, parsed."""
     names = ("config.json", "sentence_bert_config.json")
     files = [file for name in names for file in sorted(folder.rglob(name))]
-    return [(file, json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    return [(file, read_settings(file)) for file in files]
 
 
 def tokenizer_files(folder: Path) -> list[tuple[Path, object]]:
@@ -214,13 +468,13 @@ def tokenizer_files(folder: Path) -> list[tuple[Path, object]]:
     found = []
     for file in sorted(folder.rglob("tokenizer.json")):
         # transformers writes down what it truncated and padded to last.
-        found.append((file, without(json.loads(file.read_text(encoding="utf-8")), ("truncation", "padding"))))
+        found.append((file, without(read_settings(file), ("truncation", "padding"))))
     fast = {file.parent for file, _ in found}
     names = ("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
     for file in sorted(file for name in names for file in folder.rglob(name) if file.parent not in fast):
         found.append((file, hashlib.sha256(file.read_bytes()).hexdigest()))
     for file in sorted(folder.rglob("tokenizer_config.json")):
-        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields = read_settings(file)
         found.append((file, {name: fields[name] for name in OF_TOKENIZERS if fields.get(name) not in (None, "right")}))
     return found
 
@@ -234,14 +488,14 @@ def settings_of(folder: Path) -> list[tuple[Path, object]]:
         kinds = [(part["type"].rpartition(".")[2], part.get("path"), part.get("kwargs") or []) for part in parts]
         found.append((file, kinds))
     if (file := folder / "config_sentence_transformers.json").is_file():
-        fields = without(json.loads(file.read_text(encoding="utf-8")), (*NOT_FINGERPRINTED, "requirements"))
+        fields = without(read_settings(file), (*NOT_FINGERPRINTED, "requirements"))
         fields["prompts"] = {task: text for task, text in (fields.get("prompts") or {}).items() if text}
         family = fields.setdefault("model_type", "SentenceTransformer")
         fields["similarity_fn_name"] = fields.get("similarity_fn_name") or SIMILARITIES.get(family)
         found.append((file, {name: value for name, value in fields.items() if value not in (None, {}, "")}))
     for file in sorted([*folder.rglob("*config.json"), *folder.rglob("artifact.metadata")]):
         if file.name not in ELSEWHERE and not EXPORTS & set(file.relative_to(folder).parts):
-            found.append((file, without(json.loads(file.read_text(encoding="utf-8")), NOT_FINGERPRINTED)))
+            found.append((file, without(read_settings(file), NOT_FINGERPRINTED)))
     for file in sorted(folder.rglob("*.jinja")):
         found.append((file, hashlib.sha256(file.read_bytes()).hexdigest()))
     return found
@@ -301,7 +555,7 @@ def fingerprints_of(module) -> list[str]:
         folders = [folder] if commit else sorted(path for path in folder.parent.iterdir() if path.is_dir())
     for folder in folders:
         parts = [fields for file, fields in module_configs(folder) if file.parent != folder]
-        if any((fields.get("model_type") or "").startswith("polyrep_") for fields in parts):
+        if any(str(fields.get("model_type")).startswith("polyrep_") for fields in parts):
             return []
     return [found for folder in folders for found in fingerprints(folder)]
 

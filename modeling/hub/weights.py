@@ -63,7 +63,7 @@ def module_folders(folder: Path) -> list[Path]:
     listing = folder / "modules.json"
     if not listing.is_file():
         return [folder]
-    parts = [(listing, folder / part.get("path", "")) for part in read_json(listing)]
+    parts = [(listing, folder / part.get("path", "")) for part in read_json(listing, list)]
     for _, part in parts:  # grows while it is read
         if (routes := part / "router_config.json").is_file():
             parts += [(routes, part / name) for name in read_json(routes).get("types", {})]
@@ -339,7 +339,7 @@ def _refuse_other(name: str, found: Stored | None, tensor: torch.Tensor, turned:
 
 def _modules(folder: Path, model: nn.Module) -> Iterator[tuple[Path, nn.Module]]:
     """The modules of a model, each with the folder it comes from; a Router's one by one."""
-    listing = read_json(folder / "modules.json")
+    listing = read_json(folder / "modules.json", list)
     if isinstance(model, PreTrainedModel):
         yield folder, model
     elif not listing:

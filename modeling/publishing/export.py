@@ -102,8 +102,9 @@ def _part_of_ours(folder: Path) -> Path:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder. export-onnx takes a folder on this machine; download it first.")
     check_folder(folder)
-    modules = [folder / module.get("path", "") for module in read_json(folder / "modules.json") or []] or [folder]
-    kinds = {part: read_json(part / "config.json").get("model_type") or "" for part in modules}
+    listed = read_json(folder / "modules.json", list, path=str)
+    modules = [folder / module["path"] for module in listed] or [folder]
+    kinds = {part: read_json(part / "config.json", model_type=str).get("model_type") or "" for part in modules}
     ours = [part for part, kind in kinds.items() if room_of(kind)]
     if not ours:
         foreign = sorted(kind for kind in kinds.values() if kind.startswith(PREFIX))

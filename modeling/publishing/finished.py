@@ -130,7 +130,7 @@ def read_results(file: Path) -> dict[str, Any]:
     Raises:
         InputError: It is no JSON, or not of that layout.
     """
-    result = read_json(file)
+    result = read_json(file, remedy="Name a file that `evaluate` wrote.")
     try:
         check_results(result)
     except InputError as error:
@@ -152,13 +152,12 @@ def _refuse_others_claims(file: Path, result: Mapping[str, Any], fingerprints: C
 
 def _card_of(folder: Path) -> str:
     """Template of the method whose model a folder holds, by its configs: of the root first, then of its modules."""
-    kinds = [
-        read_json(file).get("model_type") for file in [folder / "config.json", *sorted(folder.glob("*/config.json"))]
-    ]
+    configs = [folder / "config.json", *sorted(folder.glob("*/config.json"))]
+    kinds = [read_json(file, model_type=str).get("model_type") for file in configs]
     cards = [room.card for room in map(room_of, kinds) if room and room.card]
     if not cards:
         raise InputError(f"{folder}: made by none of polyrep's methods, so it has no card. Name one with --card.")
-    takes = read_json(folder / "sentence_bert_config.json").get("modality_config") or {}
+    takes = read_json(folder / "sentence_bert_config.json", modality_config=dict).get("modality_config") or {}
     of_images = f"{cards[0]}_images"
     return (
         of_images if "image" in takes and (shipped_folder("model_cards") / f"{of_images}.md").is_file() else cards[0]

@@ -120,7 +120,7 @@ def verify(folder: Path, model: Encoder | PreTrainedModel, trusted: bool = True)
     if not isinstance(model, PreTrainedModel):
         vectors = doors.encoded(model)
         wanted.append((["family", type(model).__name__], vectors))
-        if read_json(folder / "config.json").get("model_type", "").startswith(PREFIX):
+        if (read_json(folder / "config.json", model_type=str).get("model_type") or "").startswith(PREFIX):
             wanted.append((["transformers"], vectors))
     with tempfile.TemporaryDirectory() as scratch:
         calls: dict[str, list[dict[str, Any]]] = {}

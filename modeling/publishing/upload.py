@@ -155,7 +155,7 @@ def source_of(repo: str) -> str:
 def model_kind(folder: Path) -> str:
     """Model type, family and own modules of a folder: what a repository's users rely on to stay the same."""
     family = read_json(folder / "config_sentence_transformers.json").get("model_type")
-    modules = [module["type"].rpartition(".")[2] for module in read_json(folder / "modules.json") or []]
+    modules = [module["type"].rpartition(".")[2] for module in read_json(folder / "modules.json", list, type=str)]
     parts = [read_json(folder / "config.json").get("model_type"), family, " + ".join(modules)]
     return ", ".join(part for part in parts if part) or "none that can be told"
 

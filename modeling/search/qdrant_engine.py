@@ -113,7 +113,7 @@ class Embedded:
         Raises:
             InputError: The folder is in use, damaged, or not ours.
         """
-        records = read_json(self.folder / "polyrep.json")
+        records = read_json(self.folder / "polyrep.json", remedy="Delete the index and add the shards again.")
         there = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
         if there and "polyrep" not in records:
             raise InputError(

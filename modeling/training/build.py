@@ -49,7 +49,7 @@ def build(plan: Plan, folder: Path, head: PreTrainedModel | None = None) -> None
     recipe = plan.recipe
     backbone = fetch(recipe.backbone, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     allowed = may_run(backbone, recipe.trust_remote_code)
-    parts = read_json(plan.run / "modules.json")
+    parts = read_json(plan.run / "modules.json", list, path=str, type=str)
     for part in parts:
         _listed(plan, part)
     with staged_folder(folder) as staged:
@@ -104,8 +104,6 @@ def _build_pipeline(plan: Plan, backbone: Path, folder: Path, parts: list[dict[s
 def _listed(plan: Plan, part: dict[str, Any]) -> type[Module]:
     """The class of an entry of ``modules.json``; InputError if it is on no list, or its config outside of the run."""
     listing = plan.run / "modules.json"
-    if not isinstance(part, dict) or not isinstance(part.get("type"), str) or not isinstance(part.get("path"), str):
-        raise InputError(f"{listing}: {part!r} is no module. Expected an object with a type and a path.")
     if not (plan.run / part["path"]).resolve().is_relative_to(plan.run.resolve()):
         raise InputError(f"{listing}: module path {part['path']!r} leaves the folder. Refused; mend it.")
     return listed_module(part["type"], listing)

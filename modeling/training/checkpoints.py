@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..errors import InputError
+from ..files import read_json
 from ..hub.code import localize
 from .objective import Objective
 
@@ -87,6 +87,6 @@ def last_checkpoint(output: Path) -> Path | None:
 def _is_complete(checkpoint: Path) -> bool:
     """The trainer writes its state last, so a checkpoint cut off while it was written has none that can be read."""
     try:
-        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        return "global_step" in read_json(checkpoint / "trainer_state.json")
+    except (OSError, InputError):
         return False

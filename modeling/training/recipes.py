@@ -134,7 +134,9 @@ class _Run:
 
 def _read_run(name: str) -> _Run:
     folder = _find_run(name)
-    method = read_json(folder / "config.json")
+    method = read_json(
+        folder / "config.json", remedy="Mend it, or take the run that came with polyrep.", model_type=str
+    )
     return _Run(
         folder,
         family_of(folder).__name__,
@@ -308,6 +310,6 @@ def _settle(plan: Plan) -> None:
     documents = dict.fromkeys(["positive", *negative_columns(max(plan.recipe.hard_negatives, 10))], "document")
     tasks = {"query": "query"} | documents
     args.router_mapping = args.router_mapping or tasks
-    prompts = read_json(plan.run / "config_sentence_transformers.json").get("prompts") or {}
+    prompts = read_json(plan.run / "config_sentence_transformers.json", prompts=dict).get("prompts") or {}
     if not args.prompts and prompts:  # encoding adds these by itself, training does not
         args.prompts = {column: prompts.get(task, "") for column, task in tasks.items()}

@@ -30,7 +30,7 @@ def open_teacher(name: str, revision: str | None = None) -> Teacher:
     """Open a teacher by folder or Hub id; a classifier of pairs is a cross-encoder. Its own code is never run."""
     folder = fetch(name, revision=revision)
     family = read_json(folder / "config_sentence_transformers.json").get("model_type")
-    kinds = read_json(folder / "config.json").get("architectures") or [""]
+    kinds = read_json(folder / "config.json", architectures=list).get("architectures") or [""]
     plain = kinds[0].endswith("ForSequenceClassification") and not (folder / "modules.json").is_file()
     if family == "CrossEncoder" or plain:
         may_run(folder, trusted=False)

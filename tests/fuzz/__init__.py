@@ -31,6 +31,10 @@ class Outcome(NamedTuple):
     seconds: float
 
 
+watchers: list[Callable[[str, Any], None]] = []
+"""Told of each ``case`` before it runs and of its ``outcome``, since a process may die of it."""
+
+
 class Hang(BaseException):
     """Raised in what takes longer than :data:`SECONDS`; no handler for Exception takes it for its own."""
 
@@ -41,6 +45,8 @@ def judge(case: str, call: Callable[[], Any]) -> Outcome:
     def ring(*_: Any) -> None:
         raise Hang(f"longer than {SECONDS:g} s")
 
+    for tell in watchers:
+        tell("case", case)
     started = time.perf_counter()
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
@@ -54,4 +60,7 @@ def judge(case: str, call: Callable[[], Any]) -> Outcome:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    return Outcome(case, verdict, detail, time.perf_counter() - started)
+    outcome = Outcome(case, verdict, detail, time.perf_counter() - started)
+    for tell in watchers:
+        tell("outcome", outcome)
+    return outcome

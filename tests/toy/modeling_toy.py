@@ -9,13 +9,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
-from .polyrep_room import HeadModule, Module, WholeWeights, check_counts, config_of
+from .polyrep_room import WIDTH, HeadModule, Module, WholeWeights, checked, config_of
 
 
 class ToyHeadConfig(PretrainedConfig):
     model_type = "polyrep_toy_head"
     derived = ("base_model_id", "base_fingerprint")
 
+    @checked(input_dim=WIDTH, projection_dim=WIDTH)
     def __init__(
         self,
         input_dim: int = 32,
@@ -24,7 +25,6 @@ class ToyHeadConfig(PretrainedConfig):
         base_fingerprint: str | None = None,
         **kwargs,
     ):
-        check_counts(type(self).__name__, input_dim=input_dim, projection_dim=projection_dim)
         self.input_dim, self.projection_dim = input_dim, projection_dim
         self.base_model_id, self.base_fingerprint = base_model_id, base_fingerprint
         super().__init__(**kwargs)
@@ -52,8 +52,9 @@ class ToyConfig(ToyHeadConfig):
     model_type = "polyrep_toy"
     sub_configs = {"encoder_config": AutoConfig}
 
+    @checked(projection_dim=WIDTH)
     def __init__(self, encoder_config=None, projection_dim: int = 8, **kwargs):
-        self.encoder_config = config_of(encoder_config)
+        self.encoder_config = config_of(encoder_config, type(self).__name__)
         kwargs["input_dim"] = self.encoder_config.hidden_size
         super().__init__(projection_dim=projection_dim, **kwargs)
 

@@ -20,7 +20,6 @@ encoder onto a word-piece vocabulary. Where this code leaves the paper:
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,13 +38,16 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from .polyrep_room import (
+    LAYERS,
+    WIDTH,
+    WORDS,
     HeadModule,
     Module,
     SentenceTransformer,
     Transformer,
     WholeWeights,
-    check_choices,
-    check_counts,
+    check_weight,
+    checked,
     config_of,
     fields_of,
     keep,
@@ -56,6 +58,7 @@ from .polyrep_room import (
 )
 from .polyrep_towers import (
     BOTH_TOWERS,
+    MAPS,
     ImageInputs,
     TwoTowers,
     initialize_projections,
@@ -107,6 +110,23 @@ class Dense2SparseConfig(PretrainedConfig):
         "vocabulary_bytes",
     )
 
+    @checked(
+        input_dim=WIDTH,
+        vocab_size=WORDS,
+        expansion_size=(0, WORDS[1]),
+        hidden_layers=LAYERS,
+        activation=_CHOICES["activation"],
+        expansion=_CHOICES["expansion"],
+        own_tokens=_CHOICES["own_tokens"],
+        document_top_k=WORDS,
+        query_top_k=WORDS,
+        mass=(1e-9, 1),
+        min_weight=(0, 1e6),
+        average_length=(1e-6, 1e9),
+        special_token_ids=(0, WORDS[1]),
+        added_tokens=(0, 2**16),
+        vocabulary_bytes=(0, 2**28),
+    )
     def __init__(
         self,
         input_dim: int = 384,
@@ -115,13 +135,13 @@ class Dense2SparseConfig(PretrainedConfig):
         hidden_layers: int = 0,
         activation: str = "log1p_relu",
         expansion: str = "both",
-        own_tokens: str = "learned",
+        own_tokens: str | None = "learned",
         document_top_k: int | None = None,
         query_top_k: int | None = None,
         mass: float | None = None,
         min_weight: float | None = None,
         average_length: float = 1.0,
-        special_token_ids: list | None = None,
+        special_token_ids: list[int] | None = None,
         foreign_words: bool = False,
         added_tokens: int = 2,
         vocabulary_bytes: int = 0,
@@ -135,23 +155,15 @@ class Dense2SparseConfig(PretrainedConfig):
         self.projection_dim = vocab_size  # the name under which sentence-transformers looks for the width
 
     def _check(self, name: str) -> None:
-        words, mass, least = self.vocab_size, self.mass, self.min_weight
-        check_counts(name, input_dim=self.input_dim, vocab_size=words)
-        check_counts(name, 0, expansion_size=self.expansion_size, hidden_layers=self.hidden_layers)
-        check_choices(name, _CHOICES, **{field: getattr(self, field) for field in _CHOICES if field != "pooling"})
-        for field, low in (("document_top_k", 1), ("query_top_k", 1), ("expansion_size", 0)):
-            value = getattr(self, field)
-            if value is not None and not low <= value <= words:
+        words, dim = self.vocab_size, self.input_dim
+        check_weight(name, vocab_size=words, input_dim=dim)
+        check_weight(name, input_dim=dim, hidden=2 * dim)
+        for field in ("document_top_k", "query_top_k", "expansion_size"):
+            if (value := getattr(self, field) or 0) > words:
                 raise ValueError(
                     f"{name}: {field}={value!r} of a vocabulary of {words:,} words cannot be kept. "
                     f"Use 1 to {words:,}, or None for all."
                 )
-        if mass is not None and not 0 < mass <= 1:
-            raise ValueError(f"{name}: mass={mass!r} is no share, so nothing sensible is left. Use e.g. 0.5, or None.")
-        if least is not None and not 0 <= least < math.inf:
-            raise ValueError(f"{name}: min_weight={least!r} is no weight. Use e.g. 0.1, or None.")
-        if not 0 < self.average_length < math.inf:
-            raise ValueError(f"{name}: average_length={self.average_length!r} is no length of a text. Use e.g. 100.")
         if self.own_tokens == self.expansion == "none":
             raise ValueError(f"{name}: expansion and own_tokens are both 'none', so every vector is empty. Allow one.")
         if self.own_tokens == "learned" and self.foreign_words:
@@ -480,7 +492,23 @@ class TowersConfig(PretrainedConfig):
     model_type = "polyrep_dual_encoder"
     sub_configs = {"encoder_config": AutoConfig, "text_config": AutoConfig, "vision_config": AutoConfig}
 
-    def __init__(self, encoder_config=None, text_config=None, vision_config=None, **kwargs):
+    @checked(**MAPS, pooling=_CHOICES["pooling"])
+    def __init__(
+        self,
+        encoder_config=None,
+        text_config=None,
+        vision_config=None,
+        text_dim: int = 384,
+        image_dim: int = 1280,
+        projection_dim: int = 512,
+        hidden_dim: int = 0,
+        dropout: float = 0.0,
+        text_dropout: float = 0.0,
+        pooling: str = "mean",
+        normalize: bool = True,
+        **kwargs,
+    ):
+        keep(self, locals())
         parts = (encoder_config, text_config, vision_config)
         if parts != (None, None, None):  # as a default
             parts = tower_configs(type(self).__name__, *parts)
@@ -500,9 +528,9 @@ class Dense2SparseForRetrievalConfig(Dense2SparseConfig):
     model_type = "polyrep_dense2sparse_for_retrieval"
     sub_configs = {"encoder_config": AutoConfig}
 
+    @checked(pooling=_CHOICES["pooling"])
     def __init__(self, encoder_config=None, pooling: str = "mean", normalize: bool = True, **kwargs):
-        check_choices(type(self).__name__, _CHOICES, pooling=pooling)
-        self.encoder_config = _encoder_config(encoder_config)
+        self.encoder_config = _encoder_config(encoder_config, type(self).__name__)
         self.pooling, self.normalize = pooling, normalize
         super().__init__(**kwargs)
         if self.has_images:
@@ -511,11 +539,13 @@ class Dense2SparseForRetrievalConfig(Dense2SparseConfig):
                     f"{type(self).__name__}: expansion={self.expansion!r} leaves images without a word. Use both or "
                     "document."
                 )
-            if self.encoder_config.projection_dim != self.input_dim:
-                raise ValueError(
-                    f"{type(self).__name__}: the towers give vectors of {self.encoder_config.projection_dim}, but "
-                    f"input_dim={self.input_dim}, so the head belongs to others. Use the towers it was trained on."
-                )
+        width = self.encoder_config.projection_dim if self.has_images else self.encoder_config.hidden_size
+        if encoder_config is not None and width != self.input_dim:
+            raise ValueError(
+                f"{type(self).__name__}: the {'towers give' if self.has_images else 'encoder gives'} vectors of "
+                f"{width}, but input_dim={self.input_dim}, so the head belongs to others. Use those that it was "
+                "trained on."
+            )
 
     @property
     def has_images(self) -> bool:
@@ -523,13 +553,13 @@ class Dense2SparseForRetrievalConfig(Dense2SparseConfig):
         return isinstance(self.encoder_config, TowersConfig)
 
 
-def _encoder_config(part) -> PretrainedConfig:
+def _encoder_config(part, owner: str) -> PretrainedConfig:
     """A text encoder's config, or that of two towers; a dual encoder's own becomes one of towers."""
     if getattr(part, "model_type", None) == TowersConfig.model_type and not isinstance(part, TowersConfig):
         part = {name: value for name, value in part.to_dict().items() if name != "auto_map"}  # whose code is not here
     if isinstance(part, dict) and part.get("model_type") == TowersConfig.model_type:
         return TowersConfig.from_dict(part)
-    return config_of(part)
+    return part if isinstance(part, TowersConfig) else config_of(part, owner)
 
 
 class Dense2SparseForRetrieval(WholeWeights, PreTrainedModel):
@@ -717,7 +747,7 @@ def _towers_of(backbone: str) -> TwoTowers | None:
     if kind != TowersConfig.model_type:
         return None
     model = AutoModel.from_pretrained(backbone, trust_remote_code=False)
-    towers = TwoTowers(_encoder_config(model.config)).to(model.dtype)
+    towers = TwoTowers(_encoder_config(model.config, "Dense2SparseForRetrieval")).to(model.dtype)
     towers.load_state_dict(model.state_dict())
     return towers.eval()  # as from_pretrained gives a model
 

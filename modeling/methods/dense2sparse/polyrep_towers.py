@@ -26,9 +26,19 @@ from transformers import (
 )
 from transformers.image_utils import load_image
 
-from .polyrep_room import new_encoder, pool_tokens
+from .polyrep_room import WIDTH, new_encoder, part_config, pool_tokens
 
 BOTH_TOWERS = {"clip": CLIPModel, "siglip": SiglipModel, "blip": BlipForImageTextRetrieval}
+
+MAPS = {
+    "text_dim": WIDTH,
+    "image_dim": WIDTH,
+    "projection_dim": WIDTH,
+    "hidden_dim": (0, WIDTH[1]),
+    "dropout": (0, 0.999),
+    "text_dropout": (0, 0.999),
+}
+"""What the fields of the maps may be, for ``checked``."""
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".heic", ".avif")
 
@@ -43,8 +53,8 @@ def tower_configs(owner: str, both=None, text=None, vision=None) -> tuple:
         raise ValueError(
             f"{owner}: needs encoder_config for both towers, or text_config and vision_config for one each."
         )
-    parts = (both, text, vision)
-    both, text, vision = (AutoConfig.for_model(**part) if isinstance(part, dict) else part for part in parts)
+    parts = {"encoder_config": both, "text_config": text, "vision_config": vision}
+    both, text, vision = (None if part is None else part_config(part, owner, field) for field, part in parts.items())
     if both is not None and both.model_type not in BOTH_TOWERS:
         raise ValueError(
             f"{owner}: encoder_config is of {both.model_type!r}, whose image and text vectors this does not know. Use "
@@ -139,7 +149,8 @@ class Towers:
         if config.encoder_config is not None:
             self.encoder = BOTH_TOWERS[config.encoder_config.model_type](config.encoder_config)
         else:
-            self.text_encoder, self.vision_encoder = map(new_encoder, (config.text_config, config.vision_config))
+            self.text_encoder = new_encoder(config.text_config)
+            self.vision_encoder = new_encoder(config.vision_config, "pixel_values")
 
     def get_input_embeddings(self) -> nn.Module:
         """The text tower's word embeddings, from which a head takes its words."""

@@ -25,8 +25,8 @@ from .polyrep_room import (
     SentenceTransformer,
     Transformer,
     WholeWeights,
-    check_choices,
-    check_counts,
+    check_weight,
+    checked,
     fields_of,
     keep,
     pooling_of,
@@ -34,6 +34,7 @@ from .polyrep_room import (
 )
 from .polyrep_towers import (
     BOTH_TOWERS,
+    MAPS,
     ImageInputs,
     Projections,
     Towers,
@@ -63,6 +64,7 @@ class DualEncoderHeadConfig(PretrainedConfig):
     model_type = "polyrep_dual_encoder_head"
     derived = ("text_dim", "image_dim", "vision_model_id")
 
+    @checked(**MAPS)
     def __init__(
         self,
         text_dim: int = 384,
@@ -75,11 +77,8 @@ class DualEncoderHeadConfig(PretrainedConfig):
         **kwargs,
     ):
         name = keep(self, locals())
-        check_counts(name, text_dim=text_dim, image_dim=image_dim, projection_dim=projection_dim)
-        check_counts(name, 0, hidden_dim=hidden_dim)
-        for field, value in (("dropout", dropout), ("text_dropout", text_dropout)):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name}: {field}={value!r} is no share that leaves anything. Use 0 to below 1.")
+        for width in ({"text_dim": text_dim}, {"image_dim": image_dim}):
+            check_weight(name, **width, projection_dim=max(projection_dim, hidden_dim))
         super().__init__(**kwargs)
 
 
@@ -137,18 +136,30 @@ class DualEncoderConfig(DualEncoderHeadConfig):
     model_type = "polyrep_dual_encoder"
     sub_configs = {"encoder_config": AutoConfig, "text_config": AutoConfig, "vision_config": AutoConfig}
 
+    @checked(**_CHOICES)
     def __init__(
-        self, encoder_config=None, text_config=None, vision_config=None, pooling="mean", normalize=True, **kwargs
+        self,
+        encoder_config=None,
+        text_config=None,
+        vision_config=None,
+        pooling: str = "mean",
+        normalize: bool = True,
+        **kwargs,
     ):
         if encoder_config is None and text_config is None and vision_config is None:  # as a default
-            text_config, vision_config = {"model_type": "bert"}, {"model_type": "mobilenet_v2"}
+            text_config, vision_config = {"model_type": "bert", "hidden_size": 384}, {"model_type": "mobilenet_v2"}
         name, parts = type(self).__name__, (encoder_config, text_config, vision_config)
-        check_choices(name, _CHOICES, pooling=pooling)
         self.encoder_config, self.text_config, self.vision_config = tower_configs(name, *parts)
         self.pooling, self.normalize = pooling, normalize
         if self.encoder_config is not None:
             kwargs["projection_dim"] = shared_width(self.encoder_config)
         super().__init__(**kwargs)
+        width = getattr(self.text_config, "hidden_size", self.text_dim)
+        if width != self.text_dim:
+            raise ValueError(
+                f"{name}: text_config gives vectors of {width}, but text_dim={self.text_dim}, so the maps belong to "
+                "another encoder. Use the one that they were trained on."
+            )
 
 
 class DualEncoderModel(Towers, WholeWeights, PreTrainedModel):

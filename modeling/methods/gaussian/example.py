@@ -52,7 +52,7 @@ def build(backbone: Path, scratch: Path) -> Example:
         bad_config=[
             (GaussianHeadConfig, {"mean_dim": 0}, "mean_dim=0"),
             (GaussianHeadConfig, {"variance_groups": 1.5}, "variance_groups=1.5"),
-            (GaussianHeadConfig, {"variance_floor": 0.0}, "variance_floor=0.0.*more than 0"),
+            (GaussianHeadConfig, {"variance_floor": 0.0}, "variance_floor=0.0.*from 1e-09 to"),
             (GaussianHeadConfig, {"beta": -1.0}, "beta=-1.0"),
             (GaussianHeadConfig, {"divergence": "js"}, "kl, reverse_kl, likelihood, w2, csd, dot"),
             (GaussianHeadConfig, {"projection_dim": 384}, r"2 k \+ 1. Use 383 .mean_dim=191. or 385 .mean_dim=192."),

@@ -41,14 +41,15 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, initiali
 from transformers.utils import ModelOutput
 
 from .polyrep_room import (
+    WIDTH,
     HeadModule,
     Module,
     SentenceTransformer,
     Transformer,
     WholeWeights,
-    check_choices,
-    check_counts,
     check_score,
+    check_weight,
+    checked,
     config_of,
     fields_of,
     keep,
@@ -93,6 +94,15 @@ class GaussianHeadConfig(PretrainedConfig):
     derived = ("input_dim",)
     similarity_fn_name = "dot"
 
+    @checked(
+        input_dim=WIDTH,
+        mean_dim=WIDTH,
+        projection_dim=(1, 2 * WIDTH[1] + 1),
+        variance_groups=(0, WIDTH[1]),
+        beta=(1e-6, 1e6),
+        variance_floor=(1e-9, 1e6),
+        divergence=_CHOICES["divergence"],
+    )
     def __init__(
         self,
         input_dim: int = 384,
@@ -107,22 +117,13 @@ class GaussianHeadConfig(PretrainedConfig):
         normalize_mean: bool | None = None,
         **kwargs,
     ):
-        variance_groups = None if type(variance_groups) is int and variance_groups == 0 else variance_groups
+        variance_groups = variance_groups or None
         normalize_input, normalize_mean = bool(normalize_input), normalize_mean is not False
         name = keep(self, locals())
-        sizes = {"mean_dim": mean_dim, "projection_dim": projection_dim, "variance_groups": variance_groups}
-        given = {field: value for field, value in sizes.items() if value is not None}
-        check_counts(name, input_dim=input_dim, **given)
-        check_choices(name, _CHOICES, divergence=divergence)
-        for field, value, usual in (("beta", beta, 14), ("variance_floor", variance_floor, 1e-3)):
-            if not 0 < value < math.inf:
-                raise ValueError(
-                    f"{name}: {field}={value}: a variance could be zero, and scores divide by it. Use more than 0, "
-                    f"e.g. {usual}."
-                )
         if divergence == "dot":
             self.variance_groups, self.separate_variance = None, False
         self.mean_dim = self._mean_dim(mean_dim, projection_dim)
+        check_weight(name, input_dim=input_dim, mean_dim=self.mean_dim)
         self.projection_dim = self._index_dim(self.mean_dim)
         super().__init__(**kwargs)
 
@@ -346,6 +347,9 @@ class GaussianConfig(GaussianHeadConfig):
     sub_configs = {"encoder_config": AutoConfig}
     derived = (*GaussianHeadConfig.derived, "max_position_embeddings")
 
+    @checked(
+        mean_from=_CHOICES["mean_from"], variance_from=_CHOICES["variance_from"], max_position_embeddings=(-1, 2**31)
+    )
     def __init__(
         self,
         encoder_config=None,
@@ -354,10 +358,9 @@ class GaussianConfig(GaussianHeadConfig):
         max_position_embeddings: int = -1,
         **kwargs,
     ):
-        self.encoder_config = config_of(encoder_config)
+        self.encoder_config = config_of(encoder_config, type(self).__name__)
         self.mean_from, self.variance_from = mean_from or "mean", variance_from
         self.max_position_embeddings = max_position_embeddings
-        check_choices(type(self).__name__, _CHOICES, mean_from=self.mean_from, variance_from=variance_from)
         kwargs["input_dim"] = self.encoder_config.hidden_size
         super().__init__(**kwargs)
         if self.divergence == "dot":

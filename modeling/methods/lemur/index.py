@@ -138,7 +138,7 @@ class LemurIndex:
             InputError: The folder holds no such index, or parts of two.
         """
         folder = Path(folder)
-        content = read_json(folder / "index.json")
+        content = read_json(folder / "index.json", remedy="Make the index again.", ids=list)
         if content.get("format") != FORMAT:
             raise InputError(f"{folder}: no index.json of format {FORMAT}, so this is no LEMUR index.")
         index = cls(LemurPooling.from_pretrained(str(folder / "head")).model)

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
-from .polyrep_room import HeadModule, Module, WholeWeights, check_choices, check_counts, check_score, keep
+from .polyrep_room import WIDTH, HeadModule, Module, WholeWeights, check_score, check_weight, checked, keep
 
 _BLOCK = 2**25
 """Numbers in the largest intermediate of documents, 128 MiB; of queries, whose features are wider, twice that."""
@@ -61,6 +61,17 @@ class LemurConfig(PretrainedConfig):
     model_type = "polyrep_lemur"
     derived = ("token_dim", "seed")
 
+    @checked(
+        token_dim=WIDTH,
+        latent_dim=WIDTH,
+        feature_type=("mlp", "elm"),
+        query_scale=(1e-6, 1e6),
+        num_anchors=(1, 2**20),
+        ridge=(0, 1e6),
+        rank=(0, WIDTH[1]),
+        embedding_dim=WIDTH,
+        seed=(0, 2**32 - 1),
+    )
     def __init__(
         self,
         token_dim: int = 128,
@@ -76,14 +87,8 @@ class LemurConfig(PretrainedConfig):
     ):
         embedding_dim = latent_dim if embedding_dim is None else embedding_dim
         name = keep(self, locals())
-        sizes = {"token_dim": token_dim, "latent_dim": latent_dim, "embedding_dim": embedding_dim}
-        check_counts(name, num_anchors=num_anchors, **sizes)
-        check_counts(name, 0, rank=rank, seed=seed)
-        check_choices(name, {"feature_type": ("mlp", "elm")}, feature_type=feature_type)
-        if not 0 < query_scale < math.inf:
-            raise ValueError(f"{name}: query_scale={query_scale!r} divides sums. Use a positive number, e.g. 32.")
-        if not 0 <= ridge < math.inf:
-            raise ValueError(f"{name}: ridge={ridge!r} is no share. Use 0 or more, e.g. 0.01.")
+        check_weight(name, token_dim=token_dim, latent_dim=latent_dim)
+        check_weight(name, num_anchors=num_anchors, token_dim=token_dim)
         if rank > latent_dim:
             raise ValueError(
                 f"{name}: rank={rank} directions of a space of latent_dim={latent_dim}. Use {latent_dim} or fewer."

@@ -43,8 +43,8 @@ def build(backbone: Path, scratch: Path) -> Example:
         weight="query_encoder.encoder.layer.0.output.dense.weight",
         bad_config=[
             (MultiLayerHeadConfig, {"layers": []}, r"layers=\[\] names no hidden states"),
-            (MultiLayerHeadConfig, {"layers": "-1,-3"}, "Use whole numbers"),
-            (MultiLayerHeadConfig, {"layers": [-1, True]}, "Use whole numbers"),
+            (MultiLayerHeadConfig, {"layers": "-1,-3"}, "layers='-1,-3' .*each of a whole number"),
+            (MultiLayerHeadConfig, {"layers": [-1, True]}, r"layers=\[-1, True\] .*each of a whole number"),
             (MultiLayerHeadConfig, {"layers": [-1, -1]}, "names a layer twice"),
             (MultiLayerHeadConfig, {"layers": [-1, 12], "num_hidden_layers": 12}, r"0 to 12 they are \[12, 12\]"),
             (

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import os
 import tempfile
 from dataclasses import dataclass
@@ -35,18 +34,22 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.utils import ModelOutput, cached_file
 
 from .polyrep_room import (
+    LAYERS,
+    WIDTH,
     HeadModule,
     Module,
     SentenceTransformer,
     Transformer,
     WholeWeights,
-    check_choices,
+    check_weight,
+    checked,
     config_of,
     fields_of,
     keep,
     new_encoder,
     pool_tokens,
     pooling_of,
+    read_settings,
     text_inputs,
     unless_given,
 )
@@ -83,6 +86,7 @@ class MultiLayerHeadConfig(PretrainedConfig):
     # What follows from the backbone, and is nobody's choice.
     derived = ("hidden_size", "num_hidden_layers")
 
+    @checked(**_CHOICES, layers=(-LAYERS[1] - 1, LAYERS[1]), hidden_size=WIDTH, num_hidden_layers=LAYERS)
     def __init__(
         self,
         layers: list[int] = (-1, -3),
@@ -97,10 +101,10 @@ class MultiLayerHeadConfig(PretrainedConfig):
     ):
         token, normalize = token or "mean", bool(normalize)
         name = keep(self, locals())
-        if isinstance(layers, str | int) or not layers or not all(type(layer) is int for layer in layers):
-            raise ValueError(f"{name}: layers={layers!r} names no hidden states. Use whole numbers, e.g. [-1, -3].")
-        check_choices(name, _CHOICES, pooling=pooling, token=token)
         self.layers = list(layers)
+        if not layers:
+            raise ValueError(f"{name}: layers={self.layers} names no hidden states. Use whole numbers, e.g. [-1, -3].")
+        check_weight(name, layers=len(layers), hidden_size=hidden_size or 1, width=hidden_size or 1)
         if len(layers) == 1 and pooling not in ("last", "linear"):
             raise ValueError(
                 f"{name}: pooling={pooling!r} of the single layer {layers[0]} has nothing to pool. Name more layers, "
@@ -255,8 +259,9 @@ class MultiLayerConfig(MultiLayerHeadConfig):
     model_type = "polyrep_multilayer"
     sub_configs = {"encoder_config": AutoConfig}
 
+    @checked()
     def __init__(self, encoder_config=None, tied: bool = True, **kwargs):
-        self.encoder_config, self.tied = config_of(encoder_config), tied
+        self.encoder_config, self.tied = config_of(encoder_config, type(self).__name__), tied
         kwargs["hidden_size"] = self.encoder_config.hidden_size
         kwargs["num_hidden_layers"] = self.encoder_config.num_hidden_layers
         super().__init__(**kwargs)
@@ -430,7 +435,7 @@ class MultiLayerModel(WholeWeights, PreTrainedModel):
         tokenizer = AutoTokenizer.from_pretrained(source, config=config.encoder_config, **kwargs)
         try:
             found = cached_file(source, "config_sentence_transformers.json", **kwargs)
-            settings = json.loads(Path(found).read_text(encoding="utf-8"))
+            settings = read_settings(Path(found))
         except OSError:  # a model that was never a SentenceTransformer
             settings = {}
         similarity = settings.get("similarity_fn_name") or config.similarity_fn_name

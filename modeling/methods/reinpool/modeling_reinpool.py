@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
-from .polyrep_room import HeadModule, WholeWeights, check_choices, check_counts, check_score, keep
+from .polyrep_room import LAYERS, WIDTH, HeadModule, WholeWeights, check_score, check_weight, checked, keep
 
 try:
     from sentence_transformers.multi_vector_encoder.modules.token_pooling import BaseTokenPooling
@@ -37,6 +37,7 @@ _CHOICES = {
     "pooling": ("mean", "kmeans", "slots"),
     "weights": ("hard", "soft"),
     "quantization": ("none", "binary"),
+    "tasks": ("document", "query"),
 }
 
 
@@ -69,6 +70,20 @@ class ReinPoolConfig(PretrainedConfig):
     model_type = "polyrep_reinpool"
     derived = ("dim",)
 
+    @checked(
+        **_CHOICES,
+        dim=WIDTH,
+        num_layers=LAYERS,
+        num_heads=WIDTH,
+        ffn_mult=(1, 64),
+        dropout=(0, 0.999),
+        initial_keep_logit=(-100, 100),
+        patch_columns=WIDTH,
+        num_vectors=WIDTH,
+        threshold=(1e-9, 1 - 1e-9),
+        min_keep=(1, 2**20),
+        refinement=LAYERS,
+    )
     def __init__(
         self,
         dim: int = 128,
@@ -88,7 +103,7 @@ class ReinPoolConfig(PretrainedConfig):
         projection: bool = False,
         refinement: int = 0,
         quantization: str | None = None,
-        tasks: list | None = None,
+        tasks: list[str] | str | None = None,
         **kwargs,
     ):
         quantization = quantization or "none"
@@ -100,11 +115,8 @@ class ReinPoolConfig(PretrainedConfig):
 
     def _check(self, name: str) -> None:
         dim, heads, vectors = self.dim, self.num_heads, self.num_vectors
-        patches = {} if self.patch_columns is None else {"patch_columns": self.patch_columns}
-        check_counts(name, dim=dim, num_heads=heads, ffn_mult=self.ffn_mult, num_vectors=vectors, **patches)
-        check_counts(name, min_keep=self.min_keep)
-        check_counts(name, 0, num_layers=self.num_layers, refinement=self.refinement)
-        check_choices(name, _CHOICES, **{field: getattr(self, field) for field in _CHOICES})
+        check_weight(name, dim=dim, width=dim, ffn_mult=self.ffn_mult)
+        check_weight(name, num_vectors=vectors, dim=dim)
         if dim % heads:
             fitting = max(h for h in range(1, heads + 1) if dim % h == 0)
             raise ValueError(
@@ -113,12 +125,6 @@ class ReinPoolConfig(PretrainedConfig):
             )
         if self.patch_columns and dim % 4:
             raise ValueError(f"{name}: patch_columns needs dim in fours for its sines, but dim={dim}. Use None.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"{name}: dropout={self.dropout!r} is no share below 1. Use e.g. 0.1.")
-        if not math.isfinite(self.initial_keep_logit):
-            raise ValueError(f"{name}: initial_keep_logit={self.initial_keep_logit!r} is no log-odds. Use e.g. 1.0.")
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"{name}: threshold={self.threshold!r} is no probability to decide by. Use e.g. 0.5.")
         if self.pooling == "mean" and vectors > 1:
             raise ValueError(
                 f"{name}: pooling='mean' gives one vector, but num_vectors={vectors}. Use pooling='kmeans'."
