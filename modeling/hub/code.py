@@ -186,7 +186,7 @@ def _refuse_unlisted(folder: Path) -> None:
                 f"{file}: names {reference!r}, no module of sentence-transformers or of polyrep's methods. {remedy}"
             )
     for file in sorted(folder.rglob("*config*.json")):
-        for key, value in _items(read_json(file)):
+        for key, value in _items(read_json(file, object)):
             if not isinstance(value, str):
                 continue
             if key in _CALLED and "." in value and value not in _ACTIVATIONS:
@@ -202,7 +202,7 @@ def _module_types(folder: Path) -> Iterator[tuple[Path, str]]:
     listing = folder / "modules.json"
     yield from ((listing, part["type"]) for part in read_json(listing, list, type=str))
     for file in sorted(folder.rglob("*config.json")):
-        for key, value in _items(read_json(file)):
+        for key, value in _items(read_json(file, object)):
             if key == "types" and isinstance(value, dict):
                 yield from ((file, name) for name in value.values() if isinstance(name, str))
 
@@ -213,7 +213,7 @@ def _references_of(folder: Path) -> Iterator[tuple[Path, str]]:
     Such a reference may stand in the config of anything (model, tokenizer, processor, part, module) and at any depth.
     """
     for file in sorted(folder.rglob("*config*.json")):
-        for key, value in _items(read_json(file)):
+        for key, value in _items(read_json(file, object)):
             if key == "auto_map":
                 yield from ((file, text) for text in _texts_in(value))
     for file, reference in _module_types(folder):

@@ -136,7 +136,8 @@ def check_folder(folder: Path) -> None:
     if not (folder / "modules.json").is_file() and not (folder / "config.json").is_file():
         raise InputError(f"{folder}: neither modules.json nor config.json, so this is no model folder.")
     for file in sorted(path for pattern in _SETTINGS for path in folder.rglob(pattern)):
-        read_json(file, **_FIELDS.get(file.name, {}))
+        if file.name != "data_config.json":  # a list of what older models were trained on
+            read_json(file, **_FIELDS.get(file.name, {}))
     check_weight_files(folder)
     if not weight_files(folder):
         pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))

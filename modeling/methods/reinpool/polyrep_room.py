@@ -62,7 +62,13 @@ OF_TOKENIZERS = (
 )
 """What of a ``tokenizer_config.json`` changes tokens."""
 
-ELSEWHERE = ("config.json", "sentence_bert_config.json", "tokenizer_config.json", "generation_config.json")
+ELSEWHERE = (
+    "config.json",
+    "data_config.json",
+    "generation_config.json",
+    "sentence_bert_config.json",
+    "tokenizer_config.json",
+)
 """Configs that are read by themselves, or change no vector."""
 
 SIMILARITIES = {"SentenceTransformer": "cosine", "SparseEncoder": "dot", "MultiVectorEncoder": "maxsim"}
