@@ -18,7 +18,7 @@ from ..hub.fingerprint import fingerprint
 from ..hub.folder import Encoder, family_of, fastest_dtype, fetch, load, save
 from ..hub.vision import VisionEncoder, fetch_vision
 from .build import build, freeze
-from .checkpoints import CheckpointCallback
+from .checkpoints import CheckpointCallback, restore
 from .datasets import datasets_of
 from .head_trainer import HeadTrainer
 from .objective import contract
@@ -90,6 +90,11 @@ class HeadTraining:
         """Train, from a checkpoint if one is named."""
         if self.learns:
             self.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        self.trainer.objective.finish()
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take the head and the state of a checkpoint, without a step."""
+        restore(self.trainer, checkpoint)
         self.trainer.objective.finish()
 
     def save(self, output: Path, context: dict[str, Any]) -> dict[str, Path]:

@@ -20,12 +20,21 @@ import torch
 from transformers import set_seed
 
 from ..errors import InputError
-from ..files import write_json
+from ..files import read_json, write_json
 from .build import build
-from .checkpoints import checkpoint_to_resume, last_checkpoint
+from .checkpoints import checkpoint_to_resume, last_checkpoint, steps_of
 from .frozen import HeadTraining
 from .recipes import Plan
-from .record import RUN, card_context, lasting_settings, print_plan, refuse_another_run, write_record
+from .record import (
+    RUN,
+    card_context,
+    is_written,
+    lasting_settings,
+    planned_steps,
+    print_plan,
+    refuse_another_run,
+    write_record,
+)
 from .whole import WholeTraining
 
 Training = WholeTraining | HeadTraining
@@ -49,13 +58,21 @@ def run(plan: Plan) -> Path | None:
     resume, earlier = _start(plan)
     training = _prepared(plan, resume)
     training.refuse_no_step()
+    finished = resume if resume and not _steps_left(training, resume) else None
+    if finished and is_written(output, steps_of(finished)):
+        return _nothing_to_do(plan, finished)
     context = card_context(plan, training.pair_counts)
     for path in earlier:  # only now that nothing of the new run can be refused any more
         shutil.rmtree(path)
-    seconds = training.prepare_seconds + _train(training, resume)
+    seconds = training.prepare_seconds
+    if finished:  # but interrupted before the model was written
+        training.restore(finished)
+    else:
+        seconds += _train(training, resume)
     if args.process_index != 0:
         return None
     made = training.save(output, context)
+    seconds += training.trainer.so_far.seconds
     write_record(plan, made, context, training.trainer.state, seconds, output)
     return list(made.values())[-1]
 
@@ -91,6 +108,33 @@ def _start(plan: Plan) -> tuple[Path | None, list[Path]]:
     return resume, earlier
 
 
+def _steps_left(training: Training, checkpoint: Path) -> int:
+    """How many steps a run still has to take after a checkpoint; says from where it goes on.
+
+    Raises:
+        InputError: The checkpoint is beyond what is asked for.
+    """
+    steps, done = planned_steps(training.trainer)[0], steps_of(checkpoint)
+    if done > steps:
+        raise InputError(
+            f"{checkpoint}: has {done} steps behind it, and {steps} are asked for, so no run of that length could go "
+            "on from it. Name an earlier checkpoint with --resume_from_checkpoint, or more steps."
+        )
+    if done < steps and training.plan.args.process_index == 0:
+        print(f"Going on from step {done} of {steps} ({checkpoint}).", flush=True)
+    return steps - done
+
+
+def _nothing_to_do(plan: Plan, checkpoint: Path) -> Path | None:
+    """The folder of a model that is there already, which is said."""
+    if plan.args.process_index != 0:
+        return None
+    output = Path(plan.args.output_dir)
+    folder = output / list(read_json(output / "training.json")["fingerprints"])[-1]
+    print(f"{checkpoint}: all steps are done, so nothing is left to do. {folder} stays as it is.", flush=True)
+    return folder
+
+
 def _show(plan: Plan) -> None:
     """Print what would be done, by one process; nothing is left behind."""
     if plan.args.process_index != 0:
@@ -110,7 +154,8 @@ def _prepared(plan: Plan, resume: Path | None) -> Training:
             shutil.rmtree(init, ignore_errors=True)
             if not plan.head:
                 build(plan, init)
-            write_json(init.parent / RUN, lasting_settings(plan))
+            if not (resume and (init.parent / RUN).exists()):
+                write_json(init.parent / RUN, lasting_settings(plan))
     return HeadTraining(plan) if plan.head else WholeTraining(plan, init)
 
 

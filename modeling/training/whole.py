@@ -15,7 +15,7 @@ from ..hub.folder import Encoder, load, save
 from .adapters import AdapterTrainerMixin, add_adapters, merge_adapters
 from .arguments import TRAINERS
 from .build import freeze
-from .checkpoints import CheckpointCallback, OneWriterMixin
+from .checkpoints import CheckpointCallback, OneWriterMixin, WholeRunMixin, restore
 from .datasets import datasets_of
 from .mining import Miner, RemineCallback
 from .objective import Objective, contract
@@ -57,7 +57,7 @@ class WholeTraining:
         _checkpoint_gradients(plan, self.model)
         if remine is not None:
             data = remine.shown()
-        mixins = (OneWriterMixin, AdapterTrainerMixin) if plan.recipe.lora_rank else (OneWriterMixin,)
+        mixins = (WholeRunMixin, OneWriterMixin, *([AdapterTrainerMixin] if plan.recipe.lora_rank else []))
         self.trainer: Any = type("FamilyTrainer", (*mixins, TRAINERS[type(self.model).__name__][0]), {})(
             model=self.model,
             args=plan.args,
@@ -80,6 +80,10 @@ class WholeTraining:
     def train(self, resume: Path | None) -> None:
         """Train, from a checkpoint if one is named."""
         self.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take the model and the state of a checkpoint, without a step."""
+        restore(self.trainer, checkpoint)
 
     def save(self, output: Path, context: dict[str, Any]) -> dict[str, Path]:
         """Write the trained model and its card as ``final``; return that name -> folder."""
