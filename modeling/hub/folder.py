@@ -126,6 +126,7 @@ def check_folder(folder: Path) -> None:
     outside = [part for part in parts if folder.resolve() not in (part.resolve(), *part.resolve().parents)]
     if outside:
         raise InputError(f"{modules}: module path {outside[0]} leaves the folder. Refused; get a clean copy.")
+    refuse_adapters(*parts)
     if not modules.is_file() and not (folder / "config.json").is_file():
         raise InputError(f"{folder}: neither modules.json nor config.json, so this is no model folder.")
     weights = weight_files(folder)
@@ -148,6 +149,21 @@ def check_folder(folder: Path) -> None:
             f"{folder}: no tokenizer ({', '.join(_TOKENIZERS)}), so text cannot be encoded. "
             "Save the tokenizer of the model into the folder."
         )
+
+
+def refuse_adapters(*parts: Path) -> None:
+    """InputError if one of the folders of a model holds an adapter (LoRA), whose base weights are elsewhere."""
+    routes = [route for part in parts if (part / "router_config.json").is_file() for route in part.iterdir()]
+    for file in (part / "adapter_config.json" for part in (*parts, *routes)):
+        if file.is_file():
+            base = read_json(file).get("base_model_name_or_path") or "BASE"
+            raise InputError(
+                f"{file}: the folder holds an adapter of {base}, not the weights under it, so what is made of it "
+                "would not be that model. Merge the two in a copy of the folder, COPY:\n"
+                f"  model = peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained({base!r}), COPY)\n"
+                "  model.merge_and_unload().save_pretrained(COPY)\n"
+                "  for file in pathlib.Path(COPY).glob('adapter_*'): file.unlink()"
+            )
 
 
 def packaged_minilm() -> Path:

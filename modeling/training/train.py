@@ -148,15 +148,16 @@ def _show(plan: Plan) -> None:
 def _prepared(plan: Plan, resume: Path | None) -> Training:
     """The untrained model, built by one process and opened by all, with its trainer."""
     args = plan.args
-    init = Path(args.output_dir) / "init"
+    init, settings = Path(args.output_dir) / "init", lasting_settings(plan)
     with nullcontext() if plan.recipe.dry_run else args.main_process_first(desc="build the untrained model"):
         if args.process_index == 0 and not (resume and init.exists()):
             shutil.rmtree(init, ignore_errors=True)
             if not plan.head:
                 build(plan, init)
-            if not (resume and (init.parent / RUN).exists()):
-                write_json(init.parent / RUN, lasting_settings(plan))
-    return HeadTraining(plan) if plan.head else WholeTraining(plan, init)
+    training: Training = HeadTraining(plan) if plan.head else WholeTraining(plan, init)
+    if args.process_index == 0 and not (resume and (init.parent / RUN).exists()):
+        write_json(init.parent / RUN, settings)
+    return training
 
 
 def _train(training: Training, resume: Path | None) -> float:
