@@ -425,3 +425,22 @@ def test_a_stock_loss_is_answered_for_and_a_loss_that_answers_by_itself_must_inh
     assert losses and all(contract(loss) is Objective for loss in losses)
     with pytest.raises(TypeError, match="Halfway: has 'prepare'.*Inherit from Objective"):
         contract(type("Halfway", (torch.nn.Module,), {"prepare": lambda self, data: data}))
+
+
+def test_stock_modules_are_made_for_the_width_of_the_backbone(backbone, toy_run, tmp_path, capsys):
+    """The shipped recipe is of 384 numbers, the backbone has 32."""
+    data = json.loads((toy_run / "recipe.yaml").read_text()[7:])["datasets"][0]
+    run = tmp_path / "late-interaction"
+    shutil.copytree(recipes.plan_of("late-interaction-minilm").run, run)
+    words = [str(run), "--backbone", str(backbone), "--datasets", data, "--output_dir", str(tmp_path / "out")]
+    words += ["--max_steps", "1", "--max_length", "16", "--bf16", "false", "--per_device_train_batch_size", "2"]
+    assert main(["train", *words, "--dry_run"]) == 0 and main(["train", *words]) == 0
+    model = polyrep.load(tmp_path / "out" / "final")
+    assert (model[1].in_features, model[1].out_features) == (32, 128)
+    dense = json.loads((run / "1_Dense" / "config.json").read_text())
+    (run / "1_Dense" / "config.json").write_text(json.dumps(dense | {"module_input_name": "nothing"}))
+    capsys.readouterr()
+    assert main(["train", *words, "--overwrite", "--dry_run"]) == 2
+    assert "the run's modules (Transformer + Dense + MultiVectorMask + Normalize) encode no text: KeyError" in (
+        capsys.readouterr().err
+    )

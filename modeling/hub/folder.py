@@ -24,6 +24,7 @@ from ..errors import InputError
 from ..files import file_sha256, read_json, staged_folder, write_text
 from .code import localize, refuse_foreign_code
 from .fingerprint import weight_files
+from .reading import ready_to_read
 
 Encoder = SentenceTransformer | SparseEncoder | MultiVectorEncoder
 FAMILIES: dict[str, type[Encoder]] = {
@@ -86,6 +87,7 @@ def load(
         model_kwargs={"use_safetensors": True} | ({"dtype": dtype} if dtype is not None else {}),
     )
     _refuse_missing_weights(folder, encoder)
+    ready_to_read(encoder, str(model))
     return encoder
 
 

@@ -16,6 +16,7 @@ from ..errors import InputError, refusals
 from ..hub.cards import render_card
 from ..hub.fingerprint import fingerprint
 from ..hub.folder import Encoder, family_of, fastest_dtype, fetch, load, save
+from ..hub.reading import set_length
 from ..hub.vision import VisionEncoder, fetch_vision
 from .build import build, freeze
 from .checkpoints import CheckpointCallback, restore
@@ -139,8 +140,7 @@ def _open_backbone(plan: Plan, folder: Path, weights: torch.dtype) -> Encoder:
             f"{recipe.backbone}: is a {type(backbone).__name__}, but this head reads {reads}. "
             f"Name a {family.__name__}."
         )
-    if settings.max_length:
-        backbone.max_seq_length = settings.max_length
+    set_length(backbone, settings.max_length, recipe.backbone)
     if not settings.pipeline and not settings.head_only:
         retriever: Any = room.model
         with refusals():

@@ -20,7 +20,7 @@ import torch
 from transformers import set_seed
 
 from ..errors import InputError
-from ..files import read_json, write_json
+from ..files import read_json, refuse_unwritable, write_json, writing
 from .build import build
 from .checkpoints import checkpoint_to_resume, last_checkpoint, steps_of
 from .frozen import HeadTraining
@@ -81,8 +81,8 @@ def _start(plan: Plan) -> tuple[Path | None, list[Path]]:
     """What a run goes on from, if it does, and what it replaces of an earlier one; sets the seed.
 
     Raises:
-        InputError: One process sees several GPUs, there is no checkpoint, it is of another run, or an earlier run
-            would be replaced and nobody said so.
+        InputError: One process sees several GPUs, a folder cannot be written to, there is no checkpoint, it is of
+            another run, or an earlier run would be replaced and nobody said so.
     """
     args, output = plan.args, Path(plan.args.output_dir)
     if args.n_gpu > 1:
@@ -90,6 +90,12 @@ def _start(plan: Plan) -> tuple[Path | None, list[Path]]:
             f"one process sees {args.n_gpu} GPUs, which would train with another batch size than the recipe's. Start "
             "with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES."
         )
+    if not plan.recipe.dry_run and args.process_index == 0:
+        refuse_unwritable(output, "--output_dir")
+        if plan.head:
+            refuse_unwritable(Path(plan.head.cache_dir), "--cache_dir")
+        if plan.recipe.hard_negatives:
+            refuse_unwritable(Path(plan.recipe.mined_cache), "--mined_cache")
     resume = checkpoint_to_resume(output, args.resume_from_checkpoint)
     earlier = []
     if resume:
@@ -162,11 +168,12 @@ def _prepared(plan: Plan, resume: Path | None) -> Training:
 
 def _train(training: Training, resume: Path | None) -> float:
     """Train from the start or from a checkpoint; return what it took, in seconds."""
-    started = time.perf_counter()
+    started, output = time.perf_counter(), Path(training.plan.args.output_dir)
     try:
-        training.train(resume)
-    except KeyboardInterrupt:
-        last = last_checkpoint(Path(training.plan.args.output_dir))
+        with writing(output):
+            training.train(resume)
+    except (KeyboardInterrupt, OSError):
+        last = last_checkpoint(output)
         how = "Go on with --resume_from_checkpoint last." if last else "There is no checkpoint yet (--save_steps)."
         step = training.trainer.state.global_step
         print(f"Interrupted at step {step}; last checkpoint: {last}. {how}", flush=True)
