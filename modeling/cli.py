@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .files import disk_error
 
 COMMANDS = {
     "data": "data.command:data",
@@ -39,6 +40,15 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if (refused := disk_error(error)) is None:
+            raise
+        print(
+            f"error: {refused.filename or verb}: {refused.strerror}, so the work stops here. What was finished is "
+            "kept. Make room there or name another place, then give the command again.",
+            file=sys.stderr,
+        )
+        return 2
     return 0
 
 

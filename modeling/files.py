@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -9,12 +10,68 @@ import re
 import reprlib
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+
+_FULL = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT)}
+_REFUSED = {*_FULL, errno.EACCES, errno.EPERM, errno.EIO}
+"""What a disk that is full, too small or not to be written to answers."""
+
+
+def disk_error(error: BaseException) -> OSError | None:
+    """An error as that of a disk which takes no more, whatever library raises it; None for any other error."""
+    if isinstance(error, OSError):
+        return error if error.errno in _REFUSED or isinstance(error, FileExistsError | NotADirectoryError) else None
+    if isinstance(error, ValueError) or not isinstance(error, Exception):
+        return None
+    said = str(error)  # safetensors and faiss repeat what the system says, torch does not
+    code = next((code for code, words in _FULL.items() if words in said or f"os error {code})" in said), None)
+    if code is None and "PytorchStreamWriter" in said:
+        return OSError(errno.EIO, "a file could not be written whole")
+    return None if code is None else OSError(code, os.strerror(code))
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Have what a full or read-only disk raises come as an OSError with a file name: ``place`` where none is told."""
+    try:
+        yield
+    except Exception as error:
+        refused = disk_error(error)
+        if refused is None:
+            raise
+        if refused.filename is None:
+            refused.filename = str(place)
+        if refused is error:
+            raise
+        raise refused from error
+
+
+def refuse_unwritable(folder: Path, flag: str) -> None:
+    """InputError if no file can be written into a folder, or the folder not be made; leaves nothing behind.
+
+    Args:
+        folder: The folder.
+        flag: What the user names it by.
+    """
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    remedy = f"Name another folder with {flag}."
+    if not place.is_dir():
+        raise InputError(f"{flag} {folder}: {place} is a file, so nothing can be written below it. {remedy}")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{flag} {folder}: nothing can be written there ({error.strerror}). Mend it, or n{remedy[1:]}"
+        ) from error
 
 
 @contextmanager
@@ -35,7 +92,8 @@ def staged_folder(target: Path, *, merge: bool = False) -> Iterator[Path]:
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
     try:
-        yield staged
+        with writing(target):
+            yield staged
         if merge and target.exists():
             for file in sorted(path for path in staged.rglob("*") if path.is_file()):
                 destination = target / file.relative_to(staged)
@@ -62,7 +120,8 @@ def staged_file(target: Path) -> Iterator[Path]:
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     try:
-        yield staged / target.name
+        with writing(target):
+            yield staged / target.name
         os.replace(staged / target.name, target)
     finally:
         shutil.rmtree(staged, ignore_errors=True)

@@ -2,10 +2,69 @@
 
 from __future__ import annotations
 
+import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
+
+from .errors import InputError
+
+_RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    (
+        "a whole number from 1 on",
+        lambda value: 1 <= value < math.inf and value == int(value),
+        (
+            *("batch_size", "encode_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size"),
+            *("gradient_accumulation_steps", "max_length", "query_texts", "cloze_sentences", "depth", "k"),
+            *("dataloader_prefetch_factor", "settings_tried"),
+        ),
+    ),
+    (
+        "a whole number from 0 on",
+        lambda value: 0 <= value < math.inf and value == int(value),
+        ("shard_size", "negatives", "lora_rank", "save_total_limit", "dataloader_num_workers"),
+    ),
+    ("a whole number from 0 to 100", lambda value: 0 <= value <= 100 and value == int(value), ("hard_negatives",)),
+    (
+        "a whole number from 0 to 4294967295",
+        lambda value: 0 <= value < 2**32 and value == int(value),
+        ("seed", "data_seed"),
+    ),
+    ("-1 for none, or a whole number from 1 on", lambda value: value == -1 or value >= 1, ("max_steps",)),
+    (
+        "a number from 0 on",
+        lambda value: 0 <= value < math.inf,
+        ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "eval_delay"),
+    ),
+    (
+        "a number above 0",
+        lambda value: 0 < value < math.inf,
+        ("num_train_epochs", "adam_epsilon", "logging_steps", "save_steps", "eval_steps", "scale"),
+    ),
+    (
+        "a number from 0 to 1",
+        lambda value: 0 <= value <= 1,
+        ("negative_margin", "warmup_ratio", "label_smoothing_factor"),
+    ),
+    (
+        "a number from 0 to below 1",
+        lambda value: 0 <= value < 1,
+        ("adam_beta1", "adam_beta2", "label_smoothing_factor"),
+    ),
+    ("a number", lambda value: value == value, ()),
+)
+"""What flags of these names may be, of all commands; the last range is that of any other number."""
+
+
+def refuse_out_of_range(values: Mapping[str, Any]) -> None:
+    """InputError that names the first number which its flag cannot be; what is no number is passed over."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        wanted, fits, _ = next((one for one in _RANGES if name in one[2]), _RANGES[-1])
+        if not fits(value):
+            raise InputError(f"--{name} {value}: is out of its range. Use {wanted}.")
 
 
 def parse(
@@ -21,12 +80,16 @@ def parse(
         metavar: Name of what it is about, e.g. ``FOLDER``.
         wanted: Help on that.
         options: Further settings of it, e.g. ``nargs``.
+
+    Raises:
+        InputError: A number is out of its flag's range.
     """
     from transformers import HfArgumentParser  # which takes seconds, that a mistyped verb need not wait for
 
     parser = HfArgumentParser([arguments], prog=prog, allow_abbrev=False, description=about)  # type: ignore[list-item]
     parser.add_argument("given", metavar=metavar, help=wanted, **options)
     flags, named = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
+    refuse_out_of_range(vars(flags))
     return flags, named.given
 
 

@@ -250,7 +250,7 @@ def test_going_on_with_something_else_is_refused(static, corpus, tmp_path, sente
     [
         (["--precision", "float8"], "float16, float32, int8, binary"),
         (["--task", "title"], "document or query"),
-        (["--batch_size", "0"], "use 1 or more"),
+        (["--batch_size", "0"], "--batch_size 0: is out of its range"),
         (["--input", "nowhere"], "no such file or folder"),
         (["--image_field", "x"], "JSON lines hold texts"),
         (["--input", ""], "--input: missing"),

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import shutil
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
 from toy.modeling_toy import ToyHead, ToyHeadConfig
+from transformers import AutoModel, AutoTokenizer
 
 import polyrep
 from polyrep import InputError, hub
+from polyrep.cli import main
 from polyrep.files import file_sha256
 from polyrep.hub import folder as folders
 from polyrep.hub import render_card
@@ -109,6 +115,52 @@ def test_a_folder_that_cannot_be_opened_is_refused_by_file_and_remedy(folder, da
     damage(folder)
     with pytest.raises(InputError, match=f"(?s){words}"):
         polyrep.load(folder)
+
+
+@pytest.fixture(scope="module")
+def adapters(backbone, tmp_path_factory) -> dict[str, Path]:
+    """Folders that hold an adapter and no base: as PEFT saves it, and below the modules of sentence-transformers."""
+    root, options = tmp_path_factory.mktemp("adapters"), {"r": 2, "target_modules": ["query"]}
+    config = peft.LoraConfig(**options, init_lora_weights=False, task_type="FEATURE_EXTRACTION")
+    peft.get_peft_model(AutoModel.from_pretrained(backbone), config).save_pretrained(root / "plain")
+    AutoTokenizer.from_pretrained(backbone).save_pretrained(root / "plain")
+    model = SentenceTransformer(str(backbone), device="cpu")
+    model.add_adapter(config)
+    model.save_pretrained(str(root / "modules"), create_model_card=False)
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["plain", "modules"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train {run} --backbone {model} --output_dir {out}",
+        "train gaussian-minilm-frozen --backbone {model} --datasets {data} --output_dir {out}",
+        "evaluate {model} --dataset {data} --cache_dir {out}",
+        "evaluate {model} --frontier --dataset {data} --cache_dir {out} --frontier_cache {out}",
+        "encode {model} --input {data} --output {out}",
+        "publish {model} --repo a/b --dry_run --output {out}",
+        "export-onnx {model} --output {out}",
+    ],
+)
+def test_an_adapter_is_refused_at_every_door(command, kind, adapters, toy_run, beir, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = command.format(model=adapters[kind], run=toy_run, data=beir, out=out).split()
+    (beir / "qrels" / "train.tsv").write_text((beir / "qrels" / "test.tsv").read_text())
+    assert main(words) == 2
+    assert "adapter_config.json: the folder holds an adapter of" in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize("kind", ["plain", "modules"])
+def test_an_adapter_is_merged_by_the_lines_that_its_refusal_says(kind, adapters, tmp_path):
+    expected = SentenceTransformer(str(adapters[kind]), device="cpu").encode(["list open ports"])
+    with pytest.raises(InputError, match="Merge the two") as refusal:
+        polyrep.load(adapters[kind])
+    copy = shutil.copytree(adapters[kind], tmp_path / "copy")
+    lines = "\n".join(line.strip() for line in str(refusal.value).splitlines()[1:])
+    exec(lines, {"COPY": copy, "peft": peft, "transformers": transformers, "pathlib": pathlib})
+    found = polyrep.load(copy, device="cpu").encode(["list open ports"])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_names_that_lead_nowhere_are_refused():

@@ -801,8 +801,8 @@ def test_runs_refuse_what_cannot_be_trained(runs, tmp_path):
         (["--lambda_", "-1"], "--lambda_ -1.0"),
         (["--per_device_train_batch_size", "1"], "a batch of one pair"),
         (["--lora_rank", "-2"], "--lora_rank -2"),
-        (["--hard_negatives", "-1"], "--hard_negatives -1: use 0 to 100"),
-        (["--negative_margin", "2"], "--negative_margin 2.0: use 0 to 1"),
+        (["--hard_negatives", "-1"], "--hard_negatives -1: is out of its range. Use a whole number from 0 to 100"),
+        (["--negative_margin", "2"], "--negative_margin 2.0: is out of its range. Use a number from 0 to 1"),
         (["--pooling", "mean"], "push away layers"),
     ):
         assert words in _refusal(run, tmp_path / "refused", *flags)

@@ -95,6 +95,16 @@ def test_an_interrupted_run_goes_on_to_what_an_unbroken_one_gives(trained, tmp_p
         torch.testing.assert_close(ours[name], value, msg=name)
 
 
+def test_a_run_interrupted_after_its_last_step_is_written_without_another(trained, tmp_path):
+    interrupted = shutil.copytree(trained.folder, tmp_path / "interrupted")
+    for later in ("final", "head"):
+        shutil.rmtree(interrupted / later, ignore_errors=True)
+    resumed = trained.again(interrupted, "--resume_from_checkpoint", "last")
+    assert resumed.losses == trained.losses and resumed.record["steps"] == 4
+    assert {path.name for path in interrupted.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    assert all(torch.equal(resumed.weights[name], value) for name, value in trained.weights.items())
+
+
 def test_two_processes_train_what_one_does(trained, tmp_path):
     """With half a batch each: what is compared across a batch is gathered from both, negatives included."""
     one = trained.again(tmp_path / "one", *TOGETHER, *trained.tiny.together.split())

@@ -301,6 +301,14 @@ def test_strangers_are_refused(sentence_model: SentenceTransformer) -> None:
         Service(sentence_model[0].model, EMPTY, fingerprint="f")
 
 
+def test_a_service_that_could_answer_nothing_is_refused(sentence_model: SentenceTransformer) -> None:
+    for limits in ({"batch_texts": 0}, {"waiting_texts": 0}):
+        with pytest.raises(polyrep.InputError, match="no request could be answered"):
+            Service(sentence_model, EMPTY, fingerprint="a", **limits)
+    with pytest.raises(polyrep.InputError, match="k=0"):
+        asyncio.run(Service(sentence_model, EMPTY, fingerprint="a").search(["open ports"], 0))
+
+
 def test_request_that_is_given_up_does_not_stop_the_others(sentence_model: SentenceTransformer) -> None:
     async def call(service: Service) -> Any:
         gone, kept = (asyncio.create_task(service.encode([text], "query")) for text in ("gone", "kept"))

@@ -86,6 +86,88 @@ def test_a_resumed_run_has_the_same_next_losses(trained, toy_run, tmp_path):
         torch.testing.assert_close(tensor, load_file(trained / "final" / "model.safetensors")[name])
 
 
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_has_nothing_left_to_do_and_keeps_every_byte(trained, toy_run, tmp_path, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(trained, output)
+    before = content(output)
+    flags = ["--output_dir", str(output), "--resume_from_checkpoint", "last", "--card", "late_interaction"]
+    assert main(["train", str(toy_run), *flags]) == 0
+    assert "nothing is left to do" in capsys.readouterr().out and content(output) == before
+    assert main(["train", str(toy_run), *flags, "--max_steps", "4"]) == 2
+    assert "6 steps behind it, and 4 are asked for" in capsys.readouterr().err and content(output) == before
+    shutil.rmtree(output / "final")  # as if it had been killed after its last step
+    assert main(["train", str(toy_run), *flags]) == 0
+    assert "checkpoint-7" not in [path.name for path in output.iterdir()] and losses(output) == losses(trained)
+    weights = (output / "final" / "model.safetensors").read_bytes()
+    assert weights == before["final/model.safetensors"] == before["checkpoint-6/model.safetensors"]
+
+
+def test_a_longer_run_goes_on_and_is_recorded_as_a_whole(trained, toy_run, tmp_path, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(trained, output)
+    state = json.loads((output / "checkpoint-6" / "trainer_state.json").read_text())
+    state["stateful_callbacks"]["SoFar"]["attributes"]["seconds"] = 1000.0
+    (output / "checkpoint-6" / "trainer_state.json").write_text(json.dumps(state))
+    flags = ["--output_dir", str(output), "--resume_from_checkpoint", "last", "--max_steps", "9"]
+    assert main(["train", str(toy_run), *flags]) == 0
+    assert "Going on from step 6 of 9" in capsys.readouterr().out
+    record = json.loads((output / "training.json").read_text())
+    summary = record["log"][-1]
+    assert record["steps"] == 9 and losses(output)[:6] == losses(trained) and len(losses(output)) == 9
+    np.testing.assert_allclose(summary["train_loss"], np.mean(losses(output)), rtol=1e-4)
+    assert record["seconds"] > 1000 and 1000 < summary["train_runtime"] <= record["seconds"] + 1
+    assert summary["train_steps_per_second"] == round(9 / summary["train_runtime"], 3)
+    assert summary["train_samples_per_second"] == round(9 * 2 / summary["train_runtime"], 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--learning_rate", "0.02"], r"another learning_rate \(0.01, now 0.02\)"),
+        (["--per_device_train_batch_size", "1"], r"another batch_size \(2, now 1\)"),
+        (["--gradient_accumulation_steps", "3"], r"another gradient_accumulation_steps \(1, now 3\)"),
+        (["--weight_decay", "0.5", "--seed", "7"], r"another weight_decay \(0.0, now 0.5\), seed \(42, now 7\)"),
+        (["--freeze", "encoder"], r"another freeze \(\[\], now \['encoder'\]\)"),
+    ],
+)
+def test_what_a_step_does_may_not_change_when_a_run_goes_on(trained, toy_run, tmp_path, capsys, flags, words):
+    output = tmp_path / "run"
+    shutil.copytree(trained, output)
+    told = ["train", str(toy_run), "--output_dir", str(output), "--resume_from_checkpoint", "last", *flags]
+    assert main(told) == 2
+    assert re.search(words, capsys.readouterr().err)
+    assert content(output) == content(trained)
+
+
+def test_an_older_run_that_did_not_write_its_trainers_settings_goes_on(trained, toy_run, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(trained, output, ignore=shutil.ignore_patterns("final", "checkpoint-6"))
+    old = {"backbone", "objective", "projection_dim", "temperature"}
+    run = json.loads((output / "run.json").read_text())
+    (output / "run.json").write_text(json.dumps({name: run[name] for name in old}))
+    state = json.loads((output / "checkpoint-3" / "trainer_state.json").read_text())
+    del state["stateful_callbacks"]["SoFar"]
+    (output / "checkpoint-3" / "trainer_state.json").write_text(json.dumps(state))
+    flags = ["--output_dir", str(output), "--resume_from_checkpoint", "last", "--save_steps", "5", "--seed", "42"]
+    assert main(["train", str(toy_run), *flags]) == 0
+    np.testing.assert_allclose(losses(output), losses(trained), rtol=1e-5)
+
+
+def test_card_and_record_name_one_batch_size(toy_run, tmp_path):
+    flags = ["--output_dir", str(tmp_path), "--gradient_accumulation_steps", "2", "--max_steps", "1"]
+    assert main(["train", str(toy_run), *flags, "--card", "late_interaction"]) == 0
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert record["batch_size"] == record["card"]["batch_size"] == 2 * 2
+    assert (
+        "| batch size, learning rate, length, seed | 4, 0.01, 1 steps, 42 |"
+        in (tmp_path / "final" / "README.md").read_text()
+    )
+
+
 def test_ctrl_c_leaves_the_last_checkpoint_intact_and_resuming_gives_the_same_losses(toy_run, trained, tmp_path):
     output = tmp_path / "interrupted"
     interrupt = """
@@ -343,3 +425,22 @@ def test_a_stock_loss_is_answered_for_and_a_loss_that_answers_by_itself_must_inh
     assert losses and all(contract(loss) is Objective for loss in losses)
     with pytest.raises(TypeError, match="Halfway: has 'prepare'.*Inherit from Objective"):
         contract(type("Halfway", (torch.nn.Module,), {"prepare": lambda self, data: data}))
+
+
+def test_stock_modules_are_made_for_the_width_of_the_backbone(backbone, toy_run, tmp_path, capsys):
+    """The shipped recipe is of 384 numbers, the backbone has 32."""
+    data = json.loads((toy_run / "recipe.yaml").read_text()[7:])["datasets"][0]
+    run = tmp_path / "late-interaction"
+    shutil.copytree(recipes.plan_of("late-interaction-minilm").run, run)
+    words = [str(run), "--backbone", str(backbone), "--datasets", data, "--output_dir", str(tmp_path / "out")]
+    words += ["--max_steps", "1", "--max_length", "16", "--bf16", "false", "--per_device_train_batch_size", "2"]
+    assert main(["train", *words, "--dry_run"]) == 0 and main(["train", *words]) == 0
+    model = polyrep.load(tmp_path / "out" / "final")
+    assert (model[1].in_features, model[1].out_features) == (32, 128)
+    dense = json.loads((run / "1_Dense" / "config.json").read_text())
+    (run / "1_Dense" / "config.json").write_text(json.dumps(dense | {"module_input_name": "nothing"}))
+    capsys.readouterr()
+    assert main(["train", *words, "--overwrite", "--dry_run"]) == 2
+    assert "the run's modules (Transformer + Dense + MultiVectorMask + Normalize) encode no text: KeyError" in (
+        capsys.readouterr().err
+    )

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from ..data.stream import Document, Fields, Source, Span, open_source, picture
 from ..errors import InputError
-from ..files import read_json, remove_leftovers, staged_file, write_json
+from ..files import read_json, refuse_unwritable, remove_leftovers, staged_file, write_json
 from ..flags import parse
 from ..hub.fingerprint import fingerprint
 from ..hub.folder import Encoder, fastest_dtype, fetch, load
@@ -336,12 +336,11 @@ def _refuse_unusable(args: EncodeArguments) -> None:
             raise InputError(f"--{flag}: missing. Say what to encode with --input, and where to with --output.")
     if Path(args.input).is_dir() and Path(args.output).resolve().is_relative_to(Path(args.input).resolve()):
         raise InputError(f"--output {args.output}: lies in the input, which it would become part of. Name another.")
+    refuse_unwritable(Path(args.output), "--output")
     if args.precision not in PRECISIONS:
         raise InputError(f"--precision {args.precision}: use one of {', '.join(PRECISIONS)}.")
     if args.task not in ("document", "query"):
         raise InputError(f"--task {args.task}: use document or query.")
-    if args.batch_size < 1 or args.shard_size < 0:
-        raise InputError("--batch_size and --shard_size count documents: use 1 or more.")
 
 
 def _refuse_unfit(model: Any, source: Source, precision: str, name: str) -> None:

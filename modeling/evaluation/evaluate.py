@@ -23,6 +23,7 @@ from ..flags import as_flags, changed_fields, command_line, parse
 from ..hub.cards import hub_source
 from ..hub.fingerprint import fingerprint
 from ..hub.folder import Encoder, family_of, fastest_dtype, fetch, load
+from ..hub.reading import set_length
 from ..report import provenance, write_results
 from .mteb import Suite, left_out, mteb_package, open_suites, refuse_unfit, run_suites
 from .systems import Ranking, rank_with_bm25, rank_with_model
@@ -104,12 +105,7 @@ class System:
             raise InputError(
                 f"{self.source}: the folder of a head, which encodes no text. Name the folder that has it on top."
             )
-        if args.max_length:
-            if not isinstance(model.max_seq_length, int):  # a bag of words says infinity, and takes no other
-                raise InputError(
-                    f"{self.source}: has no maximal length, so --max_length {args.max_length} means nothing."
-                )
-            model.max_seq_length = args.max_length
+        set_length(model, args.max_length, self.source)
         return model
 
 

@@ -28,7 +28,8 @@ from ..errors import InputError, first_line, refusals
 from ..files import file_sha256, read_json, staged_folder, write_text
 from .code import localize, may_run
 from .fingerprint import weight_files
-from .weights import PREFIX, check_loaded, check_sizes, check_weight_files, projection
+from .reading import ready_to_read
+from .weights import PREFIX, check_loaded, check_sizes, check_weight_files, module_folders, projection
 
 Encoder = SentenceTransformer | SparseEncoder | MultiVectorEncoder
 FAMILIES: dict[str, type[Encoder]] = {
@@ -98,7 +99,10 @@ def load(
                 model_kwargs={"use_safetensors": True} | ({"dtype": dtype} if dtype is not None else {}),
             )
         check_loaded(folder, opened)
-    return _mended(opened)
+    opened = _mended(opened)
+    if isinstance(opened, Encoder):
+        ready_to_read(opened, str(model))
+    return opened
 
 
 def fetch(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
@@ -133,6 +137,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         InputError: What is missing or damaged, and the remedy.
     """
+    refuse_adapters(*module_folders(folder))
     if not (folder / "modules.json").is_file() and not (folder / "config.json").is_file():
         raise InputError(f"{folder}: neither modules.json nor config.json, so this is no model folder.")
     for file in sorted(path for pattern in _SETTINGS for path in folder.rglob(pattern)):
@@ -152,6 +157,21 @@ def check_folder(folder: Path) -> None:
             f"{folder}: no tokenizer ({', '.join(_TOKENIZERS)}), so text cannot be encoded. "
             "Save the tokenizer of the model into the folder."
         )
+
+
+def refuse_adapters(*parts: Path) -> None:
+    """InputError if one of the folders of a model holds an adapter (LoRA), whose base weights are elsewhere."""
+    routes = [route for part in parts if (part / "router_config.json").is_file() for route in part.iterdir()]
+    for file in (part / "adapter_config.json" for part in (*parts, *routes)):
+        if file.is_file():
+            base = read_json(file).get("base_model_name_or_path") or "BASE"
+            raise InputError(
+                f"{file}: the folder holds an adapter of {base}, not the weights under it, so what is made of it "
+                "would not be that model. Merge the two in a copy of the folder, COPY:\n"
+                f"  model = peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained({base!r}), COPY)\n"
+                "  model.merge_and_unload().save_pretrained(COPY)\n"
+                "  for file in pathlib.Path(COPY).glob('adapter_*'): file.unlink()"
+            )
 
 
 def packaged_minilm() -> Path:

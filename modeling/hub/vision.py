@@ -14,6 +14,7 @@ from sentence_transformers.base.modules.module import Module
 from transformers import AutoModel, AutoProcessor
 
 from ..errors import InputError
+from .folder import refuse_adapters
 from .polyrep_towers import image_features
 
 
@@ -21,7 +22,7 @@ def fetch_vision(name: str, revision: str | None = None) -> Path:
     """Local folder of a vision encoder of transformers, downloaded first if it is a Hub id (safetensors only).
 
     Raises:
-        InputError: It is not to be had, or lacks weights or an image processor.
+        InputError: It is not to be had, lacks weights or an image processor, or is an adapter of another.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -32,6 +33,7 @@ def fetch_vision(name: str, revision: str | None = None) -> Path:
                 f"--vision {name}: no such folder, and not to be had from the Hub ({type(error).__name__}). Check the "
                 "path, the ORG/NAME and the network."
             ) from error
+    refuse_adapters(folder)
     if not any(folder.glob("*.safetensors")) or not any(folder.glob("*processor_config.json")):
         raise InputError(
             f"--vision {name}: needs weights (*.safetensors) and a preprocessor_config.json; it holds "

@@ -39,12 +39,17 @@ class Service:
         waiting_texts: Texts that may wait; of a request that would exceed it, none is taken.
 
     Raises:
-        InputError: The model cannot encode texts, or the index holds vectors of another model.
+        InputError: The model cannot encode texts, the index holds vectors of another model, or a number is below 1.
     """
 
     def __init__(
         self, model: Any, index: Index, *, fingerprint: str, batch_texts: int = 64, waiting_texts: int = 1024
     ):
+        if batch_texts < 1 or waiting_texts < 1:
+            raise InputError(
+                f"batch_texts={batch_texts}, waiting_texts={waiting_texts}: no request could be answered. Use 1 or "
+                "more."
+            )
         if not hasattr(model, "encode_query"):
             raise InputError(
                 f"{type(model).__name__}: a head alone, which reads vectors, so texts cannot be encoded. Serve the "
@@ -82,7 +87,10 @@ class Service:
 
         Raises:
             Busy: Too many texts wait.
+            InputError: ``k`` is below 1.
         """
+        if k < 1:
+            raise InputError(f"k={k}: asks for no document. Use 1 or more.")
         return [hits[:k] for hits in await self._answers("search", queries, k)]
 
     async def encode(self, texts: list[str], task: Task) -> list[Any]:

@@ -16,6 +16,7 @@ from ..errors import InputError, refusals
 from ..files import read_json, staged_folder, write_json
 from ..hub.code import listed_activation, listed_module, localize, may_run
 from ..hub.folder import family_of, fetch, save
+from ..hub.reading import positions_in
 from ..hub.vision import fetch_vision
 from ..registry import Room
 from .recipes import Plan
@@ -41,7 +42,8 @@ def build(plan: Plan, folder: Path, head: PreTrainedModel | None = None) -> None
     """Write a model: the run's folder plus the backbone's weights and tokenizer, and a trained head if there is one.
 
     A room builds itself through ``from_encoder``. Several modules in ``modules.json`` are built one by one: the first
-    from the backbone, stock ones from their own config with fresh weights, and a room's from its fields.
+    from the backbone, stock ones from their own config with fresh weights, made for the width of what stands before
+    them, and a room's from its fields.
 
     Raises:
         InputError: A value of the config, a module or the backbone cannot be used.
@@ -77,7 +79,7 @@ def _build_one_folder(plan: Plan, room: Room, backbone: Path, folder: Path, head
     else:
         processor = AutoTokenizer.from_pretrained(str(backbone), trust_remote_code=False)
     processor.save_pretrained(folder)
-    _inherit(folder, backbone, getattr(model.config, "similarity_fn_name", None))
+    _inherit(folder, backbone, model)
     localize(folder)
 
 
@@ -94,7 +96,8 @@ def _build_pipeline(plan: Plan, backbone: Path, folder: Path, parts: list[dict[s
     modules: list[nn.Module] = [
         Transformer(str(backbone), model_kwargs=trusted, processor_kwargs=trusted, config_kwargs=trusted, **first)
     ]
-    modules += [_untrained(plan, part) for part in parts[1:]]
+    for part in parts[1:]:
+        modules.append(_untrained(plan, part, _width(modules)))
     settings = read_json(plan.run / "config_sentence_transformers.json")
     keep = {key: settings[key] for key in ("prompts", "similarity_fn_name") if settings.get(key)}
     with refusals():
@@ -109,26 +112,46 @@ def _listed(plan: Plan, part: dict[str, Any]) -> type[Module]:
     return listed_module(part["type"], listing)
 
 
-def _untrained(plan: Plan, part: dict[str, Any]) -> nn.Module:
-    """A module of ``modules.json``: the room's, or a stock one from its config."""
+def _width(modules: list[nn.Module]) -> int | None:
+    """Width of the vectors behind some modules, as far as they tell."""
+    widths = [m.get_embedding_dimension() for m in modules if hasattr(m, "get_embedding_dimension")]  # type: ignore[operator]
+    return next((width for width in reversed(widths) if width), None)
+
+
+_READ_WIDTHS = {
+    "Dense": "in_features",
+    "Pooling": "embedding_dimension",
+    "LayerNorm": "dimension",
+    "SparseAutoEncoder": "input_dim",
+}
+"""Stock module -> field of its config with the width of what it reads, which follows from what stands before it."""
+
+
+def _untrained(plan: Plan, part: dict[str, Any], width: int | None) -> nn.Module:
+    """A module of ``modules.json``, behind vectors of some width: the room's, or a stock one from its config."""
     kind: Any = _listed(plan, part)
     if plan.room and plan.room.module and kind is plan.room.module:
         with refusals():
             return kind(**plan.config)
     config = kind.load_config(str(plan.run), subfolder=part["path"])
+    if width and kind.__name__ in _READ_WIDTHS:
+        config[_READ_WIDTHS[kind.__name__]] = width
     if "activation_function" in config:  # Dense names a class and takes an instance
         config["activation_function"] = listed_activation(config["activation_function"], plan.run / part["path"])
     return kind(**config)
 
 
-def _inherit(folder: Path, backbone: Path, similarity: str | None) -> None:
+def _inherit(folder: Path, backbone: Path, model: PreTrainedModel) -> None:
     """Give a built model the backbone's maximal length and prompts, and its own score, where the run says nothing."""
+    similarity, positions = getattr(model.config, "similarity_fn_name", None), positions_in(model)
     for name, inherited in (
         ("sentence_bert_config.json", ("max_seq_length",)),
         ("config_sentence_transformers.json", ("prompts", "default_prompt_name")),
     ):
         own, theirs = read_json(folder / name), read_json(backbone / name)
         own |= {key: theirs[key] for key in inherited if theirs.get(key) is not None and not own.get(key)}
+        if positions and (own.get("max_seq_length") or 0) > positions:  # runs are for backbones of any length
+            own["max_seq_length"] = positions
         if similarity and name.startswith("config_") and not own.get("similarity_fn_name"):
             own["similarity_fn_name"] = similarity
         write_json(folder / name, own)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState, TrainerState
 
 from ..errors import InputError
 from ..files import read_json
@@ -26,6 +28,63 @@ class OneWriterMixin:
         trainer: Any = super()
         if self.args.should_save:  # type: ignore[attr-defined]
             trainer._save(*args, **kwargs)
+
+
+def batch_size(args: Any) -> int:
+    """Pairs of an optimiser step: of all processes, and of all passes whose gradients it sums."""
+    return args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+
+
+class SoFar(TrainerCallback, ExportableState):
+    """What a run has taken before it was resumed, which every checkpoint keeps in ``trainer_state.json``.
+
+    Attributes:
+        seconds: Of training.
+        loss: Sum over the steps.
+
+    Args:
+        trainer: Whose steps these are.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.seconds = self.loss = 0.0
+        self.started: float | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take over what the checkpoint says; one of an older polyrep says nothing."""
+        before = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
+        self.seconds, self.loss, self.started = before["seconds"], before["loss"], time.perf_counter()
+
+    def state(self) -> dict[str, Any]:
+        """The same with what this process has added."""
+        seconds, loss = self.seconds, self.loss
+        if self.started is not None:
+            seconds += time.perf_counter() - self.started
+            loss += self.trainer._total_loss_scalar + float(getattr(self.trainer, "_tr_loss", 0.0))
+        return {"args": {}, "attributes": {"seconds": seconds, "loss": loss}}
+
+
+class WholeRunMixin:
+    """Put before a trainer: what it logs last is of the whole run, resumed or not."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.so_far = SoFar(self)
+        self.add_callback(self.so_far)  # type: ignore[attr-defined]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with the steps and seconds before this process in the summary of a run."""
+        if "train_loss" in logs and self.so_far.seconds:
+            trainer: Any = self
+            seconds, step = self.so_far.seconds + logs["train_runtime"], trainer.state.global_step
+            logs |= {
+                "train_runtime": round(seconds, 4),
+                "train_steps_per_second": round(step / seconds, 3),
+                "train_samples_per_second": round(step * batch_size(trainer.args) / seconds, 3),
+                "train_loss": (self.so_far.loss + trainer._total_loss_scalar) / step,
+            }
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
 class CheckpointCallback(TrainerCallback):
@@ -60,8 +119,8 @@ class CheckpointCallback(TrainerCallback):
 
 
 _WHEN_NOT_FINITE = (
-    "further steps cannot mend the model, so training stops. Lower --learning_rate or --max_grad_norm, or train in "
-    "float32; earlier checkpoints are intact."
+    "further steps cannot mend the model, so training stops. Start anew with a lower --learning_rate or "
+    "--max_grad_norm, or in float32; earlier checkpoints are intact."
 )
 
 
@@ -82,6 +141,18 @@ def last_checkpoint(output: Path) -> Path | None:
     """The latest complete checkpoint of a run; None where there is none."""
     complete = [path for path in output.glob("checkpoint-*") if _is_complete(path)]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def restore(trainer: Any, checkpoint: Path) -> None:
+    """Have a trainer hold what a checkpoint says, as if it had just written it."""
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    trainer.so_far.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
+def steps_of(checkpoint: Path) -> int:
+    """Steps that a complete checkpoint has behind it."""
+    return read_json(checkpoint / "trainer_state.json")["global_step"]
 
 
 def _is_complete(checkpoint: Path) -> bool:

@@ -16,9 +16,10 @@ from ..errors import InputError, refusals
 from ..hub.cards import render_card
 from ..hub.fingerprint import fingerprint
 from ..hub.folder import Encoder, family_of, fastest_dtype, fetch, load, save
+from ..hub.reading import set_length
 from ..hub.vision import VisionEncoder, fetch_vision
 from .build import build, freeze
-from .checkpoints import CheckpointCallback
+from .checkpoints import CheckpointCallback, restore
 from .datasets import datasets_of
 from .head_trainer import HeadTrainer
 from .objective import contract
@@ -92,6 +93,11 @@ class HeadTraining:
             self.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         self.trainer.objective.finish()
 
+    def restore(self, checkpoint: Path) -> None:
+        """Take the head and the state of a checkpoint, without a step."""
+        restore(self.trainer, checkpoint)
+        self.trainer.objective.finish()
+
     def save(self, output: Path, context: dict[str, Any]) -> dict[str, Path]:
         """Write the head as ``head``, and unless it is to stay alone the whole model and its card as ``final``.
 
@@ -134,8 +140,7 @@ def _open_backbone(plan: Plan, folder: Path, weights: torch.dtype) -> Encoder:
             f"{recipe.backbone}: is a {type(backbone).__name__}, but this head reads {reads}. "
             f"Name a {family.__name__}."
         )
-    if settings.max_length:
-        backbone.max_seq_length = settings.max_length
+    set_length(backbone, settings.max_length, recipe.backbone)
     if not settings.pipeline and not settings.head_only:
         retriever: Any = room.model
         with refusals():

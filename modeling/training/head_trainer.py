@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from ..errors import InputError
+from .checkpoints import WholeRunMixin
 from .objective import contract
 from .pairs import HeadData
 from .sides import Features
@@ -25,7 +26,7 @@ OWN_WEIGHTS = "objective.safetensors"
 """File of a checkpoint with what the objective itself learns."""
 
 
-class HeadTrainer(Trainer):
+class HeadTrainer(WholeRunMixin, Trainer):
     """The stock Trainer over an objective with the shape of a sentence-transformers loss.
 
     What trains is the objective as a whole: a step is then one forward pass, which is what sharing gradients between

@@ -22,9 +22,9 @@ import yaml
 from torch import nn
 from transformers import HfArgumentParser
 
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, refusals
 from ..files import read_json, shipped_folder
-from ..flags import as_flags, command_line
+from ..flags import as_flags, command_line, refuse_out_of_range
 from ..hub.cards import check_template
 from ..hub.folder import family_of
 from ..registry import ROOMS, Room
@@ -142,7 +142,7 @@ def _read_run(name: str) -> _Run:
         family_of(folder).__name__,
         ROOMS.get(method.get("model_type", "")),
         {k: v for k, v in method.items() if k not in ("model_type", "architectures", "auto_map")},
-        _read_recipe(folder),
+        read_recipe(folder),
     )
 
 
@@ -160,7 +160,8 @@ def _is_shipped(run: Path) -> bool:
     return run.resolve().parent == shipped_folder("hub_configs").resolve()
 
 
-def _read_recipe(run: Path) -> dict[str, Any]:
+def read_recipe(run: Path) -> dict[str, Any]:
+    """The flags that a run sets; InputError if its ``recipe.yaml`` cannot be read."""
     try:
         recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -199,8 +200,10 @@ def _plan(run: _Run, values: Mapping[str, Any], flags: list[str], prog: str, com
     defaults = {**defaults, **values}
     # bf16 on a machine without an accelerator is only accepted together with use_cpu.
     parser.set_defaults(**({"use_cpu": not torch.accelerator.is_available()} | defaults))
+    refuse_out_of_range(vars(parser.parse_args(flags)))
     # The trainer's arguments start torch.distributed, so nothing above may fail on one process only.
-    recipe, *middle, args = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    with refusals():
+        recipe, *middle, args = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
     head = middle.pop(0) if on_cache else None
     *method, objective_arguments = (dict(vars(part)) for part in middle)
     config = dict(run.method) if run.room else {}  # fields that no flag can hold reach the config as they are
@@ -269,15 +272,9 @@ def _refuse_unknown(values: Mapping[str, Any], known: Mapping[str, argparse.Acti
 
 
 def _refuse_contradictions(plan: Plan) -> None:
-    """InputError if values are out of range, or do not go together."""
+    """InputError if values do not go together."""
     recipe, name, on_cache = plan.recipe, plan.objective.__name__, plan.head is not None
     distils = contract(plan.objective).learns_from_teacher(plan.objective_arguments)
-    for flag, value, most in (
-        ("hard_negatives", recipe.hard_negatives, 100),
-        ("negative_margin", recipe.negative_margin, 1),
-    ):
-        if not 0 <= value <= most:
-            raise InputError(f"--{flag} {value}: use 0 to {most}.")
     if not recipe.datasets:
         raise InputError(f"{plan.run}: no training data. Name at least one with --datasets.")
     if on_cache and (recipe.hard_negatives or recipe.lora_rank):

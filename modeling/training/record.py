@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ..hub.folder import MINILM_ID, fetch, local
 from ..hub.vision import fetch_vision
 from ..report import provenance
 from .arguments import RecipeArguments
+from .checkpoints import batch_size
 from .objective import contract
 from .recipes import Plan
 
@@ -28,6 +30,17 @@ RUN = "run.json"
 SINCE = ("hard_negatives", "negative_margin", "lora_rank", "teacher", "remine", "restval")
 """Settings that older runs did not write down; they had the defaults."""
 
+OF_RUNS = ("datasets", "split", "revision", "freeze")
+"""Further settings of a recipe from which follows what a step does."""
+
+OF_TRAINERS = (
+    *("learning_rate", "learning_rate_mapping", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("gradient_accumulation_steps", "seed", "data_seed", "bf16", "fp16", "max_length", "prompts"),
+    *("batch_sampler", "multi_dataset_batch_sampler"),
+)
+"""Arguments of a trainer from which follows what a step does; how long it trains, saves and logs may change."""
+
 OF_HEADS = ("queries", "cloze_sentences", "query_texts", "max_length", "vocabulary", "negatives", "depth", "vision")
 """Settings from which, with the corpus, follows what a head is before its first step."""
 
@@ -35,8 +48,7 @@ OF_HEADS = ("queries", "cloze_sentences", "query_texts", "max_length", "vocabula
 def print_plan(plan: Plan, model: nn.Module, trainer: Any, counts: dict[str, int]) -> None:
     """Show what a run would do: the resolved plan of ``--dry_run``."""
     args = plan.args
-    per_epoch = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
+    steps, per_epoch = planned_steps(trainer)
     everything = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     plan_lines = {
@@ -53,26 +65,41 @@ def print_plan(plan: Plan, model: nn.Module, trainer: Any, counts: dict[str, int
     print("\n".join(f"{key:<11} {value}" for key, value in plan_lines.items()))
 
 
+def planned_steps(trainer: Any) -> tuple[int, int]:
+    """Optimiser steps of a run, and of an epoch."""
+    args = trainer.args
+    per_epoch = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
+    return args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs), per_epoch
+
+
 def lasting_settings(plan: Plan) -> dict[str, Any]:
     """What may not change when a run goes on from a checkpoint."""
-    recipe = plan.recipe
+    recipe, trainer = plan.recipe, plan.args.to_dict()
     settings = {"backbone": recipe.backbone, "objective": recipe.objective, **plan.config}
-    settings |= {name: getattr(recipe, name) for name in SINCE} | plan.objective_arguments
+    settings |= {name: getattr(recipe, name) for name in SINCE + OF_RUNS} | plan.objective_arguments
     if plan.head:
-        settings |= {"datasets": recipe.datasets, "split": recipe.split}
         settings |= {name: getattr(plan.head, name) for name in OF_HEADS}
-    return settings
+    settings |= {name: trainer[name] for name in OF_TRAINERS if name in trainer and name not in settings}
+    return json.loads(json.dumps(settings | {"batch_size": batch_size(plan.args)}))
 
 
 def refuse_another_run(plan: Plan, output: Path) -> None:
     """InputError if what is in a folder was started with other settings than those of the plan that goes on."""
     before = {name: getattr(RecipeArguments, name) for name in SINCE} | read_json(output / RUN)
     now = lasting_settings(plan)
-    if changed := [name for name, value in before.items() if now.get(name) != value]:
+    changed = [f"{name} ({value}, now {now.get(name)})" for name, value in before.items() if now.get(name) != value]
+    if changed:
         raise InputError(
             f"{output}: started with another {', '.join(changed)}, so going on would mix two runs. Leave these flags "
             f"as they were ({RUN}), or start anew in another --output_dir."
         )
+
+
+def is_written(output: Path, steps: int) -> bool:
+    """Whether what a run has made after so many steps is there, whole and unchanged."""
+    record = read_json(output / "training.json")
+    made = record.get("fingerprints") or {}
+    return record.get("steps") == steps and all(fingerprint(output / name) == value for name, value in made.items())
 
 
 def base_id(backbone: str) -> str:
@@ -114,7 +141,7 @@ def card_context(plan: Plan, counts: dict[str, int]) -> dict[str, Any]:
         "licences": licences,
         "versions": ", ".join(f"{name} {version}" for name, version in provenance("")["versions"].items()),
         "seed": plan.args.seed,
-        "batch_size": plan.args.train_batch_size * plan.args.world_size,
+        "batch_size": batch_size(plan.args),
         "learning_rate": plan.args.learning_rate,
         "length": f"{plan.args.max_steps} steps"
         if plan.args.max_steps > 0
@@ -145,7 +172,7 @@ def write_record(
             "recipe": asked,
             "learning_rate": args.learning_rate,
             "steps": state.global_step,
-            "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+            "batch_size": batch_size(args),
             "seed": args.seed,
             "backbone_fingerprint": fingerprint(fetch(recipe.backbone, revision=recipe.revision)),
             "fingerprint": fingerprints[list(made)[-1]],

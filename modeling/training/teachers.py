@@ -20,6 +20,7 @@ from ..errors import InputError
 from ..files import read_json
 from ..hub.code import may_run
 from ..hub.folder import Encoder, fastest_dtype, fetch, load
+from ..hub.reading import give_padding
 from ..search.ranking import filled, sparse_rows
 from ..search.scoring import CHUNK_ELEMENTS
 
@@ -34,8 +35,11 @@ def open_teacher(name: str, revision: str | None = None) -> Teacher:
     plain = kinds[0].endswith("ForSequenceClassification") and not (folder / "modules.json").is_file()
     if family == "CrossEncoder" or plain:
         may_run(folder, trusted=False)
-        return CrossEncoder(str(folder))
-    teacher: Any = load(folder, dtype=fastest_dtype("auto"))
+        teacher: Any = CrossEncoder(str(folder))
+        give_padding(teacher.tokenizer, name)
+        teacher.model.config.pad_token_id = teacher.tokenizer.pad_token_id
+        return teacher
+    teacher = load(folder, dtype=fastest_dtype("auto"))
     if not isinstance(teacher, Encoder):
         raise InputError(f"--teacher {name}: is a {type(teacher).__name__}, which scores no pair of texts.")
     return teacher

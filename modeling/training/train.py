@@ -20,13 +20,22 @@ import torch
 from transformers import set_seed
 
 from ..errors import InputError
-from ..files import write_json
+from ..files import read_json, refuse_unwritable, write_json, writing
 from ..hub.code import refuse_foreign_code
 from .build import build
-from .checkpoints import checkpoint_to_resume, last_checkpoint
+from .checkpoints import checkpoint_to_resume, last_checkpoint, steps_of
 from .frozen import HeadTraining
 from .recipes import Plan
-from .record import RUN, card_context, lasting_settings, print_plan, refuse_another_run, write_record
+from .record import (
+    RUN,
+    card_context,
+    is_written,
+    lasting_settings,
+    planned_steps,
+    print_plan,
+    refuse_another_run,
+    write_record,
+)
 from .whole import WholeTraining
 
 Training = WholeTraining | HeadTraining
@@ -50,13 +59,21 @@ def run(plan: Plan) -> Path | None:
     resume, earlier = _start(plan)
     training = _prepared(plan, resume)
     training.refuse_no_step()
+    finished = resume if resume and not _steps_left(training, resume) else None
+    if finished and is_written(output, steps_of(finished)):
+        return _nothing_to_do(plan, finished)
     context = card_context(plan, training.pair_counts)
     for path in earlier:  # only now that nothing of the new run can be refused any more
         shutil.rmtree(path)
-    seconds = training.prepare_seconds + _train(training, resume)
+    seconds = training.prepare_seconds
+    if finished:  # but interrupted before the model was written
+        training.restore(finished)
+    else:
+        seconds += _train(training, resume)
     if args.process_index != 0:
         return None
     made = training.save(output, context)
+    seconds += training.trainer.so_far.seconds
     write_record(plan, made, context, training.trainer.state, seconds, output)
     return list(made.values())[-1]
 
@@ -65,8 +82,8 @@ def _start(plan: Plan) -> tuple[Path | None, list[Path]]:
     """What a run goes on from, if it does, and what it replaces of an earlier one; sets the seed.
 
     Raises:
-        InputError: One process sees several GPUs, there is no checkpoint, it is of another run, or an earlier run
-            would be replaced and nobody said so.
+        InputError: One process sees several GPUs, a folder cannot be written to, there is no checkpoint, it is of
+            another run, or an earlier run would be replaced and nobody said so.
     """
     args, output = plan.args, Path(plan.args.output_dir)
     if args.n_gpu > 1:
@@ -74,6 +91,12 @@ def _start(plan: Plan) -> tuple[Path | None, list[Path]]:
             f"one process sees {args.n_gpu} GPUs, which would train with another batch size than the recipe's. Start "
             "with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES."
         )
+    if not plan.recipe.dry_run and args.process_index == 0:
+        refuse_unwritable(output, "--output_dir")
+        if plan.head:
+            refuse_unwritable(Path(plan.head.cache_dir), "--cache_dir")
+        if plan.recipe.hard_negatives:
+            refuse_unwritable(Path(plan.recipe.mined_cache), "--mined_cache")
     resume = checkpoint_to_resume(output, args.resume_from_checkpoint)
     if resume and not plan.recipe.trust_remote_code:
         refuse_foreign_code(resume, "going on from it")
@@ -94,6 +117,33 @@ def _start(plan: Plan) -> tuple[Path | None, list[Path]]:
     return resume, earlier
 
 
+def _steps_left(training: Training, checkpoint: Path) -> int:
+    """How many steps a run still has to take after a checkpoint; says from where it goes on.
+
+    Raises:
+        InputError: The checkpoint is beyond what is asked for.
+    """
+    steps, done = planned_steps(training.trainer)[0], steps_of(checkpoint)
+    if done > steps:
+        raise InputError(
+            f"{checkpoint}: has {done} steps behind it, and {steps} are asked for, so no run of that length could go "
+            "on from it. Name an earlier checkpoint with --resume_from_checkpoint, or more steps."
+        )
+    if done < steps and training.plan.args.process_index == 0:
+        print(f"Going on from step {done} of {steps} ({checkpoint}).", flush=True)
+    return steps - done
+
+
+def _nothing_to_do(plan: Plan, checkpoint: Path) -> Path | None:
+    """The folder of a model that is there already, which is said."""
+    if plan.args.process_index != 0:
+        return None
+    output = Path(plan.args.output_dir)
+    folder = output / list(read_json(output / "training.json")["fingerprints"])[-1]
+    print(f"{checkpoint}: all steps are done, so nothing is left to do. {folder} stays as it is.", flush=True)
+    return folder
+
+
 def _show(plan: Plan) -> None:
     """Print what would be done, by one process; nothing is left behind."""
     if plan.args.process_index != 0:
@@ -107,23 +157,26 @@ def _show(plan: Plan) -> None:
 def _prepared(plan: Plan, resume: Path | None) -> Training:
     """The untrained model, built by one process and opened by all, with its trainer."""
     args = plan.args
-    init = Path(args.output_dir) / "init"
+    init, settings = Path(args.output_dir) / "init", lasting_settings(plan)
     with nullcontext() if plan.recipe.dry_run else args.main_process_first(desc="build the untrained model"):
         if args.process_index == 0 and not (resume and init.exists()):
             shutil.rmtree(init, ignore_errors=True)
             if not plan.head:
                 build(plan, init)
-            write_json(init.parent / RUN, lasting_settings(plan))
-    return HeadTraining(plan) if plan.head else WholeTraining(plan, init)
+    training: Training = HeadTraining(plan) if plan.head else WholeTraining(plan, init)
+    if args.process_index == 0 and not (resume and (init.parent / RUN).exists()):
+        write_json(init.parent / RUN, settings)
+    return training
 
 
 def _train(training: Training, resume: Path | None) -> float:
     """Train from the start or from a checkpoint; return what it took, in seconds."""
-    started = time.perf_counter()
+    started, output = time.perf_counter(), Path(training.plan.args.output_dir)
     try:
-        training.train(resume)
-    except KeyboardInterrupt:
-        last = last_checkpoint(Path(training.plan.args.output_dir))
+        with writing(output):
+            training.train(resume)
+    except (KeyboardInterrupt, OSError):
+        last = last_checkpoint(output)
         how = "Go on with --resume_from_checkpoint last." if last else "There is no checkpoint yet (--save_steps)."
         step = training.trainer.state.global_step
         print(f"Interrupted at step {step}; last checkpoint: {last}. {how}", flush=True)

@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..hub.cards import render_card
 from ..hub.folder import Encoder, load, save
+from ..hub.reading import check_length, positions_of
 from .adapters import AdapterTrainerMixin, add_adapters, merge_adapters
 from .arguments import TRAINERS
 from .build import freeze
-from .checkpoints import CheckpointCallback, OneWriterMixin
+from .checkpoints import CheckpointCallback, OneWriterMixin, WholeRunMixin, restore
 from .datasets import datasets_of
 from .mining import Miner, RemineCallback
 from .objective import Objective, contract
-from .recipes import Plan
+from .recipes import Plan, read_recipe
 
 
 class WholeTraining:
@@ -42,10 +43,12 @@ class WholeTraining:
     def __init__(self, plan: Plan, init: Path):
         self.plan = plan
         self.model: Any = load(init, trust_remote_code=plan.recipe.trust_remote_code)
+        _keep_length(plan, self.model)
         if plan.recipe.lora_rank:
             add_adapters(self.model, plan.recipe.lora_rank)
         data, remine = _pairs(plan)
         self.pair_counts = {name: len(pairs) for name, pairs in data.items()}
+        _refuse_unfit(plan, self.model, next(iter(data.values())))
         freeze(plan.recipe.freeze, self.model)
         loss = plan.objective(self.model, **plan.objective_arguments)
         objective = contract(loss)
@@ -56,7 +59,7 @@ class WholeTraining:
         _checkpoint_gradients(plan, self.model)
         if remine is not None:
             data = remine.shown()
-        mixins = (OneWriterMixin, AdapterTrainerMixin) if plan.recipe.lora_rank else (OneWriterMixin,)
+        mixins = (WholeRunMixin, OneWriterMixin, *([AdapterTrainerMixin] if plan.recipe.lora_rank else []))
         self.trainer: Any = type("FamilyTrainer", (*mixins, TRAINERS[type(self.model).__name__][0]), {})(
             model=self.model,
             args=plan.args,
@@ -80,6 +83,10 @@ class WholeTraining:
         """Train, from a checkpoint if one is named."""
         self.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
+    def restore(self, checkpoint: Path) -> None:
+        """Take the model and the state of a checkpoint, without a step."""
+        restore(self.trainer, checkpoint)
+
     def save(self, output: Path, context: dict[str, Any]) -> dict[str, Path]:
         """Write the trained model and its card as ``final``; return that name -> folder."""
         if self.plan.recipe.lora_rank:
@@ -87,6 +94,34 @@ class WholeTraining:
         card = self.plan.card
         readme = str(render_card(self.model, card, recipe=context)) if card else None
         return {"final": save(self.model, output / "final", readme=readme)}
+
+
+def _keep_length(plan: Plan, model: Any) -> None:
+    """Hold the length of training texts to the model's positions: lower the recipe's own, refuse the user's."""
+    length = getattr(plan.args, "max_length", None)
+    if not isinstance(length, int):
+        return
+    positions = positions_of(model)
+    if positions is not None and length > positions and length == read_recipe(plan.run).get("max_length"):
+        plan.args.max_length = positions
+        if plan.args.process_index == 0:
+            said = f"{plan.recipe.backbone} has positions for {positions}, so texts are cut there."
+            print(f"The recipe reads {length} tokens of a text; {said}", flush=True)
+        return
+    check_length(model, length, plan.recipe.backbone)
+
+
+def _refuse_unfit(plan: Plan, model: Any, pairs: Dataset) -> None:
+    """InputError if the modules cannot encode the first pair, so that a dry run sees what training would."""
+    try:
+        model.encode_query(pairs[0]["query"], show_progress_bar=False)
+        model.encode_document(pairs[0]["positive"], show_progress_bar=False)
+    except Exception as error:  # of any kind, as the modules are anyone's
+        modules = " + ".join(type(module).__name__ for module in model)
+        raise InputError(
+            f"{plan.recipe.backbone}: behind it, the run's modules ({modules}) encode no text: {first_line(error)}. "
+            "Name another --backbone, or mend the configs of the run."
+        ) from error
 
 
 def _pairs(plan: Plan) -> tuple[dict[str, Dataset], RemineCallback | None]:

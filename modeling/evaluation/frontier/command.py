@@ -25,6 +25,7 @@ from ...flags import command_line, parse
 from ...hub.cards import hub_source
 from ...hub.fingerprint import fingerprint
 from ...hub.folder import Encoder, fastest_dtype, fetch, load
+from ...hub.reading import set_length
 from ...registry import ROOMS
 from ...report import hardware, provenance, write_results
 from ..metrics import METRICS, per_query_metrics
@@ -172,8 +173,8 @@ def _open(args: FrontierArguments, source: str) -> list[FullModel]:
     folder = fetch(source, revision=args.revision, trust_remote_code=args.trust_remote_code)
     weights = fastest_dtype(args.model_dtype)
     model: Any = load(folder, trust_remote_code=args.trust_remote_code, dtype=weights)
-    if args.max_length:
-        model.max_seq_length = args.max_length
+    if isinstance(model, Encoder):
+        set_length(model, args.max_length, source)
     return [
         FullModel(
             model,

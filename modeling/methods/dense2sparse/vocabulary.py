@@ -8,6 +8,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ...hub.folder import fetch
+from ...hub.reading import give_padding
 from .modeling_dense2sparse import Dense2SparseModel
 
 
@@ -37,5 +38,6 @@ def head_from_words(
     assert dim
     folder = str(fetch(words))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    give_padding(tokenizer, words)
     options: dict[str, Any] = {"foreign_words": True, "added_tokens": added} | config
     return Dense2SparseModel.from_mlm(folder, dim, tokenizer, **options), tokenizer
