@@ -16,6 +16,7 @@ from datasets import Dataset
 from ..errors import InputError
 
 Judgments = dict[str, dict[str, int]]
+Given = dict[tuple[str, str], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class RetrievalDataset:
         corpus: Document id -> text (title, one space, text; stripped), in file order; or -> page image.
         queries: Query id -> text, only the queries that the split judges.
         qrels: Query id -> {document id: integer relevance}.
-        given: Query id -> what a table holds for training beside its document: ``negative_1`` ..., ``scores``.
+        given: Query id and document id -> for each row of a table that pairs them, what it holds for training beside:
+            ``negative_1`` ..., ``scores``.
         vectors: ``document``, and perhaps ``query`` -> ``(texts or images, width)`` in their order, of a data set that
             brings what some encoder gave; images that are there as vectors alone are None in the corpus.
     """
@@ -38,20 +40,33 @@ class RetrievalDataset:
     corpus: Mapping[str, Any]
     queries: dict[str, str]
     qrels: Judgments
-    given: dict[str, dict[str, Any]] = field(default_factory=dict)
+    given: Given = field(default_factory=dict)
     vectors: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def pairs(self) -> Dataset:
-        """One row ``{"query", "positive"}`` for each positive judgment in the order of the qrels."""
-        relevant = [(q, d) for q, judged in self.qrels.items() for d, score in judged.items() if score > 0]
-        columns = {"query": [self.queries[q] for q, _ in relevant], "positive": [self.corpus[d] for _, d in relevant]}
-        for name in next(iter(self.given.values()), {}):
-            columns[name if name.startswith("negative_") else "label"] = [self._given(q, name) for q, _ in relevant]
+        """One row ``{"query", "positive"}`` for each positive judgment in the order of the qrels.
+
+        Of a table that brings negatives, one for each of its rows.
+        """
+        rows = [
+            (q, d, held)
+            for q, judged in self.qrels.items()
+            for d, score in judged.items()
+            if score > 0
+            for held in self.given.get((q, d), [{}])
+        ]
+        columns = {
+            "query": [self.queries[q] for q, _, _ in rows],
+            "positive": [self.corpus[d] for _, d, _ in rows],
+        }
+        for name in rows[0][2] if rows else ():
+            column = name if name.startswith("negative_") else "label"
+            columns[column] = [self._given(q, held, name) for q, _, held in rows]
         return Dataset.from_dict(columns)
 
-    def _given(self, query: str, name: str) -> Any:
-        """A negative of a query, or a teacher's scores of its document and of its negatives."""
-        value, length = self.given[query][name], len(self.given[query])
+    def _given(self, query: str, held: dict[str, Any], name: str) -> Any:
+        """A negative of a pair, or a teacher's scores of its document and of its negatives."""
+        value, length = held[name], len(held)
         if name.startswith("negative_"):
             if not isinstance(value, str) or not value.strip():
                 raise InputError(
