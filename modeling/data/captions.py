@@ -35,7 +35,7 @@ from transformers.image_utils import load_image
 
 from ..errors import InputError, first_line
 from .dataset import RetrievalDataset, dataset_name
-from .records import identifier_in, lines_of, parsed, refuse_surrogates, shown, text_in
+from .records import identifier_in, lines_of, parsed, refuse_no_file, refuse_surrogates, shown, text_in, visible
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,8 @@ def _captions_file(folder: Path) -> Path | None:
     found += [file for file in (folder / "captions.jsonl",) if file.is_file()]
     if len(found) > 1:
         raise InputError(f"{folder}: {' and '.join(file.name for file in found)} both tell captions. Keep one.")
+    for file in found:
+        refuse_no_file(file)
     return found[0] if found else None
 
 
@@ -201,6 +203,8 @@ def _jsonl(file: Path) -> Iterator[_Row]:
 def _row(place: int, identifier: str, file: str, split: Any, captions: dict[str, str]) -> _Row:
     if not isinstance(split, str):
         raise ValueError(f"split={shown(split)}")
+    if not visible(identifier):
+        raise ValueError("an image without a name")
     for field, text in (("image", identifier), ("file", file), ("split", split)):
         refuse_surrogates(text, field)
     return _Row(place, identifier, file, split, captions)
@@ -215,6 +219,7 @@ def _vectors(folder: Path, rows: list[_Row], chosen: list[_Row]) -> dict[str, np
             f"img_embs.parquet); there are {[file.name for file in found]}."
         )
     file = found[0]
+    refuse_no_file(file)
     image_ids = [row.identifier for row in chosen]
     caption_ids = [identifier for row in chosen for identifier in row.captions]
     if file.suffix == ".parquet":

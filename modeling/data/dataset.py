@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ class RetrievalDataset:
             ``negative_1`` ..., ``scores``.
         vectors: ``document``, and perhaps ``query`` -> ``(texts or images, width)`` in their order, of a data set that
             brings what some encoder gave; images that are there as vectors alone are None in the corpus.
+        same_ids: Whether a document with the id of a query is that query itself, so that it is no answer to it. None:
+            what the texts say, see :attr:`own`.
     """
 
     name: str
@@ -42,6 +45,25 @@ class RetrievalDataset:
     qrels: Judgments
     given: Given = field(default_factory=dict)
     vectors: Mapping[str, np.ndarray] = field(default_factory=dict)
+    same_ids: bool | None = None
+
+    @cached_property
+    def own(self) -> np.ndarray:
+        """``(queries,)`` place of each query's own document in the corpus, which is left out for it; -1 for none.
+
+        Where queries are documents (ArguAna, Quora, duplicates), each would find itself first: BEIR leaves out a
+        document with the query's id, and MTEB does in the tasks that say so. Ids that are mere numbers may meet by
+        chance, so unless :attr:`same_ids` tells, at least half of such documents must hold the text of their query. A
+        document that the judgments of the query name is never left out.
+        """
+        place = {identifier: number for number, identifier in enumerate(self.corpus)}
+        found = np.array([-1 if q in self.qrels.get(q, ()) else place.get(q, -1) for q in self.queries], np.int64)
+        if self.same_ids is None and isinstance(self.corpus, dict):  # images are opened late, and hold no query
+            pairs = [(self.queries[q], self.corpus[q]) for q, at in zip(self.queries, found, strict=True) if at >= 0]
+            same = 2 * sum(_holds(document, query) for query, document in pairs) >= len(pairs)
+        else:
+            same = bool(self.same_ids)
+        return found if same else np.full_like(found, -1)
 
     def pairs(self) -> Dataset:
         """One row ``{"query", "positive"}`` for each positive judgment in the order of the qrels.
@@ -80,6 +102,12 @@ class RetrievalDataset:
                 "its negatives."
             )
         return [float(score) for score in value]
+
+
+def _holds(document: Any, query: str) -> bool:
+    """Whether a query's text stands in a document, whatever the case and the space between words."""
+    whole, part = (" ".join(t.casefold().split()) if isinstance(t, str) else "" for t in (document, query))
+    return bool(part) and part in whole
 
 
 def dataset_name(source: str | Path) -> str:

@@ -30,7 +30,7 @@ from ..errors import InputError, NoSplit
 from .beir import check_qrels, hub_rows, load_part, open_beir, read_jsonl, texts_by_id
 from .captions import is_captions, load_captions
 from .dataset import RetrievalDataset, dataset_name, in_dev_tenth
-from .named import located
+from .named import located, same_ids
 from .tables import from_pairs, open_pairs
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,8 @@ def load_retrieval_dataset(
     if not qrels:
         raise NoSplit(f"{source}: split {split!r} judges no query, so there is nothing to train on or to measure.")
     queries = {q: text for q, text in all_queries.items() if q in qrels}
-    return RetrievalDataset(dataset_name(folder), split, corpus, queries, {q: qrels[q] for q in queries})
+    qrels = {q: qrels[q] for q in queries}
+    return RetrievalDataset(dataset_name(folder), split, corpus, queries, qrels, same_ids=same_ids(str(path_or_id)))
 
 
 def load_corpus(path_or_id: str | Path, *, revision: str | None = None, keep_empty: bool = False) -> RetrievalDataset:

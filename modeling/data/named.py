@@ -96,6 +96,12 @@ def entry_of(name: str) -> NamedSet | None:
     return CATALOG["python_docs"] if is_python_docs(name) else CATALOG.get(name)
 
 
+def same_ids(name: str) -> bool | None:
+    """Whether a document with the id of a query is that query, by MTEB's word; None where it has none."""
+    entry = entry_of(name) or next((e for e in CATALOG.values() if e.origin == name and not is_path(name)), None)
+    return entry.same_ids if entry and entry.origin.startswith("mteb/") else None
+
+
 def on_hub(name: str) -> tuple[str, str | None]:
     """The Hub id that a name of the table stands for, and its commit; of anything else, itself."""
     entry = entry_of(name)

@@ -35,9 +35,7 @@ def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
     Raises:
         InputError: The file cannot be read, is damaged, or a line is longer than :data:`MOST_BYTES`.
     """
-    if not path.is_file():
-        what = "a link to what is not there" if path.is_symlink() else "a folder or a device, and no file"
-        raise InputError(f"{path}: {what}. Put the file there.")
+    refuse_no_file(path)
     try:
         with (
             gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as opened,
@@ -62,6 +60,13 @@ def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
         ) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}). Mend its rights or its link.") from None
+
+
+def refuse_no_file(path: Path) -> None:
+    """InputError if what has the name of a file is none: whoever opens a pipe waits for ever."""
+    if not path.is_file():
+        what = "a link to what is not there" if path.is_symlink() else "no file, but is called like one"
+        raise InputError(f"{path}: {what}, so records would be missing. Mend or remove it.")
 
 
 def decoded(line: bytes) -> str:

@@ -23,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import InputError
 from .named import located
-from .records import ID_FIELDS, identifier_in, lines_of, parsed, refuse_surrogates, text_in
+from .records import ID_FIELDS, identifier_in, lines_of, parsed, refuse_no_file, refuse_surrogates, text_in
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 ROW_NUMBER = "row_number"
@@ -135,9 +135,7 @@ def _files_below(folder: Path, endings: tuple[str, ...]) -> list[Path]:
     # A folder of parts may be called like one file, as Spark does.
     found = [file for file in found if not (file.is_dir() and any(file.iterdir()))]
     for file in found:
-        if not file.is_file():
-            what = "a link to what is not there" if file.is_symlink() else "no file, but is called like one"
-            raise InputError(f"{file}: {what}, so a document would be missing. Mend or remove it.")
+        refuse_no_file(file)
     return found
 
 

@@ -16,7 +16,7 @@ from datasets.exceptions import DatasetsError
 from ..errors import InputError, NoSplit, first_line
 from .beir import hub_rows
 from .dataset import Given, Judgments, RetrievalDataset, in_dev_tenth
-from .records import shown, visible
+from .records import refuse_no_file, shown, visible
 
 
 class _Pages(Mapping[str, Any]):
@@ -51,6 +51,9 @@ def open_pairs(source: str, revision: str | None, queries: bool = True) -> Datas
         return None
     if not folder.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         return None
+    for file in folder.glob("**/*.parquet") if folder.is_dir() else ():
+        if not file.is_dir():
+            refuse_no_file(file)
     try:
         table = load_dataset(source, revision=revision)
     except (OSError, ValueError, TypeError, DatasetsError, pyarrow.ArrowException) as error:
@@ -131,7 +134,5 @@ def _stored(place: str, column: str, content: Any, *, image: bool = False) -> st
     if isinstance(found, str) and not image:
         found = visible(found)
     if not found:
-        raise InputError(
-            f"{place}: an empty query or {column}, which encodes to an arbitrary vector. Remove the row."
-        )
+        raise InputError(f"{place}: an empty query or {column}, which encodes to an arbitrary vector. Remove the row.")
     return found
