@@ -381,7 +381,17 @@ BAD_LINES = [
     ("corpus.jsonl", '["d9", "x"]', ["expected a JSON object", '"_id"']),
     ("corpus.jsonl", '{"text": "x"}', ["no '_id'", 'strings "_id" and "text"']),
     ("corpus.jsonl", '{"_id": "d9"}', ["no 'text'", 'strings "_id" and "text"']),
-    ("corpus.jsonl", '{"_id": 9, "text": "x"}', ["_id=9", 'strings "_id" and "text"']),
+    ("corpus.jsonl", '{"_id": 9.5, "text": "x"}', ["_id=9.5", 'strings "_id" and "text"']),
+    ("corpus.jsonl", '{"_id": true, "text": "x"}', ["_id=True", 'strings "_id" and "text"']),
+    ("corpus.jsonl", '{"_id": "", "text": "x"}', ["an empty _id"]),
+    ("corpus.jsonl", '{"_id": "d9", "title": ["a", "b"], "text": "x"}', ["title=['a', 'b']", '"title"']),
+    ("corpus.jsonl", '{"_id": "d9", "title": 0, "text": "x"}', ["title=0", '"title"']),
+    ("corpus.jsonl", '{"_id": "d9", "text": "\\u200b\\ufeff \\u2060"}', ["'d9' has an empty text", "--keep_empty"]),
+    ("corpus.jsonl", '{"_id": "d9", "text": "half \\ud83d"}', ["text holds half of a surrogate pair", "'\\ud83d' at 5"]),
+    ("corpus.jsonl", '{"_id": "d\\udc00", "text": "x"}', ["_id holds half of a surrogate pair"]),
+    ("corpus.jsonl", '{"_id": "d9", "title": "\\ud83d", "text": "x"}', ["title holds half of a surrogate pair"]),
+    ("corpus.jsonl", '{"_id": "d9", "x": ' + "[" * 100_000, ["nested too deep"]),
+    ("queries.jsonl", '{"_id": "q9", "text": "half \\ud83d"}', ["text holds half of a surrogate pair"]),
     ("corpus.jsonl", '{"_id": "d9", "text": null}', ["text=None", 'strings "_id" and "text"']),
     ("corpus.jsonl", '{"_id": "d1", "text": "x"}', ["id 'd1' occurs twice", "Rename"]),
     ("corpus.jsonl", '{"_id": "d9", "title": " ", "text": "\\n"}', ["'d9' has an empty text", "--keep_empty"]),
@@ -393,6 +403,8 @@ BAD_LINES = [
     ("qrels/test.tsv", "q1 d2 1", ["1 tab-separated fields", "expected 3: query id, document id, score"]),
     ("qrels/test.tsv", "q1\t0\td2\t1", ["4 tab-separated fields", "expected 3: query id, document id, score"]),
     ("qrels/test.tsv", "q1\td1\t1.5", ["score '1.5' is not an integer"]),
+    ("qrels/test.tsv", "q1\td1\t" + "9" * 12, ["is no grade of relevance"]),
+    ("qrels/test.tsv", "q1\td1\t" + "9" * 5000, ["is not an integer"]),
     ("qrels/test.tsv", "q1\td1\tyes", ["score 'yes' is not an integer"]),
     ("qrels/test.tsv", "q9\td1\t1", ["query 'q9'", "not in the data set", "Add the query or remove the line"]),
     ("qrels/test.tsv", "q1\td9\t1", ["document 'd9'", "not in the data set", "Add the document or remove the line"]),
@@ -428,9 +440,9 @@ def test_a_judgment_in_place_of_the_header_is_refused(beir, score):
 
 def test_a_byte_that_is_no_text_is_refused(beir):
     path = write(beir / "qrels" / "test.tsv", HEADER.encode() + b"q1\td2\xff\t1\n")
-    assert f"{path}:2: judges document" in said_about(beir)
-    path = write(beir / "corpus.jsonl", b'{"_id": "d1", "text": "\xff"}\n')
-    assert f"{path}: damaged" in said_about(beir)
+    assert f"{path}:2: not UTF-8 (byte 0xff at column 6)" in said_about(beir)
+    path = write(beir / "corpus.jsonl", '{"_id": "d1", "text": "x"}\n{"_id": "d2", "text": "é"}\n'.encode("latin-1"))
+    assert f"{path}:2: not UTF-8 (byte 0xe9 at column 24)" in said_about(beir)
 
 
 def test_empty_texts_are_accepted_on_request(beir):

@@ -170,13 +170,13 @@ def test_a_record_that_cannot_be_used_is_left_out_and_counted(static, tmp_path, 
     assert read(EncodedCorpus(tmp_path / "out"))[0] == ["a", "z"]
     errors = [json.loads(line) for line in (tmp_path / "out" / "errors.jsonl").read_text().splitlines()]
     assert [error["place"].rpartition(":")[2] for error in errors] == [str(n) for n in range(2, 9)]
-    expected = ["not JSON", "--id_field", "empty text", "not an object", "--text_field", "surrogates", "not JSON"]
+    expected = ["not a JSON object", "--id_field", "empty text", "not an object", "--text_field", "surrogate", "too deep"]
     assert all(words in error["error"] for error, words in zip(errors, expected, strict=True))
     assert "2 documents" in (said := capsys.readouterr()).out and "7 records could not be used" in said.out
     assert main([*argv, "--strict"]) == 2
     assert "7 records could not be used" in capsys.readouterr().err
     (tmp_path / "bad.jsonl").write_text("\n".join(lines[1:6]))
-    with pytest.raises(InputError, match="none of the first 5 records can be used; the first, .*not JSON"):
+    with pytest.raises(InputError, match="none of the first 5 records can be used; the first, .*not a JSON object"):
         run(static, tmp_path / "bad.jsonl", tmp_path / "bad")
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
+import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from .dataset import Judgments
+from .records import decoded, identifier_in, lines_of, parsed, shown, text_in
+
+MOST_RELEVANCE = 2**31 - 1
+"""Of a judgment: what trec_eval counts with."""
 
 
 def read_jsonl(folder: Path, stem: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -22,39 +25,35 @@ def read_jsonl(folder: Path, stem: str) -> Iterator[tuple[str, dict[str, Any]]]:
     path = next((p for p in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz") if p.is_file()), None)
     if path is None:
         raise InputError(f"{folder}: {stem}.jsonl (or {stem}.jsonl.gz) is missing; a BEIR data set needs it.")
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+    for number, line in lines_of(path):
         try:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line.rstrip())
-                except json.JSONDecodeError as error:
-                    raise InputError(
-                        f"{path}:{number}: not a JSON object ({error.msg} at column {error.colno}). "
-                        'Expected one object per line, such as {"_id": "d1", "title": "...", "text": "..."}.'
-                    ) from None
-                yield f"{path}:{number}", row
-        except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: damaged or truncated ({error}). Fetch the file again.") from None
+            row = parsed(line)
+        except ValueError as error:
+            raise InputError(
+                f"{path}:{number}: {error}. "
+                'Expected one object per line, such as {"_id": "d1", "title": "...", "text": "..."}.'
+            ) from None
+        yield f"{path}:{number}", row
 
 
 def read_tsv(path: Path) -> Iterator[tuple[str, Any, Any, Any]]:
     """Yield (place, query id, document id, score) for each judgment; the first line is a header."""
-    with path.open(encoding="utf-8", errors="replace") as lines:  # a replaced id is unknown and thus refused
-        for number, line in enumerate(lines, start=1):
-            fields = line.rstrip("\r\n").split("\t")
-            if line.strip() and len(fields) != 3:
-                raise InputError(
-                    f"{path}:{number}: {len(fields)} tab-separated fields, expected 3: query id, document id, score."
-                )
-            if number == 1 and fields[-1].strip().lstrip("+-").replace(".", "", 1).isdigit():
-                raise InputError(
-                    f"{path}:1: the first line is a judgment, but a header is expected there, so it would be lost. "
-                    "Put the line `query-id<TAB>corpus-id<TAB>score` above it."
-                )
-            if number > 1 and line.strip():
-                yield f"{path}:{number}", fields[0], fields[1], fields[2]
+    for number, line in lines_of(path):
+        try:
+            fields = decoded(line).split("\t")
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: {error}.") from None
+        if len(fields) != 3:
+            raise InputError(
+                f"{path}:{number}: {len(fields)} tab-separated fields, expected 3: query id, document id, score."
+            )
+        if number > 1:
+            yield f"{path}:{number}", fields[0], fields[1], fields[2]
+        elif fields[-1].strip().lstrip("+-").replace(".", "", 1).isdigit():
+            raise InputError(
+                f"{path}:1: the first line is a judgment, but a header is expected there, so it would be lost. "
+                "Put the line `query-id<TAB>corpus-id<TAB>score` above it."
+            )
 
 
 def open_beir(source: str, split: str, revision: str | None) -> tuple[Iterator, Iterator, set[str], Any]:
@@ -109,25 +108,43 @@ def load_part(source: str, name: str, revision: str | None) -> Dataset:
     return next(iter(load_dataset(source, name, revision=revision).values()))
 
 
-def hub_rows(part: Dataset, subject: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (place, row) for each row of a table of the Hub."""
-    return ((f"{subject} row {number}", row) for number, row in enumerate(part, start=1))
+def hub_rows(part: Dataset, subject: str, first: int = 1) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, row) for each row of a table, counted from ``first``.
+
+    Raises:
+        InputError: A row cannot be read.
+    """
+    rows = iter(part)
+    for number in itertools.count(first):
+        try:
+            row = next(rows, None)
+        except (OSError, ValueError, pyarrow.ArrowException) as error:  # a string of Arrow may be no UTF-8
+            raise InputError(f"{subject}: cannot be read from row {number} on ({first_line(error)}).") from None
+        if row is None:
+            return
+        yield f"{subject} row {number}", row
 
 
-def text_of_document(row: dict[str, Any]) -> str:
-    """Title, a space and text, as MTEB joins them."""
-    return f"{row.get('title') or ''} {row['text']}"
+def texts_by_id(
+    rows: Iterable[tuple[str, Any]], subject: str, keep_empty: bool, *, titles: bool = False
+) -> dict[str, str]:
+    """Map id -> stripped text, refusing what would silently change a measurement.
 
-
-def texts_by_id(rows: Iterable[tuple[str, Any]], subject: str, keep_empty: bool, text_of: Any) -> dict[str, str]:
-    """Map id -> stripped text, refusing what would silently change a measurement."""
+    Args:
+        rows: Place and record.
+        subject: What an empty file is called by.
+        keep_empty: Accept empty texts.
+        titles: Whether a title stands before the text, as in a corpus.
+    """
     texts: dict[str, str] = {}
     for place, row in rows:
-        for part in ("_id", "text"):
-            if not isinstance(row, dict) or not isinstance(row.get(part), str):
-                found = f"{part}={row[part]!r}" if isinstance(row, dict) and part in row else f"no {part!r}"
-                raise InputError(f'{place}: {found}; expected a JSON object with strings "_id" and "text".')
-        identifier, text = row["_id"], text_of(row).strip()
+        try:
+            identifier, text = identifier_in(row), text_in(row, title="title" if titles else None)
+        except ValueError as error:
+            raise InputError(
+                f'{place}: {error}; expected a JSON object with strings "_id" and "text"'
+                + (', and perhaps "title".' if titles else ".")
+            ) from None
         if identifier in texts:
             raise InputError(f"{place}: id {identifier!r} occurs twice, so judgments of it are ambiguous. Rename one.")
         if not text and not keep_empty:
@@ -158,7 +175,9 @@ def check_qrels(
             if not isinstance(score, str) and relevance != score:  # the Hub has numbers, and int(0.5) is 0
                 raise ValueError
         except (ValueError, TypeError, OverflowError):
-            raise InputError(f"{place}: score {score!r} is not an integer.") from None
+            raise InputError(f"{place}: score {shown(score)} is not an integer.") from None
+        if abs(relevance) > MOST_RELEVANCE:
+            raise InputError(f"{place}: score {shown(score)} is no grade of relevance; expected 0, 1 or a few more.")
         if qrels.setdefault(query, {}).setdefault(document, relevance) != relevance:
             raise InputError(f"{place}: judges ({query!r}, {document!r}) twice with different scores. Keep one.")
     return qrels

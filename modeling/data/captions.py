@@ -33,8 +33,9 @@ import pyarrow.parquet
 from safetensors import SafetensorError, safe_open
 from transformers.image_utils import load_image
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from .dataset import RetrievalDataset, dataset_name
+from .records import identifier_in, lines_of, parsed, refuse_no_file, refuse_surrogates, shown, text_in, visible
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,16 @@ class ImageFiles(Mapping[str, Any]):
 
     def __init__(self, paths: Mapping[str, Path], inside: Path):
         for identifier, path in paths.items():
-            if inside.resolve() not in path.resolve().parents:
+            try:
+                outside, there = inside.resolve() not in path.resolve().parents, path.is_file()
+            except (OSError, RuntimeError, ValueError) as error:  # too long, in a circle, or no text
+                raise InputError(
+                    f"{inside}: image {shown(identifier)} has the name {shown(path.name)}, which no file can have or "
+                    f"which leads nowhere ({first_line(error)}). Mend its name."
+                ) from None
+            if outside:
                 raise InputError(f"{path}: image {identifier!r} lies outside {inside}. Refused; mend its name.")
-            if not path.is_file():
+            if not there:
                 raise InputError(f"{path}: no such file, but {identifier!r} is in the captions. Add it or remove it.")
         self.paths = dict(paths)
         # Of the files, so that the key of a cache does not decode every image.
@@ -154,40 +162,52 @@ def _captions_file(folder: Path) -> Path | None:
     found += [file for file in (folder / "captions.jsonl",) if file.is_file()]
     if len(found) > 1:
         raise InputError(f"{folder}: {' and '.join(file.name for file in found)} both tell captions. Keep one.")
+    for file in found:
+        refuse_no_file(file)
     return found[0] if found else None
 
 
 def _karpathy(file: Path) -> Iterator[_Row]:
     try:
-        images = json.loads(file.read_text(encoding="utf-8"))["images"]
+        images = json.loads(file.read_text(encoding="utf-8-sig"))["images"]
         for place, image in enumerate(images):
-            captions = {str(s["sentid"]): s["raw"].strip() for s in image["sentences"]}
-            if len(captions) < len(image["sentences"]):
-                raise ValueError(f"imgid {image['imgid']} has a sentid twice")
-            name = str(Path(image.get("filepath") or "") / str(image.get("filename", image["imgid"])))
-            yield _Row(place, str(image["imgid"]), name, image["split"], captions)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            sentences = image["sentences"]
+            captions = {identifier_in(s, "sentid"): text_in(s, "raw", None) for s in sentences}
+            if len(captions) < len(sentences):
+                raise ValueError(f"imgid {shown(image['imgid'])} has a sentid twice")
+            identifier = identifier_in(image, "imgid")
+            name = Path(image.get("filepath") or "") / image.get("filename", identifier)
+            yield _row(place, identifier, str(name), image["split"], captions)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise InputError(
-            f"{file}: not of Karpathy's layout ({type(error).__name__}: {error}). Expected images with imgid, split "
+            f"{file}: not of Karpathy's layout ({first_line(error)}). Expected images with imgid, split "
             "and sentences, each with sentid and raw."
         ) from None
 
 
 def _jsonl(file: Path) -> Iterator[_Row]:
-    with file.open(encoding="utf-8") as lines:
-        filled = (line for line in lines if line.strip())
-        for place, line in enumerate(filled):
-            try:
-                row = json.loads(line)
-                if not isinstance(row["image"], str) or not isinstance(row["captions"], list):
-                    raise TypeError("image is a name and captions are a list")
-                captions = {f"{row['image']}#{i}": text.strip() for i, text in enumerate(row["captions"])}
-                yield _Row(place, row["image"], row["image"], row["split"], captions)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise InputError(
-                    f"{file}:{place + 1}: not a JSON object with image, split and captions "
-                    f"({type(error).__name__}: {error})."
-                ) from None
+    for place, (number, line) in enumerate(lines_of(file)):
+        try:
+            row = parsed(line)
+            if not isinstance(row["image"], str) or not isinstance(row["captions"], list):
+                raise TypeError("image is a name and captions are a list")
+            texts = [text_in({"caption": text}, "caption", None) for text in row["captions"]]
+            captions = {f"{row['image']}#{i}": text for i, text in enumerate(texts)}
+            yield _row(place, row["image"], row["image"], row["split"], captions)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{file}:{number}: not a JSON object with image, split and captions ({first_line(error)})."
+            ) from None
+
+
+def _row(place: int, identifier: str, file: str, split: Any, captions: dict[str, str]) -> _Row:
+    if not isinstance(split, str):
+        raise ValueError(f"split={shown(split)}")
+    if not visible(identifier):
+        raise ValueError("an image without a name")
+    for field, text in (("image", identifier), ("file", file), ("split", split)):
+        refuse_surrogates(text, field)
+    return _Row(place, identifier, file, split, captions)
 
 
 def _vectors(folder: Path, rows: list[_Row], chosen: list[_Row]) -> dict[str, np.ndarray]:
@@ -199,6 +219,7 @@ def _vectors(folder: Path, rows: list[_Row], chosen: list[_Row]) -> dict[str, np
             f"img_embs.parquet); there are {[file.name for file in found]}."
         )
     file = found[0]
+    refuse_no_file(file)
     image_ids = [row.identifier for row in chosen]
     caption_ids = [identifier for row in chosen for identifier in row.captions]
     if file.suffix == ".parquet":

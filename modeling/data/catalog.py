@@ -36,6 +36,7 @@ class NamedSet:
         sha256: File -> hash of the converted set as :func:`polyrep.data.named.content_hashes` gives it. Empty where
             none is on record; then the commit alone vouches for the content.
         bring: What users bring themselves, where nobody may pass it on.
+        same_ids: Whether MTEB leaves out the document with the id of a query.
     """
 
     name: str
@@ -49,6 +50,7 @@ class NamedSet:
     convert: Converter | None = None
     sha256: dict[str, str] = field(default_factory=dict)
     bring: str = ""
+    same_ids: bool = False
 
 
 _RAW = "https://raw.githubusercontent.com"
@@ -149,6 +151,7 @@ _SETS = [
         "Wachsmuth et al., Retrieval of the Best Counterargument without Prior Topic Knowledge, 2018",
         "mteb/arguana",
         "c22ab2a51041ffd869aaddef7af8d8215647e41a",
+        same_ids=True,
     ),
     NamedSet(
         "scidocs",
@@ -167,6 +170,7 @@ _SETS = [
         "Maia et al., WWW'18 Open Challenge: Financial Opinion Mining and Question Answering, 2018",
         "mteb/fiqa",
         "27a168819829fe9bcd655c2df245fb19452e8e06",
+        same_ids=True,
     ),
     NamedSet(
         "trec-covid",
@@ -185,6 +189,7 @@ _SETS = [
         "Quora, Question Pairs, 2017",
         "mteb/quora",
         "e4e08e0b7dbe3c8700f0daef558ff32256715259",
+        same_ids=True,
     ),
     NamedSet(
         "webis-touche2020-v3",

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from datasets import Dataset
 from ..errors import InputError
 
 Judgments = dict[str, dict[str, int]]
+Given = dict[tuple[str, str], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,12 @@ class RetrievalDataset:
         corpus: Document id -> text (title, one space, text; stripped), in file order; or -> page image.
         queries: Query id -> text, only the queries that the split judges.
         qrels: Query id -> {document id: integer relevance}.
-        given: Query id -> what a table holds for training beside its document: ``negative_1`` ..., ``scores``.
+        given: Query id and document id -> for each row of a table that pairs them, what it holds for training beside:
+            ``negative_1`` ..., ``scores``.
         vectors: ``document``, and perhaps ``query`` -> ``(texts or images, width)`` in their order, of a data set that
             brings what some encoder gave; images that are there as vectors alone are None in the corpus.
+        same_ids: Whether a document with the id of a query is that query itself, so that it is no answer to it. None:
+            what the texts say, see :attr:`own`.
     """
 
     name: str
@@ -38,20 +43,52 @@ class RetrievalDataset:
     corpus: Mapping[str, Any]
     queries: dict[str, str]
     qrels: Judgments
-    given: dict[str, dict[str, Any]] = field(default_factory=dict)
+    given: Given = field(default_factory=dict)
     vectors: Mapping[str, np.ndarray] = field(default_factory=dict)
+    same_ids: bool | None = None
+
+    @cached_property
+    def own(self) -> np.ndarray:
+        """``(queries,)`` place of each query's own document in the corpus, which is left out for it; -1 for none.
+
+        Where queries are documents (ArguAna, Quora, duplicates), each would find itself first: BEIR leaves out a
+        document with the query's id, and MTEB does in the tasks that say so. Ids that are mere numbers may meet by
+        chance, so unless :attr:`same_ids` tells, at least half of such documents must hold the text of their query. A
+        document that the judgments of the query name is never left out.
+        """
+        place = {identifier: number for number, identifier in enumerate(self.corpus)}
+        found = np.array([-1 if q in self.qrels.get(q, ()) else place.get(q, -1) for q in self.queries], np.int64)
+        if self.same_ids is None and isinstance(self.corpus, dict):  # images are opened late, and hold no query
+            pairs = [(self.queries[q], self.corpus[q]) for q, at in zip(self.queries, found, strict=True) if at >= 0]
+            same = 2 * sum(_holds(document, query) for query, document in pairs) >= len(pairs)
+        else:
+            same = bool(self.same_ids)
+        return found if same else np.full_like(found, -1)
 
     def pairs(self) -> Dataset:
-        """One row ``{"query", "positive"}`` for each positive judgment in the order of the qrels."""
-        relevant = [(q, d) for q, judged in self.qrels.items() for d, score in judged.items() if score > 0]
-        columns = {"query": [self.queries[q] for q, _ in relevant], "positive": [self.corpus[d] for _, d in relevant]}
-        for name in next(iter(self.given.values()), {}):
-            columns[name if name.startswith("negative_") else "label"] = [self._given(q, name) for q, _ in relevant]
+        """One row ``{"query", "positive"}`` for each positive judgment in the order of the qrels.
+
+        Of a table that brings negatives, one for each of its rows.
+        """
+        rows = [
+            (q, d, held)
+            for q, judged in self.qrels.items()
+            for d, score in judged.items()
+            if score > 0
+            for held in self.given.get((q, d), [{}])
+        ]
+        columns = {
+            "query": [self.queries[q] for q, _, _ in rows],
+            "positive": [self.corpus[d] for _, d, _ in rows],
+        }
+        for name in rows[0][2] if rows else ():
+            column = name if name.startswith("negative_") else "label"
+            columns[column] = [self._given(q, held, name) for q, _, held in rows]
         return Dataset.from_dict(columns)
 
-    def _given(self, query: str, name: str) -> Any:
-        """A negative of a query, or a teacher's scores of its document and of its negatives."""
-        value, length = self.given[query][name], len(self.given[query])
+    def _given(self, query: str, held: dict[str, Any], name: str) -> Any:
+        """A negative of a pair, or a teacher's scores of its document and of its negatives."""
+        value, length = held[name], len(held)
         if name.startswith("negative_"):
             if not isinstance(value, str) or not value.strip():
                 raise InputError(
@@ -65,6 +102,12 @@ class RetrievalDataset:
                 "its negatives."
             )
         return [float(score) for score in value]
+
+
+def _holds(document: Any, query: str) -> bool:
+    """Whether a query's text stands in a document, whatever the case and the space between words."""
+    whole, part = (" ".join(t.casefold().split()) if isinstance(t, str) else "" for t in (document, query))
+    return bool(part) and part in whole
 
 
 def dataset_name(source: str | Path) -> str:

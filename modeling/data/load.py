@@ -27,10 +27,10 @@ from typing import Any
 from datasets.exceptions import DatasetsError
 
 from ..errors import InputError, NoSplit
-from .beir import check_qrels, hub_rows, load_part, open_beir, read_jsonl, text_of_document, texts_by_id
+from .beir import check_qrels, hub_rows, load_part, open_beir, read_jsonl, texts_by_id
 from .captions import is_captions, load_captions
 from .dataset import RetrievalDataset, dataset_name, in_dev_tenth
-from .named import located
+from .named import located, same_ids
 from .tables import from_pairs, open_pairs
 
 logger = logging.getLogger(__name__)
@@ -75,15 +75,16 @@ def load_retrieval_dataset(
     if wanted not in splits:
         raise NoSplit(f"{source}: no judgments for split {split!r}; it has {sorted(splits) or 'none'}.")
 
-    corpus = texts_by_id(corpus_rows, f"{source} corpus", keep_empty, text_of_document)
-    all_queries = texts_by_id(query_rows, f"{source} queries", keep_empty, lambda r: r["text"])
+    corpus = texts_by_id(corpus_rows, f"{source} corpus", keep_empty, titles=True)
+    all_queries = texts_by_id(query_rows, f"{source} queries", keep_empty)
     qrels = check_qrels(read_qrels(wanted), corpus, all_queries)
     if wanted != split or (split == "train" and "dev" not in splits):
         qrels = {q: judged for q, judged in qrels.items() if in_dev_tenth(q) == (split == "dev")}
     if not qrels:
         raise NoSplit(f"{source}: split {split!r} judges no query, so there is nothing to train on or to measure.")
     queries = {q: text for q, text in all_queries.items() if q in qrels}
-    return RetrievalDataset(dataset_name(folder), split, corpus, queries, {q: qrels[q] for q in queries})
+    qrels = {q: qrels[q] for q in queries}
+    return RetrievalDataset(dataset_name(folder), split, corpus, queries, qrels, same_ids=same_ids(str(path_or_id)))
 
 
 def load_corpus(path_or_id: str | Path, *, revision: str | None = None, keep_empty: bool = False) -> RetrievalDataset:
@@ -112,5 +113,5 @@ def load_corpus(path_or_id: str | Path, *, revision: str | None = None, keep_emp
                     f"{source}: neither a folder with corpus.jsonl nor a readable Hub data set "
                     f"({type(error).__name__}: {error}). Check the path, the id and the network."
                 ) from error
-        corpus = texts_by_id(rows, f"{source} corpus", keep_empty, text_of_document)
+        corpus = texts_by_id(rows, f"{source} corpus", keep_empty, titles=True)
     return RetrievalDataset(dataset_name(folder), "corpus", corpus, {}, {})

@@ -41,6 +41,7 @@ from .catalog import CATALOG, NamedSet
 from .converters import write_lines, write_qrels
 from .dataset import dataset_name, in_dev_tenth
 from .python_docs import is_python_docs, python_docs
+from .records import identifier_in
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,12 @@ def entry_of(name: str) -> NamedSet | None:
     if is_path(name) or among_own(name) is not None:
         return None
     return CATALOG["python_docs"] if is_python_docs(name) else CATALOG.get(name)
+
+
+def same_ids(name: str) -> bool | None:
+    """Whether a document with the id of a query is that query, by MTEB's word; None where it has none."""
+    entry = entry_of(name) or next((e for e in CATALOG.values() if e.origin == name and not is_path(name)), None)
+    return entry.same_ids if entry and entry.origin.startswith("mteb/") else None
 
 
 def on_hub(name: str) -> tuple[str, str | None]:
@@ -314,8 +321,8 @@ def content_hashes(folder: Path) -> dict[str, str]:
     """
     corpus, queries, splits, read_qrels = open_beir(str(folder), "test", None)
     texts: dict[str, Iterator[list[str | int]]] = {
-        "corpus": ([row["_id"], row.get("title") or "", row["text"]] for _, row in corpus),
-        "queries": ([row["_id"], row["text"]] for _, row in queries),
+        "corpus": ([identifier_in(row), row.get("title") or "", row["text"]] for _, row in corpus),
+        "queries": ([identifier_in(row), row["text"]] for _, row in queries),
     }
     for split in sorted(splits):
         texts[f"qrels/{split}"] = ([query, document, int(score)] for _, query, document, score in read_qrels(split))
@@ -331,8 +338,8 @@ def differences(folder: Path, entry: NamedSet) -> list[str]:
     if not entry.sha256:
         return []
     corpus, queries, splits, read_qrels = open_beir(str(folder), "test", None)
-    texts = texts_by_id(corpus, entry.name, True, lambda row: row["text"])
-    asked = texts_by_id(queries, entry.name, True, lambda row: row["text"])
+    texts = texts_by_id(corpus, entry.name, True, titles=True)
+    asked = texts_by_id(queries, entry.name, True)
     for split in splits:
         check_qrels(read_qrels(split), texts, asked)
     hashes = content_hashes(folder)

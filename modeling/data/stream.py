@@ -6,12 +6,9 @@ reads it and whenever. Passing over a span costs little: lines are not parsed, r
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import itertools
-import json
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -26,9 +23,9 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import InputError
 from .named import located
+from .records import ID_FIELDS, identifier_in, lines_of, parsed, refuse_no_file, refuse_surrogates, text_in
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-ID_FIELDS = ("_id", "id", "docid", "doc_id")
 ROW_NUMBER = "row_number"
 """In place of a field, the number of the record, from 0."""
 
@@ -107,7 +104,7 @@ def open_source(
         if files := [file for name in ("corpus.jsonl", "corpus.jsonl.gz") if (file := path / name).is_file()]:
             return _of_files(files[:1], fields)
         kinds = {"JSON lines": (".jsonl", ".jsonl.gz"), "Parquet": (".parquet",), "images": IMAGES}
-        found = {kind: sorted(f for f in path.rglob("*") if f.name.lower().endswith(e)) for kind, e in kinds.items()}
+        found = {kind: _files_below(path, endings) for kind, endings in kinds.items()}
         found = {kind: files for kind, files in found.items() if files}
         if len(found) > 1:
             counts = ", ".join(f"{len(files):,} of {kind}" for kind, files in found.items())
@@ -133,6 +130,15 @@ def picture(content: bytes | Path) -> Any:
         raise ValueError(f"not a readable image ({type(error).__name__})") from None
 
 
+def _files_below(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    found = sorted(file for file in folder.rglob("*") if file.name.lower().endswith(endings))
+    # A folder of parts may be called like one file, as Spark does.
+    found = [file for file in found if not (file.is_dir() and any(file.iterdir()))]
+    for file in found:
+        refuse_no_file(file)
+    return found
+
+
 def _of_files(files: list[Path], fields: Fields) -> Source:
     kinds = {file.name.removesuffix(".gz").rpartition(".")[2] for file in files}
     if kinds == {"parquet"}:
@@ -148,13 +154,7 @@ def _of_files(files: list[Path], fields: Fields) -> Source:
 def _line_spans(files: list[Path], fields: Fields, size: int) -> Iterator[Span]:
     def lines() -> Iterator[tuple[Path, int, bytes]]:
         for file in files:
-            with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as opened:
-                try:
-                    yield from ((file, n, line) for n, line in enumerate(opened, 1) if line.strip())
-                except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                    raise InputError(
-                        f"{file}: damaged or truncated ({error}), so documents would be missing. Fetch it again."
-                    ) from None
+            yield from ((file, number, line) for number, line in lines_of(file))
 
     stream = lines()
     for number in itertools.count():
@@ -169,12 +169,12 @@ def _line_spans(files: list[Path], fields: Fields, size: int) -> Iterator[Span]:
 
 
 def _estimated_lines(files: list[Path]) -> int | None:
-    """Lines by the length of the first; None for compressed files."""
+    """Lines by those in the first part of the first file; None for compressed files."""
     if any(file.suffix == ".gz" for file in files):
         return None
     with files[0].open("rb") as opened:
-        first = [len(line) for line in itertools.islice(opened, 1000)]
-    return sum(file.stat().st_size for file in files) * len(first) // max(1, sum(first))
+        first = opened.read(2**20)
+    return sum(file.stat().st_size for file in files) * max(1, first.count(b"\n")) // max(1, len(first))
 
 
 def _of_parquet(files: list[Path], fields: Fields) -> Source:
@@ -300,33 +300,28 @@ def _documents(
 
 def _document(row: Any, fields: Fields, number: int) -> Document:
     if isinstance(row, Document):
-        row.id.encode()
+        refuse_surrogates(row.id, "the name")
         return row
     if isinstance(row, bytes):
-        try:
-            row = json.loads(row)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"not JSON ({error})") from None
+        row = parsed(row)
     if not isinstance(row, dict):
         raise ValueError(f"not an object but {type(row).__name__}")
-    field = fields.id or next((name for name in ID_FIELDS if name in row), "")
-    identifier = number if field == ROW_NUMBER else row.get(field)
-    if isinstance(identifier, bool) or not isinstance(identifier, str | int) or identifier == "":
+    try:
+        identifier = str(number) if fields.id == ROW_NUMBER else identifier_in(row, fields.id)
+    except ValueError as error:
         raise ValueError(
-            f"no id in {field or ', '.join(ID_FIELDS)}: name its field with --id_field, or number the records with "
-            f"--id_field {ROW_NUMBER}"
-        )
+            f"no id ({error}): name its field with --id_field, or number the records with --id_field {ROW_NUMBER}"
+        ) from None
     if fields.image:
         image = row.get(fields.image)
         content = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(content, bytes):
             raise ValueError(f"no bytes of an image in {fields.image}")
-        return Document(str(identifier), content)
-    text, title = row.get(fields.text), row.get(fields.title) or ""
-    if not isinstance(text, str) or not isinstance(title, str):
-        raise ValueError(f"no text in {fields.text}: name its field with --text_field")
-    whole = f"{title} {text}".strip()
+        return Document(identifier, content)
+    try:
+        whole = text_in(row, fields.text, fields.title)
+    except ValueError as error:
+        raise ValueError(f"no text ({error}): name its field with --text_field") from None
     if not whole:
         raise ValueError("an empty text, which encodes to an arbitrary vector")
-    (str(identifier) + whole).encode()  # half of a surrogate pair is legal JSON, and no text
-    return Document(str(identifier), whole)
+    return Document(identifier, whole)

@@ -27,7 +27,7 @@ from ..hub.reading import set_length
 from ..report import provenance, write_results
 from .mteb import Suite, left_out, mteb_package, open_suites, refuse_unfit, run_suites
 from .systems import Ranking, rank_with_bm25, rank_with_model
-from .table import display_name, refuse_doubles, refuse_unknown, table_rows
+from .table import display_name, notes_on, refuse_doubles, refuse_unknown, table_rows
 
 logger = logging.getLogger(__name__)
 
@@ -172,6 +172,7 @@ def evaluate_models(args: EvaluationArguments, models: Sequence[str], *, command
         "rows": rows + found.benchmark_rows,
         "claims": [],
         "data": data,
+        "notes": [note for dataset in datasets for note in notes_on(dataset)],
     }
     _write(args, results, suites, found.unavailable)
     return results

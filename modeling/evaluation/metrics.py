@@ -14,15 +14,18 @@ METRICS = tuple(METRIC_NAMES)
 
 
 def per_query_metrics(dataset: RetrievalDataset, ranking: Ranking) -> dict[str, np.ndarray]:
-    """Each metric of :data:`METRICS` for each query: ``(queries,)``, in the order of ``dataset.queries``."""
+    """Each metric of :data:`METRICS` for each query: ``(queries,)``, in the order of ``dataset.queries``.
+
+    A query's own document (``dataset.own``) is none that it found.
+    """
     ids = list(dataset.corpus)
-    found = list(zip(dataset.queries, ranking.positions.tolist(), ranking.scores.tolist(), strict=True))
-    run = {query: {ids[p]: s for p, s in zip(positions, scores, strict=True)} for query, positions, scores in found}
-    # Reciprocal rank has no cut-off in trec_eval: cut the run instead.
-    top10 = {
-        query: {ids[p]: s for p, s in zip(positions[:10], scores[:10], strict=True)}
-        for query, positions, scores in found
-    }
+    run, top10 = {}, {}
+    for query, own, positions, scores in zip(
+        dataset.queries, dataset.own.tolist(), ranking.positions.tolist(), ranking.scores.tolist(), strict=True
+    ):
+        found = [(ids[p], s) for p, s in zip(positions, scores, strict=True) if p != own]
+        # Reciprocal rank has no cut-off in trec_eval: cut the run instead.
+        run[query], top10[query] = dict(found), dict(found[:10])
     measured = pytrec_eval.RelevanceEvaluator(dataset.qrels, {"ndcg_cut.3,10", "recall.100"}).evaluate(run)
     reciprocal = pytrec_eval.RelevanceEvaluator(dataset.qrels, {"recip_rank"}).evaluate(top10)
     sources = {

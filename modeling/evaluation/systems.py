@@ -27,7 +27,7 @@ from ..encoding.encoders import kind_of
 from ..errors import InputError
 from ..files import staged_file
 from ..hub.folder import Encoder
-from ..search.ranking import exact_search, tie_ranks
+from ..search.ranking import deeper, exact_search, tie_ranks, without
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,8 @@ def rank_with_model(
     speed = {"encode_docs_per_s": len(sample) / (time.perf_counter() - started)}
 
     def ranked(system: str, q: Embeddings, d: Embeddings, similarity: str) -> Ranking:
-        ranking = rank_embeddings(system, q, d, ranks, similarity=similarity, device=model.device)
+        options: dict[str, Any] = {"similarity": similarity, "device": model.device, "left_out": dataset.own}
+        ranking = rank_embeddings(system, q, d, ranks, **options)
         return replace(ranking, costs=ranking.costs | speed)
 
     rankings = [ranked(name, queries, documents, similarity)]
@@ -160,14 +161,16 @@ def rank_embeddings(
     ranks: np.ndarray,
     *,
     similarity: str,
+    left_out: np.ndarray | None = None,
     device: str | torch.device = "cpu",
 ) -> Ranking:
     """Search exactly, then time some queries alone.
 
-    ``ranks`` decides ties, see :func:`polyrep.search.ranking.tie_ranks`.
+    ``ranks`` decides ties, see :func:`polyrep.search.ranking.tie_ranks`; ``left_out (queries,)`` is one document of
+    each query that is no answer to it, see :func:`polyrep.search.ranking.without`.
     """
     options: dict[str, Any] = {"similarity": similarity, "k": DEPTH, "device": device}
-    positions, scores = exact_search(queries, documents, ranks, show_progress=True, **options)
+    positions, scores = exact_search(queries, documents, ranks, left_out=left_out, show_progress=True, **options)
     timed = []
     for row in np.linspace(0, len(queries) - 1, min(TIMED_QUERIES, len(queries))).astype(int):
         started = time.perf_counter()
@@ -196,7 +199,7 @@ def rank_with_bm25(dataset: RetrievalDataset, depth: int | None = None) -> Ranki
     for query in tqdm(queries, desc="bm25", unit="query"):
         begun = time.perf_counter()
         found = index.get_scores(query) if query else np.zeros(len(by_id), np.float32)
-        order = np.argsort(-found[by_id], kind="stable")[: depth or DEPTH]
+        order = np.argsort(-found[by_id], kind="stable")[: deeper(depth or DEPTH, dataset.own)]
         timed.append(time.perf_counter() - begun)
         positions.append(np.asarray(by_id)[order])
         scores.append(found[positions[-1]])
@@ -206,13 +209,14 @@ def rank_with_bm25(dataset: RetrievalDataset, depth: int | None = None) -> Ranki
     askings = np.zeros(len(postings))  # queries of each term
     for query in queries:
         askings[index.get_tokens_ids(query)] += 1  # a repeated term counts once
+    found, scored = without(dataset.own, np.stack(positions), np.stack(scores), depth or DEPTH)
     costs = {
         "bytes_per_document": bytes_per_document("sparse", "float32", nnz=nnz),
         "active_dims": nnz,
         "flops": flops(askings / len(queries), postings / len(dataset.corpus)),
         "encode_docs_per_s": len(dataset.corpus) / seconds,
     }
-    return Ranking("BM25", np.stack(positions), np.stack(scores), costs | latency(timed), np.array(timed))
+    return Ranking("BM25", found, scored, costs | latency(timed), np.array(timed))
 
 
 def keep_ranking(path: Path, system: str, make: Callable[[], Ranking], depth: int) -> Ranking:

@@ -88,6 +88,17 @@ def metric_rows(
     return rows
 
 
+def notes_on(dataset: RetrievalDataset) -> list[str]:
+    """What a reader of a data set's rows should know of how they were measured."""
+    count = int((dataset.own >= 0).sum())
+    if not count:
+        return []
+    return [
+        f"{dataset.name}, {dataset.split}: {count:,} of {len(dataset.queries):,} queries have the id of a document, which "
+        "is the query itself; for that query it is left out of what is found."
+    ]
+
+
 def refuse_doubles(sources: Sequence[str], names: Sequence[str]) -> None:
     """Refuse two sources of one name: rows are told apart by it, so both would show the numbers of one of them."""
     for name in names:

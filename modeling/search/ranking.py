@@ -27,6 +27,7 @@ def exact_search(
     *,
     similarity: str,
     k: int = 1000,
+    left_out: np.ndarray | None = None,
     show_progress: bool = False,
     device: str | torch.device = "cpu",
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -39,6 +40,7 @@ def exact_search(
         similarity: Name of the model's similarity: ``dot``, ``cosine``, ``euclidean``, ``manhattan`` for one vector a
             text, ``dot`` or ``cosine`` for sparse vectors, ``maxsim`` or ``meanmaxsim`` for several vectors.
         k: How many documents to keep at most.
+        left_out: See :func:`without`.
         show_progress: Show a progress bar.
         device: Where to compute.
 
@@ -50,7 +52,7 @@ def exact_search(
     """
     refuse_unlike_sides(queries, documents)
     rank_of = torch.from_numpy(ranks)
-    k = min(k, len(documents))
+    wanted, k = k, min(deeper(k, left_out), len(documents))
     scorer, found = _Scorer(queries, documents, similarity, device), []
     with tqdm(total=len(queries), desc="search", unit="query", disable=not show_progress) as progress:
         for start, stop in _query_ranges(queries):
@@ -61,7 +63,31 @@ def exact_search(
                 best = best.topk(min(k, best.shape[1]), dim=1).values
             found.append(best)
             progress.update(stop - start)
-    return unpacked(torch.cat(found), rank_of)
+    return without(left_out, *unpacked(torch.cat(found), rank_of), wanted)
+
+
+def deeper(k: int, left_out: np.ndarray | None) -> int:
+    """How deep to search for ``k`` documents, one of which may be left out."""
+    return k + (left_out is not None and bool((left_out >= 0).any()))
+
+
+def without(
+    left_out: np.ndarray | None, positions: np.ndarray, scores: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best ``k`` of each query but one document, which takes the last place where there are no others.
+
+    Args:
+        left_out: ``(queries,)`` place of the document, -1 for none; see ``RetrievalDataset.own``. None: all are kept.
+        positions: ``(queries, depth)`` best first, as :func:`deeper` asks.
+        scores: Likewise; that of a document in the last place becomes -inf.
+        k: How many documents to keep at most.
+    """
+    if left_out is None:
+        return positions[:, :k], scores[:, :k]
+    hit = positions == left_out[:, None]  # (queries, depth)
+    order = np.argsort(hit, axis=1, kind="stable")[:, :k]
+    scores = np.where(hit, -np.inf, scores).astype(scores.dtype)
+    return np.take_along_axis(positions, order, 1), np.take_along_axis(scores, order, 1)
 
 
 def refuse_unlike_sides(queries: Embeddings, documents: Embeddings) -> None:

@@ -30,7 +30,7 @@ from ...registry import ROOMS
 from ...report import hardware, provenance, write_results
 from ..metrics import METRICS, per_query_metrics
 from ..systems import Ranking, costs_of, keep_ranking, latency, rank_with_bm25
-from ..table import display_name, metric_rows, refuse_doubles
+from ..table import display_name, metric_rows, notes_on, refuse_doubles
 from .advice import Budget, fronts, learned_margins, parse_budget, recommend
 from .fit import code_digest
 from .fit_data import FitData, cloze_queries, judged_queries
@@ -148,7 +148,11 @@ def frontier(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
         "data": made_here(*args.dataset),
         "recommendations": [],
         "failures": [],
-        "notes": [NOTE, *(full.fit_data.note for full in models if full.fit_data.note)],
+        "notes": [
+            NOTE,
+            *(full.fit_data.note for full in models if full.fit_data.note),
+            *(note for full in models for note in notes_on(full.dataset)),
+        ],
         "fit_seconds": args.fit_seconds,
     }
     for path, full in zip(args.dataset, models, strict=True):
@@ -235,7 +239,14 @@ def rank_all(full: FullModel, methods: list[str]) -> Found:
     """
     # Times are of the machine, the device and the number of threads, and so are fits within a time.
     machine = [hardware(), str(full.model.device)]
-    data = [full.queries.path.name, full.documents.path.name, full.dataset.qrels, full.seed, machine]
+    data = [
+        full.queries.path.name,
+        full.documents.path.name,
+        full.dataset.qrels,
+        full.dataset.own.tolist(),
+        full.seed,
+        machine,
+    ]
     learned = [full.fit_data.dataset.queries, full.fit_data.dataset.qrels, full.fit_data.settings, full.fit_seconds]
     jobs = list(_jobs(full, methods, learned))
     out = Found()
@@ -283,7 +294,7 @@ def _jobs(full: FullModel, methods: list[str], learned: Any) -> Iterator[Job]:
 
 def _ranked(full: FullModel, candidate: Candidate) -> Ranking:
     row = candidate.make()
-    options: dict[str, Any] = {"similarity": row.similarity, "device": full.model.device}
+    options: dict[str, Any] = {"similarity": row.similarity, "device": full.model.device, "left_out": full.dataset.own}
     ranking = rank_when_ready(candidate.system, row.queries, row.documents, full.ranks, **options)
     return replace(ranking, costs=ranking.costs | row.costs)
 
