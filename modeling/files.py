@@ -85,9 +85,12 @@ def _staged(target: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` in one step, so that a reader sees the old file or the new one."""
+    r"""Replace ``path`` by ``text`` in one step, so that a reader sees the old file or the new one.
+
+    A path in it may hold bytes that are not UTF-8: written as ``\udce9``, which JSON reads as what they were.
+    """
     with staged_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: Any) -> None:

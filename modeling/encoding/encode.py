@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..data.stream import Document, Fields, Source, Span, open_source, picture
-from ..errors import InputError
+from ..errors import InputError, refuse_no_text
 from ..files import read_json, remove_leftovers, staged_file, write_json
 from ..flags import parse
 from ..hub.fingerprint import fingerprint
@@ -33,7 +33,7 @@ from ..hub.folder import Encoder, fastest_dtype, fetch, load
 from ..report import provenance
 from .cache import CHUNK
 from .embeddings import Embeddings, Kind, joined, rows
-from .encoders import encode_chunk, kind_of, refuse_not_finite_vectors
+from .encoders import encode_chunk, kind_of, refuse_broken_prompts, refuse_not_finite_vectors
 from .shards import PRECISIONS, Origin, manifest_of, shard_path, write_shard
 
 SHARD_SIZES = {False: 4096, True: 512}
@@ -305,7 +305,8 @@ def _begin(output: Path, manifest: dict[str, Any]) -> None:
 def _finish(output: Path, shards: int) -> dict[str, Any]:
     """Declare the corpus complete if it is, whoever wrote the last shard."""
     summary = dict.fromkeys(("done", "documents", "bytes", "errors"), 0)
-    with staged_file(output / "errors.jsonl") as partial, partial.open("w", encoding="utf-8") as errors:
+    options: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}  # names of files may be any bytes
+    with staged_file(output / "errors.jsonl") as partial, partial.open("w", **options) as errors:
         for number in range(shards):
             if record := read_json(shard_path(output, number).with_suffix(".json")):
                 summary["done"] += 1
@@ -334,6 +335,7 @@ def _refuse_unusable(args: EncodeArguments) -> None:
     for flag in ("input", "output"):
         if not getattr(args, flag):
             raise InputError(f"--{flag}: missing. Say what to encode with --input, and where to with --output.")
+    refuse_no_text(args.name, "--name")
     if Path(args.input).is_dir() and Path(args.output).resolve().is_relative_to(Path(args.input).resolve()):
         raise InputError(f"--output {args.output}: lies in the input, which it would become part of. Name another.")
     if args.precision not in PRECISIONS:
@@ -354,6 +356,7 @@ def _refuse_unfit(model: Any, source: Source, precision: str, name: str) -> None
         raise InputError(
             f"{name}: takes {' and '.join(model[0].modalities)}, but the input is {wanted}s. Use a model for them."
         )
+    refuse_broken_prompts(model)
     if kind_of(model) == "sparse" and precision in ("int8", "binary"):
         raise InputError(
             f"--precision {precision}: sparse vectors are weights of words, kept in float16 or float32 alone."

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import SplitResult, unquote
+from urllib.parse import SplitResult, unquote_to_bytes
 
 import numpy as np
 from filelock import FileLock
@@ -60,7 +61,7 @@ def folder_of(parts: SplitResult) -> Path:
             f"{parts.geturl()}: names no folder. Write {parts.scheme}:///absolute/path, with three slashes, or "
             f"{parts.scheme}:relative/path; %23 stands for # and %3F for ?."
         )
-    return Path(unquote(parts.path))
+    return Path(os.fsdecode(unquote_to_bytes(os.fsencode(parts.path))))
 
 
 class Documents:
