@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from .errors import InputError
@@ -26,7 +26,8 @@ def console() -> Iterator[None]:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  stays open as long as we run
         elif hasattr(stream := getattr(sys, name), "reconfigure"):  # notebooks have streams of their own
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):  # one that cannot be flushed now is told of below
+                stream.reconfigure(errors="backslashreplace")
     failed = False
     try:
         yield

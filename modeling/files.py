@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,31 @@ def staged_folder(target: Path, *, merge: bool = False) -> Iterator[Path]:
                     raise
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def refuse_unwritable(folder: Path, flag: str = "") -> None:
+    """Refuse a folder that could not be written to, or made, before anything is computed for it; nothing is left.
+
+    Args:
+        folder: Where something is to be written.
+        flag: What named it, for the message.
+
+    Raises:
+        InputError: It or a folder above it is a file, may not be written to, or lies on a full disk.
+    """
+    there = folder.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    said = f"{flag} {folder}".strip()
+    if not there.is_dir():
+        raise InputError(f"{said}: {there} is no folder, so nothing can be written there. Name another folder.")
+    try:
+        with tempfile.TemporaryFile(dir=there) as probe:
+            probe.write(b"polyrep")
+    except OSError as error:
+        raise InputError(
+            f"{said}: {there} cannot be written to ({error.strerror}). Name another folder, or make it writable."
+        ) from None
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from filelock import FileLock
 from ..encoding.embeddings import Embeddings, Kind, joined, rows
 from ..encoding.shards import Origin, Shard, packed_ids, unpacked_ids
 from ..errors import InputError
-from ..files import write_json
+from ..files import refuse_unwritable, write_json
 from .protocol import Added, Hit, Queries, checked_origin, stages, unique_ids
 
 FORMAT = "polyrep-index-1"
@@ -168,6 +168,7 @@ class FolderIndex(ABC):
 
     def add(self, shards: Iterable[Shard]) -> Added:
         """See :class:`polyrep.search.Index`; all shards are added, or after an error none."""
+        refuse_unwritable(self.path)
         written = replaced = known = 0
         changed = False
         try:
