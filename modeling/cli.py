@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .console import console
+from .errors import HALF, InputError
 from .files import disk_error
 
 COMMANDS = {
@@ -33,10 +34,20 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         return 0 if verb in ("-h", "--help") else 2
     try:
         module, _, function = COMMANDS[verb].partition(":")
-        run = getattr(importlib.import_module(f".{module}", __package__), function)
-        run(arguments[1:], prog=prog or f"polyrep {verb}")
+        with console():
+            run = getattr(importlib.import_module(f".{module}", __package__), function)
+            run(arguments[1:], prog=prog or f"polyrep {verb}")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except UnicodeEncodeError as error:
+        if not any(HALF.search(word) for word in arguments):
+            raise
+        print(
+            f"error: {error.object!r}: holds half of a surrogate pair, as bytes become that are not UTF-8, and a "
+            "library takes UTF-8 alone. Write the text, or rename the file, in UTF-8.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         return 130

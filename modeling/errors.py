@@ -5,6 +5,7 @@ And what others raise, in one line.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,27 @@ class InputError(ValueError):
 
 class NoSplit(InputError):
     """A data set that is whole, and lacks the split that is asked for, or judges nothing in it."""
+
+
+HALF = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair: what Python makes of a byte on the command line that is not UTF-8."""
+
+
+def refuse_no_text(text: str, where: str) -> None:
+    """Refuse what no tokenizer reads and no file holds.
+
+    Args:
+        text: A text, an id, a name; a path may hold any bytes.
+        where: What it is, for the message.
+
+    Raises:
+        InputError: It holds half of a surrogate pair.
+    """
+    if half := HALF.search(text):
+        raise InputError(
+            f"{where}: holds {half[0]!r} at character {half.start()}, half of a surrogate pair, as bytes become that "
+            "are not UTF-8, so it is no text. Write it in UTF-8."
+        )
 
 
 @contextmanager

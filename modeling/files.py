@@ -109,6 +109,31 @@ def staged_folder(target: Path, *, merge: bool = False) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
+def refuse_unwritable(folder: Path, flag: str = "") -> None:
+    """Refuse a folder that could not be written to, or made, before anything is computed for it; nothing is left.
+
+    Args:
+        folder: Where something is to be written.
+        flag: What named it, for the message.
+
+    Raises:
+        InputError: It or a folder above it is a file, may not be written to, or lies on a full disk.
+    """
+    there = folder.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    said = f"{flag} {folder}".strip()
+    if not there.is_dir():
+        raise InputError(f"{said}: {there} is no folder, so nothing can be written there. Name another folder.")
+    try:
+        with tempfile.TemporaryFile(dir=there) as probe:
+            probe.write(b"polyrep")
+    except OSError as error:
+        raise InputError(
+            f"{said}: {there} cannot be written to ({error.strerror}). Name another folder, or make it writable."
+        ) from None
+
+
 @contextmanager
 def staged_file(target: Path) -> Iterator[Path]:
     """Yield a path near ``target`` that replaces it in one step when the block ends without an error.
@@ -145,9 +170,12 @@ def _staged(target: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` in one step, so that a reader sees the old file or the new one."""
+    r"""Replace ``path`` by ``text`` in one step, so that a reader sees the old file or the new one.
+
+    A path in it may hold bytes that are not UTF-8: written as ``\udce9``, which JSON reads as what they were.
+    """
     with staged_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -387,7 +387,11 @@ BAD_LINES = [
     ("corpus.jsonl", '{"_id": "d9", "title": ["a", "b"], "text": "x"}', ["title=['a', 'b']", '"title"']),
     ("corpus.jsonl", '{"_id": "d9", "title": 0, "text": "x"}', ["title=0", '"title"']),
     ("corpus.jsonl", '{"_id": "d9", "text": "\\u200b\\ufeff \\u2060"}', ["'d9' has an empty text", "--keep_empty"]),
-    ("corpus.jsonl", '{"_id": "d9", "text": "half \\ud83d"}', ["text holds half of a surrogate pair", "'\\ud83d' at 5"]),
+    (
+        "corpus.jsonl",
+        '{"_id": "d9", "text": "half \\ud83d"}',
+        ["text holds half of a surrogate pair", "'\\ud83d' at 5"],
+    ),
     ("corpus.jsonl", '{"_id": "d\\udc00", "text": "x"}', ["_id holds half of a surrogate pair"]),
     ("corpus.jsonl", '{"_id": "d9", "title": "\\ud83d", "text": "x"}', ["title holds half of a surrogate pair"]),
     ("corpus.jsonl", '{"_id": "d9", "x": ' + "[" * 100_000, ["nested too deep"]),

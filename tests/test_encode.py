@@ -18,9 +18,10 @@ from conftest import DOCUMENTS, ROOT, run_python, run_two_processes
 from datasets import Dataset
 from PIL import Image
 from room_examples import EXAMPLES
+from safetensors.torch import load_file, save_file
 from scipy.sparse import csr_matrix
 
-from polyrep import InputError
+from polyrep import InputError, files
 from polyrep.cli import main
 from polyrep.data import stream as sources
 from polyrep.encoding import EncodedCorpus
@@ -170,7 +171,15 @@ def test_a_record_that_cannot_be_used_is_left_out_and_counted(static, tmp_path, 
     assert read(EncodedCorpus(tmp_path / "out"))[0] == ["a", "z"]
     errors = [json.loads(line) for line in (tmp_path / "out" / "errors.jsonl").read_text().splitlines()]
     assert [error["place"].rpartition(":")[2] for error in errors] == [str(n) for n in range(2, 9)]
-    expected = ["not a JSON object", "--id_field", "empty text", "not an object", "--text_field", "surrogate", "too deep"]
+    expected = [
+        "not a JSON object",
+        "--id_field",
+        "empty text",
+        "not an object",
+        "--text_field",
+        "surrogate",
+        "too deep",
+    ]
     assert all(words in error["error"] for error, words in zip(errors, expected, strict=True))
     assert "2 documents" in (said := capsys.readouterr()).out and "7 records could not be used" in said.out
     assert main([*argv, "--strict"]) == 2
@@ -245,6 +254,44 @@ def test_going_on_with_something_else_is_refused(static, corpus, tmp_path, sente
         EncodedCorpus(tmp_path)
 
 
+def test_a_refused_try_leaves_nothing_that_binds_the_next(static, static_model, corpus, tmp_path):
+    output, broken = tmp_path / "out", tmp_path / "broken.jsonl"
+    broken.write_text('{"_id": "a"}\n')
+    with pytest.raises(InputError, match="none of the first 1 records can be used"):
+        run(static, broken, output)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(InputError, match="holds no record"):
+        run(static, tmp_path / "empty.jsonl", output)
+    static_model.save_pretrained(str(tmp_path / "nan"), create_model_card=False)
+    weights = load_file(tmp_path / "nan" / "model.safetensors")
+    save_file(
+        {name: tensor * float("nan") for name, tensor in weights.items()}, tmp_path / "nan" / "model.safetensors"
+    )
+    with pytest.raises(InputError, match="not finite in float16"):
+        run(tmp_path / "nan", corpus, output)
+    assert not output.exists()
+    output.mkdir()
+    (output / "manifest.json").write_text('{"format": "polyrep-encoded-1", "task": "query"}')
+    assert read(run(static, corpus, output))[0] == list(TEXTS)
+
+
+@pytest.mark.parametrize("blocked", ["out", "."])
+def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_opened(blocked, corpus, tmp_path, monkeypatch):
+    place = tmp_path / "taken"
+    place.write_text("a file where a folder belongs")
+    argv = ["--input", str(corpus), "--output", str(place / blocked)]
+    with pytest.raises(InputError, match=f"--output .*: {place} is no folder"):
+        encode(["nowhere", *argv])
+
+    def refuse(**options: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(InputError, match=f"{tmp_path} cannot be written to .Read-only file system."):
+        encode(["nowhere", *argv[:3], str(tmp_path / "new" / "out")])
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -294,8 +341,6 @@ def test_inputs_that_cannot_be_read_are_refused(static, tmp_path):
 
 def test_a_vector_that_is_not_finite_stops_before_anything_of_its_shard_is_written(static_model, corpus, tmp_path):
     static_model.save_pretrained(str(tmp_path / "model"), create_model_card=False)
-    from safetensors.torch import load_file, save_file
-
     file = tmp_path / "model" / "model.safetensors"
     weights = load_file(file)
     word = static_model.tokenizer.encode("tar").ids[1]

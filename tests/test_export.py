@@ -314,7 +314,7 @@ def test_folders_that_hold_nothing_to_export_are_refused(
 ):
     assert "no such folder" in refused(capsys, tmp_path / "nowhere")
     (tmp_path / "taken").write_text("mine")
-    assert "taken: is a file" in refused(capsys, head, "--output", str(tmp_path / "taken"), "--overwrite")
+    assert "taken is no folder" in refused(capsys, head, "--output", str(tmp_path / "taken"), "--overwrite")
     assert "Stock modules need no export of ours" in refused(capsys, polyrep.save(sentence_model, tmp_path / "stock"))
     pipeline = polyrep.save(examples["polyrep_toy"].models["pipeline"], tmp_path / "toy")
     assert "ToyHead reads no text, and its room does not say what it reads" in refused(capsys, pipeline)

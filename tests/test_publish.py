@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -480,6 +481,32 @@ def test_a_name_that_is_public_anyway_is_none_to_hide(tmp_path, monkeypatch):
         refuse_secrets(tmp_path)
 
 
+def test_an_account_called_like_a_word_of_the_command_publishes(models, tmp_path, monkeypatch):
+    command = "accelerate launch train.py hub_configs/gaussian-minilm --learning_rate 0.001 --datasets tiny"
+    rows = [{"system": "bm25", "dataset": "tiny", "split": "test", "metric": "nDCG@10", "value": 0.5, "queries": 9}]
+    results = provenance("python evaluate.py final --dataset tiny --baselines bm25") | {"name": "test", "claims": []}
+    results |= {"rows": rows, "models": {}, "seeds": [7], "settings_tried": 1}
+    recipe = RECIPE | {"command": command}
+    card = cards.render_card(models["gaussian"], "gaussian", recipe=recipe, results=[results], fingerprints=[])
+    (tmp_path / "README.md").write_text(str(card), encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"similarity_fn_name": "cosine", "split": "train"}')
+    verbs = ["train", "evaluate", "encode", "index", "search", "publish", "data"]
+    for user in [
+        *re.findall(r"[a-z][\w]+", command.replace("tiny", "")),
+        *verbs,
+        "final",
+        "python",
+        "system",
+        "cosine",
+    ]:
+        monkeypatch.setattr(inspection.getpass, "getuser", lambda user=user: user)
+        refuse_secrets(tmp_path, "someone/model")
+    (tmp_path / "notes.txt").write_text("ask train or somebody\n")
+    monkeypatch.setattr(inspection.getpass, "getuser", lambda: "somebody")
+    with pytest.raises(InputError, match="the user name somebody"):
+        refuse_secrets(tmp_path, "someone/model")
+
+
 def test_claims_of_another_model_are_refused(finished, capsys):
     results, digest = finished.parent / "results", fingerprint(finished)
     claim = {"claim": "gain", "value": 0.1, "target": None, "met": None}
@@ -667,6 +694,13 @@ def test_commands_and_licences_as_others_may_read_them(tmp_path):
     public = "accelerate launch train.py hub_configs/x --backbone late --datasets a b data/c --seed 3"
     public += """ --baselines bm25,other --prompts '{"query": "x"}'"""
     assert cards.public_command(command) == public
+    dashed = "polyrep train x --output-dir /mnt/out --hub-token=hf_secret --push-to-hub true --learning-rate 0.1"
+    assert cards.public_command(dashed) == "polyrep train x --learning-rate 0.1"
+    for word in ("polyrep", "train", "publish", "--seed", "3", "x"):  # an account or repository of that name
+        asked = (
+            f"polyrep train x --hub_model_id {word}/{word} --output_dir {word} --backbone /home/{word}/{word} --seed 3"
+        )
+        assert cards.public_command(asked) == shlex.join(["polyrep", "train", "x", "--backbone", word, "--seed", "3"])
     for metadata, licence in (
         ("license: mit", "mit"),
         ("license: [mit, cc-by-4.0]", "mit, cc-by-4.0"),

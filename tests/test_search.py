@@ -342,6 +342,16 @@ def test_damage_is_refused_by_name(stored, tmp_path):
     assert opened().count() == 0 and not path.exists()  # looking writes nothing
 
 
+@pytest.mark.parametrize(("uri", "kind", "similarity"), [*ON_DISK, ("qdrant:{}", "sentence", "dot")])
+def test_an_index_that_cannot_be_written_is_refused_before_a_shard_is_read(uri, kind, similarity, tmp_path):
+    (tmp_path / "taken").write_text("a file where a folder belongs")
+    read: list[Shard] = []
+    index = open_index(uri.format(tmp_path / "taken" / "index"))
+    with pytest.raises(InputError, match="taken is no folder"):
+        index.add(read.append(one) or one for one in [shard(kind, texts(kind, 3, 1))] * 2)
+    assert len(read) <= 1
+
+
 def test_two_stages_rank_candidates_anew():
     index = open_index("memory:?prefetch=12")
     first, second = texts("sentence", 50, 1), texts("tokens", 50, 2)

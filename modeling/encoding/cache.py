@@ -36,12 +36,12 @@ from sentence_transformers.base.modules.module import Module
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..errors import InputError
+from ..errors import InputError, refuse_no_text
 from ..files import staged_folder, write_json
 from ..hub.fingerprint import NOT_FINGERPRINTED, without
 from ..hub.folder import Encoder
 from .embeddings import Embeddings, Kind
-from .encoders import encode_chunk, kind_of, refuse_not_finite_vectors
+from .encoders import encode_chunk, kind_of, refuse_broken_prompts, refuse_not_finite_vectors
 
 logger = logging.getLogger(__name__)
 
@@ -181,11 +181,19 @@ def open_cache(path: str | Path, key: dict[str, Any] | None = None) -> Embedding
 
 
 def cache_key(model: Encoder, texts: Mapping[str, Any], *, task: str, kind: str, dtype: str) -> dict[str, Any]:
-    """Everything that embeddings depend on, readable; two equal keys mean equal embeddings."""
+    """Everything that embeddings depend on, readable; two equal keys mean equal embeddings.
+
+    Raises:
+        InputError: An id, a text or a prompt holds half of a surrogate pair.
+    """
+    refuse_broken_prompts(model)
     digest = hashlib.sha256()
     known = getattr(texts, "digests", {})
     for identifier in texts:
         text = known.get(identifier) or texts[identifier]
+        for part in (identifier, text):
+            if isinstance(part, str):
+                refuse_no_text(part, f"text {identifier!r}")
         content = text.encode() if isinstance(text, str) else f"{text.mode}{text.size}".encode() + text.tobytes()
         for part in (identifier.encode(), content):  # lengths keep ("a", "bc") apart from ("ab", "c")
             digest.update(len(part).to_bytes(8, "little") + part)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..data.stream import Document, Fields, Source, Span, open_source, picture
-from ..errors import InputError
+from ..errors import InputError, refuse_no_text
 from ..files import read_json, refuse_unwritable, remove_leftovers, staged_file, write_json
 from ..flags import parse
 from ..hub.fingerprint import fingerprint
@@ -33,7 +33,7 @@ from ..hub.folder import Encoder, fastest_dtype, fetch, load
 from ..report import provenance
 from .cache import CHUNK
 from .embeddings import Embeddings, Kind, joined, rows
-from .encoders import encode_chunk, kind_of, refuse_not_finite_vectors
+from .encoders import encode_chunk, kind_of, refuse_broken_prompts, refuse_not_finite_vectors
 from .shards import PRECISIONS, Origin, manifest_of, shard_path, write_shard
 
 SHARD_SIZES = {False: 4096, True: 512}
@@ -118,8 +118,8 @@ def encode(argv: list[str], *, prog: str = "polyrep encode") -> dict[str, Any]:
         shard_size=size,
         **provenance(shlex.join([*prog.split(), *argv])),
     )
-    _begin(output, manifest)
-    work = _Work(model, origin, args.task, args.batch_size, output)
+    _refuse_another(output, manifest)
+    work = _Work(model, origin, args.task, args.batch_size, output, manifest)
     with _progress(output, source, state) as progress:
         shards = work.through(_own(source.spans(size), state), progress)
     if not shards:
@@ -173,8 +173,11 @@ def _progress(output: Path, source: Source, state: PartialState) -> Any:
 class _Work:
     """The shards of one process. The last shard is being written while the next is encoded."""
 
-    def __init__(self, model: Encoder, origin: Origin, task: str, batch_size: int, output: Path):
+    def __init__(
+        self, model: Encoder, origin: Origin, task: str, batch_size: int, output: Path, manifest: dict[str, Any]
+    ):
         self.model, self.origin, self.task, self.batch_size, self.output = model, origin, task, batch_size, output
+        self.manifest = manifest
 
     def through(self, spans: Iterator[tuple[Span, bool]], progress: Any) -> int:
         """Encode what is this process's and not there yet; returns the number of spans."""
@@ -185,6 +188,8 @@ class _Work:
                 if own and not self._is_done(span):
                     made = self._encoded(span, progress)
                     _settled(writing)
+                    if writing is None:  # not before a shard is there to be written, lest a refusal leave anything
+                        _begin(self.output, self.manifest)
                     writing = writer.submit(made)
                 elif own:
                     progress.update(span.records)
@@ -282,14 +287,18 @@ def _settled(writing: Future | None) -> None:
 
 
 def _begin(output: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest, or compare it with the one that is there."""
-    shards, path = output / "shards", output / "manifest.json"
-    shards.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(shards)
-    known = read_json(path, remedy="Choose another --output, or delete the folder to begin anew.")
-    if not known:
-        write_json(path, manifest)
-        return
+    """Write the manifest, unless another process or an earlier run has."""
+    (output / "shards").mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output / "shards")
+    if not _refuse_another(output, manifest):
+        write_json(output / "manifest.json", manifest)
+
+
+def _refuse_another(output: Path, manifest: dict[str, Any]) -> bool:
+    """Whether the folder has shards of this manifest; InputError if they are of another. One without binds nobody."""
+    known = read_json(output / "manifest.json", remedy="Choose another --output, or delete the folder to begin anew.")
+    if not known or not any((output / "shards").glob("*.json")):
+        return False
     differing = [
         name
         for name in dict.fromkeys([*known, *manifest])
@@ -300,12 +309,14 @@ def _begin(output: Path, manifest: dict[str, Any]) -> None:
             f"{output}: was begun with another {', '.join(differing)} (manifest.json says which), so going on would "
             "mix two corpora. Choose another --output, or delete the folder to begin anew."
         )
+    return True
 
 
 def _finish(output: Path, shards: int) -> dict[str, Any]:
     """Declare the corpus complete if it is, whoever wrote the last shard."""
     summary = dict.fromkeys(("done", "documents", "bytes", "errors"), 0)
-    with staged_file(output / "errors.jsonl") as partial, partial.open("w", encoding="utf-8") as errors:
+    options: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}  # names of files may be any bytes
+    with staged_file(output / "errors.jsonl") as partial, partial.open("w", **options) as errors:
         for number in range(shards):
             if record := read_json(shard_path(output, number).with_suffix(".json")):
                 summary["done"] += 1
@@ -334,6 +345,7 @@ def _refuse_unusable(args: EncodeArguments) -> None:
     for flag in ("input", "output"):
         if not getattr(args, flag):
             raise InputError(f"--{flag}: missing. Say what to encode with --input, and where to with --output.")
+    refuse_no_text(args.name, "--name")
     if Path(args.input).is_dir() and Path(args.output).resolve().is_relative_to(Path(args.input).resolve()):
         raise InputError(f"--output {args.output}: lies in the input, which it would become part of. Name another.")
     refuse_unwritable(Path(args.output), "--output")
@@ -353,6 +365,7 @@ def _refuse_unfit(model: Any, source: Source, precision: str, name: str) -> None
         raise InputError(
             f"{name}: takes {' and '.join(model[0].modalities)}, but the input is {wanted}s. Use a model for them."
         )
+    refuse_broken_prompts(model)
     if kind_of(model) == "sparse" and precision in ("int8", "binary"):
         raise InputError(
             f"--precision {precision}: sparse vectors are weights of words, kept in float16 or float32 alone."

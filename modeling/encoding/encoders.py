@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from sentence_transformers import MultiVectorEncoder, SparseEncoder
 
-from ..errors import InputError
+from ..errors import InputError, refuse_no_text
 from ..hub.folder import Encoder
 from .embeddings import Kind
 
@@ -93,6 +93,12 @@ _ENCODERS: dict[str, Any] = {
     "layers": _encode_layers,
     "cls_layers": partial(_encode_layers, cls=True),
 }
+
+
+def refuse_broken_prompts(model: Encoder) -> None:
+    """Refuse a model with a prompt that no tokenizer reads."""
+    for name, prompt in (model.prompts or {}).items():
+        refuse_no_text(prompt or "", f"the model's prompt {name!r}")
 
 
 def refuse_not_finite_vectors(values: np.ndarray, lengths: np.ndarray | None, ids: Sequence[str], dtype: str) -> None:

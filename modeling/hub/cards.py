@@ -257,13 +257,15 @@ def public_command(command: str) -> str:
     hidden = ""
     for word in shlex.split(command):
         flag, equals, value = word.partition("=")
+        flag = flag.replace("-", "_").replace("__", "--", 1) if flag.startswith("--") else flag  # as it may be spelt
         if hidden in _WHERE or hidden in _SWITCHES and word.lower() in ("true", "false"):
             hidden = ""  # the value of the flag before
         elif flag in (*_WHERE, *_SWITCHES):
             hidden = "" if equals else flag
         else:
             hidden = ""
-            shown.append(f"{flag}={_last_part(value)}" if equals and flag.startswith("--") else _last_part(word))
+            given = word.partition("=")[0]
+            shown.append(f"{given}={_last_part(value)}" if equals and flag.startswith("--") else _last_part(word))
     return shlex.join(shown)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from ..errors import InputError, first_line
-from ..files import read_json, staged_folder, write_json
+from ..files import read_json, refuse_unwritable, staged_folder, write_json
 from ..flags import parse
 from ..hub.fingerprint import fingerprint
 from ..hub.folder import PREFIX, check_folder
@@ -65,8 +65,7 @@ def export_onnx(argv: list[str], *, prog: str = "polyrep export-onnx") -> Path:
     target = Path(args.output) if args.output else folder / "onnx"
     _refuse_missing_packages()
     part = _part_of_ours(folder)
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{target}: is a file, and the graphs need a folder. Pass another --output.")
+    refuse_unwritable(target, "--output" if args.output else "")
     if target.exists() and any(target.iterdir()) and not args.overwrite:
         raise InputError(f"{target}: exists and would be replaced. Pass --overwrite, or another --output.")
     model = _open(part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import getpass
 import json
 import mmap
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from ..errors import InputError
-from ..files import read_json, write_json
+from ..files import read_json, shipped_folder, write_json
 from ..hub.cards import ABSOLUTE_PATH, head_folders
 from ..hub.folder import PREFIX, Encoder
 from ..registry import room_of
@@ -36,14 +38,18 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "add
 """Where any piece of any text may be a word."""
 
 _NOBODY = {"root", "user", "admin", "ubuntu", "debian", "runner", "docker", "jovyan", "app", "test", "model", "data"}
-"""Names of accounts that are words of every config, and tell of nobody."""
+"""Names of accounts that everybody has, and that tell of nobody."""
+
+_PHRASE = 60
+"""Characters of a string that may be a name or a part of a table; longer ones are prose."""
 
 
 def refuse_secrets(folder: Path, repo: str = "") -> None:
     """Refuse a folder that tells of this machine: a token, a path, a user.
 
     A user's name is looked for as a word where names of places and people come from, in configs and in the tables and
-    commands of a card: in its prose, and in vocabularies, it is more likely a word.
+    commands of a card: in its prose, and in vocabularies, it is more likely a word. One that polyrep itself writes
+    there (an account ``train``, ``python`` or ``cosine``) is not looked for: it would stand there whoever made it.
 
     Args:
         folder: The repository to be.
@@ -54,7 +60,7 @@ def refuse_secrets(folder: Path, repo: str = "") -> None:
     """
     token, user = get_token(), _user()
     here = [place for place in (str(Path.home()), os.getcwd(), tempfile.gettempdir()) if place.count("/") > 1]
-    tells = user and len(user) > 2 and user not in _NOBODY | set(repo.split("/"))
+    tells = user and len(user) > 2 and user not in _NOBODY | set(repo.split("/")) | own_words()
     name = re.compile(rf"(?<![\w-]){re.escape(user)}(?![\w-])") if tells else None
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         for number, line in _lines(file):
@@ -81,6 +87,27 @@ def refuse_secrets(folder: Path, repo: str = "") -> None:
                     f"{file.relative_to(folder)}{f':{number}' if number else ''}: holds {found} of the machine it was "
                     f"made on, for everybody to read. Nothing was uploaded; it comes from {source}: mend it there."
                 )
+
+
+@cache
+def own_words() -> frozenset[str]:
+    """Words that polyrep writes into configs, tables and commands: of its flags, strings, templates and runs."""
+    package = Path(__file__).parent.parent
+    texts = ["python accelerate launch polyrep", *(file.stem for file in package.rglob("*.py"))]
+    for file in sorted(package.rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+        messages = {part for node in nodes if isinstance(node, ast.Raise) for part in ast.walk(node)}
+        for node in nodes:
+            if node in messages:  # prose, of which no card is made
+                continue
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) <= _PHRASE:
+                texts.append(node.value)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):  # a field, hence a flag
+                texts.append(node.target.id)
+    for name, pattern in (("model_cards", "*.md"), ("hub_configs", "*/*.*")):
+        for file in shipped_folder(name).glob(pattern):
+            texts += [line for line in file.read_text(encoding="utf-8").splitlines() if len(line) <= 2 * _PHRASE]
+    return frozenset(word for text in texts for word in re.findall(r"[\w-]+", text))
 
 
 def _user() -> str:

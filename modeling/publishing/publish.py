@@ -22,7 +22,7 @@ from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from transformers import PreTrainedModel
 
 from ..errors import InputError
-from ..files import read_json, staged_folder, write_text
+from ..files import read_json, refuse_unwritable, staged_folder, write_text
 from ..flags import parse
 from ..hub.cards import PINNED, HubId, hub_place, own_rows, render_card, ways_to_open
 from ..hub.code import localize, may_run, refuse_foreign_code
@@ -94,6 +94,8 @@ def publish_folder(folder: Path, args: PublishArguments) -> str | None:
     finished = collect(folder, args.results, args.card, hub_ids)
     if args.output and (Path(args.output).exists() or finished.folder in Path(args.output).resolve().parents):
         raise InputError(f"--output {args.output}: exists, or is in the model's folder. Name a new one elsewhere.")
+    if args.output:
+        refuse_unwritable(Path(args.output), "--output")
     head = None if args.dry_run else head_of(args.repo, model_kind(finished.folder), private=args.private)
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(args.output) if args.output else Path(scratch) / "repository"

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ..encoding.cache import embed
 from ..encoding.encoders import kind_of
 from ..encoding.shards import EncodedCorpus, Shard
-from ..errors import InputError
+from ..errors import InputError, refuse_no_text
 from ..flags import parse
 from ..hub.fingerprint import fingerprint
 from ..hub.folder import fastest_dtype, fetch, load
@@ -103,6 +103,8 @@ def search(argv: list[str], *, prog: str = "polyrep search") -> list[list[Hit]]:
     about = "Search an index."
     args, queries = parse(SearchArguments, argv, prog, about, "QUERY", "Texts to search for.", nargs="+")
     _refuse_no_uri(args.uri)
+    for query in queries:
+        refuse_no_text(query, f"query {query!r}")
     folder = fetch(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
     name, print_ = args.name, fingerprint(folder)
     target = open_index(args.uri, fingerprint=print_, force=args.force)

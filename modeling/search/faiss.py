@@ -88,7 +88,8 @@ class FaissIndex(FolderIndex):
         self.documents = Documents(ids)
         self.engine: Any = None
         if folder is not None:
-            self.engine = self.faiss.read_index(str(folder / FILE))
+            with (folder / FILE).open("rb") as file:  # by Python, since FAISS opens only paths in ASCII on Windows
+                self.engine = self.faiss.read_index(self.faiss.PyCallbackIOReader(file.read))
             if self.engine.ntotal != len(ids):
                 raise ValueError(f"{self.engine.ntotal} vectors for {len(ids)} ids")
 
@@ -110,7 +111,8 @@ class FaissIndex(FolderIndex):
             values = self.faiss.downcast_index(self.engine.storage).reconstruct_n(0, total)
             self.engine = self._new(self.engine.d)
             self.engine.add(values[self.documents.compact()])
-        self.faiss.write_index(self.engine, str(folder / FILE))
+        with (folder / FILE).open("wb") as file:
+            self.faiss.write_index(self.engine, self.faiss.PyCallbackIOWriter(file.write))
         return {}
 
     def _new(self, dim: int) -> Any:

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import SplitResult, unquote
+from urllib.parse import SplitResult, unquote_to_bytes
 
 import numpy as np
 from filelock import FileLock
@@ -28,7 +29,7 @@ from filelock import FileLock
 from ..encoding.embeddings import Embeddings, Kind, joined, rows
 from ..encoding.shards import Origin, Shard, packed_ids, unpacked_ids
 from ..errors import InputError
-from ..files import write_json
+from ..files import refuse_unwritable, write_json
 from .protocol import Added, Hit, Queries, checked_origin, stages, unique_ids
 
 FORMAT = "polyrep-index-1"
@@ -60,7 +61,7 @@ def folder_of(parts: SplitResult) -> Path:
             f"{parts.geturl()}: names no folder. Write {parts.scheme}:///absolute/path, with three slashes, or "
             f"{parts.scheme}:relative/path; %23 stands for # and %3F for ?."
         )
-    return Path(unquote(parts.path))
+    return Path(os.fsdecode(unquote_to_bytes(os.fsencode(parts.path))))
 
 
 class Documents:
@@ -167,6 +168,7 @@ class FolderIndex(ABC):
 
     def add(self, shards: Iterable[Shard]) -> Added:
         """See :class:`polyrep.search.Index`; all shards are added, or after an error none."""
+        refuse_unwritable(self.path)
         written = replaced = known = 0
         changed = False
         try:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ..encoding.shards import Origin
 from ..errors import InputError
-from ..files import read_json, staged_folder, write_json
+from ..files import read_json, refuse_unwritable, staged_folder, write_json
 from .local import package
 
 SIMILARITIES = {
@@ -113,7 +113,8 @@ class Embedded:
         Raises:
             InputError: The folder is in use, damaged, or not ours.
         """
-        records = read_json(self.folder / "polyrep.json", remedy="Delete the index and add the shards again.")
+        remedy = "Delete the index and add the shards again."
+        records = read_json(self.folder / "polyrep.json", remedy=remedy) if self.folder.is_dir() else {}
         there = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
         if there and "polyrep" not in records:
             raise InputError(
@@ -126,6 +127,7 @@ class Embedded:
 
     def create(self, origin: Origin, layout: dict[str, Any], records: dict[str, Any]) -> None:
         """See :class:`Engine`."""
+        refuse_unwritable(self.folder)
         with staged_folder(self.folder) as staged:
             self.edge.EdgeShard.create(str(staged / "shard"), self._config({origin.name: origin}, layout)).close()
             write_json(staged / "polyrep.json", records)

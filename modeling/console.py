@@ -1,0 +1,63 @@
+"""What a command prints reaches any console, or the command says that it cannot."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TextIO
+
+from .errors import InputError
+
+
+@contextmanager
+def console() -> Iterator[None]:
+    r"""Let what runs inside print whatever it likes, wherever it is printed to.
+
+    A character that the console's encoding lacks is printed as its escape, e.g. ``\u2192``. A stream that was closed
+    before the program began takes everything and keeps nothing.
+
+    Raises:
+        InputError: What was printed could not be written, as to a full disk.
+        SystemExit: The reader has gone, as of ``polyrep search ... | head -1``: 141, as a shell has it.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  stays open as long as we run
+        elif hasattr(stream := getattr(sys, name), "reconfigure"):  # notebooks have streams of their own
+            with suppress(OSError):  # one that cannot be flushed now is told of below
+                stream.reconfigure(errors="backslashreplace")
+    failed = False
+    try:
+        yield
+    except OSError:
+        failed = True
+        raise
+    finally:
+        if (error := _lost(sys.stdout, failed)) is not None:
+            if isinstance(error, BrokenPipeError):
+                raise SystemExit(141) from None
+            raise InputError(
+                f"standard output: cannot be written ({error.strerror}), so what the command printed is lost. "
+                "Make room, or send it elsewhere."
+            ) from None
+
+
+def _lost(stream: TextIO, failed: bool) -> OSError | None:
+    """Why what was printed cannot be written, None if it can; then the rest goes nowhere, as does the interpreter's.
+
+    Args:
+        stream: Where it was printed.
+        failed: Whether something could not be written, here or elsewhere: an unbuffered stream forgets what that was.
+    """
+    try:
+        if failed and getattr(stream, "write_through", False):
+            stream.write("\n")
+        stream.flush()
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        return error
+    return None
