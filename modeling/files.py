@@ -52,28 +52,6 @@ def writing(place: Path) -> Iterator[None]:
         raise refused from error
 
 
-def refuse_unwritable(folder: Path, flag: str) -> None:
-    """InputError if no file can be written into a folder, or the folder not be made; leaves nothing behind.
-
-    Args:
-        folder: The folder.
-        flag: What the user names it by.
-    """
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    remedy = f"Name another folder with {flag}."
-    if not place.is_dir():
-        raise InputError(f"{flag} {folder}: {place} is a file, so nothing can be written below it. {remedy}")
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"{flag} {folder}: nothing can be written there ({error.strerror}). Mend it, or n{remedy[1:]}"
-        ) from error
-
-
 @contextmanager
 def staged_folder(target: Path, *, merge: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside ``target`` that becomes ``target`` when the block ends without an error.
