@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -53,10 +54,37 @@ def test_an_index_of_another_model_is_refused(encoded, tmp_path, sentence_model,
     assert main(["index", str(encoded / "shards"), "--uri", uri]) == 0
     sentence_model.save_pretrained(str(tmp_path / "other"), create_model_card=False)
     assert main(["search", "open ports", "--uri", uri, "--model", str(tmp_path / "other")]) == 2
-    made, asked = fingerprint(encoded / "model")[:12], fingerprint(tmp_path / "other")[:12]
+    made, asked = fingerprint(encoded / "model")[:14], fingerprint(tmp_path / "other")[:14]
     assert f"were made by model {made}, not by {asked}" in capsys.readouterr().err
     assert main(["index", str(tmp_path), "--uri", uri]) == 2
     assert "no encoded corpus" in capsys.readouterr().err
+
+
+def test_vectors_with_a_prompt_and_without_do_not_meet(encoded, tmp_path, capsys):
+    """One model's weights, and a prompt that somebody set in between."""
+    uri, model = f"faiss://{tmp_path}/index", shutil.copytree(encoded / "model", tmp_path / "model")
+    config = json.loads((model / "config_sentence_transformers.json").read_text())
+    config["prompts"] = {"query": "", "document": "manual page: "}
+    (model / "config_sentence_transformers.json").write_text(json.dumps(config))
+    flags = ["--input", str(encoded / "corpus.jsonl"), "--output", str(tmp_path / "shards")]
+    assert main(["encode", str(model), *flags]) == 0
+    assert main(["index", str(encoded / "shards"), "--uri", uri]) == 0
+    assert main(["index", str(tmp_path / "shards"), "--uri", uri]) == 2
+    assert "so their scores would not be comparable" in capsys.readouterr().err
+    assert main(["search", "open ports", "--uri", uri, "--model", str(model)]) == 2
+    assert "so scores would mean nothing" in capsys.readouterr().err
+
+
+def test_vectors_of_an_older_fingerprint_are_told_as_such_and_can_be_forced(encoded, tmp_path, capsys):
+    shards, uri = shutil.copytree(encoded / "shards", tmp_path / "shards"), f"faiss://{tmp_path}/index"
+    for file in (shards / "manifest.json", *(shards / "shards").glob("*.json")):
+        file.write_text(file.read_text().replace(fingerprint(encoded / "model"), fingerprint(encoded / "model", 1)))
+    assert main(["index", str(shards), "--uri", uri]) == 0
+    asked = ["search", QUERIES["q3"], "--uri", uri, "--model", str(encoded / "model")]
+    assert main(asked) == 2
+    assert "(of version 1, which says nothing of prompts and tokenizer), not by 2-" in capsys.readouterr().err
+    assert main([*asked, "--force"]) == 0
+    assert "d4" in capsys.readouterr().out
 
 
 def test_vectors_of_two_models_are_each_searched_by_their_own(encoded, tmp_path, static_model, capsys):

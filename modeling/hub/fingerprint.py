@@ -3,6 +3,8 @@
 Shipped files need it too, to know the backbone of a head, so it stands in :mod:`polyrep.hub.polyrep_room`.
 """
 
+import re
+
 from .polyrep_room import NOT_FINGERPRINTED, fingerprint, fingerprints, weight_files, without
 
 __all__ = ["NOT_FINGERPRINTED", "fingerprint", "fingerprints", "told", "weight_files", "without"]
@@ -10,5 +12,6 @@ __all__ = ["NOT_FINGERPRINTED", "fingerprint", "fingerprints", "told", "weight_f
 
 def told(fingerprint: str) -> str:
     """A fingerprint as messages show it: its first digits, and what one of the first version does not say."""
-    old = "" if "-" in fingerprint else " (of version 1, which says nothing of prompts and tokenizer)"
+    first = re.fullmatch(r"[0-9a-f]{64}", fingerprint)
+    old = " (of version 1, which says nothing of prompts and tokenizer)" if first else ""
     return f"{fingerprint[:14]}{old}"

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import InputError
 from ..files import read_json, shipped_folder
 from ..hub.cards import HubId, check_template, own_rows
-from ..hub.fingerprint import fingerprints
+from ..hub.fingerprint import fingerprints, told
 from ..hub.folder import check_folder
 from ..registry import room_of
 from ..report import check_results
@@ -114,9 +114,9 @@ def _own_results(
     for file in files if not named or not ours else [place for place in named if place in measured]:
         if file not in ours:
             models = measured[file]["models"]
-            of = ", ".join(f"{system} ({value[:12]})" for system, value in models.items()) or "no model"
+            of = ", ".join(f"{system} ({told(value)})" for system, value in models.items()) or "no model"
             raise InputError(
-                f"{file}: measured on {of}, but {folder} has fingerprint {digest[:12]}, so its numbers are another "
+                f"{file}: measured on {of}, but {folder} has fingerprint {told(digest)}, so its numbers are another "
                 "model's. Refused; measure this model, or leave the file out."
             )
     for file, result in ours.items():

@@ -15,6 +15,7 @@ import importlib
 from urllib.parse import parse_qsl, urlsplit
 
 from ..errors import InputError
+from ..hub.fingerprint import told
 from .protocol import Index
 
 BACKENDS = {
@@ -50,8 +51,8 @@ def open_index(uri: str, *, fingerprint: str = "", force: bool = False) -> Index
     known = {origin.fingerprint for origin in index.origins.values()}
     if fingerprint and known and fingerprint not in known and not force:
         raise InputError(
-            f"{uri}: its vectors were made by model {', '.join(sorted(print_[:12] for print_ in known))}, not by "
-            f"{fingerprint[:12]}, so scores would mean nothing. Encode the corpus with this model, or pass --force "
+            f"{uri}: its vectors were made by model {', '.join(sorted(map(told, known)))}, not by "
+            f"{told(fingerprint)}, so scores would mean nothing. Encode the corpus with this model, or pass --force "
             "(force=True) if you know that the two give the same vectors."
         )
     return index

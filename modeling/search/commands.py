@@ -14,7 +14,7 @@ from ..encoding.encoders import kind_of
 from ..encoding.shards import EncodedCorpus, Shard
 from ..errors import InputError, refuse_no_text
 from ..flags import parse
-from ..hub.fingerprint import fingerprint
+from ..hub.fingerprint import fingerprint, told
 from ..hub.folder import fastest_dtype, fetch, load
 from .backends import open_index
 from .protocol import Hit
@@ -112,8 +112,8 @@ def search(argv: list[str], *, prog: str = "polyrep search") -> list[list[Hit]]:
         name = next((n for n, origin in target.origins.items() if origin.fingerprint == print_), "")
     elif name in target.origins and target.origins[name].fingerprint != print_ and not args.force:
         raise InputError(
-            f"{args.uri}: its vectors {name!r} were made by model {target.origins[name].fingerprint[:12]}, not by "
-            f"{print_[:12]}, so scores would mean nothing. Name the model that made them, or pass --force."
+            f"{args.uri}: its vectors {name!r} were made by model {told(target.origins[name].fingerprint)}, not by "
+            f"{told(print_)}, so scores would mean nothing. Name the model that made them, or pass --force."
         )
     model = load(folder, trust_remote_code=args.trust_remote_code, dtype=fastest_dtype(args.model_dtype))
     texts = {str(number): query for number, query in enumerate(queries)}

@@ -15,6 +15,7 @@ from scipy.sparse import csr_matrix, issparse
 from ..encoding.embeddings import Embeddings, in_memory
 from ..encoding.shards import Origin, Shard
 from ..errors import InputError
+from ..hub.fingerprint import told
 
 Queries = Any
 """What ``encode_query`` returns: ``(queries, dim)`` as array or tensor; a list of ``(vectors, dim)`` where a query has
@@ -117,8 +118,8 @@ def checked_origin(
         )
     if known.fingerprint != new.fingerprint and not force:
         raise InputError(
-            f"{where}: its vectors {new.name!r} were made by model {known.fingerprint[:12]}, these by "
-            f"{new.fingerprint[:12]}, so their scores would not be comparable. Start a new index, or pass --force "
+            f"{where}: its vectors {new.name!r} were made by model {told(known.fingerprint)}, these by "
+            f"{told(new.fingerprint)}, so their scores would not be comparable. Start a new index, or pass --force "
             "(force=True) to mix them."
         )
     return known

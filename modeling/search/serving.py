@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from ..errors import InputError
+from ..hub.fingerprint import told
 from .protocol import Hit, Index
 
 Task = Literal["query", "document"]
@@ -58,8 +59,8 @@ class Service:
         for origin in index.origins.values():
             if origin.fingerprint != fingerprint:
                 raise InputError(
-                    f"the index: its vectors {origin.name!r} were made by model {origin.fingerprint[:12]}, not by "
-                    f"{fingerprint[:12]}, so scores would mean nothing. Encode the corpus with the model served."
+                    f"the index: its vectors {origin.name!r} were made by model {told(origin.fingerprint)}, not by "
+                    f"{told(fingerprint)}, so scores would mean nothing. Encode the corpus with the model served."
                 )
         self._model, self._index, self._fingerprint = model, index, fingerprint
         self._batch_texts, self._batches = batch_texts, 0
