@@ -118,12 +118,17 @@ def encode(argv: list[str], *, prog: str = "polyrep encode") -> dict[str, Any]:
         shard_size=size,
         **provenance(shlex.join([*prog.split(), *argv])),
     )
-    _begin(output, manifest)
-    work = _Work(model, origin, args.task, args.batch_size, output)
-    with _progress(output, source, state) as progress:
-        shards = work.through(_own(source.spans(size), state), progress)
-    if not shards:
-        raise InputError(f"{args.input}: holds no record, so there is nothing to encode.")
+    begun = _begin(output, manifest)
+    try:
+        work = _Work(model, origin, args.task, args.batch_size, output)
+        with _progress(output, source, state) as progress:
+            shards = work.through(_own(source.spans(size), state), progress)
+        if not shards:
+            raise InputError(f"{args.input}: holds no record, so there is nothing to encode.")
+    except InputError:
+        if begun and not any((output / "shards").iterdir()):  # else the next try would have to be like this one
+            (output / "manifest.json").unlink(missing_ok=True)
+        raise
     summary = _finish(output, shards)
     if state.is_main_process or summary["complete"]:
         print(_said(summary, output), flush=True)
@@ -281,15 +286,15 @@ def _settled(writing: Future | None) -> None:
         writing.result()  # raises what went wrong there, e.g. a full disk
 
 
-def _begin(output: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest, or compare it with the one that is there."""
+def _begin(output: Path, manifest: dict[str, Any]) -> bool:
+    """Write the manifest, or compare it with the one that is there; returns whether it was written."""
     shards, path = output / "shards", output / "manifest.json"
     shards.mkdir(parents=True, exist_ok=True)
     remove_leftovers(shards)
     known = read_json(path)
     if not known:
         write_json(path, manifest)
-        return
+        return True
     differing = [
         name
         for name in dict.fromkeys([*known, *manifest])
@@ -300,6 +305,7 @@ def _begin(output: Path, manifest: dict[str, Any]) -> None:
             f"{output}: was begun with another {', '.join(differing)} (manifest.json says which), so going on would "
             "mix two corpora. Choose another --output, or delete the folder to begin anew."
         )
+    return False
 
 
 def _finish(output: Path, shards: int) -> dict[str, Any]:
