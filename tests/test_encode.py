@@ -245,6 +245,12 @@ def test_going_on_with_something_else_is_refused(static, corpus, tmp_path, sente
         EncodedCorpus(tmp_path)
 
 
+def test_a_refusal_before_the_first_shard_leaves_nothing_that_binds_the_next_try(static, corpus, tmp_path):
+    with pytest.raises(InputError, match="none of the first 23 records can be used"):
+        run(static, corpus, tmp_path / "out", "--text_field", "body")
+    assert read(run(static, corpus, tmp_path / "out", "--shard_size", "5"))[0] == list(TEXTS)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -69,12 +69,18 @@ def module_folders(folder: Path) -> list[Path]:
         raise InputError(f"{listing}: is no list of modules with a path each. Fetch or save the model again.")
     parts = [(listing, folder / path) for path in paths]
     for file, part in parts:  # grows while it is read
-        if folder.resolve() not in (part.resolve(), *part.resolve().parents):
+        try:
+            outside = folder.resolve() not in (part.resolve(), *part.resolve().parents)
+            routes = (part / "router_config.json").is_file()
+        except (OSError, RuntimeError) as error:  # a name that is too long, a link to itself
+            raise InputError(f"{file}: module path {str(part)[:200]} cannot be read ({error}). Refused.") from None
+        if outside:
             raise InputError(f"{file}: module path {part} leaves the folder. Refused; get a clean copy.")
         if len(parts) > 1000:
             raise InputError(f"{listing}: more than 1,000 modules. Refused; get a clean copy.")
-        if (routes := part / "router_config.json").is_file():
-            parts += [(routes, part / str(name).replace("\0", "")) for name in read_json(routes).get("types", {})]
+        if routes:
+            names = read_json(part / "router_config.json").get("types", {})
+            parts += [(part / "router_config.json", part / name) for name in names if "\0" not in name]
     return list(dict.fromkeys(part for _, part in parts))
 
 

@@ -34,8 +34,8 @@ from . import Outcome, judge
 TEXTS = ["list open ports", "a file"]
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-SAME, CHANGED, REFUSED = "same", "changed", "refused"
-"""What a mutation may lead to: the same vectors or a refusal; others, or one; a refusal."""
+SAME, CHANGED, REFUSED, ANY = "same", "changed", "refused", "any"
+"""What a mutation may lead to: the same vectors or a refusal; others, or one; a refusal; what opens, or one."""
 
 Mutation = Callable[[Path, random.Random], str]
 
@@ -64,8 +64,10 @@ def run(count: int, seed: int, folder: Path) -> list[Outcome]:
         kind = chance.choice([kind for kind, (suits, _) in MUTATIONS.items() if suits(bases[name])])
         place = folder / "case" / str(number)
         shutil.copytree(bases[name], place)
-        marker = folder / "marker"
+        marker, before = folder / "marker", _contents(place)
         result = MUTATIONS[kind][1](place, chance)
+        if result == CHANGED and _contents(place) == before:
+            result = SAME
         for trap in place.rglob("*.bin"):
             trap.write_bytes(pickle.dumps(Trap(marker)))
 
@@ -76,7 +78,7 @@ def run(count: int, seed: int, folder: Path) -> list[Outcome]:
             if result == SAME:
                 same = len(found) == len(expected[name]) and all(map(np.array_equal, found, expected[name]))
                 assert same, "opened with other vectors"
-            else:
+            elif result == CHANGED:
                 assert polyrep.hub.fingerprint(place) != prints[name], "other weights of the same fingerprint"
                 assert all(np.isfinite(vector).all() for vector in found) or _is_large(model), "vectors not finite"
 
@@ -98,6 +100,10 @@ def answers(model: Any) -> list[np.ndarray]:
         vectors = encode(TEXTS)
         found += [np.asarray(v.to_dense() if hasattr(v, "to_dense") else v, np.float32) for v in vectors]
     return found
+
+
+def _contents(folder: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
 def _is_large(model: torch.nn.Module) -> bool:
@@ -199,10 +205,9 @@ def flip_header(folder: Path, chance: random.Random) -> str:
     """Bits of the header, or of its length."""
     file = _file(folder, chance)
     data = bytearray(file.read_bytes())
-    before = data[:]
     _flip(data, 0, min(len(data), 8 + int.from_bytes(data[:8], "little")), chance)
     file.write_bytes(data)
-    return SAME if data == before else CHANGED  # offsets of two tensors of a size may be exchanged
+    return CHANGED  # offsets of two tensors of a size may be exchanged
 
 
 def flip_data(folder: Path, chance: random.Random) -> str:
@@ -212,10 +217,9 @@ def flip_data(folder: Path, chance: random.Random) -> str:
     start = 8 + int.from_bytes(data[:8], "little")
     if start == len(data):
         return SAME
-    before = data[:]
     _flip(data, start, len(data), chance)
     file.write_bytes(data)
-    return SAME if data == before else CHANGED
+    return CHANGED
 
 
 def cut(folder: Path, chance: random.Random) -> str:
@@ -272,8 +276,8 @@ def reshape(weights: dict[str, torch.Tensor], key: str, chance: random.Random) -
     ways = [tensor[None], tensor.reshape(-1), torch.cat([tensor.reshape(-1)] * 3), tensor.reshape(-1)[:0]]
     ways += [tensor.T] if tensor.ndim == 2 else []
     ways += [tensor[:-1]] if tensor.ndim else []
-    weights[key] = new = chance.choice(ways)
-    return SAME if new.shape == tensor.shape and torch.equal(new, tensor) else CHANGED
+    weights[key] = chance.choice(ways)
+    return CHANGED
 
 
 @_changed_weights
@@ -300,10 +304,9 @@ def poison(weights: dict[str, torch.Tensor], key: str, chance: random.Random) ->
 @_changed_weights
 def scale(weights: dict[str, torch.Tensor], key: str, chance: random.Random) -> str:
     """Values far from what they were, and still numbers."""
-    before = weights[key]
-    if before.is_floating_point():
-        weights[key] = before * chance.choice((0.0, -1.0, 1e10))
-    return SAME if torch.equal(before, weights[key]) else CHANGED
+    if weights[key].is_floating_point():
+        weights[key] = weights[key] * chance.choice((0.0, -1.0, 1e10))
+    return CHANGED
 
 
 def lie(folder: Path, chance: random.Random) -> str:
@@ -432,7 +435,7 @@ def layout(folder: Path, chance: random.Random) -> str:
     paths = ["..", "/", "/etc", "../..", "x", "./", ".", "a/../..", str(folder), str(folder.parent), "\0", "x" * 300]
     chance.choice(modules)["path"] = chance.choice([*paths, *(module["path"] for module in modules), None, 3, []])
     file.write_text(json.dumps(modules))
-    return SAME
+    return ANY  # a module reads the config of the folder that it is sent to
 
 
 def sizes(folder: Path, chance: random.Random) -> str:

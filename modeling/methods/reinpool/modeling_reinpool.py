@@ -106,7 +106,7 @@ class ReinPoolConfig(PretrainedConfig):
         check_counts(name, 0, num_layers=self.num_layers, refinement=self.refinement)
         check_choices(name, _CHOICES, **{field: getattr(self, field) for field in _CHOICES})
         if dim % heads:
-            fitting = max(h for h in range(1, heads + 1) if dim % h == 0)
+            fitting = next(h for h in range(min(heads, dim, 10_000), 0, -1) if dim % h == 0)
             raise ValueError(
                 f"{name}: num_heads={heads} does not divide dim={dim}, so attention heads would be uneven. Use a "
                 f"divisor of {dim}, e.g. {fitting}."
