@@ -267,7 +267,7 @@ def test_a_refused_try_leaves_nothing_that_binds_the_next(static, static_model, 
     save_file(
         {name: tensor * float("nan") for name, tensor in weights.items()}, tmp_path / "nan" / "model.safetensors"
     )
-    with pytest.raises(InputError, match="not finite in float16"):
+    with pytest.raises(InputError, match="not finite"):
         run(tmp_path / "nan", corpus, output)
     assert not output.exists()
     output.mkdir()
@@ -290,6 +290,12 @@ def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_opened(bl
     with pytest.raises(InputError, match=f"{tmp_path} cannot be written to .Read-only file system."):
         encode(["nowhere", *argv[:3], str(tmp_path / "new" / "out")])
     assert not (tmp_path / "new").exists()
+
+
+def test_a_refusal_before_the_first_shard_leaves_nothing_that_binds_the_next_try(static, corpus, tmp_path):
+    with pytest.raises(InputError, match="none of the first 23 records can be used"):
+        run(static, corpus, tmp_path / "out", "--text_field", "body")
+    assert read(run(static, corpus, tmp_path / "out", "--shard_size", "5"))[0] == list(TEXTS)
 
 
 @pytest.mark.parametrize(
@@ -346,7 +352,7 @@ def test_a_vector_that_is_not_finite_stops_before_anything_of_its_shard_is_writt
     word = static_model.tokenizer.encode("tar").ids[1]
     weights["embedding.weight"][word] = float("nan")
     save_file(weights, file)
-    with pytest.raises(InputError, match="not finite in float16"):
+    with pytest.raises(InputError, match="not finite"):
         run(tmp_path / "model", corpus, tmp_path / "out", "--shard_size", "2")
     assert not list((tmp_path / "out" / "shards").glob("*.partial"))
     with pytest.raises(InputError, match="shards are done of more"):

@@ -370,6 +370,12 @@ def test_the_last_baseline_is_the_reference_unless_another_is_named(tmp_path, be
     assert reference("--baselines", "none", "--token_pooling", "mean") == {"many"}
 
 
+def test_a_length_for_a_bag_of_words_is_refused(tmp_path, beir, static_model):
+    static_model.save_pretrained(str(tmp_path / "static"), create_model_card=False)
+    with pytest.raises(InputError, match="has no maximal length, so --max_length 4 means nothing"):
+        run(tmp_path, tmp_path / "static", "--dataset", beir, "--baselines", "none", "--max_length", 4)
+
+
 def test_flags_reach_the_model_and_the_index(tmp_path, beir, folders):
     arguments = [folders["one"], "--dataset", beir, "--baselines", "none"]
     results = run(tmp_path, *arguments, "--max_length", 4, "--dtype", "float32", "--model_dtype", "bfloat16")

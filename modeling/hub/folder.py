@@ -24,7 +24,7 @@ from sentence_transformers.sparse_encoder.modules import SpladePooling
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
-from ..errors import InputError, first_line, refusals
+from ..errors import InputError, refusals
 from ..files import file_sha256, read_json, staged_folder, write_text
 from .code import localize, may_run
 from .fingerprint import weight_files
@@ -200,11 +200,16 @@ def packaged_minilm() -> Path:
 def family_of(folder: Path) -> type[Encoder]:
     """The sentence-transformers class that the folder's files name; late-interaction models of others included."""
     config = folder / "config_sentence_transformers.json"
-    name = read_json(config).get("model_type", "SentenceTransformer")
+    settings = read_json(config)
+    name = settings.get("model_type", "SentenceTransformer")
     architectures = read_json(folder / "config.json", architectures=list).get("architectures") or [""]
     late = architectures[0] == "HF_ColBERT" or architectures[0].endswith("ForRetrieval")
     if name == "ColBERT" or (late and not config.is_file() and not (folder / "modules.json").is_file()):
         return MultiVectorEncoder  # PyLate's name, Stanford's ColBERT, and the native ColPali family
+    if "model_type" not in settings and any(
+        str(module.get("type")).startswith("pylate.") for module in read_json(folder / "modules.json") or []
+    ):
+        return MultiVectorEncoder  # PyLate, before it had a name
     if name not in FAMILIES:
         raise InputError(f"{config}: model_type is {name!r}; expected one of {', '.join(FAMILIES)}.")
     return FAMILIES[name]
@@ -277,9 +282,10 @@ def _opening(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         check_sizes(folder, turned=True)  # which names what transformers only logs
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise InputError(
-            f"{folder}: cannot be opened ({first_line(error)}). Fetch or save the model again, or open it with the "
-            "versions of transformers and sentence-transformers that saved it."
+            f"{folder}: cannot be opened ({said}). Fetch or save the model again, or open it with the versions of "
+            "transformers and sentence-transformers that saved it."
         ) from error
 
 

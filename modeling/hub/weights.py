@@ -63,15 +63,23 @@ def module_folders(folder: Path) -> list[Path]:
     listing = folder / "modules.json"
     if not listing.is_file():
         return [folder]
-    parts = [(listing, folder / part.get("path", "")) for part in read_json(listing, list)]
-    for _, part in parts:  # grows while it is read
-        if (routes := part / "router_config.json").is_file():
-            parts += [(routes, part / name) for name in read_json(routes).get("types", {})]
+    paths = [part.get("path", "") for part in read_json(listing, list, type=str)]
+    if not all(isinstance(path, str) and "\0" not in path for path in paths):
+        raise InputError(f"{listing}: a module without a path that is one. Fetch or save the model again.")
+    parts = [(listing, folder / path) for path in paths]
+    for file, part in parts:  # grows while it is read
+        try:
+            outside = folder.resolve() not in (part.resolve(), *part.resolve().parents)
+            routes = (part / "router_config.json").is_file()
+        except (OSError, RuntimeError) as error:  # a name that is too long, a link to itself
+            raise InputError(f"{file}: module path {str(part)[:200]} cannot be read ({error}). Refused.") from None
+        if outside:
+            raise InputError(f"{file}: module path {part} leaves the folder. Refused; get a clean copy.")
         if len(parts) > 1000:
             raise InputError(f"{listing}: more than 1,000 modules. Refused; get a clean copy.")
-    for file, part in parts:
-        if folder.resolve() not in (part.resolve(), *part.resolve().parents):
-            raise InputError(f"{file}: module path {part} leaves the folder. Refused; get a clean copy.")
+        if routes:
+            names = read_json(part / "router_config.json").get("types", {})
+            parts += [(part / "router_config.json", part / name) for name in names if "\0" not in name]
     return list(dict.fromkeys(part for _, part in parts))
 
 
@@ -203,6 +211,13 @@ def check_loaded(folder: Path, model: nn.Module) -> None:
             raise InputError(
                 f"{owner}: {name} has values that are not finite, so no vector is. Fetch or save the model again."
             )
+        if inner is None and stock:
+            for name, parameter in module.named_parameters():
+                if parameter.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+                    raise InputError(
+                        f"{part}: {name} is stored as {str(parameter.dtype).removeprefix('torch.')}, which the module "
+                        "does not compute with. Save it as float32."
+                    )
         words, rows = _rows(module)
         if words > rows:
             raise InputError(

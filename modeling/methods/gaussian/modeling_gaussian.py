@@ -29,6 +29,7 @@ vector. Other divergences factor in the same way.
 
 from __future__ import annotations
 
+import bisect
 import copy
 import inspect
 import math
@@ -147,12 +148,12 @@ class GaussianHeadConfig(PretrainedConfig):
         """The number of dimensions that was asked for, by itself or by the width of the index."""
         name, groups = type(self).__name__, self.variance_groups
         step = groups or 1
-        possible = [k for k in range(step, self.input_dim + 1, step)]
+        possible = range(step, min(self.input_dim, 2**31) + 1, step)
         rule = {"dot": "k", "csd": "k + 1"}.get(self.divergence, f"k + {groups} + 1" if groups else "2 k + 1")
         if mean_dim is None:
             wanted = self.input_dim if projection_dim is None else projection_dim
-            fitting = [k for k in possible if self._index_dim(k) <= wanted]
-            mean_dim = fitting[-1] if fitting else 0
+            fitting = bisect.bisect_right(possible, wanted, key=self._index_dim)
+            mean_dim = possible[fitting - 1] if fitting else 0
             if not fitting or projection_dim not in (None, self._index_dim(mean_dim)):
                 near = [k for k in (mean_dim, mean_dim + step) if k in possible] or possible[:1]
                 remedy = " or ".join(f"{self._index_dim(k)} (mean_dim={k})" for k in near) or "fewer groups"

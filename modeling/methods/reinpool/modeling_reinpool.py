@@ -118,7 +118,7 @@ class ReinPoolConfig(PretrainedConfig):
         check_weight(name, dim=dim, width=dim, ffn_mult=self.ffn_mult)
         check_weight(name, num_vectors=vectors, dim=dim)
         if dim % heads:
-            fitting = max(h for h in range(1, heads + 1) if dim % h == 0)
+            fitting = next(h for h in range(min(heads, dim, 10_000), 0, -1) if dim % h == 0)
             raise ValueError(
                 f"{name}: num_heads={heads} does not divide dim={dim}, so attention heads would be uneven. Use a "
                 f"divisor of {dim}, e.g. {fitting}."

@@ -1,0 +1,376 @@
+"""Weight files of strangers: what opens holds every weight of the model, and all else is refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
+from sentence_transformers.base.modules import Dense, Router, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
+from sentence_transformers.sparse_encoder.modules import SpladePooling
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
+
+import polyrep
+from polyrep import InputError
+from polyrep.hub.weights import MOST_HEADER, read_header
+
+TEXTS = ["list open ports", "a file"]
+SIZE = 61  # words of the backbone's tokenizer
+WORDS = "embeddings.word_embeddings.weight"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def folder(backbone: Path, tmp_path: Path) -> Path:
+    """A stock model of three modules, two of which have weights."""
+    torch.manual_seed(3)
+    modules = [Transformer(str(backbone)), Pooling(32, "mean"), Dense(32, 16)]
+    return polyrep.save(SentenceTransformer(modules=modules, device="cpu"), tmp_path / "model")
+
+
+@pytest.fixture
+def words(backbone: Path, tmp_path: Path) -> Path:
+    """A masked language model, whose output layer is its word embeddings."""
+    torch.manual_seed(4)
+    BertForMaskedLM(BertConfig.from_pretrained(backbone)).save_pretrained(tmp_path / "words")
+    AutoTokenizer.from_pretrained(backbone).save_pretrained(tmp_path / "words")
+    return tmp_path / "words"
+
+
+def encoded(folder: Path) -> Any:
+    return polyrep.load(folder, device="cpu").encode(TEXTS)
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    file = folder / "model.safetensors"
+    save_file({k: w.contiguous() for k, w in change(load_file(file)).items()}, file, metadata={"format": "pt"})
+
+
+def shard(folder: Path, parts: int = 3) -> dict[str, Any]:
+    """The weights in several files, and an index; returns it."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    place = {key: f"model-{number % parts}.safetensors" for number, key in enumerate(sorted(weights))}
+    for file in set(place.values()):
+        kept = {key: weights[key] for key in weights if place[key] == file}
+        save_file(kept, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": place}
+    (folder / INDEX).write_text(json.dumps(index))
+    return index
+
+
+def lacking(key: str) -> Callable[[Path], None]:
+    return lambda folder: edit(folder, lambda weights: {k: w for k, w in weights.items() if k != key})
+
+
+def with_(key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    return lambda folder: edit(folder, lambda weights: weights | {key: change(weights[key])})
+
+
+LAYER = "encoder.layer.1.output.dense.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lacking(LAYER), f"lack {LAYER} .1 in all., which would be random"),
+        (lambda folder: edit(folder, lambda w: {f"x.{k}": v for k, v in w.items()}), f"lack {WORDS}, .*random"),
+        (lambda folder: edit(folder, lambda w: {}), f"lack {WORDS}, .*random|no weights"),
+        (with_(LAYER, lambda w: w.T), rf"{LAYER} is \[64, 32\], and the config asks for \[32, 64\]"),
+        (with_(LAYER, lambda w: w[:-1]), rf"{LAYER} is \[31, 64\], and the config asks for \[32, 64\]"),
+        (with_(LAYER, lambda w: w.to(torch.int8)), f"{LAYER} is stored as I8, .*fraction"),
+        (with_(LAYER, lambda w: w.to(torch.float8_e4m3fn)), f"{LAYER} is stored as F8_E4M3"),
+        (with_(LAYER, lambda w: w.index_fill(0, torch.tensor(2), torch.inf)), f"model.safetensors: .*{LAYER} has"),
+        (lambda folder: lacking("linear.bias")(folder / "2_Dense"), "Dense: Missing.*linear.bias"),
+        (
+            lambda folder: with_("linear.weight", lambda w: w * torch.nan)(folder / "2_Dense"),
+            "2_Dense/model.safetensors: linear.weight has values that are not finite",
+        ),
+        (lambda folder: edit_json(folder / "config.json", hidden_size=60000), r"\[61, 32\].*asks for \[61, 60000\]"),
+        (lambda folder: edit_json(folder / "config.json", vocab_size=10**12), r"asks for \[1000000000000, 32\]"),
+        (lambda folder: edit_json(folder / "config.json", num_hidden_layers=10**8), "num_hidden_layers=100000000"),
+    ],
+)
+def test_weights_that_are_not_the_models_are_refused_by_name(folder, damage, words):
+    damage(folder)
+    started = time.perf_counter()
+    with pytest.raises(InputError, match=f"(?s){words}"):
+        polyrep.load(folder, device="cpu")
+    assert time.perf_counter() - started < 5, "a model of these sizes was built"
+
+
+def renamed(names: Callable[[str], str]) -> Callable[[Path], None]:
+    return lambda folder: edit(folder, lambda weights: {names(key): weight for key, weight in weights.items()})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        renamed("bert.{}".format),
+        renamed(lambda key: key.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")),
+        lambda folder: edit(folder, lambda weights: {k: w for k, w in weights.items() if "pooler" not in k}),
+        lambda folder: edit(folder, lambda weights: weights | {"cls.predictions.bias": torch.ones(SIZE)}),
+        lambda folder: shard(folder),
+        lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": "b.safetensors"}}'),
+        lambda folder: (folder / "2_Dense" / "pytorch_model.bin").write_bytes(b"no pickle"),
+    ],
+    ids=[
+        "a larger model's",
+        "old names",
+        "no pooler",
+        "more",
+        "shards",
+        "an index beside the file",
+        "a pickle beside it",
+    ],
+)
+def test_what_transformers_reads_as_the_same_weights_opens(folder, change):
+    expected = encoded(folder)
+    change(folder)
+    assert np.array_equal(encoded(folder), expected)
+
+
+def test_weights_that_are_links_into_a_cache_open(folder, tmp_path):
+    expected = encoded(folder)
+    (tmp_path / "blobs").mkdir()
+    for number, file in enumerate(sorted(folder.rglob("*.safetensors"))):
+        shutil.move(file, tmp_path / "blobs" / str(number))
+        file.symlink_to(tmp_path / "blobs" / str(number))
+    assert np.array_equal(encoded(folder), expected)
+
+
+def test_an_output_layer_that_is_the_word_embeddings_is_not_missing(words, tmp_path):
+    modules = [Transformer(str(words), transformer_task="fill-mask"), SpladePooling()]
+    model = SparseEncoder(modules=modules, device="cpu")
+    again = polyrep.load(polyrep.save(model, tmp_path / "splade"), device="cpu")
+    assert torch.equal(again.encode(TEXTS).to_dense(), model.encode(TEXTS).to_dense())
+    lacking("cls.predictions.transform.dense.weight")(tmp_path / "splade")
+    with pytest.raises(InputError, match="lack cls.predictions.transform.dense.weight"):
+        polyrep.load(tmp_path / "splade")
+
+
+def test_a_splade_folder_that_says_no_width_has_that_of_its_words(words, tmp_path):
+    modules = [Transformer(str(words), transformer_task="fill-mask"), SpladePooling()]
+    folder = polyrep.save(SparseEncoder(modules=modules, device="cpu"), tmp_path / "splade")
+    assert json.loads((folder / "1_SpladePooling" / "config.json").read_text())["embedding_dimension"] is None
+    model = polyrep.load(folder, device="cpu")
+    assert model.get_embedding_dimension() == len(AutoTokenizer.from_pretrained(words)) == model.encode("a").shape[0]
+
+
+class Trap:
+    """What writes a file as it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = str(marker)
+
+    def __reduce__(self) -> Any:
+        return open, (self.marker, "w")
+
+
+def static_routes(backbone: Path, folder: Path) -> Path:
+    tokenizer = Tokenizer.from_file(str(backbone / "tokenizer.json"))
+    routes = [[StaticEmbedding(tokenizer, embedding_dim=8)] for _ in range(2)]
+    return polyrep.save(SentenceTransformer(modules=[Router.for_query_document(*routes)], device="cpu"), folder)
+
+
+@pytest.mark.parametrize("name", ["", "2_Dense", "router"])
+def test_a_pickle_in_place_of_weights_is_refused_and_never_read(folder, backbone, tmp_path, name):
+    if name == "router":
+        folder = static_routes(backbone, tmp_path / "router")
+        name = next(path.parent.name for path in folder.glob("document*/model.safetensors"))
+    (folder / name / "model.safetensors").unlink()
+    (folder / name / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "marker")))
+    with pytest.raises(InputError, match=f"{name}/pytorch_model.bin: pickled weights only.*convert"):
+        polyrep.load(folder)
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    ("lie", "words"),
+    [
+        ("../outside.safetensors", "'../outside.safetensors' is no safetensors file of this folder"),
+        ("{tmp}/outside.safetensors", "outside.safetensors' is no safetensors file of this folder"),
+        ("evil.bin", "'evil.bin' is no safetensors"),
+        ("a\0.safetensors", "is no safetensors file"),
+        ("C:a.safetensors", "is no safetensors file"),
+        ("", "'' is no safetensors file"),
+        (7, "'7' is no safetensors file"),
+        (None, "'None' is no safetensors file"),
+        ("gone.safetensors", "gone.safetensors: is missing, and model.safetensors.index.json names it"),
+        ("model-0.safetensors", f"model-0.safetensors lacks {WORDS}"),
+    ],
+)
+def test_an_index_that_lies_is_refused_by_what_it_says(folder, tmp_path, lie, words):
+    index = shard(folder)
+    shutil.copy(folder / index["weight_map"][WORDS], tmp_path / "outside.safetensors")
+    assert index["weight_map"][WORDS] != "model-0.safetensors"
+    index["weight_map"][WORDS] = lie.format(tmp=tmp_path) if isinstance(lie, str) else lie
+    (folder / "evil.bin").write_bytes(pickle.dumps(Trap(tmp_path / "marker")))
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputError) as refusal:
+        polyrep.load(folder)
+    assert words in str(refusal.value) and not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "3", '{"weight_map": {}}', '{"weight_map": ["a"]}', "[" * 100_000, "{"]
+)
+def test_an_index_without_a_map_is_refused(folder, content):
+    shard(folder)
+    (folder / INDEX).write_text(content)
+    with pytest.raises(InputError, match=f"{INDEX}(: no weight_map|:1: not valid|: not valid)"):
+        polyrep.load(folder)
+
+
+@pytest.mark.parametrize("named", ["evil.bin", "adapter_model.bin", "../outside.safetensors", 3])
+def test_a_config_that_names_other_weights_is_refused(folder, named):
+    edit_json(folder / "config.json", transformers_weights=named)
+    with pytest.raises(InputError, match="transformers_weights=.*names no safetensors in this folder"):
+        polyrep.load(folder)
+
+
+@pytest.mark.parametrize("place", ["model.safetensors", "2_Dense/model.safetensors", INDEX])
+def test_what_is_no_regular_file_is_not_waited_for(folder, place):
+    if place == INDEX:
+        shard(folder)
+    for make in (os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path), lambda path: os.symlink(path, path)):
+        (folder / place).unlink()
+        make(folder / place)
+        with pytest.raises(InputError, match=f"{place}.*(no regular file|cannot be read)"):
+            polyrep.load(folder)
+        if (folder / place).is_dir():
+            (folder / place).rmdir()
+            (folder / place).touch()
+
+
+def write_header(file: Path, header: str | bytes, data: bytes = b"", length: int | None = None) -> None:
+    made = header.encode() if isinstance(header, str) else header
+    file.write_bytes((len(made) if length is None else length).to_bytes(8, "little") + made + data)
+
+
+ENTRY = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+
+
+@pytest.mark.parametrize(
+    ("header", "length", "words"),
+    [
+        ("{" + ENTRY[1:], None, "damaged"),
+        ('{"a":' + ENTRY + ',"a":' + ENTRY + "}", None, "a name occurs twice"),
+        ('{"a":' + ENTRY + ',"b":' + ENTRY + "}", None, "damaged"),
+        ('{"a":' + ENTRY.replace("[1]", "[2]") + "}", None, "damaged"),
+        ('{"a":' + ENTRY.replace("0,4", "0,400") + "}", None, "damaged"),
+        ('{"a":' + ENTRY.replace("[1]", "[60000,60000]") + "}", None, "damaged"),
+        ("[" * 100_000, None, "damaged"),
+        ("{}", 2**63, "a header of 9,223,372,036,854,775,808"),
+        ("", 7, "8 bytes"),
+        ("{" + ",".join(f'"w{n}":{ENTRY}' for n in range(100_001)) + "}", None, "100,001 tensors"),
+    ],
+    ids=range(10),
+)
+def test_a_header_that_cannot_be_believed_is_refused(tmp_path, header, length, words):
+    write_header(tmp_path / "model.safetensors", header, bytes(4) if header else b"", length)
+    with pytest.raises(InputError, match=words):
+        read_header(tmp_path / "model.safetensors")
+
+
+def test_a_header_is_read_with_a_bound(tmp_path):
+    file = tmp_path / "model.safetensors"
+    write_header(file, "", length=MOST_HEADER + 1)
+    os.truncate(file, MOST_HEADER + 100)  # a hole, which takes no place
+    with pytest.raises(InputError, match="a header of 100,000,001 bytes"):
+        read_header(file)
+
+
+def test_a_header_says_names_types_and_shapes(tmp_path):
+    write_header(tmp_path / "x.safetensors", '{"__metadata__":{"format":"pt"},"a":' + ENTRY + "}", bytes(4))
+    assert read_header(tmp_path / "x.safetensors") == {"a": (tmp_path / "x.safetensors", "F32", (1,))}
+
+
+@pytest.fixture
+def colbert(backbone: Path, tmp_path: Path) -> tuple[Path, torch.Tensor]:
+    """An original ColBERT checkpoint, and its projection."""
+    torch.manual_seed(5)
+    folder = tmp_path / "colbert"
+    shutil.copytree(backbone, folder)
+    edit_json(folder / "config.json", architectures=["HF_ColBERT"])
+    (folder / "artifact.metadata").write_text(json.dumps({"doc_maxlen": 20, "query_maxlen": 8}))
+    linear = torch.randn(8, 32)
+    edit(folder, lambda weights: {f"bert.{k}": w for k, w in weights.items()} | {"linear.weight": linear})
+    return folder, linear
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_an_original_colbert_checkpoint_opens_with_its_projection(colbert, sharded):
+    folder, linear = colbert
+    if sharded:
+        shard(folder)
+    model = polyrep.load(folder, device="cpu")
+    assert type(model) is MultiVectorEncoder and torch.equal(model[1].linear.weight, linear)
+    [tokens] = model.encode_document(["ports"])
+    inputs = model.tokenizer(model.prompts["document"] + "ports", return_tensors="pt")
+    with torch.no_grad():
+        states = BertModel.from_pretrained(folder)(**inputs).last_hidden_state[0]
+    expected = torch.nn.functional.normalize(states @ linear.T, dim=-1)
+    kept = [row for row in expected if (row @ tokens.T).max() > 1 - 1e-5]  # punctuation is left out
+    assert len(kept) == len(tokens) > 2
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_colbert_checkpoint_without_its_projection_is_refused(colbert, sharded):
+    folder, _ = colbert
+    lacking("linear.weight")(folder)
+    if sharded:
+        shard(folder)
+    with pytest.raises(InputError, match="without linear.weight, .*random"):
+        polyrep.load(folder, device="cpu")
+
+
+def test_a_folder_of_pylate_opens_with_and_without_its_name(backbone, tmp_path):
+    torch.manual_seed(6)
+    dense = Dense(32, 8, bias=False, activation_function=torch.nn.Identity(), module_input_name="token_embeddings")
+    model = MultiVectorEncoder(modules=[Transformer(str(backbone)), dense], device="cpu")
+    model.save_pretrained(str(tmp_path / "named"))
+    listing = json.loads((tmp_path / "named" / "modules.json").read_text())[:2]
+    listing[1]["type"] = "pylate.models.Dense.Dense"
+    (tmp_path / "named" / "modules.json").write_text(json.dumps(listing))
+    settings = {"model_type": "ColBERT", "query_prefix": "[Q] ", "document_prefix": "[D] ", "document_length": 20}
+    (tmp_path / "named" / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    shutil.copytree(tmp_path / "named", tmp_path / "unnamed")
+    settings.pop("model_type")
+    (tmp_path / "unnamed" / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    opened = [polyrep.load(tmp_path / name, device="cpu") for name in ("named", "unnamed")]
+    assert [type(each) for each in opened] == [MultiVectorEncoder] * 2
+    for ours, theirs in zip(*(each.encode_document(TEXTS) for each in opened), strict=True):
+        assert ours.shape[1] == 8 and torch.equal(torch.as_tensor(ours), torch.as_tensor(theirs))
+
+
+def test_vectors_of_words_open_as_model2vec_writes_them_and_fewer_than_words_are_refused(backbone, tmp_path):
+    torch.manual_seed(7)
+    rows = torch.randn(SIZE, 8)
+    save_file({"embeddings": rows}, tmp_path / "model.safetensors")
+    tokenizer = Tokenizer.from_file(str(backbone / "tokenizer.json"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "model2vec", "architectures": ["StaticModel"]}))
+    module = {"idx": 0, "name": "0", "path": ".", "type": "sentence_transformers.models.StaticEmbedding"}
+    (tmp_path / "modules.json").write_text(json.dumps([module]))
+    numbers = tokenizer.encode("list a file", add_special_tokens=False).ids
+    np.testing.assert_allclose(polyrep.load(tmp_path).encode("list a file"), rows[numbers].mean(0), atol=1e-6)
+    save_file({"embeddings": rows[:-1].contiguous()}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="61 tokens and the weights 60 rows"):
+        polyrep.load(tmp_path)
