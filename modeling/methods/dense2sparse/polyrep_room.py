@@ -90,6 +90,9 @@ _SIZES = {
 }
 
 
+_SWITCHES = ("output_hidden_states", "output_attentions", "return_dict", "use_cache")
+
+
 def checked(**allowed):
     """Hold the arguments of a config's constructor to their annotations and to what is allowed, before it runs.
 
@@ -247,6 +250,8 @@ def check_sizes(owner: str, content, path: str = "", depth: int = 0) -> None:
                             f"{owner}: {where}={shown(value)} does not fit. Use a number from {low:,} to {high:,}."
                         )
                 break
+        if field in _SWITCHES and not isinstance(value, (bool, type(None))):
+            raise ValueError(f"{owner}: {where}={shown(value)} does not fit. Use true or false.")
         if field in ("dtype", "torch_dtype") and not isinstance(value, (dict, torch.dtype, type(None))):
             if not isinstance(getattr(torch, str(value), None), torch.dtype):
                 raise ValueError(f"{owner}: {where}={shown(value)} is no type of weights. Use e.g. 'float32'.")
