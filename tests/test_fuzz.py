@@ -1,4 +1,4 @@
-"""Some hundred damaged inputs of each kind: all are opened or refused; and what the program makes of those that kill it."""
+"""Some hundred damaged inputs of each kind are opened or refused; and what the program makes of those that kill."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ FOREIGN = {
     r"-(pipeline|multi|single)/config\.json ": "a stock backbone checks its own config",
     r"/(sentence_bert_config|processor_config|tokenizer_config|generation_config)\.json ": "as do stock processors",
     r"/modules\.json .*(type|path|byte)": "sentence-transformers imports and opens what is named there",
-    r"/config(_sentence_transformers)?\.json .*(auto_map|byte)": "and asks for the class before one of ours is there",
+    r"/config(_sentence_transformers)?\.json .*(auto_map|prompts|byte)": "and it looks at these before any class",
 }
 """Cases in which another library may raise what it likes in its own code, and why no class of ours can be first."""
 
