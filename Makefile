@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BACKBONE ?= minilm
 DATASET ?= python_docs
 
-.PHONY: quickstart demo docs rooms test test-min lint results results-docs results-sets results-images results-gpu clean
+.PHONY: quickstart demo docs rooms test test-min fuzz lint results results-docs results-sets results-images results-gpu clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python benchmarks/dense2sparse_text.py --quick --backbone $(BACKBONE) --datasets $(DATASET) \
@@ -34,6 +34,10 @@ rooms:
 
 test: $(VENV)/.dev
 	$(PYTEST)
+
+# Damaged and hostile configs, weights and data by the thousand; each is opened or refused in a sentence.
+fuzz: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m fuzz --count 20000
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import logging
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +31,7 @@ import polyrep
 from polyrep import InputError
 from polyrep.hub.code import code_of
 from polyrep.hub.example import Example
-from polyrep.hub.polyrep_room import fingerprints, fingerprints_of
+from polyrep.hub.polyrep_room import fingerprints, fingerprints_of, shown
 from polyrep.registry import ROOMS
 
 TEXTS = list(QUERIES.values())
@@ -440,6 +442,84 @@ def test_configs_refuse_bad_values_by_name(examples):
         for config_class, arguments, words in example.bad_config:
             with pytest.raises(ValueError, match=words):
                 config_class(**arguments)
+
+
+CONFIGS = [model.config_class for room in ROOMS.values() for model in (room.model, room.head) if model]
+NO_FIELD = [float("nan"), -(10**18), 10**18, 10**400, [{}], {"a": 1}, ["x"], "\ud800", "no such choice\n"]
+"""What no field of ours can be."""
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
+def test_each_field_of_a_config_is_refused_by_class_name_and_value(config):
+    arguments = inspect.signature(config.__init__).parameters.values()
+    fields = {
+        argument.name: str(argument.annotation) for argument in arguments if argument.name not in ("self", "kwargs")
+    }
+    for field, annotation in (fields | dict.fromkeys(("base_model_id", "base_fingerprint"), "str | None")).items():
+        wrong = [*NO_FIELD, *(["yes", 1, 0] if "bool" in annotation else [True])]
+        wrong += [float("inf"), "1"] if "int" in annotation or "float" in annotation else [0.5]
+        wrong += [1.0] if "float" not in annotation else []
+        wrong = [5, "x", [], [{}]] if field.endswith("_config") else wrong
+        for value in wrong:
+            with pytest.raises(ValueError) as refused:
+                config(**{field: value})
+            message = str(refused.value)
+            assert message.startswith(f"{config.__name__}: ") and field in message and "Use " in message, message
+            if not field.endswith("_config"):
+                assert f"{field}={shown(value)} " in message and len(message) < 500, message
+
+
+def test_a_config_takes_nothing_that_is_part_of_its_class_nor_what_transformers_cannot_take():
+    for config in CONFIGS:
+        for field, value in {
+            "to_dict": 1,
+            "self": 1,
+            "attribute_map": 5,
+            "model_type": "bert",
+            "dtype": "nn",
+            "auto_map": 5,
+            "id2label": {"a": 1},
+            "num_labels": 10**9,
+            "architectures": 7,
+            "problem_type": [],
+        }.items():
+            with pytest.raises(ValueError, match=f"^{config.__name__}: {field}=") as refused:
+                config(**{field: value})
+            assert re.search("Use |eave it out", str(refused.value))
+
+
+ENCODERS: dict[str, Any] = {
+    "hidden_size": 10**9,
+    "num_hidden_layers": 10**9,
+    "num_attention_heads": 10**18,
+    "intermediate_size": 10**18,
+    "vocab_size": 10**10,
+    "pad_token_id": 10**400,
+    "max_position_embeddings": 10**18,
+    "dtype": "nn",
+}
+
+
+@pytest.mark.parametrize("config", [c for c in CONFIGS if "encoder_config" in c.sub_configs], ids=lambda c: c.__name__)
+def test_sizes_of_an_encoder_are_refused_before_it_is_made(config):
+    started = time.perf_counter()
+    for field, value in ENCODERS.items():
+        encoder = {"model_type": "clip" if "text_config" in config.sub_configs else "bert", field: value}
+        with pytest.raises(ValueError, match=rf"^{config.__name__}: encoder_config\.{field}="):
+            config(encoder_config=encoder)
+    inside: dict[str, Any] = {"model_type": "bert"}
+    for _ in range(5_000):
+        inside = {"model_type": "bert", "text_config": inside}
+    for encoder in (
+        inside,
+        {"model_type": "no_such"},
+        {"hidden_size": 8},
+        {"model_type": []},
+        {"model_type": "polyrep_toy"},
+    ):
+        with pytest.raises(ValueError, match=f"^{config.__name__}: encoder_config"):
+            config(encoder_config=encoder)
+    assert time.perf_counter() - started < 10
 
 
 SHARED = sorted(Path(polyrep.hub.__file__).parent.glob("polyrep_*.py"))

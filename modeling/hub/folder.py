@@ -45,8 +45,15 @@ _READABLE = ["*.json", "artifact.metadata", "*.safetensors", "*.txt", "*.model",
 _SETTINGS = ("*config*.json", "special_tokens_map.json", "artifact.metadata")
 _FIELDS: dict[str, Any] = {
     "config.json": {"model_type": str, "architectures": list, "auto_map": dict},
-    "config_sentence_transformers.json": {"model_type": str, "prompts": dict, "similarity_fn_name": str},
+    "config_sentence_transformers.json": {
+        "model_type": str,
+        "prompts": dict,
+        "default_prompt_name": str,
+        "similarity_fn_name": str,
+    },
     "sentence_bert_config.json": {"modality_config": dict},
+    "processor_config.json": {"processor_class": str},
+    "tokenizer_config.json": {"processor_class": str, "tokenizer_class": str},
 }
 """What is read of these files, by us and by the libraries that open the model."""
 _TOKENIZERS = (

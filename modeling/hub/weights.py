@@ -63,7 +63,7 @@ def module_folders(folder: Path) -> list[Path]:
     listing = folder / "modules.json"
     if not listing.is_file():
         return [folder]
-    paths = [part.get("path", "") for part in read_json(listing, list, type=str)]
+    paths = [part.get("path", "") for part in read_json(listing, list, name=str, type=str)]
     if not all(isinstance(path, str) and "\0" not in path for path in paths):
         raise InputError(f"{listing}: a module without a path that is one. Fetch or save the model again.")
     parts = [(listing, folder / path) for path in paths]

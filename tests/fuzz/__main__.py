@@ -25,7 +25,7 @@ import fuzz
 from fuzz import SECONDS, Outcome
 
 KINDS = sorted(module.name for module in pkgutil.iter_modules(fuzz.__path__) if not module.name.startswith("_"))
-CHUNK = 500
+CHUNK = 1_000
 """Cases of a child."""
 MEMORY = 8 * 2**30
 """Bytes of address space of a child."""
@@ -33,8 +33,8 @@ START = 120.0
 """Seconds that a child may take before its first case, and between two."""
 
 
-def main() -> int:
-    """Run the kinds, and print what came of them."""
+def main(scratch: str) -> int:
+    """Run the kinds, and print what came of them; ``scratch`` is a folder that does not stay."""
     parser = argparse.ArgumentParser(prog="fuzz", description=__doc__)
     parser.add_argument("kinds", nargs="*", default=KINDS, help=f"of {', '.join(KINDS)}; default: all")
     parser.add_argument("--count", type=int, default=20_000, help="cases in all")
@@ -45,7 +45,10 @@ def main() -> int:
         parser.error(f"no kind {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
     count = max(1, given.count // len(given.kinds))
     found: dict[str, list[Outcome]] = {}
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"HF_HOME": f"{scratch}/hub", "POLYREP_CACHE": f"{scratch}/cache"}
     for kind in given.kinds:
+        importlib.import_module(f"fuzz.{kind}")
         found[kind] = []
         with tqdm(total=count, desc=kind, disable=None) as bar:
             for outcome in outcomes(kind, count, given.seed):
@@ -77,9 +80,10 @@ def outcomes(kind: str, count: int, seed: int) -> Iterator[Outcome]:
 
 
 def _of_child(kind: str, count: int, seed: int) -> Iterator[Outcome]:
-    ours, theirs = multiprocessing.Pipe(duplex=False)
+    fork = multiprocessing.get_context("fork")  # what a kind imports is imported once
+    ours, theirs = fork.Pipe(duplex=False)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        child = multiprocessing.Process(target=_child, args=(theirs, kind, count, seed, folder))
+        child = fork.Process(target=_child, args=(theirs, kind, count, seed, folder))
         child.start()
         theirs.close()
         case, started, ended = f"seed {seed}, before the first case", time.perf_counter(), False
@@ -107,22 +111,20 @@ def _of_child(kind: str, count: int, seed: int) -> Iterator[Outcome]:
 
 
 def _child(pipe: Connection, kind: str, count: int, seed: int, folder: str) -> None:
-    os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", HF_HOME=f"{folder}/hub", OMP_NUM_THREADS="1")
-    os.environ["POLYREP_CACHE"] = f"{folder}/cache"
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     fuzz.watchers.append(lambda what, value: pipe.send((what, value)))
-    (Path(folder) / "cases").mkdir()
-    module = importlib.import_module(f"fuzz.{kind}")
     try:
-        module.run(count, seed, Path(folder) / "cases")
-        pipe.send(("end", None))
+        importlib.import_module(f"fuzz.{kind}").run(count, seed, Path(folder))
     except BaseException as error:
-        pipe.send(("outcome", Outcome(f"seed {seed}, outside any case", "fault", repr(error)[:1000], 0.0)))
-        pipe.send(("end", None))
+        said = f"{type(error).__name__}: {error}"[:1000]
+        pipe.send(("outcome", Outcome(f"seed {seed}, outside of any case", "fault", said, 0.0)))
+    pipe.send(("end", None))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
+        status = main(place)
+    sys.exit(status)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
-from .polyrep_room import WIDTH, HeadModule, Module, WholeWeights, checked, config_of
+from .polyrep_room import WIDTH, HeadModule, Module, WholeWeights, checked, config_of, new_encoder
 
 
 class ToyHeadConfig(PretrainedConfig):
@@ -69,7 +69,7 @@ class ToyModel(WholeWeights, PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.encoder = AutoModel.from_config(config.encoder_config)
+        self.encoder = new_encoder(config.encoder_config)
         self.head = ToyHead(ToyHeadConfig(config.input_dim, config.projection_dim))
         self.post_init()
 

@@ -103,6 +103,8 @@ _NUMBERS = 2**32
 
 _TEXT, _ITEMS, _DEPTH = 1_000, 2**16, 20
 _BACKBONE = dict.fromkeys(("base_model_id", "base_revision", "base_fingerprint"), str | None)
+_SWITCHES = ("output_hidden_states", "output_attentions", "return_dict", "use_cache")
+_THEIRS = {"architectures": list[str] | None, "problem_type": str | None} | dict.fromkeys(_SWITCHES, bool | None)
 
 # Of configs that are not ours, by name; the first that fits counts. Shipped models stay well below.
 _SIZES = {
@@ -133,7 +135,7 @@ def checked(**allowed):
 
     def decorate(init):
         signature = inspect.signature(init)
-        hints = _BACKBONE | get_type_hints(init)
+        hints = _THEIRS | _BACKBONE | get_type_hints(init)
 
         @functools.wraps(init)
         def constructor(self, /, *args, **kwargs):
@@ -274,8 +276,10 @@ def check_sizes(owner: str, content, path: str = "", depth: int = 0) -> None:
                             f"{owner}: {where}={shown(value)} does not fit. Use a number from {low:,} to {high:,}."
                         )
                 break
+        if field in _SWITCHES and not isinstance(value, (bool, type(None))):
+            raise ValueError(f"{owner}: {where}={shown(value)} does not fit. Use true or false.")
         if field in ("dtype", "torch_dtype") and not isinstance(value, (dict, torch.dtype, type(None))):
-            if not isinstance(getattr(torch, str(value), None), torch.dtype):
+            if not isinstance(value, str) or not isinstance(getattr(torch, value, None), torch.dtype):
                 raise ValueError(f"{owner}: {where}={shown(value)} is no type of weights. Use e.g. 'float32'.")
         check_sizes(owner, value, where, depth + 1)
     for value in content if isinstance(content, (list, tuple)) else ():

@@ -51,7 +51,8 @@ def tower_configs(owner: str, both=None, text=None, vision=None) -> tuple:
     """
     if (both is None) != (text is not None and vision is not None):
         raise ValueError(
-            f"{owner}: needs encoder_config for both towers, or text_config and vision_config for one each."
+            f"{owner}: one of encoder_config, text_config and vision_config is missing, or one too many. Use "
+            "encoder_config for both towers, or text_config and vision_config for one each."
         )
     parts = {"encoder_config": both, "text_config": text, "vision_config": vision}
     both, text, vision = (None if part is None else part_config(part, owner, field) for field, part in parts.items())
