@@ -22,7 +22,7 @@ from toy.objective import ToyLoss
 import polyrep
 from polyrep import InputError
 from polyrep.cli import main
-from polyrep.training import arguments, recipes
+from polyrep.training import arguments, recipes, train
 from polyrep.training import losses as objectives
 from polyrep.training.build import build
 from polyrep.training.objective import Objective, contract
@@ -444,3 +444,23 @@ def test_stock_modules_are_made_for_the_width_of_the_backbone(backbone, toy_run,
     assert "the run's modules (Transformer + Dense + MultiVectorMask + Normalize) encode no text: KeyError" in (
         capsys.readouterr().err
     )
+
+
+def test_a_backbone_that_cuts_its_vectors_is_measured_so_and_no_head_is_put_behind_it(sentence_model, beir, tmp_path):
+    sentence_model.save_pretrained(str(tmp_path / "cut"), create_model_card=False)
+    settings = tmp_path / "cut" / "config_sentence_transformers.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"truncate_dim": 16}))
+    model, out = str(tmp_path / "cut"), str(tmp_path / "out")
+    (beir / "qrels" / "train.tsv").write_text((beir / "qrels" / "test.tsv").read_text())
+    assert main(["encode", model, "--input", str(beir), "--output", str(tmp_path / "encoded")]) == 0
+    (shard,) = (tmp_path / "encoded" / "shards").glob("*.safetensors")
+    assert load_file(shard)["values"].shape == (5, 16)
+    flags = ["--dataset", str(beir), "--baselines", "none", "--output", str(tmp_path / "results")]
+    assert main(["evaluate", model, *flags, "--cache_dir", str(tmp_path / "cache")]) == 0
+    rows = json.loads((tmp_path / "results" / "results.json").read_text())["rows"]
+    assert {row["bytes_per_document"] for row in rows if row["metric"] == "nDCG@10"} == {16 * 2}
+    for run in ("gaussian-minilm-frozen", "gaussian-minilm"):
+        plan = recipes.plan_of(run, backbone=model, datasets=[str(beir)], output_dir=out)
+        with pytest.raises(InputError, match=r"cuts its vectors to 16 numbers \(truncate_dim\)"):
+            train.run(plan)
+    assert not Path(out).exists()

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.transformer import Transformer
 from sentence_transformers.util.misc import import_from_string
 from torch import nn
@@ -39,9 +40,21 @@ def build(plan: Plan, folder: Path, head: PreTrainedModel | None = None) -> None
         shutil.copytree(plan.run, staged, dirs_exist_ok=True, ignore=shutil.ignore_patterns("recipe.yaml"))
         parts = read_json(plan.run / "modules.json") or [{}]
         if plan.room and len(parts) == 1:
+            refuse_cut(backbone, recipe.backbone)
             _build_one_folder(plan, plan.room, backbone, staged, head)
         else:
             _build_pipeline(plan, backbone, staged, parts)
+
+
+def refuse_cut(backbone: Path, name: str) -> None:
+    """InputError if a backbone keeps only the first numbers of its vectors, which no folder that holds it would do."""
+    cut = read_json(backbone / "config_sentence_transformers.json").get("truncate_dim")
+    if cut is not None and family_of(backbone) is SentenceTransformer:
+        raise InputError(
+            f"{name}: cuts its vectors to {cut} numbers (truncate_dim), but a model that holds its encoder would have "
+            "whole ones, so it would not fit what was trained. Leave truncate_dim out of "
+            "config_sentence_transformers.json in a copy of the folder."
+        )
 
 
 def _build_one_folder(plan: Plan, room: Room, backbone: Path, folder: Path, head: PreTrainedModel | None) -> None:

@@ -18,7 +18,7 @@ from ..hub.fingerprint import fingerprint
 from ..hub.folder import Encoder, family_of, fastest_dtype, fetch, load, save
 from ..hub.reading import set_length
 from ..hub.vision import VisionEncoder, fetch_vision
-from .build import build, freeze
+from .build import build, freeze, refuse_cut
 from .checkpoints import CheckpointCallback, restore
 from .datasets import datasets_of
 from .head_trainer import HeadTrainer
@@ -131,6 +131,7 @@ def _open_backbone(plan: Plan, folder: Path, weights: torch.dtype) -> Encoder:
     """
     room, recipe, settings = plan.room, plan.recipe, plan.head
     assert room and settings
+    refuse_cut(folder, recipe.backbone)
     backbone: Any = room.open_backbone(str(folder), weights) if room.open_backbone else None
     if backbone is None:
         backbone = load(folder, trust_remote_code=recipe.trust_remote_code, dtype=weights)
