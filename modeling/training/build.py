@@ -36,12 +36,14 @@ def build(plan: Plan, folder: Path, head: PreTrainedModel | None = None) -> None
     """
     recipe = plan.recipe
     backbone = fetch(recipe.backbone, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    parts = read_json(plan.run / "modules.json") or [{}]
+    room = plan.room if len(parts) == 1 else None  # else it is one of several modules
+    if room:
+        refuse_cut(backbone, recipe.backbone)
     with staged_folder(folder) as staged:
         shutil.copytree(plan.run, staged, dirs_exist_ok=True, ignore=shutil.ignore_patterns("recipe.yaml"))
-        parts = read_json(plan.run / "modules.json") or [{}]
-        if plan.room and len(parts) == 1:
-            refuse_cut(backbone, recipe.backbone)
-            _build_one_folder(plan, plan.room, backbone, staged, head)
+        if room:
+            _build_one_folder(plan, room, backbone, staged, head)
         else:
             _build_pipeline(plan, backbone, staged, parts)
 
