@@ -19,7 +19,7 @@ from ..hub.folder import Encoder, family_of, fastest_dtype, fetch, load, save
 from ..hub.reading import set_length
 from ..hub.vision import VisionEncoder, fetch_vision
 from .build import build, freeze, refuse_cut
-from .checkpoints import CheckpointCallback, restore
+from .checkpoints import CheckpointCallback, restore_state
 from .datasets import datasets_of
 from .head_trainer import HeadTrainer
 from .objective import contract
@@ -95,7 +95,8 @@ class HeadTraining:
 
     def restore(self, checkpoint: Path) -> None:
         """Take the head and the state of a checkpoint, without a step."""
-        restore(self.trainer, checkpoint)
+        self.trainer._load_from_checkpoint(str(checkpoint))
+        restore_state(self.trainer, checkpoint)
         self.trainer.objective.finish()
 
     def save(self, output: Path, context: dict[str, Any]) -> dict[str, Path]:
