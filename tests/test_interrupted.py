@@ -62,9 +62,11 @@ print(json.dumps([events, moments]))
 """
 
 
-def kill_at(
-    shares: list[float | None], whole: tuple[list[str], Path], killed: tuple[list[str], Path], plan: str
-) -> Any:
+Command = tuple[list[str], Path]
+"""Words, and the folder into which they write."""
+
+
+def kill_at(shares: list[float | None], whole: Command, killed: Command, plan: str) -> list[int]:
     """Run a command whole, and another in pieces: killed after shares of the events of the first, None for never."""
     told = [{"words": words, "inside": str(inside)} for words, inside in (whole, killed)]
     result = run_python("-c", KILLED, json.dumps([*told, shares, plan]))

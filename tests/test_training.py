@@ -323,6 +323,8 @@ def test_help_is_grouped_and_complete(capsys):
         ({"backbone": "./nowhere"}, [], "nowhere"),
         ({}, ["--resume_from_checkpoint", "last"], "no complete checkpoint"),
         ({}, ["--resume_from_checkpoint", "./missing"], "./missing"),
+        ({"auto_find_batch_size": True}, [], "another batch than card and record say"),
+        ({"logging_strategy": "steps", "save_strategy": "best"}, [], "save_strategy|metric"),
         ({}, ["--learning_rate", "1e30", "--max_grad_norm", "0"], "loss is (nan|inf).*step"),
     ],
 )

@@ -68,14 +68,15 @@ class HeadTraining:
         started = time.perf_counter()
         rows = objective.prepare(data) if not recipe.dry_run else data if planned is None else range(planned)
         self.prepare_seconds = time.perf_counter() - started
-        self.trainer = HeadTrainer(
-            objective=objective,
-            args=plan.args,
-            train_dataset=rows,
-            data_collator=data.collate if isinstance(rows, range) else rows.collate,
-            callbacks=[CheckpointCallback()],
-            remine=recipe.remine,
-        )
+        with refusals():  # of arguments that do not go together
+            self.trainer = HeadTrainer(
+                objective=objective,
+                args=plan.args,
+                train_dataset=rows,
+                data_collator=data.collate if isinstance(rows, range) else rows.collate,
+                callbacks=[CheckpointCallback()],
+                remine=recipe.remine,
+            )
 
     @property
     def learns(self) -> bool:

@@ -90,7 +90,7 @@ def _start(plan: Plan) -> tuple[Path | None, list[Path]]:
             f"one process sees {args.n_gpu} GPUs, which would train with another batch size than the recipe's. Start "
             "with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES."
         )
-    if not plan.recipe.dry_run and args.process_index == 0:
+    if args.process_index == 0:
         refuse_unwritable(output, "--output_dir")
         if plan.head:
             refuse_unwritable(Path(plan.head.cache_dir), "--cache_dir")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict
 
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, refusals
 from ..hub.cards import render_card
 from ..hub.folder import Encoder, load, save
 from ..hub.reading import check_length, positions_of
@@ -61,13 +61,14 @@ class WholeTraining:
         if remine is not None:
             data = remine.shown()
         mixins = (WholeRunMixin, OneWriterMixin, *([AdapterTrainerMixin] if plan.recipe.lora_rank else []))
-        self.trainer: Any = type("FamilyTrainer", (*mixins, TRAINERS[type(self.model).__name__][0]), {})(
-            model=self.model,
-            args=plan.args,
-            train_dataset=DatasetDict(data) if len(data) > 1 else next(iter(data.values())),
-            loss=loss,
-            callbacks=[CheckpointCallback(objective), *([remine] if remine else [])],
-        )
+        with refusals():  # of arguments that do not go together
+            self.trainer: Any = type("FamilyTrainer", (*mixins, TRAINERS[type(self.model).__name__][0]), {})(
+                model=self.model,
+                args=plan.args,
+                train_dataset=DatasetDict(data) if len(data) > 1 else next(iter(data.values())),
+                loss=loss,
+                callbacks=[CheckpointCallback(objective), *([remine] if remine else [])],
+            )
 
     def refuse_no_step(self) -> None:
         """InputError if the pairs make no whole batch."""
