@@ -31,7 +31,7 @@ def disk_error(error: BaseException) -> OSError | None:
         return None
     said = str(error)  # safetensors and faiss repeat what the system says, torch does not
     code = next((code for code, words in _FULL.items() if words in said or f"os error {code})" in said), None)
-    if code is None and "PytorchStreamWriter" in said:
+    if code is None and ("PytorchStreamWriter" in said or "unexpected pos" in said):
         return OSError(errno.EIO, "a file could not be written whole")
     return None if code is None else OSError(code, os.strerror(code))
 

@@ -22,7 +22,7 @@ from toy.objective import ToyLoss
 import polyrep
 from polyrep import InputError
 from polyrep.cli import main
-from polyrep.training import arguments, recipes
+from polyrep.training import arguments, recipes, train
 from polyrep.training import losses as objectives
 from polyrep.training.build import build
 from polyrep.training.objective import Objective, contract
@@ -99,6 +99,10 @@ def test_a_finished_run_has_nothing_left_to_do_and_keeps_every_byte(trained, toy
     assert "nothing is left to do" in capsys.readouterr().out and content(output) == before
     assert main(["train", str(toy_run), *flags, "--max_steps", "4"]) == 2
     assert "6 steps behind it, and 4 are asked for" in capsys.readouterr().err and content(output) == before
+    record = json.loads((output / "training.json").read_text())
+    del record["fingerprints"]  # as older runs wrote it
+    (output / "training.json").write_text(json.dumps(record))
+    assert main(["train", str(toy_run), *flags]) == 0 and "nothing is left to do" in capsys.readouterr().out
     shutil.rmtree(output / "final")  # as if it had been killed after its last step
     assert main(["train", str(toy_run), *flags]) == 0
     assert "checkpoint-7" not in [path.name for path in output.iterdir()] and losses(output) == losses(trained)
@@ -323,6 +327,8 @@ def test_help_is_grouped_and_complete(capsys):
         ({"backbone": "./nowhere"}, [], "nowhere"),
         ({}, ["--resume_from_checkpoint", "last"], "no complete checkpoint"),
         ({}, ["--resume_from_checkpoint", "./missing"], "./missing"),
+        ({"auto_find_batch_size": True}, [], "another batch than card and record say"),
+        ({"logging_strategy": "steps", "save_strategy": "best"}, [], "save_strategy|metric"),
         ({}, ["--learning_rate", "1e30", "--max_grad_norm", "0"], "loss is (nan|inf).*step"),
     ],
 )
@@ -444,3 +450,23 @@ def test_stock_modules_are_made_for_the_width_of_the_backbone(backbone, toy_run,
     assert "the run's modules (Transformer + Dense + MultiVectorMask + Normalize) encode no text: KeyError" in (
         capsys.readouterr().err
     )
+
+
+def test_a_backbone_that_cuts_its_vectors_is_measured_so_and_no_head_is_put_behind_it(sentence_model, beir, tmp_path):
+    sentence_model.save_pretrained(str(tmp_path / "cut"), create_model_card=False)
+    settings = tmp_path / "cut" / "config_sentence_transformers.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"truncate_dim": 16}))
+    model, out = str(tmp_path / "cut"), str(tmp_path / "out")
+    (beir / "qrels" / "train.tsv").write_text((beir / "qrels" / "test.tsv").read_text())
+    assert main(["encode", model, "--input", str(beir), "--output", str(tmp_path / "encoded")]) == 0
+    (shard,) = (tmp_path / "encoded" / "shards").glob("*.safetensors")
+    assert load_file(shard)["values"].shape == (5, 16)
+    flags = ["--dataset", str(beir), "--baselines", "none", "--output", str(tmp_path / "results")]
+    assert main(["evaluate", model, *flags, "--cache_dir", str(tmp_path / "cache")]) == 0
+    rows = json.loads((tmp_path / "results" / "results.json").read_text())["rows"]
+    assert {row["bytes_per_document"] for row in rows if row["metric"] == "nDCG@10"} == {16 * 2}
+    for run in ("gaussian-minilm-frozen", "gaussian-minilm"):
+        plan = recipes.plan_of(run, backbone=model, datasets=[str(beir)], output_dir=out)
+        with pytest.raises(InputError, match=r"cuts its vectors to 16 numbers \(truncate_dim\)"):
+            train.run(plan)
+    assert not Path(out).exists()

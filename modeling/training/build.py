@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.module import Module
 from sentence_transformers.base.modules.transformer import Transformer
 from torch import nn
@@ -54,14 +55,28 @@ def build(plan: Plan, folder: Path, head: PreTrainedModel | None = None) -> None
     parts = read_json(plan.run / "modules.json", list, path=str, type=str)
     for part in parts:
         _listed(plan, part)
+    room = plan.room if len(parts) < 2 else None  # else it is one of several modules
+    if room:
+        refuse_cut(backbone, recipe.backbone)
     with staged_folder(folder) as staged:
         for file in _CONFIGS:  # a run is data: whatever else lies in its folder stays there
             if (plan.run / file).is_file():
                 shutil.copyfile(plan.run / file, staged / file)
-        if plan.room and len(parts) < 2:
-            _build_one_folder(plan, plan.room, backbone, staged, head)
+        if room:
+            _build_one_folder(plan, room, backbone, staged, head)
         else:
             _build_pipeline(plan, backbone, staged, parts, allowed)
+
+
+def refuse_cut(backbone: Path, name: str) -> None:
+    """InputError if a backbone keeps only the first numbers of its vectors, which no folder that holds it would do."""
+    cut = read_json(backbone / "config_sentence_transformers.json").get("truncate_dim")
+    if cut is not None and family_of(backbone) is SentenceTransformer:
+        raise InputError(
+            f"{name}: cuts its vectors to {cut} numbers (truncate_dim), but a model that holds its encoder would have "
+            "whole ones, so it would not fit what was trained. Leave truncate_dim out of "
+            "config_sentence_transformers.json in a copy of the folder."
+        )
 
 
 def _build_one_folder(plan: Plan, room: Room, backbone: Path, folder: Path, head: PreTrainedModel | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class SoFar(TrainerCallback, ExportableState):
     Attributes:
         seconds: Of training.
         loss: Sum over the steps.
+        first: The step that this process goes on from.
 
     Args:
         trainer: Whose steps these are.
@@ -49,12 +51,14 @@ class SoFar(TrainerCallback, ExportableState):
     def __init__(self, trainer: Any):
         self.trainer = trainer
         self.seconds = self.loss = 0.0
+        self.first = 0
         self.started: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take over what the checkpoint says; one of an older polyrep says nothing."""
         before = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
-        self.seconds, self.loss, self.started = before["seconds"], before["loss"], time.perf_counter()
+        self.seconds, self.loss, self.first = before["seconds"], before["loss"], state.global_step
+        self.started = time.perf_counter()
 
     def state(self) -> dict[str, Any]:
         """The same with what this process has added."""
@@ -66,7 +70,7 @@ class SoFar(TrainerCallback, ExportableState):
 
 
 class WholeRunMixin:
-    """Put before a trainer: what it logs last is of the whole run, resumed or not."""
+    """Put before a trainer: what it logs last is of the whole run, and no checkpoint goes by the clock."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -74,10 +78,10 @@ class WholeRunMixin:
         self.add_callback(self.so_far)  # type: ignore[attr-defined]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with the steps and seconds before this process in the summary of a run."""
-        if "train_loss" in logs and self.so_far.seconds:
+        """Log; of a run's summary, seconds and loss with those before this process, unless these are not known."""
+        if "train_loss" in logs and bool(self.so_far.first) == bool(self.so_far.seconds):
             trainer: Any = self
-            seconds, step = self.so_far.seconds + logs["train_runtime"], trainer.state.global_step
+            seconds, step = self.so_far.state()["attributes"]["seconds"], trainer.state.global_step
             logs |= {
                 "train_runtime": round(seconds, 4),
                 "train_steps_per_second": round(step / seconds, 3),
@@ -85,6 +89,18 @@ class WholeRunMixin:
                 "train_loss": (self.so_far.loss + trainer._total_loss_scalar) / step,
             }
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save; the trainer then removes by date, so no earlier checkpoint may seem newer, as on a clock set back."""
+        trainer: Any = self
+        output = Path(trainer.args.output_dir)
+        earlier = [(path, path.stat().st_mtime) for path in output.glob("checkpoint-*")]
+        if earlier and trainer.args.should_save:
+            os.utime(output)  # to what now is on that disk
+            late = max(date for _, date in earlier) - output.stat().st_mtime
+            for path, date in earlier if late > 0 else ():
+                os.utime(path, (date - late - 2,) * 2)
+        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
 
 class CheckpointCallback(TrainerCallback):
@@ -143,9 +159,8 @@ def last_checkpoint(output: Path) -> Path | None:
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def restore(trainer: Any, checkpoint: Path) -> None:
-    """Have a trainer hold what a checkpoint says, as if it had just written it."""
-    trainer._load_from_checkpoint(str(checkpoint))
+def restore_state(trainer: Any, checkpoint: Path) -> None:
+    """Have a trainer know what it knew when it wrote a checkpoint."""
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     trainer.so_far.on_train_begin(trainer.args, trainer.state, trainer.control)
 

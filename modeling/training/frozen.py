@@ -18,8 +18,8 @@ from ..hub.fingerprint import fingerprint
 from ..hub.folder import Encoder, family_of, fastest_dtype, fetch, load, save
 from ..hub.reading import set_length
 from ..hub.vision import VisionEncoder, fetch_vision
-from .build import build, freeze
-from .checkpoints import CheckpointCallback, restore
+from .build import build, freeze, refuse_cut
+from .checkpoints import CheckpointCallback, restore_state
 from .datasets import datasets_of
 from .head_trainer import HeadTrainer
 from .objective import contract
@@ -68,14 +68,15 @@ class HeadTraining:
         started = time.perf_counter()
         rows = objective.prepare(data) if not recipe.dry_run else data if planned is None else range(planned)
         self.prepare_seconds = time.perf_counter() - started
-        self.trainer = HeadTrainer(
-            objective=objective,
-            args=plan.args,
-            train_dataset=rows,
-            data_collator=data.collate if isinstance(rows, range) else rows.collate,
-            callbacks=[CheckpointCallback()],
-            remine=recipe.remine,
-        )
+        with refusals():  # of arguments that do not go together
+            self.trainer = HeadTrainer(
+                objective=objective,
+                args=plan.args,
+                train_dataset=rows,
+                data_collator=data.collate if isinstance(rows, range) else rows.collate,
+                callbacks=[CheckpointCallback()],
+                remine=recipe.remine,
+            )
 
     @property
     def learns(self) -> bool:
@@ -95,7 +96,8 @@ class HeadTraining:
 
     def restore(self, checkpoint: Path) -> None:
         """Take the head and the state of a checkpoint, without a step."""
-        restore(self.trainer, checkpoint)
+        self.trainer._load_from_checkpoint(str(checkpoint))
+        restore_state(self.trainer, checkpoint)
         self.trainer.objective.finish()
 
     def save(self, output: Path, context: dict[str, Any]) -> dict[str, Path]:
@@ -131,6 +133,7 @@ def _open_backbone(plan: Plan, folder: Path, weights: torch.dtype) -> Encoder:
     """
     room, recipe, settings = plan.room, plan.recipe, plan.head
     assert room and settings
+    refuse_cut(folder, recipe.backbone)
     backbone: Any = room.open_backbone(str(folder), weights) if room.open_backbone else None
     if backbone is None:
         backbone = load(folder, trust_remote_code=recipe.trust_remote_code, dtype=weights)

@@ -275,6 +275,11 @@ def _refuse_contradictions(plan: Plan) -> None:
     """InputError if values do not go together."""
     recipe, name, on_cache = plan.recipe, plan.objective.__name__, plan.head is not None
     distils = contract(plan.objective).learns_from_teacher(plan.objective_arguments)
+    if getattr(plan.args, "auto_find_batch_size", False):
+        raise InputError(
+            "--auto_find_batch_size: would train with another batch than card and record say, and than a resumed run "
+            "has. Set --per_device_train_batch_size, and --gradient_accumulation_steps for what does not fit."
+        )
     if not recipe.datasets:
         raise InputError(f"{plan.run}: no training data. Name at least one with --datasets.")
     if on_cache and (recipe.hard_negatives or recipe.lora_rank):

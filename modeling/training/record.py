@@ -30,18 +30,21 @@ RUN = "run.json"
 SINCE = ("hard_negatives", "negative_margin", "lora_rank", "teacher", "remine", "restval")
 """Settings that older runs did not write down; they had the defaults."""
 
-OF_RUNS = ("datasets", "split", "revision", "freeze")
+OF_RUNS = ("datasets", "split", "keep_empty", "revision", "teacher_revision", "freeze")
 """Further settings of a recipe from which follows what a step does."""
 
 OF_TRAINERS = (
     *("learning_rate", "learning_rate_mapping", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
     *("gradient_accumulation_steps", "seed", "data_seed", "bf16", "fp16", "max_length", "prompts"),
-    *("batch_sampler", "multi_dataset_batch_sampler"),
+    *("batch_sampler", "multi_dataset_batch_sampler", "dataloader_drop_last", "label_smoothing_factor"),
 )
 """Arguments of a trainer from which follows what a step does; how long it trains, saves and logs may change."""
 
-OF_HEADS = ("queries", "cloze_sentences", "query_texts", "max_length", "vocabulary", "negatives", "depth", "vision")
+OF_HEADS = (
+    *("queries", "cloze_sentences", "query_texts", "max_length", "vocabulary", "negatives", "depth", "vision"),
+    *("vision_revision", "model_dtype"),
+)
 """Settings from which, with the corpus, follows what a head is before its first step."""
 
 
@@ -95,11 +98,12 @@ def refuse_another_run(plan: Plan, output: Path) -> None:
         )
 
 
-def is_written(output: Path, steps: int) -> bool:
-    """Whether what a run has made after so many steps is there, whole and unchanged."""
+def written(output: Path, steps: int) -> Path | None:
+    """The folder that a run has made after so many steps, if that is there, whole and unchanged."""
     record = read_json(output / "training.json")
-    made = record.get("fingerprints") or {}
-    return record.get("steps") == steps and all(fingerprint(output / name) == value for name, value in made.items())
+    made = record.get("fingerprints") or {"final": record.get("fingerprint")}
+    whole = all(fingerprint(output / name) == value for name, value in made.items())
+    return output / list(made)[-1] if whole and record.get("steps") == steps else None
 
 
 def base_id(backbone: str) -> str:

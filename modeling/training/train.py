@@ -20,7 +20,7 @@ import torch
 from transformers import set_seed
 
 from ..errors import InputError
-from ..files import read_json, refuse_unwritable, write_json, writing
+from ..files import refuse_unwritable, write_json, writing
 from ..hub.code import refuse_foreign_code
 from .build import build
 from .checkpoints import checkpoint_to_resume, last_checkpoint, steps_of
@@ -29,12 +29,12 @@ from .recipes import Plan
 from .record import (
     RUN,
     card_context,
-    is_written,
     lasting_settings,
     planned_steps,
     print_plan,
     refuse_another_run,
     write_record,
+    written,
 )
 from .whole import WholeTraining
 
@@ -60,8 +60,11 @@ def run(plan: Plan) -> Path | None:
     training = _prepared(plan, resume)
     training.refuse_no_step()
     finished = resume if resume and not _steps_left(training, resume) else None
-    if finished and is_written(output, steps_of(finished)):
-        return _nothing_to_do(plan, finished)
+    if finished and (folder := written(output, steps_of(finished))):
+        if args.process_index != 0:
+            return None
+        print(f"{finished}: all steps are done, so nothing is left to do. {folder} stays as it is.", flush=True)
+        return folder
     context = card_context(plan, training.pair_counts)
     for path in earlier:  # only now that nothing of the new run can be refused any more
         shutil.rmtree(path)
@@ -91,7 +94,7 @@ def _start(plan: Plan) -> tuple[Path | None, list[Path]]:
             f"one process sees {args.n_gpu} GPUs, which would train with another batch size than the recipe's. Start "
             "with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES."
         )
-    if not plan.recipe.dry_run and args.process_index == 0:
+    if args.process_index == 0:
         refuse_unwritable(output, "--output_dir")
         if plan.head:
             refuse_unwritable(Path(plan.head.cache_dir), "--cache_dir")
@@ -132,16 +135,6 @@ def _steps_left(training: Training, checkpoint: Path) -> int:
     if done < steps and training.plan.args.process_index == 0:
         print(f"Going on from step {done} of {steps} ({checkpoint}).", flush=True)
     return steps - done
-
-
-def _nothing_to_do(plan: Plan, checkpoint: Path) -> Path | None:
-    """The folder of a model that is there already, which is said."""
-    if plan.args.process_index != 0:
-        return None
-    output = Path(plan.args.output_dir)
-    folder = output / list(read_json(output / "training.json")["fingerprints"])[-1]
-    print(f"{checkpoint}: all steps are done, so nothing is left to do. {folder} stays as it is.", flush=True)
-    return folder
 
 
 def _show(plan: Plan) -> None:

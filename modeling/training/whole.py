@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict
 
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, refusals
 from ..hub.cards import render_card
 from ..hub.folder import Encoder, load, save
 from ..hub.reading import check_length, positions_of
 from .adapters import AdapterTrainerMixin, add_adapters, merge_adapters
 from .arguments import TRAINERS
 from .build import freeze
-from .checkpoints import CheckpointCallback, OneWriterMixin, WholeRunMixin, restore
+from .checkpoints import CheckpointCallback, OneWriterMixin, WholeRunMixin, restore_state
 from .datasets import datasets_of
 from .mining import Miner, RemineCallback
 from .objective import Objective, contract
@@ -60,13 +60,14 @@ class WholeTraining:
         if remine is not None:
             data = remine.shown()
         mixins = (WholeRunMixin, OneWriterMixin, *([AdapterTrainerMixin] if plan.recipe.lora_rank else []))
-        self.trainer: Any = type("FamilyTrainer", (*mixins, TRAINERS[type(self.model).__name__][0]), {})(
-            model=self.model,
-            args=plan.args,
-            train_dataset=DatasetDict(data) if len(data) > 1 else next(iter(data.values())),
-            loss=loss,
-            callbacks=[CheckpointCallback(objective), *([remine] if remine else [])],
-        )
+        with refusals():  # of arguments that do not go together
+            self.trainer: Any = type("FamilyTrainer", (*mixins, TRAINERS[type(self.model).__name__][0]), {})(
+                model=self.model,
+                args=plan.args,
+                train_dataset=DatasetDict(data) if len(data) > 1 else next(iter(data.values())),
+                loss=loss,
+                callbacks=[CheckpointCallback(objective), *([remine] if remine else [])],
+            )
 
     def refuse_no_step(self) -> None:
         """InputError if the pairs make no whole batch."""
@@ -85,11 +86,12 @@ class WholeTraining:
 
     def restore(self, checkpoint: Path) -> None:
         """Take the model and the state of a checkpoint, without a step."""
-        restore(self.trainer, checkpoint)
+        self.model = load(checkpoint, trust_remote_code=self.model.trust_remote_code)  # adapters are merged there
+        restore_state(self.trainer, checkpoint)
 
     def save(self, output: Path, context: dict[str, Any]) -> dict[str, Path]:
         """Write the trained model and its card as ``final``; return that name -> folder."""
-        if self.plan.recipe.lora_rank:
+        if self.plan.recipe.lora_rank and self.model is self.trainer.model:
             merge_adapters(self.model)
         card = self.plan.card
         readme = str(render_card(self.model, card, recipe=context)) if card else None
