@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-import re
 from dataclasses import replace
 
 from ..errors import InputError
 from .dataset import Judgments, RetrievalDataset
+from .words import count_words, sentences_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,8 @@ def inverse_cloze(dataset: RetrievalDataset, sentences: int = 3, seed: int = 0) 
             raise InputError(
                 f"{dataset.name}: {identifier!r} is an image, which has no sentences. Use judged queries."
             )
-        parts = [part for part in re.split(r"(?<=[.!?:])\s+|\n+", text) if part.strip()]
-        long_enough = [i for i, part in enumerate(parts) if len(part.split()) >= 4]
+        parts = sentences_of(text)
+        long_enough = [i for i, part in enumerate(parts) if count_words(part) >= 4]
         count = min(sentences, len(long_enough), max(1, len(parts) // 3) if len(parts) > 1 else 0)
         taken = set(random.Random(f"{seed} {identifier}").sample(long_enough, count))
         corpus[identifier] = " ".join(part for i, part in enumerate(parts) if i not in taken)

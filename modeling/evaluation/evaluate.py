@@ -25,7 +25,7 @@ from ..hub.fingerprint import fingerprint
 from ..hub.folder import Encoder, family_of, fastest_dtype, fetch, load
 from ..report import provenance, write_results
 from .mteb import Suite, left_out, mteb_package, open_suites, refuse_unfit, run_suites
-from .systems import Ranking, rank_with_bm25, rank_with_model
+from .systems import Ranking, rank_with_bm25, rank_with_model, refuse_wordless
 from .table import display_name, notes_on, refuse_doubles, refuse_unknown, table_rows
 
 logger = logging.getLogger(__name__)
@@ -236,7 +236,10 @@ def _open_systems(
 def _refuse_unfit(
     args: EvaluationArguments, systems: Sequence[System], datasets: Sequence[RetrievalDataset], suites: Sequence[Suite]
 ) -> None:
-    """InputError if there is nothing to pool, or a model that a benchmark cannot run."""
+    """InputError if there is nothing to pool, no word for BM25, or a model that a benchmark cannot run."""
+    if any(system.folder is None for system in systems):
+        for dataset in datasets:
+            refuse_wordless(dataset)
     folders = [system.folder for system in systems if system.folder]
     if args.token_pooling and MultiVectorEncoder not in map(family_of, folders):
         raise InputError(f"--token_pooling {' '.join(args.token_pooling)}: no model here has several vectors a text.")
