@@ -14,6 +14,10 @@ from .words import count_words, sentences_of
 logger = logging.getLogger(__name__)
 
 
+class NoSentences(InputError):
+    """A corpus whose documents are too short to take a sentence from."""
+
+
 def inverse_cloze(dataset: RetrievalDataset, sentences: int = 3, seed: int = 0) -> RetrievalDataset:
     """A data set whose queries are sentences of the documents, each removed from its own (Lee et al., 2019).
 
@@ -27,7 +31,8 @@ def inverse_cloze(dataset: RetrievalDataset, sentences: int = 3, seed: int = 0) 
         seed: Which ones.
 
     Raises:
-        InputError: The documents are images, or no document has sentences enough.
+        NoSentences: No document has sentences enough.
+        InputError: The documents are images.
     """
     if sentences < 1:
         raise InputError(f"--cloze_sentences {sentences}: at least 1, else there is no query.")
@@ -48,7 +53,7 @@ def inverse_cloze(dataset: RetrievalDataset, sentences: int = 3, seed: int = 0) 
             queries[f"{identifier}#{i}"] = parts[i].strip()
             qrels[f"{identifier}#{i}"] = {identifier: 1}
     if not queries:
-        raise InputError(
+        raise NoSentences(
             f"{dataset.name}: no document has two sentences, one of four words or more, so none can be taken for a "
             "query. Use judged queries."
         )

@@ -262,7 +262,8 @@ def rank_all(full: FullModel, methods: list[str]) -> Found:
                 if job.system == FULL:
                     raise
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
-                logger.warning("%s, %s failed: %s", full.dataset.name, job.system, reason, exc_info=error)
+                logger.warning("%s, %s failed: %s", full.dataset.name, job.system, reason)
+                logger.debug("What failed:", exc_info=error)
                 out.failures.append({"system": job.system, "dataset": full.dataset.name, "reason": reason})
                 progress.update(1 + len(STAGE_DEPTHS) * job.stages)
                 continue
