@@ -23,7 +23,7 @@ from ..flags import as_flags, changed_fields, command_line, parse
 from ..hub.cards import hub_source
 from ..hub.fingerprint import fingerprint
 from ..hub.folder import Encoder, family_of, fastest_dtype, fetch, load
-from ..report import provenance, write_results
+from ..report import print_and_write, provenance, refuse_unwritable
 from .mteb import Suite, left_out, mteb_package, open_suites, refuse_unfit, run_suites
 from .systems import Ranking, rank_with_bm25, rank_with_model, refuse_wordless
 from .table import display_name, notes_on, refuse_doubles, refuse_unknown, table_rows
@@ -158,6 +158,7 @@ def evaluate_models(
         InputError: A model, data set or flag cannot be used.
     """
     # Whatever can be refused is refused before hours of encoding.
+    refuse_unwritable(Path(args.output) if args.output else None, args.name)
     fastest_dtype(args.model_dtype)
     datasets, suites = _open_data(args)
     systems, reference = _open_systems(args, models, untrusted, bool(datasets))
@@ -294,7 +295,7 @@ def _write(
     failed = {label: reason for label, reason in unavailable.items() if label not in private}
     whole = bool(results["rows"]) and not failed
     if results["rows"]:
-        print(write_results(results, Path(args.output) if args.output and whole else None))
+        print_and_write(results, Path(args.output) if args.output and whole else None)
     if not whole:
         label, reason = next(iter((failed or unavailable).items()))
         raise InputError(

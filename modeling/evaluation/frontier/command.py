@@ -26,7 +26,7 @@ from ...hub.cards import hub_source
 from ...hub.fingerprint import fingerprint
 from ...hub.folder import Encoder, fastest_dtype, fetch, load
 from ...registry import ROOMS
-from ...report import hardware, provenance, write_results
+from ...report import hardware, print_and_write, provenance, refuse_unwritable
 from ..metrics import METRICS, per_query_metrics
 from ..systems import Ranking, costs_of, keep_ranking, latency, rank_with_bm25
 from ..table import display_name, metric_rows, notes_on, refuse_doubles
@@ -134,6 +134,8 @@ def frontier(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
     args, source = parse(FrontierArguments, argv, prog, about, "MODEL", "Folder, Hub id, or minilm.")
     budgets = [parse_budget(text) for text in args.budget or BUDGETS]
     _refuse_flags(args)
+    output = Path(args.output) if args.output else None
+    refuse_unwritable(output, args.name or "frontier")
     models = _open(args, source)
     methods = chosen_methods(args.methods, source, models[0].model)
     results = {
@@ -161,7 +163,7 @@ def frontier(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
         results["recommendations"] += advice
         results["claims"] += margins
         results["failures"] += found.failures
-    print(write_results(results, Path(args.output) if args.output else None, picture=draw))
+    print_and_write(results, output, picture=draw)
     return results
 
 
