@@ -31,7 +31,7 @@ from polyrep.encoding.encoders import encode_chunk
 from polyrep.errors import InputError
 from polyrep.evaluation.frontier.pooling import pooled
 from polyrep.evaluation.frontier.timed import ReadyIndex
-from polyrep.evaluation.systems import bytes_per_document, costs_of
+from polyrep.evaluation.systems import bm25_words, bytes_per_document, costs_of
 from polyrep.hub import fetch, fingerprint, load
 from polyrep.hub.folder import fastest_dtype
 from polyrep.methods import GaussianOutput
@@ -249,15 +249,14 @@ class Bm25:
     """Lucene's BM25 as :func:`polyrep.evaluation.systems.rank_with_bm25` has it, kept for one query at a time."""
 
     def __init__(self, texts: Sequence[str], ranks: np.ndarray):
-        tokens = bm25s.tokenize(list(texts), stopwords="en", show_progress=False)
         self.index = bm25s.BM25(method="lucene")
-        self.index.index(tokens, show_progress=False)
+        self.index.index(bm25_words(texts), show_progress=False)
         self.by_rank = np.argsort(ranks)  # ties must fall as everywhere else: this order, then sort stably
         self.size = bytes_per_document("sparse", "float32", nnz=len(self.index.scores["data"]) / len(texts))
 
     def ask(self, asked: Asked) -> list[str]:
         """Words of a query."""
-        return bm25s.tokenize([asked.text], stopwords="en", return_ids=False, show_progress=False)[0]
+        return bm25_words([asked.text])[0]
 
     def search(self, words: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """The best documents and their scores."""

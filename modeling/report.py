@@ -6,14 +6,16 @@ import importlib.metadata
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .errors import InputError
+from .errors import InputError, first_line
 from .files import staged_folder, write_json, write_text
 
 METRIC_NAMES = {"nDCG@10": "ndcg_at_10", "nDCG@3": "ndcg_at_3", "MRR@10": "mrr_at_10", "Recall@100": "recall_at_100"}
@@ -82,6 +84,59 @@ def write_results(
             if results.get("drawn") != [] and (picture or _points(results)):
                 (picture or draw)(results, staged / f"{results['name']}.png")
     return markdown
+
+
+def refuse_unwritable(output: Path | None, name: str) -> None:
+    """Refuse, before anything is measured, a place that :func:`write_results` could not write to.
+
+    Args:
+        output: Folder to write to, which need not exist, and is not left behind if it did not; None for none.
+        name: Of the files.
+
+    Raises:
+        InputError: The folder cannot be made or written to, or files cannot be called so.
+    """
+    if output is None:
+        return
+    if not name or name != Path(name).name or len(name.encode(errors="replace")) > 200 or not name.isprintable():
+        raise InputError(f"--name {name!r}: files cannot be called so. Use a short name without slashes.")
+    made: list[Path] = []
+    try:
+        made = [folder for folder in (output, *output.parents) if not folder.exists()]
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=output, prefix=".polyrep-").cleanup()
+        if taken := [file for end in ("json", "md", "png") if (file := output / f"{name}.{end}").is_dir()]:
+            raise InputError(f"{taken[0]}: a folder, where a file is to be written. Choose another --name.")
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"--output {output}: cannot be written to ({first_line(error)}), so what is measured would be lost. "
+            "Name another folder."
+        ) from None
+    finally:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def print_and_write(
+    results: dict[str, Any], output: Path | None, picture: Callable[[dict[str, Any], Path], None] | None = None
+) -> None:
+    """Print the table, whatever becomes of the files, and then write them; see :func:`write_results`.
+
+    Raises:
+        InputError: The files cannot be written.
+    """
+    print(write_results(results, None), flush=True)
+    try:
+        write_results(results, output, picture)
+    except OSError as error:
+        raise InputError(
+            f"--output {output}: {results['name']}.json, .md and .png could not be written ({first_line(error)}), so "
+            "of what was measured only the table above is left. Make room or name another folder, and run it again: "
+            "what was encoded is kept."
+        ) from error
 
 
 def check_results(results: dict[str, Any]) -> None:

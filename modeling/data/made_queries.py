@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-import re
 from dataclasses import replace
 
 from ..errors import InputError
 from .dataset import Judgments, RetrievalDataset
+from .words import count_words, sentences_of
 
 logger = logging.getLogger(__name__)
+
+
+class NoSentences(InputError):
+    """A corpus whose documents are too short to take a sentence from."""
 
 
 def inverse_cloze(dataset: RetrievalDataset, sentences: int = 3, seed: int = 0) -> RetrievalDataset:
@@ -27,7 +31,8 @@ def inverse_cloze(dataset: RetrievalDataset, sentences: int = 3, seed: int = 0) 
         seed: Which ones.
 
     Raises:
-        InputError: The documents are images, or no document has sentences enough.
+        NoSentences: No document has sentences enough.
+        InputError: The documents are images.
     """
     if sentences < 1:
         raise InputError(f"--cloze_sentences {sentences}: at least 1, else there is no query.")
@@ -39,8 +44,8 @@ def inverse_cloze(dataset: RetrievalDataset, sentences: int = 3, seed: int = 0) 
             raise InputError(
                 f"{dataset.name}: {identifier!r} is an image, which has no sentences. Use judged queries."
             )
-        parts = [part for part in re.split(r"(?<=[.!?:])\s+|\n+", text) if part.strip()]
-        long_enough = [i for i, part in enumerate(parts) if len(part.split()) >= 4]
+        parts = sentences_of(text)
+        long_enough = [i for i, part in enumerate(parts) if count_words(part) >= 4]
         count = min(sentences, len(long_enough), max(1, len(parts) // 3) if len(parts) > 1 else 0)
         taken = set(random.Random(f"{seed} {identifier}").sample(long_enough, count))
         corpus[identifier] = " ".join(part for i, part in enumerate(parts) if i not in taken)
@@ -48,7 +53,7 @@ def inverse_cloze(dataset: RetrievalDataset, sentences: int = 3, seed: int = 0) 
             queries[f"{identifier}#{i}"] = parts[i].strip()
             qrels[f"{identifier}#{i}"] = {identifier: 1}
     if not queries:
-        raise InputError(
+        raise NoSentences(
             f"{dataset.name}: no document has two sentences, one of four words or more, so none can be taken for a "
             "query. Use judged queries."
         )

@@ -6,6 +6,8 @@ import random
 from collections.abc import Mapping
 from typing import Literal
 
+from .words import units_of
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -28,9 +30,9 @@ def narrowed(
 
 
 def cut_short(text: str, draw: random.Random) -> str:
-    """The first third to two thirds of a text's words, at least one."""
-    words = text.split()
-    return " ".join(words[: max(1, int(len(words) * draw.uniform(1 / 3, 2 / 3)))])
+    """The first third to two thirds of a text's words, at least one; of a script without spaces, of its characters."""
+    words = units_of(" ".join(text.split()))
+    return "".join(words[: max(1, int(len(words) * draw.uniform(1 / 3, 2 / 3)))]).strip()
 
 
 def misspelt(text: str, draw: random.Random) -> str:

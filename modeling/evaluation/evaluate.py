@@ -24,9 +24,9 @@ from ..hub.cards import hub_source
 from ..hub.fingerprint import fingerprint
 from ..hub.folder import Encoder, family_of, fastest_dtype, fetch, load
 from ..hub.reading import set_length
-from ..report import provenance, write_results
+from ..report import print_and_write, provenance, refuse_unwritable
 from .mteb import Suite, left_out, mteb_package, open_suites, refuse_unfit, run_suites
-from .systems import Ranking, rank_with_bm25, rank_with_model
+from .systems import Ranking, rank_with_bm25, rank_with_model, refuse_wordless
 from .table import display_name, notes_on, refuse_doubles, refuse_unknown, table_rows
 
 logger = logging.getLogger(__name__)
@@ -149,6 +149,7 @@ def evaluate_models(args: EvaluationArguments, models: Sequence[str], *, command
         InputError: A model, data set or flag cannot be used.
     """
     # Whatever can be refused is refused before hours of encoding.
+    refuse_unwritable(Path(args.output) if args.output else None, args.name)
     fastest_dtype(args.model_dtype)
     datasets, suites = _open_data(args)
     systems, reference = _open_systems(args, models, bool(datasets))
@@ -225,7 +226,10 @@ def _open_systems(args: EvaluationArguments, models: Sequence[str], searches: bo
 def _refuse_unfit(
     args: EvaluationArguments, systems: Sequence[System], datasets: Sequence[RetrievalDataset], suites: Sequence[Suite]
 ) -> None:
-    """InputError if there is nothing to pool, or a model that a benchmark cannot run."""
+    """InputError if there is nothing to pool, no word for BM25, or a model that a benchmark cannot run."""
+    if any(system.folder is None for system in systems):
+        for dataset in datasets:
+            refuse_wordless(dataset)
     folders = [system.folder for system in systems if system.folder]
     if args.token_pooling and MultiVectorEncoder not in map(family_of, folders):
         raise InputError(f"--token_pooling {' '.join(args.token_pooling)}: no model here has several vectors a text.")
@@ -280,7 +284,7 @@ def _write(
     failed = {label: reason for label, reason in unavailable.items() if label not in private}
     whole = bool(results["rows"]) and not failed
     if results["rows"]:
-        print(write_results(results, Path(args.output) if args.output and whole else None))
+        print_and_write(results, Path(args.output) if args.output and whole else None)
     if not whole:
         label, reason = next(iter((failed or unavailable).items()))
         raise InputError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from sentence_transformers.multi_vector_encoder.modules import HierarchicalToken
 from tqdm import tqdm
 
 from ..data.dataset import RetrievalDataset
+from ..data.words import words_of
 from ..encoding.cache import embed
 from ..encoding.embeddings import Embeddings, mean_of_tokens, row_of, sum_of_tokens
 from ..encoding.encoders import kind_of
@@ -179,20 +180,51 @@ def rank_embeddings(
     return Ranking(system, positions, scores, costs_of(queries, documents) | latency(timed))
 
 
-def rank_with_bm25(dataset: RetrievalDataset, depth: int | None = None) -> Ranking:
-    """BM25 (Lucene's variant, k1 = 1.5, b = 0.75) with English stop words and no stemming, by ``bm25s``."""
+def bm25_words(texts: Iterable[str]) -> list[list[str]]:
+    """Words of each text as BM25 counts them: :func:`polyrep.data.words.words_of` without English stop words.
+
+    Raises:
+        InputError: ``bm25s``, which knows those, is not installed.
+    """
     try:
-        import bm25s
+        from bm25s.stopwords import STOPWORDS_EN
     except ModuleNotFoundError:
         raise InputError(
             'bm25: the package bm25s is not installed. Run `pip install "polyrep[quickstart]"`.'
         ) from None
+    return [[word for word in words_of(text) if word not in STOPWORDS_EN] for text in texts]
+
+
+def refuse_wordless(dataset: RetrievalDataset) -> None:
+    """InputError if BM25 has nothing to find the documents by: no word in any, or images."""
+    texts = dataset.corpus.values() if isinstance(dataset.corpus, dict) else [None]
+    for text in texts:
+        if not isinstance(text, str):
+            raise InputError(
+                f"{dataset.name}: documents are images, in which BM25 finds no words. Leave it out (--baselines none)."
+            )
+        if bm25_words([text])[0]:
+            return
+    raise InputError(
+        f"{dataset.name}: no document has a word of two letters that is no stop word, so BM25 would find nothing. "
+        "Leave it out (--baselines none)."
+    )
+
+
+def rank_with_bm25(dataset: RetrievalDataset, depth: int | None = None) -> Ranking:
+    """BM25 (Lucene's variant, k1 = 1.5, b = 0.75) with English stop words and no stemming, by ``bm25s``.
+
+    Raises:
+        InputError: ``bm25s`` is not installed, or no document has a word.
+    """
+    refuse_wordless(dataset)
+    import bm25s
+
     started = time.perf_counter()
-    tokens = bm25s.tokenize(list(dataset.corpus.values()), stopwords="en", show_progress=False)
     index = bm25s.BM25(method="lucene")
-    index.index(tokens, show_progress=False)
+    index.index(bm25_words(dataset.corpus.values()), show_progress=False)
     seconds = time.perf_counter() - started
-    queries = bm25s.tokenize(list(dataset.queries.values()), stopwords="en", return_ids=False, show_progress=False)
+    queries = bm25_words(dataset.queries.values())
     # Ties must fall as everywhere else: put the documents in order of falling id, then sort stably.
     by_id = sorted(range(len(dataset.corpus)), key=list(dataset.corpus).__getitem__, reverse=True)
     positions, scores, timed = [], [], []

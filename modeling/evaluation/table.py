@@ -94,8 +94,8 @@ def notes_on(dataset: RetrievalDataset) -> list[str]:
     if not count:
         return []
     return [
-        f"{dataset.name}, {dataset.split}: {count:,} of {len(dataset.queries):,} queries have the id of a document, which "
-        "is the query itself; for that query it is left out of what is found."
+        f"{dataset.name}, {dataset.split}: {count:,} of {len(dataset.queries):,} queries have the id of a document, "
+        "which is the query itself; for that query it is left out of what is found."
     ]
 
 

@@ -40,7 +40,7 @@ def judged_relevant(features: list[dict[str, Tensor]]) -> Tensor:
     return (features[0]["judged"][..., None] == index + 1).any(1)
 
 
-def info_nce(scores: Tensor, own: Tensor, asked: Tensor, candidates: Tensor) -> Tensor:
+def info_nce(scores: Tensor, own: Tensor, asked: Tensor, candidates: Tensor, known: Tensor | None = None) -> Tensor:
     """Cross entropy of each row's own candidate, where the same item elsewhere among the candidates is left out.
 
     Args:
@@ -48,8 +48,11 @@ def info_nce(scores: Tensor, own: Tensor, asked: Tensor, candidates: Tensor) -> 
         own: ``(batch,)`` column of each row's own candidate.
         asked: ``(batch,)`` the item that each row belongs to.
         candidates: ``(candidates,)`` the item that each column is.
+        known: ``(batch, candidates)`` True for what else is no negative of a row, see :func:`judged_relevant`.
     """
     same = candidates[None] == asked[:, None]
+    if known is not None:
+        same |= known
     same[torch.arange(len(own)), own] = False
     return F.cross_entropy(scores.masked_fill(same, -math.inf), own)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import mine_hard_negatives
 from transformers import TrainerCallback
@@ -49,8 +49,9 @@ class Miner:
     def mine(self, dataset: RetrievalDataset, pairs: Dataset) -> Dataset:
         """Pairs with negatives by the backbone; those with too few are left out, which is said."""
         recipe = self.recipe
+        own = _own_pairs(dataset)
         mined = mine_hard_negatives(
-            pairs,
+            _with_own(pairs, own),
             self.backbone,
             anchor_column_name="query",
             positive_column_name="positive",
@@ -63,6 +64,11 @@ class Miner:
             verbose=False,
             cache_folder=str(self.cache),
         )
+        if own:  # which were there so that no query gets the document that it is itself
+            real = set(zip(pairs["query"], pairs["positive"], strict=True))
+            mined = mined.filter(
+                lambda query, positive: (query, positive) in real, input_columns=["query", "positive"]
+            )
         if not len(mined):
             raise InputError(
                 f"{dataset.name}: no pair has {recipe.hard_negatives} negatives that score "
@@ -101,6 +107,7 @@ class Miner:
             for document, score in documents_of.items()
             if score > 0 and dataset.queries[query] in asked
         ]  # a number for each relevant (query, document)
+        judged += [asked[query] * len(texts) + places[own] for query, own in _own_pairs(dataset) if query in asked]
         known = np.isin(np.arange(len(asked))[:, None] * len(texts) + found, judged)  # (queries, depth)
         fits = ~known[rows] & (scores[rows] <= own_scores[:, None])
         order = np.argsort(~fits, axis=1, kind="stable")[:, : len(self.columns)]  # the first that fit
@@ -128,6 +135,23 @@ class Miner:
             cache_dir=self.cache,
         )
         return mined.add_column("label", scores.reshape(len(mined), -1).tolist())
+
+
+def _own_pairs(dataset: RetrievalDataset) -> list[tuple[str, str]]:
+    """Texts of each query and of the document that it is itself."""
+    documents = list(dataset.corpus)
+    owned = zip(dataset.queries.values(), dataset.own, strict=True)
+    return [(text, dataset.corpus[documents[place]]) for text, place in owned if place >= 0]
+
+
+def _with_own(pairs: Dataset, own: list[tuple[str, str]]) -> Dataset:
+    """Pairs, and each query with its own document, as if that were relevant."""
+    if not own:
+        return pairs
+    asked = set(pairs["query"])
+    more = [(query, text) for query, text in own if query in asked]
+    columns = {"query": [q for q, _ in more], "positive": [d for _, d in more]}
+    return concatenate_datasets([pairs.select_columns(["query", "positive"]), Dataset.from_dict(columns)])
 
 
 def _numbered(texts: Iterable[str]) -> dict[str, int]:

@@ -35,8 +35,9 @@ class Part:
         documents: Its documents, encoded.
         nearest: ``(queries, depth)`` rows of the documents that are nearest to each query, from which negatives are
             drawn.
-        judged: ``(queries, most judged)`` places of its relevant documents among those of all data sets, plus 1; 0 for
-            none. None without labels.
+        judged: ``(queries, most judged)`` places of what is no negative of it among those of all data sets, plus 1; 0
+            for none: its relevant documents, those of queries with its text, and its own. None without labels.
+        own: ``(queries,)`` row of the document that each query is itself, which is never near to it; -1 for none.
         narrowed: Task -> the same texts with less in them.
         score: Gives a teacher's scores of ``(pairs, 2)`` rows of queries and documents; None without one.
         teacher_scores: ``(queries, depth + most judged)`` what it gives to the nearest, then to the judged; of
@@ -47,6 +48,7 @@ class Part:
     documents: Side
     nearest: np.ndarray
     judged: np.ndarray | None = None
+    own: np.ndarray | None = None
     narrowed: Mapping[str, Side] = field(default_factory=dict)
     score: Callable[[np.ndarray], np.ndarray] | None = None
     teacher_scores: np.ndarray | None = None
@@ -82,7 +84,7 @@ class Part:
             queries["judged"] = torch.from_numpy(self.judged[asked])
         if self.teacher_scores is not None:
             assert self.judged is not None
-            column = (self.judged[asked] == self.documents.first + own[:, None] + 1).argmax(1)
+            column = (self.judged[asked] == self.documents.places(own)[:, None] + 1).argmax(1)
             columns = np.concatenate([self.nearest.shape[1] + column[:, None], drawn], axis=1)  # own, then negatives
             queries["teacher"] = torch.from_numpy(self.teacher_scores[asked[:, None], columns])
         return queries, documents[0], documents[1]
@@ -158,12 +160,13 @@ class HeadData(Dataset):
             self.labels = True
         if self.parts and self.has_images != documents.has_images:
             raise InputError(f"{dataset.name}: one data set holds images, another texts. Train on one kind at a time.")
+        documents = replace(documents, same=_first_equal(dataset.corpus))
         nearest = self._nearest(model, dataset, queries.single("query"), documents.single("document"))
         if self.labels:
-            pairs, judged = _judged(dataset, documents.first)
+            pairs, judged = _judged(dataset, documents)
         else:
             pairs, judged = np.stack([np.arange(len(queries)), nearest[:, 0]], axis=1), None
-        part = Part(queries, documents, nearest, judged, self._narrowed(model, dataset, options))
+        part = Part(queries, documents, nearest, judged, dataset.own, self._narrowed(model, dataset, options))
         if self.teacher is not None:
             settings = {"cache_dir": options.get("cache_dir"), "batch_size": options.get("batch_size", 32)}
             names = (f"{dataset.name}-{dataset.split}", dataset.name)
@@ -180,7 +183,9 @@ class HeadData(Dataset):
         if queries.dim == documents.dim:
             similarity = str(model.similarity_fn_name) if self.kind == "layers" else "dot"
             ranks = tie_ranks(list(dataset.corpus))
-            return exact_search(queries, documents, ranks, similarity=similarity, k=self.depth)[0]
+            depth = min(self.depth, _others(dataset.own, len(documents)))
+            options: dict[str, Any] = {"similarity": similarity, "k": depth, "left_out": dataset.own}
+            return exact_search(queries, documents, ranks, **options)[0]
         if self.negatives or self.teacher is not None or not self.labels:
             raise InputError(
                 f"{dataset.name}: queries have vectors of {queries.dim} and documents of {documents.dim}, so none is "
@@ -219,7 +224,8 @@ class HeadData(Dataset):
         for number, part in enumerate(self.parts):
             queries, documents = _encoded(part.queries, "query", encode), _encoded(part.documents, "document", encode)
             ranks = np.arange(len(part.documents))
-            found, _ = exact_search(queries, documents, ranks, similarity="dot", k=part.nearest.shape[1])
+            options: dict[str, Any] = {"similarity": "dot", "k": part.nearest.shape[1], "left_out": part.own}
+            found, _ = exact_search(queries, documents, ranks, **options)
             self.parts[number] = replace(part, nearest=found).scored()
 
     # Batches
@@ -288,15 +294,19 @@ class HeadData(Dataset):
 
     def relevant(self) -> Tensor:
         """``(pairs, 2)`` place of a query and of its document among those of all data sets."""
-        firsts = np.array([(part.queries.first, part.documents.first) for part in self.parts])
-        return torch.from_numpy(self.pairs[:, 1:] + firsts[self.pairs[:, 0]])
+        found = np.empty((len(self.pairs), 2), np.int64)
+        for number, part in enumerate(self.parts):
+            mine = self.pairs[:, 0] == number
+            found[mine, 0] = part.queries.places(self.pairs[mine, 1])
+            found[mine, 1] = part.documents.places(self.pairs[mine, 2])
+        return torch.from_numpy(found)
 
     def most_tokens(self) -> int:
         """Vectors of the longest document."""
         return max(int(part.documents.embeddings.lengths.max()) for part in self.parts)
 
 
-def _judged(dataset: RetrievalDataset, first: int) -> tuple[np.ndarray, np.ndarray]:
+def _judged(dataset: RetrievalDataset, documents: Side) -> tuple[np.ndarray, np.ndarray]:
     """Pairs of the judgments, ``(pairs, 2)`` rows of a query and of a relevant document, and :attr:`Part.judged`."""
     place = {identifier: i for i, identifier in enumerate(dataset.corpus)}
     rows = [
@@ -306,11 +316,37 @@ def _judged(dataset: RetrievalDataset, first: int) -> tuple[np.ndarray, np.ndarr
         if relevance > 0
     ]
     pairs = np.array(rows, np.int64).reshape(-1, 2)
-    counts = np.bincount(pairs[:, 0], minlength=len(dataset.queries))
-    judged = np.zeros((len(dataset.queries), counts.max(initial=1)), np.int64)
+    asked = {text: i for i, text in enumerate(dict.fromkeys(dataset.queries.values()))}
+    texts = np.array([asked[text] for text in dataset.queries.values()])  # (queries,) equal ones have one number
+    own = np.flatnonzero(dataset.own >= 0)
+    known = np.unique(  # (known, 2) text and document
+        np.concatenate(
+            [
+                np.stack([texts[pairs[:, 0]], documents.places(pairs[:, 1])], 1),
+                np.stack([texts[own], documents.places(dataset.own[own])], 1),
+            ]
+        ),
+        axis=0,
+    )
+    counts = np.bincount(known[:, 0], minlength=len(asked))
+    judged = np.zeros((len(asked), counts.max(initial=1)), np.int64)
     starts = np.repeat(np.cumsum(counts) - counts, counts)
-    judged[pairs[:, 0], np.arange(len(pairs)) - starts] = first + pairs[:, 1] + 1
-    return pairs, judged
+    judged[known[:, 0], np.arange(len(known)) - starts] = known[:, 1] + 1
+    return pairs, judged[texts]
+
+
+def _first_equal(corpus: Mapping[str, Any]) -> np.ndarray | None:
+    """:attr:`polyrep.training.sides.Side.same` of the documents; images are opened late, and differ."""
+    if not isinstance(corpus, dict) or not isinstance(next(iter(corpus.values())), str):
+        return None
+    first: dict[str, int] = {}
+    same = np.array([first.setdefault(text, row) for row, text in enumerate(corpus.values())], np.int64)
+    return same if len(first) < len(corpus) else None
+
+
+def _others(own: np.ndarray, documents: int) -> int:
+    """How many documents every query has beside the one that it is itself."""
+    return max(1, documents - bool((own >= 0).any()))
 
 
 def _encoded(side: Side, task: str, encode: Callable[[Features, str], Tensor]) -> Embeddings:

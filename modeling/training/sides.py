@@ -7,7 +7,7 @@ from, and gives the features of any of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,10 +32,12 @@ class Side:
     Attributes:
         embeddings: Of each text.
         first: Place of the first text among the texts of all data sets.
+        same: ``(texts,)`` row of the first text that each equals, itself if there is none before; None if all differ.
     """
 
     embeddings: Embeddings
     first: int = 0
+    same: np.ndarray | None = field(default=None, kw_only=True)
 
     @classmethod
     def encode(
@@ -57,8 +59,15 @@ class Side:
         raise NotImplementedError
 
     def features(self, rows: np.ndarray) -> Features:
-        """Features of some texts: what the class says, and ``index``, their places among those of all data sets."""
-        return {**self.vectors_of(rows), "index": torch.from_numpy(self.first + rows)}
+        """Features of some texts: what the class says, and ``index``, their places among those of all data sets.
+
+        Equal texts have one place, so that none counts as a negative of itself.
+        """
+        return {**self.vectors_of(rows), "index": torch.from_numpy(self.places(rows))}
+
+    def places(self, rows: np.ndarray) -> np.ndarray:
+        """Places of some texts among those of all data sets: of equal texts, that of the first."""
+        return self.first + (rows if self.same is None else self.same[rows])
 
     def vectors_of(self, rows: np.ndarray) -> Features:
         """The same without their places."""

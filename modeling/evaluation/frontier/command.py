@@ -27,7 +27,7 @@ from ...hub.fingerprint import fingerprint
 from ...hub.folder import Encoder, fastest_dtype, fetch, load
 from ...hub.reading import set_length
 from ...registry import ROOMS
-from ...report import hardware, provenance, write_results
+from ...report import hardware, print_and_write, provenance, refuse_unwritable
 from ..metrics import METRICS, per_query_metrics
 from ..systems import Ranking, costs_of, keep_ranking, latency, rank_with_bm25
 from ..table import display_name, metric_rows, notes_on, refuse_doubles
@@ -135,6 +135,8 @@ def frontier(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
     args, source = parse(FrontierArguments, argv, prog, about, "MODEL", "Folder, Hub id, or minilm.")
     budgets = [parse_budget(text) for text in args.budget or BUDGETS]
     _refuse_flags(args)
+    output = Path(args.output) if args.output else None
+    refuse_unwritable(output, args.name or "frontier")
     models = _open(args, source)
     methods = chosen_methods(args.methods, source, models[0].model)
     results = {
@@ -162,7 +164,7 @@ def frontier(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
         results["recommendations"] += advice
         results["claims"] += margins
         results["failures"] += found.failures
-    print(write_results(results, Path(args.output) if args.output else None, picture=draw))
+    print_and_write(results, output, picture=draw)
     return results
 
 
@@ -263,7 +265,8 @@ def rank_all(full: FullModel, methods: list[str]) -> Found:
                 if job.system == FULL:
                     raise
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
-                logger.warning("%s, %s failed: %s", full.dataset.name, job.system, reason, exc_info=error)
+                logger.warning("%s, %s failed: %s", full.dataset.name, job.system, reason)
+                logger.debug("What failed:", exc_info=error)
                 out.failures.append({"system": job.system, "dataset": full.dataset.name, "reason": reason})
                 progress.update(1 + len(STAGE_DEPTHS) * job.stages)
                 continue

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...data.dataset import RetrievalDataset
 from ...data.load import load_corpus, load_retrieval_dataset
-from ...data.made_queries import inverse_cloze
+from ...data.made_queries import NoSentences, inverse_cloze, texts_as_queries
 from ...errors import InputError, NoSplit
 from ...files import digest, staged_folder, write_text
 
@@ -34,11 +34,13 @@ class FitData:
     @property
     def has_queries(self) -> bool:
         """Whether the queries are there as a split of the source, not made of its documents."""
-        return self.settings.get("queries") != "inverse_cloze"
+        return "queries" not in self.settings
 
 
 def judged_queries(source: str, split: str, *, keep_empty: bool = False) -> tuple[RetrievalDataset, FitData]:
     """The judged queries of a split, and to fit on those of train; without a train split, sentences of documents.
+
+    Documents too short to take a sentence from are themselves what heads learn from.
 
     Args:
         source: Folder or Hub id.
@@ -54,11 +56,20 @@ def judged_queries(source: str, split: str, *, keep_empty: bool = False) -> tupl
     try:
         train = load_retrieval_dataset(source, "train", keep_empty=keep_empty)
     except NoSplit:
-        note = f"{dataset.name} has no train split, so heads learned from sentences of its documents (inverse cloze)."
-        sentences = inverse_cloze(load_corpus(source, keep_empty=keep_empty))
-        settings = {"keep_empty": keep_empty, "queries": "inverse_cloze"}
-        return dataset, FitData(sentences, source, settings, note)
-    return dataset, FitData(train, source, {"keep_empty": keep_empty, "split": "train"})
+        pass
+    else:
+        return dataset, FitData(train, source, {"keep_empty": keep_empty, "split": "train"})
+    corpus = load_corpus(source, keep_empty=keep_empty)
+    try:
+        made, how, what = inverse_cloze(corpus), "inverse_cloze", "sentences of its documents (inverse cloze)"
+    except NoSentences:
+        made, how, what = (
+            texts_as_queries(corpus),
+            "texts",
+            "its documents, which are too short to take sentences from",
+        )
+    note = f"{dataset.name} has no train split, so heads learned from {what}."
+    return dataset, FitData(made, source, {"keep_empty": keep_empty, "queries": how}, note)
 
 
 def cloze_queries(source: str, folder: Path, *, keep_empty: bool = False) -> tuple[RetrievalDataset, FitData]:

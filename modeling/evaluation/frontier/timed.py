@@ -77,13 +77,8 @@ class ReadyIndex:
             if similarity == "cosine":
                 self.vectors = torch.nn.functional.normalize(self.vectors, dim=-1)
 
-    def search(
-        self, queries: Embeddings, k: int = RERANK_DEPTH, left_out: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries: Embeddings, k: int = RERANK_DEPTH) -> tuple[np.ndarray, np.ndarray]:
         """The best ``k`` documents of each query: positions and scores, each ``(queries, min(k, documents))``.
-
-        ``left_out (queries,)`` is one document of each that is no answer to it, see
-        :func:`polyrep.search.ranking.without`.
 
         Raises:
             InputError: The two sides do not fit together, or a score is not finite.
@@ -91,13 +86,13 @@ class ReadyIndex:
         refuse_unlike_sides(queries, self.documents)
         if not self.in_memory:
             options: dict[str, Any] = {"similarity": self.similarity, "k": k, "device": self.device}
-            return exact_search(queries, self.documents, self.ranks, left_out=left_out, **options)
-        found, depth = [], min(deeper(k, left_out), len(self.documents))
+            return exact_search(queries, self.documents, self.ranks, **options)
+        found = []
         for start, stop in _batches(queries):
             scores = self._scores(queries, start, stop).cpu()  # (queries, documents)
             refuse_not_finite_scores(scores)
-            found.append(sort_keys(scores, self.rank_of).topk(depth, dim=1).values)
-        return without(left_out, *unpacked(torch.cat(found), self.rank_of), k)
+            found.append(sort_keys(scores, self.rank_of).topk(min(k, scores.shape[1]), dim=1).values)
+        return unpacked(torch.cat(found), self.rank_of)
 
     def _scores(self, queries: Embeddings, start: int, stop: int) -> Tensor:
         if queries.kind == "sparse":
@@ -153,7 +148,8 @@ def rank_when_ready(
         The ranking, :data:`RERANK_DEPTH` deep; ``from_memory_map`` is among its costs if the index was not in memory.
     """
     index = ReadyIndex(documents, ranks, similarity, device)
-    positions, scores = index.search(queries, left_out=left_out)
+    found = index.search(queries, deeper(RERANK_DEPTH, left_out))
+    positions, scores = without(left_out, *found, RERANK_DEPTH)
     seconds = np.full(len(queries), np.nan)
     rows = timed_rows(len(queries))
     index.search(row_of(queries, int(rows[0])))

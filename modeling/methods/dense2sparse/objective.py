@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ...errors import InputError
 from ...search.scoring import dot
-from ...training.losses import gather, info_nce, row_uniform
+from ...training.losses import gather, info_nce, judged_relevant, row_uniform
 from ...training.objective import Objective, Rows
 from ...training.pairs import HeadData
 from ...training.sides import Features
@@ -317,7 +317,8 @@ class Dense2SparseLoss(Objective):
             assert labels is not None
             own = labels + get_rank() * len(local_documents)
             index = documents["index"]
-            losses["labels"] = self.label_weight * info_nce(scores, own, index[labels], gather(index))
+            known = judged_relevant([queries, documents]) if "judged" in queries else None
+            losses["labels"] = self.label_weight * info_nce(scores, own, index[labels], gather(index), known)
         if self.gate_weight > 0:
             losses["gate"] = self.gate_weight * self._gate_loss(sparse_queries, documents, labels)
         ramp = min(1.0, step / max(1.0, self.ramp * steps)) ** 2

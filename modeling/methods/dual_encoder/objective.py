@@ -10,7 +10,7 @@ from sentence_transformers.util import get_rank
 from torch import Tensor
 
 from ...errors import InputError
-from ...training.losses import gather, in_batch_labels, info_nce
+from ...training.losses import gather, in_batch_labels, info_nce, judged_relevant
 from ...training.objective import Objective, Rows
 from ...training.pairs import HeadData
 from ...training.sides import Features
@@ -61,7 +61,7 @@ class DualEncoderLoss(Objective):
 
         Args:
             features: Captions ``(batch, ...)``, then images ``(candidates, ...)``; with ``sentence_embedding`` and
-                ``index``, an item's place in the corpus.
+                ``index``, an item's place in the corpus; captions of HeadData also have ``judged``.
             labels: ``(batch,)`` row of each caption's own image among this process's images.
         """
         captions, images = features
@@ -72,7 +72,8 @@ class DualEncoderLoss(Objective):
         with torch.autocast(texts.device.type, enabled=False):
             scale = self.model.log_scale.exp()
             asked = images["index"][labels]
-            forth = info_nce(texts @ gather(pictures).T * scale, own, asked, everyone)
+            known = judged_relevant(features) if "judged" in captions else None
+            forth = info_nce(texts @ gather(pictures).T * scale, own, asked, everyone, known)
             mine = in_batch_labels(len(texts), texts.device)
             back = pictures[labels] @ gather(texts).T * scale
             return (forth + info_nce(back, mine, asked, of_caption)) / 2
