@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 
 @contextmanager
@@ -147,7 +147,7 @@ def shipped_folder(name: str) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """Content of a JSON file, ``{}`` where there is none; InputError names the line of a malformed one."""
+    """Content of a JSON file, ``{}`` where there is none; InputError names a malformed line, or what bars it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -156,6 +156,8 @@ def read_json(path: Path) -> Any:
         raise InputError(
             f"{path}:{error.lineno}: not valid JSON ({error.msg}). Fetch or save the model again."
         ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({first_line(error)}). Fetch or save it again.") from None
 
 
 def digest(content: Any) -> str:
