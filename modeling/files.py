@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 _FULL = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT)}
 _REFUSED = {*_FULL, errno.EACCES, errno.EPERM, errno.EIO}
@@ -200,12 +200,14 @@ def read_json(
             of a list always.
 
     Raises:
-        InputError: It holds something else, or is no JSON; with the line where there is one.
+        InputError: It cannot be read, holds something else, or is no JSON; with the line where there is one.
     """
     try:
         content = json.loads(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
         return expect()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({first_line(error)}). {remedy}") from None
     except (ValueError, RecursionError) as error:
         why = str(error).partition(";")[0]
         where = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else str(path)

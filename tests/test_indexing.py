@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -123,6 +124,38 @@ def test_a_known_shard_is_not_read_again_and_signs_do_not_mix_with_numbers(encod
         index.add(EncodedCorpus(tmp_path / "signs"))
     with pytest.raises(InputError, match="takes a list of ids"):
         index.delete("d1")
+
+
+def test_a_corpus_of_a_stranger_is_refused_by_name(encoded, tmp_path):
+    folder = shutil.copytree(encoded / "shards", tmp_path / "corpus")
+    record, manifest = folder / "shards" / "00000001.json", folder / "manifest.json"
+    known, whole = json.loads(record.read_text()), json.loads(manifest.read_text())
+    for more in ({"number": 0}, {"number": "../x"}, {"documents": -1}, {"documents": 0.5}, {"sha256": 1}):
+        record.write_text(json.dumps(known | more))
+        with pytest.raises(InputError, match="00000001.json: no record of that shard"):
+            EncodedCorpus(folder)
+    for content in ("[]", "null", '{"shards": {}}'):
+        record.write_text(content)
+        with pytest.raises(InputError, match="00000001.json: no record of that shard"):
+            EncodedCorpus(folder)
+    record.write_text(json.dumps(known))
+    wrong = [{"dim": 0}, {"dim": 2**40}, {"dim": "32"}, {"kind": "layers"}, {"precision": 3}, {"name": None}, {"x": 1}]
+    for more in wrong:
+        manifest.write_text(json.dumps(whole | {"vectors": whole["vectors"] | more}))
+        with pytest.raises(InputError, match="manifest.json: says of its vectors what nothing can be made of"):
+            EncodedCorpus(folder)
+    for content in ("[]", "3", '{"format": "polyrep-encoded-1"}'):
+        manifest.write_text(content)
+        with pytest.raises(InputError, match="manifest.json: "):
+            EncodedCorpus(folder)
+    manifest.write_text(json.dumps(whole))
+    shard = folder / "shards" / "00000001.safetensors"
+    arrays = load_file(shard)
+    arrays["values"][1, 3] = float("nan")
+    save_file(arrays, shard)
+    record.write_text(json.dumps(known | {"sha256": hashlib.sha256(shard.read_bytes()).hexdigest()}))
+    with pytest.raises(InputError, match="00000001.safetensors: not a shard .*a number that is not finite"):
+        open_index("memory:").add(EncodedCorpus(folder))
 
 
 def test_a_uri_that_keeps_nothing_is_refused(encoded, capsys):

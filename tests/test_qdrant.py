@@ -505,3 +505,49 @@ def test_the_cluster_of_the_manual_is_consistent() -> None:
         assert "readyz" in node["healthcheck"]["test"][-1]
     assert len({node["ports"][0].rsplit(":", 1)[0] for node in nodes.values()}) == 3
     assert {node["volumes"][0].split(":")[0] for node in nodes.values()} == set(file["volumes"]) == set(nodes)
+
+
+def test_a_panic_of_the_engine_is_said_in_a_sentence(tmp_path):
+    index = open_index(f"qdrant:{tmp_path}/index")
+    vectors = vectors_of("sentence", 5)
+    index.add([shard_of(vectors)])
+
+    class PanicException(BaseException):  # as the library's, which is no Exception
+        pass
+
+    class Damaged:
+        def query_batch(self, request: Any) -> None:
+            raise PanicException("offset entry exists")
+
+        def count(self, request: Any) -> None:
+            raise KeyboardInterrupt
+
+    index.close()
+    index.engine.shard = qdrant_engine._Guarded(Damaged(), index.where)
+    with pytest.raises(InputError, match="the engine cannot query_batch it .offset entry exists.*delete the folder"):
+        index.search(vectors)
+    with pytest.raises(KeyboardInterrupt):
+        index.count()
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        {"polyrep/layout": [1]},
+        {"polyrep/origin/first": {"name": "first"}},
+        {"polyrep/origin/first": None},
+        {"polyrep/origin/other": None},
+        {"polyrep": "1"},
+    ],
+)
+def test_records_of_a_stranger_are_refused(records, tmp_path):
+    uri, path = f"qdrant:{tmp_path}/index", tmp_path / "index" / "polyrep.json"
+    index = open_index(uri)
+    index.add([shard_of(vectors_of("sentence", 5))])
+    index.close()
+    path.write_text(json.dumps(json.loads(path.read_text()) | records))
+    with pytest.raises(InputError):
+        open_index(uri)
+    path.write_text('["polyrep"]')
+    with pytest.raises(InputError, match="has no polyrep.json of this back end"):
+        open_index(uri)

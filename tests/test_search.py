@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -350,6 +351,91 @@ def test_an_index_that_cannot_be_written_is_refused_before_a_shard_is_read(uri, 
     with pytest.raises(InputError, match="taken is no folder"):
         index.add(read.append(one) or one for one in [shard(kind, texts(kind, 3, 1))] * 2)
     assert len(read) <= 1
+
+
+def test_a_manifest_of_a_stranger_leads_nowhere(stored, tmp_path):
+    opened, kind, path = stored
+    manifest = path / "polyrep.json"
+    whole = json.loads(manifest.read_text())
+    (tmp_path / "outside.bin").write_bytes(bytes(160))
+    (origin,) = whole["origins"].values()
+    for more in (
+        {"arrays": whole["arrays"] | {"../../outside": ["<f4", [40]]}},
+        {"files": whole["files"] | {"../../outside.bin": 160}},
+        {"arrays": whole["arrays"] | {"live": ["O", [40]]}},  # pointers, which numpy would follow
+        {"arrays": whole["arrays"] | {"live": ["<i8", [2**32, 2**32]]}},  # whose product is 0 in 64 bits
+        {"arrays": whole["arrays"] | {"live": ["<i8", [-40]]}},
+        {"arrays": []},
+        {"origins": {}},
+        {"origins": {"v": origin | {"dim": 2**40}}},
+        {"origins": {"v": origin | {"dim": "16"}}},
+        {"origins": {"v": origin | {"kind": "tokens"}}},
+        {"origins": {"v": origin | {"similarity": "manhattan"}}},
+        {"origins": {"w": origin}},
+        {"origins": {"v": origin | {"more": 1}}},
+        {"settings": [1]},
+        {"shards": [[]]},
+        {"generation": -1},
+    ):
+        manifest.write_text(json.dumps(whole | more))
+        with pytest.raises(InputError):
+            opened()
+    manifest.write_text("[" * 100_000)
+    with pytest.raises(InputError, match="polyrep.json: cannot be read"):
+        opened()
+    manifest.write_text(json.dumps(whole))
+    for positions in ([-1, *range(1, 40)], [*range(39), 40], [0, *range(39)]):
+        (path / "00000001" / "live.bin").write_bytes(np.array(positions, np.int64).tobytes())
+        with pytest.raises(InputError, match="positions that no document has"):
+            opened()
+
+
+@pytest.mark.parametrize("variant", ["flat", "hnsw"])
+def test_faiss_reads_only_what_was_written_or_cannot_lead_it_astray(variant, tmp_path):
+    uri, path = f"faiss:{tmp_path}/index?index={variant}", tmp_path / "index"
+    open_index(uri).add([shard("sentence", texts("sentence", 200, 1))])
+    file, manifest = path / "00000001" / "index.faiss", path / "polyrep.json"
+    content, whole = file.read_bytes(), json.loads(manifest.read_text())
+    assert whole["sha256"] == {"index.faiss": hashlib.sha256(content).hexdigest()}
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match="SHA-256 is not the one that was written"):
+        open_index(uri)
+    del whole["sha256"]  # as older indexes are, and as a stranger may have it
+    manifest.write_text(json.dumps(whole))
+    assert open_index(uri).count() == 200
+    huge, far = (2**39).to_bytes(8, "little"), (10**9).to_bytes(4, "little")
+    places = {0: b"IxF2", 4: far, 8: huge, 32: b"\0", 33: far, 37: huge}
+    if variant == "hnsw":
+        import faiss
+
+        engine = faiss.deserialize_index(np.frombuffer(content, np.uint8))
+        links = faiss.vector_to_array(engine.hnsw.neighbors).tobytes()
+        start = content.index(links)
+        levels = content.index(faiss.vector_to_array(engine.hnsw.levels).tobytes())
+        after = start + len(links)
+        high = int(np.argmin(faiss.vector_to_array(engine.hnsw.levels)))  # a vector of the lowest level alone
+        upper = faiss.vector_to_array(engine.hnsw.offsets)[engine.hnsw.entry_point] + 64
+        places |= {start: far, start - 8: huge, levels: far, levels - 8: huge, after: far, after + 4: far}
+        places |= {start + 4 * int(upper): high.to_bytes(4, "little"), after + 20: b"IxF2"}
+    for place, wrong in places.items():
+        file.write_bytes(content[:place] + wrong + content[place + len(wrong) :])
+        with pytest.raises(InputError, match="00000001: cannot be read"):
+            open_index(uri)
+    file.write_bytes(content)
+    assert open_index(uri).count() == 200
+
+
+def test_words_outside_the_vocabulary_are_refused(tmp_path):
+    uri = f"seismic:{tmp_path}/index"
+    open_index(uri).add([shard("sparse", texts("sparse", 9, 1))])
+    for name, wrong in {"indices": np.int32(300), "offsets": np.int64(10**9), "values": np.float16("nan")}.items():
+        file = tmp_path / "index" / "00000001" / f"{name}.bin"
+        content = file.read_bytes()
+        file.write_bytes(content[:8] + wrong.tobytes() + content[8 + wrong.nbytes :])
+        with pytest.raises(InputError, match="00000001: cannot be read"):
+            open_index(uri)
+        file.write_bytes(content)
+    assert open_index(uri).count() == 9
 
 
 def test_two_stages_rank_candidates_anew():

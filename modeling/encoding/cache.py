@@ -40,6 +40,7 @@ from ..errors import InputError, refuse_no_text
 from ..files import staged_folder, write_json
 from ..hub.fingerprint import NOT_FINGERPRINTED, without
 from ..hub.folder import Encoder
+from .arrays import mapped_arrays
 from .embeddings import Embeddings, Kind
 from .encoders import encode_chunk, kind_of, refuse_broken_prompts, refuse_not_finite_vectors
 
@@ -158,7 +159,7 @@ def open_cache(path: str | Path, key: dict[str, Any] | None = None) -> Embedding
     remedy = f"Delete {path} to have it made again."
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: no readable manifest.json ({error}), so this is no embedding cache.") from None
     fields = {"key", "dim", "seconds", "arrays"}
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or fields - manifest.keys():
@@ -168,16 +169,13 @@ def open_cache(path: str | Path, key: dict[str, Any] | None = None) -> Embedding
     if key is not None and (differing := _differences(manifest["key"], key)):
         raise InputError(f"{path}: made for something else: {'; '.join(differing)}. {remedy}")
     arrays: dict[str, Any] = {"offsets": None, "indices": None}
-    for name, (dtype, shape) in manifest["arrays"].items():
-        expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        file = path / f"{name}.bin"
-        found = file.stat().st_size if file.is_file() else -1
-        if found != expected:
-            state = f"has {found:,} bytes" if found >= 0 else "is missing"
-            raise InputError(f"{file}: {state}, expected {expected:,}: the cache is truncated. {remedy}")
-        # An empty file cannot be mapped (a sparse cache of texts without any active term).
-        arrays[name] = np.memmap(file, dtype, "r", shape=tuple(shape)) if expected else np.empty(shape, dtype)
-    return Embeddings(manifest["key"]["kind"], dim=manifest["dim"], seconds=manifest["seconds"], path=path, **arrays)
+    arrays |= mapped_arrays(path, manifest["arrays"], remedy)
+    try:
+        return Embeddings(
+            manifest["key"]["kind"], dim=manifest["dim"], seconds=manifest["seconds"], path=path, **arrays
+        )
+    except (TypeError, LookupError) as error:
+        raise InputError(f"{path}: manifest.json lacks what every cache has ({error}). {remedy}") from None
 
 
 def cache_key(model: Encoder, texts: Mapping[str, Any], *, task: str, kind: str, dtype: str) -> dict[str, Any]:

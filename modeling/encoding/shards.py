@@ -34,12 +34,14 @@ from safetensors.numpy import load_file, save_file
 
 from ..errors import InputError
 from ..files import file_sha256, read_json, staged_file, write_json
+from .arrays import check_bounds
 from .embeddings import Embeddings, Kind
 
 FORMAT = "polyrep-encoded-1"
 _AGAIN = "Encode the corpus again."
 PRECISIONS = ("float16", "float32", "int8", "binary")
 KINDS = ("sentence", "tokens", "sparse")
+_SIZES = range(2**48)
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,31 @@ class Origin:
     similarity: str
     fingerprint: str
     precision: str = "float16"
+
+
+def origin_of(content: Any, where: Path) -> Origin:
+    """The origin that a manifest describes.
+
+    Args:
+        content: What the manifest says, from a file.
+        where: The file, for the message.
+
+    Raises:
+        InputError: A field is missing, unknown, of another type or out of range.
+    """
+    try:
+        origin = Origin(**content)
+        texts = (origin.name, origin.kind, origin.similarity, origin.fingerprint, origin.precision)
+        if not all(isinstance(text, str) for text in texts) or type(origin.dim) is not int:
+            raise ValueError("a field of another type")
+        if origin.kind not in KINDS or origin.precision not in PRECISIONS or not 0 < origin.dim < 2**31:
+            raise ValueError(f"kind {origin.kind!r:.40}, precision {origin.precision!r:.40}, width {origin.dim}")
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{where}: says of its vectors what nothing can be made of ({error}), so the numbers have no meaning. "
+            "Encode the documents again."
+        ) from None
+    return origin
 
 
 @dataclass(frozen=True)
@@ -126,24 +153,26 @@ class EncodedCorpus:
         path = self.folder / "manifest.json"
         if not path.is_file():
             raise InputError(f"{path}: missing, so this is no encoded corpus. Make one with `polyrep encode`.")
-        self.manifest: dict[str, Any] = read_json(path, remedy=_AGAIN, vectors=dict)
-        if self.manifest.get("format") != FORMAT:
+        self.manifest: dict[str, Any] = read_json(path, remedy=_AGAIN)
+        found = self.manifest.get("format")
+        if found != FORMAT:
             raise InputError(
-                f"{path}: its format is {self.manifest.get('format')!r}, not {FORMAT}, so the shards mean something "
+                f"{path}: its format is {found!r:.80}, not {FORMAT}, so the shards mean something "
                 "else. Encode the corpus again."
             )
-        self.origin = Origin(**self.manifest["vectors"])
+        self.origin = origin_of(self.manifest.get("vectors"), path)
         shards = read_json(self.folder / "complete.json", remedy=_AGAIN).get("shards")
         if shards != len(self.records):
+            wanted = str(shards or "more")
             raise InputError(
-                f"{self.folder}: {len(self.records)} shards are done of {shards or 'more'}, so an index would lack "
+                f"{self.folder}: {len(self.records)} shards are done of {wanted:.80}, so an index would lack "
                 "documents. Run the command in manifest.json again, which goes on where it stopped."
             )
 
     @cached_property
     def records(self) -> list[dict[str, Any]]:
         """What is known of each finished shard, in order: ``number, documents, bytes, sha256, ...``."""
-        return [read_json(path, remedy=_AGAIN) for path in sorted((self.folder / "shards").glob("*.json"))]
+        return [_read_record(path) for path in sorted((self.folder / "shards").glob("*.json"))]
 
     def __len__(self) -> int:
         """Documents."""
@@ -152,6 +181,16 @@ class EncodedCorpus:
     def __iter__(self) -> Iterator[Shard]:
         """Every shard; the file of each is compared with its checksum before it is read."""
         return (StoredShard(shard_path(self.folder, r["number"]), self.origin, r["sha256"]) for r in self.records)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """What is known of a shard; InputError if it is of another shard, or lacks what every record has."""
+    record = read_json(path)
+    kinds = {"number": int, "documents": int, "bytes": int, "sha256": str}
+    whole = isinstance(record, dict) and all(type(record.get(name)) is kind for name, kind in kinds.items())
+    if not (whole and f"{record['number']:08d}" == path.stem and record["documents"] in _SIZES):
+        raise InputError(f"{path}: no record of that shard. Delete it and run `polyrep encode` again.")
+    return record
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -194,9 +233,10 @@ def _read_content(path: Path, origin: Origin) -> tuple[list[str], Embeddings]:
         values = widened(arrays, origin)
         bounds, terms = arrays.get("offsets"), arrays.get("indices")
         vectors = Embeddings(origin.kind, values, bounds, terms, origin.dim, 0.0, Path())
-        if len(vectors) != len(ids) or (origin.kind != "sparse" and values.shape[1:] != (origin.dim,)):
-            raise ValueError(f"{len(ids)} ids, {len(vectors)} vectors of shape {values.shape[1:]}")
-    except (SafetensorError, OSError, KeyError, ValueError, IndexError) as error:
+        check_bounds(vectors, len(ids))
+        if not np.isfinite(values).all():
+            raise ValueError("a number that is not finite")
+    except (SafetensorError, OSError, KeyError, ValueError, IndexError, TypeError) as error:
         raise InputError(
             f"{path}: not a shard of {origin.kind} vectors of width {origin.dim} ({error}). Encode it again."
         ) from None

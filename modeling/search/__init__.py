@@ -4,11 +4,12 @@ from .backends import open_index
 from .protocol import Added, Hit, Index
 from .ranking import exact_search
 from .scoring import kl, maxsim
-from .serving import Busy, Service
+from .serving import Busy, Deadline, Service
 
 __all__ = [
     "Added",
     "Busy",
+    "Deadline",
     "Hit",
     "Index",
     "Service",

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..encoding.shards import Shard
 from ..errors import InputError
+from .faiss_file import check_faiss_file
 from .local import Documents, FolderIndex, package
 from .protocol import Hit, Queries, refuse_unknown, whole_number
 
@@ -88,10 +89,10 @@ class FaissIndex(FolderIndex):
         self.documents = Documents(ids)
         self.engine: Any = None
         if folder is not None:
+            (origin,) = self.origins.values()
+            check_faiss_file(folder / FILE, self.stored["index"], origin.dim, len(ids))
             with (folder / FILE).open("rb") as file:  # by Python, since FAISS opens only paths in ASCII on Windows
                 self.engine = self.faiss.read_index(self.faiss.PyCallbackIOReader(file.read))
-            if self.engine.ntotal != len(ids):
-                raise ValueError(f"{self.engine.ntotal} vectors for {len(ids)} ids")
 
     def _append(self, shard: Shard) -> int:
         values = self._scaled(np.asarray(shard.vectors.values, np.float32))

@@ -26,10 +26,11 @@ from urllib.parse import SplitResult, unquote_to_bytes
 import numpy as np
 from filelock import FileLock
 
+from ..encoding.arrays import mapped_arrays, plain_name
 from ..encoding.embeddings import Embeddings, Kind, joined, rows
-from ..encoding.shards import Origin, Shard, packed_ids, unpacked_ids
+from ..encoding.shards import Origin, Shard, origin_of, packed_ids, unpacked_ids
 from ..errors import InputError
-from ..files import refuse_unwritable, write_json
+from ..files import file_sha256, refuse_unwritable, write_json
 from .protocol import Added, Hit, Queries, checked_origin, stages, unique_ids
 
 FORMAT = "polyrep-index-1"
@@ -238,29 +239,41 @@ class FolderIndex(ABC):
             return
         folder = self.path / f"{self.generation:08d}"
         try:
-            for name, size in manifest["files"].items():
-                file = folder / name
-                found = file.stat().st_size if file.is_file() else -1
-                if found != size:
-                    state = f"has {found:,} bytes" if found >= 0 else "is missing"
-                    raise InputError(f"{file}: {state}, expected {size:,}. {self._remedy}")
-            arrays = {
-                # An empty file cannot be mapped.
-                name: np.memmap(folder / f"{name}.bin", dtype, "r", shape=tuple(shape))
-                if np.prod(shape)
-                else np.empty(shape, dtype)
-                for name, (dtype, shape) in manifest["arrays"].items()
-            }
-            live = arrays.pop("live").tolist()
+            self._check_files(folder, manifest)
+            arrays = mapped_arrays(folder, manifest["arrays"], self._remedy)
+            live = arrays.pop("live")
             ids = unpacked_ids({name: arrays.pop(name) for name in ("ids", "id_offsets")})
-            self.origins = {name: Origin(**origin) for name, origin in manifest["origins"].items()}
-            self.shards, self.stored = set(manifest["shards"]), manifest["settings"]
+            if len(live) and (live[0] < 0 or live[-1] >= len(ids) or (np.diff(live) <= 0).any()):
+                raise ValueError("positions that no document has")
+            self.origins = {
+                name: origin_of(origin, self.path / MANIFEST) for name, origin in manifest["origins"].items()
+            }
+            ((name, origin),) = self.origins.items()
+            if (name, self.kind) != (origin.name, origin.kind) or origin.similarity not in self.similarities:
+                raise ValueError(f"{origin.kind} vectors {name!r} of {origin.name!r} compared by {origin.similarity}")
+            self.shards, self.stored = set(manifest["shards"]), dict(manifest["settings"])
             self._open(folder, ids, arrays)
-            self.documents.position = {ids[position]: position for position in live}
+            self.documents.position = {ids[position]: position for position in live.tolist()}
         except InputError:
             raise
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise InputError(f"{folder}: cannot be read ({error!r}). {self._remedy}") from None
+
+    def _check_files(self, folder: Path, manifest: dict[str, Any]) -> None:
+        """Refuse files that are not those that were written; of arrays the size is compared alone."""
+        digests = manifest.get("sha256", {})  # which older indexes lack
+        for name, size in manifest["files"].items():
+            if not plain_name(name):
+                raise ValueError(f"a file called {name!r}")
+            file = folder / name
+            found = file.stat().st_size if file.is_file() else -1
+            if found != size:
+                state = f"has {found:,} bytes" if found >= 0 else "is missing"
+                raise InputError(f"{file}: {state}, expected {size:,}. {self._remedy}")
+            if name in digests and file_sha256(file) != digests[name]:
+                raise InputError(f"{file}: its SHA-256 is not the one that was written. {self._remedy}")
+        if lacking := {f"{name}.bin" for name in manifest["arrays"]} - manifest["files"].keys():
+            raise ValueError(f"arrays without a file: {', '.join(lacking)}")
 
     def _save(self) -> None:
         """Write a new generation, and then let it count; one process at a time."""
@@ -282,6 +295,7 @@ class FolderIndex(ABC):
         shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed before it counted
         folder.mkdir()
         arrays = self._write(folder) | packed_ids(self.documents.ids)
+        engine = {file.name: file_sha256(file) for file in folder.iterdir()}  # an engine believes what its files say
         arrays["live"] = self.documents.live()
         for name, array in arrays.items():
             # Not tofile, which drops the last bytes without an error when the disk is full.
@@ -291,6 +305,7 @@ class FolderIndex(ABC):
             "documents": self.count(),
             "origins": {name: asdict(origin) for name, origin in self.origins.items()},
             "settings": self.settings,
+            "sha256": engine,
             "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
             "arrays": {name: [array.dtype.str, list(array.shape)] for name, array in arrays.items()},
             "shards": sorted(self.shards),
@@ -313,9 +328,9 @@ class FolderIndex(ABC):
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             kept = manifest.get("format"), manifest.get("backend"), type(manifest.get("generation"))
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}: cannot be read ({error}). {self._remedy}") from None
-        if kept != (FORMAT, self.backend, int):
+        if kept != (FORMAT, self.backend, int) or manifest["generation"] < 0:
             raise InputError(
                 f"{path}: of format {kept[0]} for {kept[1]}, not {FORMAT} for {self.backend}. Open it by its own "
                 "back end, or name another folder."

@@ -19,13 +19,14 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult
 
 import numpy as np
 
 from ..encoding.embeddings import Embeddings
-from ..encoding.shards import Origin, Shard
+from ..encoding.shards import Origin, Shard, origin_of
 from ..errors import InputError
 from .local import folder_of
 from .protocol import Added, Hit, Queries, checked_origin, refuse_unknown, stages, unique_ids, whole_number
@@ -106,6 +107,8 @@ class QdrantIndex:
         self.engine, self.where, self.prefetch, self.force = engine, engine.where, prefetch, force
         self.records = engine.open()
         self.layout: dict[str, Any] = self.records.get(LAYOUT, layout)
+        if not isinstance(self.layout, dict):
+            raise InputError(f"{self.where}: its layout is {self.layout!r:.80}, so the index is damaged. Delete it.")
         if self.records.get(VERSION, 1) != 1:
             raise InputError(f"{self.where}: of format {self.records[VERSION]}, not 1. Use the polyrep that wrote it.")
         defaults = {"quantization": "none", "on_disk": "false"}
@@ -115,7 +118,14 @@ class QdrantIndex:
                     f"{self.where}: made with {name}={made or 'the default'}, which {name}={value} cannot change. "
                     "Leave the setting out, or start a new index."
                 )
-        self.origins = {k[len(ORIGIN) :]: Origin(**v) for k, v in self.records.items() if k.startswith(ORIGIN)}
+        where = Path(self.where)
+        self.origins = {k[len(ORIGIN) :]: origin_of(v, where) for k, v in self.records.items() if k.startswith(ORIGIN)}
+        for name, origin in self.origins.items():
+            if name != origin.name or origin.similarity not in SIMILARITIES[origin.kind]:
+                raise InputError(
+                    f"{self.where}: its vectors {name!r} are called {origin.name!r} and compared by "
+                    f"{origin.similarity!r:.40}, so the index is damaged. Delete it and add its corpora again."
+                )
 
     def add(self, shards: Iterable[Shard]) -> Added:
         """Write documents; see :class:`polyrep.search.Index`.

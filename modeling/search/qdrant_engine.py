@@ -96,6 +96,30 @@ def datatype(origin: Origin) -> str:
     return "float32" if origin.precision == "float32" else "float16"
 
 
+class _Guarded:
+    """The library's objects, whose errors have no class of their own, and whose panics pass every handler."""
+
+    def __init__(self, guarded: Any, where: str):
+        self._guarded, self._where = guarded, where
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._guarded, name)
+
+        def call(*arguments: Any) -> Any:
+            try:
+                return method(*arguments)
+            except BaseException as error:
+                if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                    raise
+                raise InputError(
+                    f"{self._where}: the engine cannot {name} it ({(str(error).splitlines() or [''])[0]:.300}). If a "
+                    "process has it open, close that, and make room if the disk is full; else it is damaged: delete "
+                    "the folder and add its corpora again."
+                ) from None
+
+        return call
+
+
 class Embedded:
     """Qdrant's library; the folder has its files in ``shard`` and our records in ``polyrep.json``."""
 
@@ -116,7 +140,7 @@ class Embedded:
         remedy = "Delete the index and add the shards again."
         records = read_json(self.folder / "polyrep.json", remedy=remedy) if self.folder.is_dir() else {}
         there = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
-        if there and "polyrep" not in records:
+        if there and (not isinstance(records, dict) or "polyrep" not in records):
             raise InputError(
                 f"{self.where}: has no polyrep.json of this back end, so nothing is written into it. "
                 "Name an empty folder, or one that is not there."
@@ -217,13 +241,8 @@ class Embedded:
             self.shard.close()
 
     def _load(self, config: Any = None) -> None:
-        try:
-            self.shard = self.edge.EdgeShard.load(str(self.folder / "shard"), config)
-        except Exception as error:  # the library has no class of its own
-            raise InputError(
-                f"{self.where}: cannot be opened ({str(error).splitlines()[0]}). If a process has it open, close "
-                "that; else it is damaged: delete the folder and add its corpora again."
-            ) from None
+        load = _Guarded(self.edge.EdgeShard, self.where)
+        self.shard = _Guarded(load.load(str(self.folder / "shard"), config), self.where)
 
     def _config(self, origins: Mapping[str, Origin], layout: dict[str, Any]) -> Any:
         edge = self.edge

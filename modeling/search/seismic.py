@@ -14,9 +14,11 @@ from urllib.parse import SplitResult
 
 import numpy as np
 
+from ..encoding.arrays import check_bounds
 from ..encoding.embeddings import Embeddings, rows
 from ..encoding.shards import Shard
 from ..errors import InputError
+from ..files import file_sha256, write_text
 from .local import FolderIndex, Vectors, package
 from .protocol import Hit, Queries, refuse_unknown, whole_number
 from .ranking import sparse_rows
@@ -116,8 +118,9 @@ class SeismicIndex(FolderIndex):
             (origin,) = self.origins.values()
             values, offsets, indices = arrays["values"], arrays["offsets"], arrays["indices"]
             vectors = Embeddings("sparse", values, offsets, indices, origin.dim, 0.0, Path())
-            if len(vectors) != len(ids) or not len(values) == len(indices) == offsets[-1]:
-                raise ValueError(f"{len(vectors)} vectors of {offsets[-1]} terms for {len(ids)} ids")
+            check_bounds(vectors, len(ids))
+            if not np.isfinite(values).all():
+                raise ValueError("a number that is not finite")
             self.documents.add(ids, vectors)
 
     def _append(self, shard: Shard) -> int:
@@ -138,10 +141,12 @@ class SeismicIndex(FolderIndex):
         kind = getattr(self.seismic, f"SeismicIndex{wide}")
         folder = self.path / f"{self.generation:08d}"
         kept = folder / f"{'-'.join(map(str, self.settings.values()))}.index.seismic"
+        digest = kept.with_suffix(".sha256")
         with suppress(OSError):  # it is not there, or damaged
-            self.engine = kind.load(str(kept))
-            if self.engine.len == np.count_nonzero(vectors.lengths):
-                return self.engine
+            if digest.read_text(encoding="ascii", errors="replace") == file_sha256(kept):
+                self.engine = kind.load(str(kept))
+                if self.engine.len == np.count_nonzero(vectors.lengths):
+                    return self.engine
         dataset = getattr(self.seismic, f"SeismicDataset{wide}")(dim=vectors.dim)
         for start in range(0, len(vectors), STEP):
             matrix = sparse_rows(vectors, start, min(start + STEP, len(vectors)), "dot").copy()
@@ -154,6 +159,7 @@ class SeismicIndex(FolderIndex):
         with suppress(OSError):  # an index in a folder that cannot be written to can be searched all the same
             partial = folder / f".{os.getpid()}"
             self.engine.save(str(partial))
+            write_text(digest, file_sha256(Path(f"{partial}.index.seismic")))
             os.replace(f"{partial}.index.seismic", kept)
         return self.engine
 

@@ -6,7 +6,7 @@ This part knows no web framework; docs/serving.md puts FastAPI in front of it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,6 +16,8 @@ from ..hub.fingerprint import told
 from .protocol import Hit, Index
 
 Task = Literal["query", "document"]
+_Receive = Callable[[], Awaitable[dict[str, Any]]]
+_Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class Busy(Exception):
@@ -156,6 +158,53 @@ class Service:
         if jobs[0].task == "search":
             return self._index.search(vectors, max(job.k for job in jobs))
         return [_numbers(vector) for vector in vectors]
+
+
+class Deadline:
+    """An ASGI application in which a request whose body does not arrive in time is refused with 408.
+
+    Otherwise clients that send half a request and stay would keep what is waiting for the other half, and the server
+    from ending. ASGI alone is needed: ``app.add_middleware(Deadline)`` in FastAPI and Starlette.
+
+    Args:
+        app: Another one.
+        seconds: From the end of the header to the end of the body.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]], seconds: float = 10.0):
+        self._app, self._seconds = app, seconds
+
+    async def __call__(self, scope: dict[str, Any], receive: _Receive, send: _Send) -> None:
+        """See the specification of ASGI."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        limit, whole, late = asyncio.get_running_loop().time() + self._seconds, False, False
+
+        async def received() -> dict[str, Any]:
+            nonlocal whole, late
+            if whole:  # what comes now is that the client goes, however long that takes
+                return await receive()
+            try:
+                async with asyncio.timeout_at(limit):
+                    message = await receive()
+            except TimeoutError:
+                message, late = {"type": "http.disconnect"}, True
+            whole = not message.get("more_body", False)
+            return message
+
+        async def answered(message: dict[str, Any]) -> None:
+            if not late:  # else the application speaks of a client that has gone
+                await send(message)
+
+        try:
+            await self._app(scope, received, answered)
+        except Exception:
+            if not late:
+                raise
+        if late:
+            headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+            await send({"type": "http.response.start", "status": 408, "headers": headers})
+            await send({"type": "http.response.body", "body": b'{"detail": "the body came too slowly"}'})
 
 
 def _numbers(vector: Any) -> Any:
