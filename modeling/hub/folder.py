@@ -87,7 +87,7 @@ def load(
         model_kwargs={"use_safetensors": True} | ({"dtype": dtype} if dtype is not None else {}),
     )
     _refuse_missing_weights(folder, encoder)
-    ready_to_read(encoder, str(model))
+    ready_to_read(encoder, folder, str(model))
     return encoder
 
 
