@@ -15,9 +15,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         "a whole number from 1 on",
         lambda value: 1 <= value < math.inf and value == int(value),
         (
-            *("batch_size", "encode_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size"),
-            *("gradient_accumulation_steps", "max_length", "query_texts", "cloze_sentences", "depth", "k"),
-            *("dataloader_prefetch_factor", "settings_tried"),
+            *("batch_size", "gradient_accumulation_steps", "max_length", "query_texts", "cloze_sentences", "depth"),
+            *("k", "dataloader_prefetch_factor", "settings_tried"),
         ),
     ),
     (
@@ -47,14 +46,10 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         lambda value: 0 <= value <= 1,
         ("negative_margin", "warmup_ratio", "label_smoothing_factor"),
     ),
-    (
-        "a number from 0 to below 1",
-        lambda value: 0 <= value < 1,
-        ("adam_beta1", "adam_beta2", "label_smoothing_factor"),
-    ),
+    ("a number from 0 to below 1", lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2")),
     ("a number", lambda value: value == value, ()),
 )
-"""What flags of these names may be, of all commands; the last range is that of any other number."""
+"""What flags of these names may be, of all commands: ``batch_size`` whatever stands before it, the last any other."""
 
 
 def refuse_out_of_range(values: Mapping[str, Any]) -> None:
@@ -62,7 +57,8 @@ def refuse_out_of_range(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        wanted, fits, _ = next((one for one in _RANGES if name in one[2]), _RANGES[-1])
+        kind = "batch_size" if name.endswith("batch_size") else name
+        wanted, fits, _ = next((one for one in _RANGES if kind in one[2]), _RANGES[-1])
         if not fits(value):
             raise InputError(f"--{name} {value}: is out of its range. Use {wanted}.")
 

@@ -25,7 +25,10 @@ HEADS = [
     *(("encode_batch_size", "0"), ("max_length", "0"), ("depth", "0"), ("negatives", "-1")),
     *(("query_texts", "0"), ("cloze_sentences", "0"), ("regularizer_weight", "nan")),
 ]
-WHOLE = [("lora_rank", "-1"), ("hard_negatives", "101"), ("negative_margin", "nan"), ("max_length", "-3")]
+WHOLE = [
+    *(("mini_batch_size", "0"), ("score_mini_batch_size", "-1"), ("scale", "-1"), ("lora_rank", "-1")),
+    *(("hard_negatives", "101"), ("negative_margin", "nan"), ("max_length", "-3")),
+]
 COMMANDS = {
     "encode MODEL --input x --output y": [*EVERYWHERE, ("shard_size", "-1")],
     "evaluate MODEL --dataset x": MEASURED,

@@ -108,7 +108,7 @@ def load(
         check_loaded(folder, opened)
     opened = _mended(opened)
     if isinstance(opened, Encoder):
-        ready_to_read(opened, str(model))
+        ready_to_read(opened, folder, str(model))
     return opened
 
 

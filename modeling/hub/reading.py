@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..errors import InputError
+from ..files import read_json
 
 logger = logging.getLogger(__name__)
 
 _TABLES = ("position_embeddings", "position_embedding", "wpe", "embed_positions")
 """What encoders call their table of positions."""
 
-_UNSAID = 10**6
-"""Lengths above are how tokenizers say that they know none."""
 
-
-def ready_to_read(model: Any, source: str) -> None:
+def ready_to_read(model: Any, folder: Path, source: str) -> None:
     """Hold a model that was just opened to its positions, and let its tokenizer pad.
 
     Args:
         model: A sentence-transformers model.
+        folder: Where it comes from.
         source: What the user calls it.
 
     Raises:
@@ -33,15 +33,12 @@ def ready_to_read(model: Any, source: str) -> None:
     positions, length = positions_of(model), getattr(model, "max_seq_length", None)
     if positions is None or length is not None and length <= positions:
         return
-    if (
-        length in (None, getattr(model[0].model.config, "max_position_embeddings", None)) or length > _UNSAID
-    ):  # nobody said it
-        model.max_seq_length = positions
-        return
-    raise InputError(
-        f"{source}: says that it reads {length} tokens of a text, but has positions for {positions}, so a longer text "
-        f"would stop it midway. Set `model.max_seq_length = {positions}` and save it again."
-    )
+    if length in [read_json(file).get("max_seq_length") for file in folder.rglob("sentence_bert_config.json")]:
+        raise InputError(
+            f"{source}: says that it reads {length} tokens of a text, but has positions for {positions}, so a longer "
+            f"text would stop it midway. Write {positions} as max_seq_length into its sentence_bert_config.json."
+        )
+    model.max_seq_length = positions  # what a tokenizer says is of other models too
 
 
 def give_padding(tokenizer: Any, source: str) -> None:

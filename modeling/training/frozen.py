@@ -62,7 +62,8 @@ class HeadTraining:
         set_seed(plan.args.seed)
         self.model, tokenizer = _untrained_head(plan, folder, self.backbone, images)
         freeze(recipe.freeze, self.model)
-        objective = contract(plan.objective(self.model, **plan.objective_arguments))
+        with refusals():
+            objective = contract(plan.objective(self.model, **plan.objective_arguments))
         data, self.pair_counts = _cached_pairs(plan, self.backbone, objective, images, tokenizer)
         planned = objective.planned_rows(plan.objective_arguments)
         started = time.perf_counter()

@@ -50,7 +50,8 @@ class WholeTraining:
         self.pair_counts = {name: len(pairs) for name, pairs in data.items()}
         _refuse_unfit(plan, self.model, next(iter(data.values())))
         freeze(plan.recipe.freeze, self.model)
-        loss = plan.objective(self.model, **plan.objective_arguments)
+        with refusals():
+            loss = plan.objective(self.model, **plan.objective_arguments)
         objective = contract(loss)
         if not plan.recipe.dry_run and not plan.args.resume_from_checkpoint:
             objective.initialize(data)
