@@ -39,7 +39,6 @@ PREFIX = "polyrep_"
 """What every ``model_type`` of ours starts with."""
 
 _READABLE = ["*.json", "artifact.metadata", "*.safetensors", "*.txt", "*.model", "*.py", "*.md", "*.jinja"]
-_SETTINGS = ("*config*.json", "special_tokens_map.json", "artifact.metadata")
 _FIELDS: dict[str, Any] = {
     "config.json": {"model_type": str, "architectures": list, "auto_map": dict},
     "config_sentence_transformers.json": {
@@ -47,12 +46,19 @@ _FIELDS: dict[str, Any] = {
         "prompts": dict,
         "default_prompt_name": str,
         "similarity_fn_name": str,
+        "__version__": dict,
     },
     "sentence_bert_config.json": {"modality_config": dict},
-    "processor_config.json": {"processor_class": str},
     "tokenizer_config.json": {"processor_class": str, "tokenizer_class": str},
+    "processor_config.json": {"processor_class": str},
+    "preprocessor_config.json": {"processor_class": str},
+    "generation_config.json": {},
+    "adapter_config.json": {},
+    "special_tokens_map.json": {},
+    "artifact.metadata": {},
 }
-"""What is read of these files, by us and by the libraries that open the model."""
+"""Objects that the libraries read when they open a model, and fields of which they want a type."""
+
 _TOKENIZERS = (
     "tokenizer.json",
     "vocab.txt",
@@ -143,8 +149,8 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"{modules}: module path {outside[0]} leaves the folder. Refused; get a clean copy.")
     if not modules.is_file() and not (folder / "config.json").is_file():
         raise InputError(f"{folder}: neither modules.json nor config.json, so this is no model folder.")
-    for file in sorted(path for pattern in _SETTINGS for path in folder.rglob(pattern)):
-        read_json(file, **_FIELDS.get(file.name, {}))
+    for file in sorted(path for name in _FIELDS for path in folder.rglob(name)):
+        read_json(file, **_FIELDS[file.name])
     weights = weight_files(folder)
     if not weights:
         pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
