@@ -37,9 +37,10 @@ FOREIGN = {
     r"/\d_(Dense|Pooling|Normalize|MultiVectorMask)/config\.json ": "stock modules check their own settings",
     r"-(pipeline|multi|single)/config\.json ": "a stock backbone checks its own config",
     r"/(sentence_bert_config|processor_config|tokenizer_config|generation_config)\.json ": "as do stock processors",
-    r"_config\.(model_type|num_channels)=": "what another architecture takes and gives is only seen when it runs",
     r"/modules\.json .*(type|path|byte)": "sentence-transformers imports and opens what is named there",
-    r"/config(_sentence_transformers)?\.json .*(auto_map|prompts|__version__|byte)": "and it looks at these before any class",
+    r"/config_sentence_transformers\.json .*(prompts|__version__|byte)": "and reads these before it asks a module",
+    r"/config\.json .*(auto_map|byte)": "transformers looks for the class by it before there is one",
+    r"_config\.(model_type|num_channels)=": "what another architecture takes and gives is only seen when it runs",
 }
 """Cases in which another library may raise what it likes in its own code, and why no class of ours can be first."""
 

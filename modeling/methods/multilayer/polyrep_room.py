@@ -253,13 +253,8 @@ def check_sizes(owner: str, content, path: str = "", depth: int = 0) -> None:
                             f"{owner}: {where}={shown(value)} does not fit. Use a number from {low:,} to {high:,}."
                         )
                 break
-        if (
-            field in _SWITCHES
-            and not isinstance(value, (bool, type(None)))
-            or path
-            and field == "return_dict"
-            and not value
-        ):
+        tuples = path and field == "return_dict" and value is False  # without the names that are read
+        if tuples or field in _SWITCHES and not isinstance(value, (bool, type(None))):
             raise ValueError(f"{owner}: {where}={shown(value)} does not fit. Use true, or leave it out.")
         if field == "chunk_size_feed_forward" and type(value) is not int:
             raise ValueError(f"{owner}: {where}={shown(value)} does not fit. Use 0.")
