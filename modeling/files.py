@@ -183,12 +183,12 @@ def shipped_folder(name: str) -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / name
 
 
-MOST_DEPTH = 100
-"""Levels of a JSON file. Whoever walks through them would otherwise meet the bound of the interpreter."""
+DEEPEST = 100
+"""Most values of a JSON file inside each other; libraries that walk through it stop at a depth of their own."""
 
 
 def read_json(
-    path: Path, expect: type = dict, /, *, remedy: str = "Fetch or save the model again.", **fields: type
+    path: Path, expect: Any = dict, /, *, remedy: str = "Fetch or save the model again.", **fields: type
 ) -> Any:
     """Content of a JSON file, an empty one where there is no file.
 
@@ -197,7 +197,7 @@ def read_json(
         expect: What it holds: ``dict`` for an object, ``list`` for a list of objects, ``object`` for anything.
         remedy: What to do about one that is damaged.
         fields: Type of fields that the caller reads: of an object where they are there and not null, of each object
-            of a list always.
+            of a list always. ``list`` stands for a list of texts.
 
     Raises:
         InputError: It cannot be read, holds something else, or is no JSON; with the line where there is one.
@@ -216,8 +216,8 @@ def read_json(
         elif isinstance(error, UnicodeDecodeError):
             why = f"byte {error.start} is no UTF-8"
         raise InputError(f"{where}: not valid JSON ({why}). {remedy}") from None
-    if _depth(content) > MOST_DEPTH:
-        raise InputError(f"{path}: more than {MOST_DEPTH} levels, one in another, which no such file has. {remedy}")
+    if _deeper(content, DEEPEST):
+        raise InputError(f"{path}: holds more than {DEEPEST} values inside each other. {remedy}")
     if not isinstance(content, expect):
         wanted = "an object" if expect is dict else "a list of objects"
         raise InputError(f"{path}: holds {reprlib.repr(content)}, not {wanted}. {remedy}")
@@ -225,18 +225,18 @@ def read_json(
         if not isinstance(part, dict) and expect is not object:
             raise InputError(f"{path}: its list holds {reprlib.repr(part)}, not an object. {remedy}")
         for name, kind in fields.items():
-            if not isinstance(value := part.get(name), kind) and (value is not None or expect is list):
-                raise InputError(f"{path}: {name} is {reprlib.repr(value)}, not a {kind.__name__}. {remedy}")
+            value = part.get(name)
+            fits = isinstance(value, kind) and (kind is not list or all(isinstance(item, str) for item in value))
+            if not fits and (value is not None or expect is list):
+                wanted = {str: "a text", list: "a list of texts", dict: "an object"}[kind]
+                raise InputError(f"{path}: {name} is {reprlib.repr(value)}, not {wanted}. {remedy}")
     return content
 
 
-def _depth(content: Any) -> int:
-    """How deep parsed JSON is nested; what is deeper than the bound is not looked at further."""
-    depth, level = 0, [content]
-    while level and depth <= MOST_DEPTH:
-        inside = (part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list))
-        depth, level = depth + 1, [value for values in inside for value in values]
-    return depth
+def _deeper(content: Any, depth: int) -> bool:
+    """Whether parsed JSON goes deeper than that."""
+    parts = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    return depth < 0 or any(_deeper(part, depth - 1) for part in parts)
 
 
 def digest(content: Any) -> str:

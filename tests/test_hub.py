@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import shutil
 from pathlib import Path
 
@@ -161,6 +162,76 @@ def test_an_adapter_is_merged_by_the_lines_that_its_refusal_says(kind, adapters,
     exec(lines, {"COPY": copy, "peft": peft, "transformers": transformers, "pathlib": pathlib})
     found = polyrep.load(copy, device="cpu").encode(["list open ports"])
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+SETTINGS = (
+    *("config.json", "tokenizer_config.json", "generation_config.json", "config_sentence_transformers.json"),
+    *("sentence_bert_config.json", "1_Pooling/config.json", "artifact.metadata"),
+)
+
+
+@pytest.mark.parametrize("name", [*SETTINGS, "modules.json"])
+def test_a_file_of_settings_that_holds_something_else_is_refused_by_file_value_and_remedy(folder, name):
+    file = folder / name
+    whole = file.read_bytes() if file.is_file() else b"{}"
+    for content, words in {
+        b"\xef\xbb\xbf" + whole: "1: not valid JSON .a byte order mark",
+        whole.decode().encode("utf-16"): "not valid JSON .byte 0 is no UTF-8",
+        whole[:-1] + b"\xe9": f"not valid JSON .byte {len(whole) - 1} is no UTF-8",
+        b"": "1: not valid JSON .Expecting value",
+        b'{\n"a": }': "2: not valid JSON .Expecting value",
+        b"[" * 100_000: "not valid JSON .maximum recursion depth",
+        b'{"a": ' * 100_000 + b"1" + b"}" * 100_000: "not valid JSON .maximum recursion depth",
+        b'{"a": ' + b"9" * 5_000 + b"}": "not valid JSON .Exceeds the limit",
+        b"null": "holds None, not",
+        b'"x"': "holds 'x', not",
+        b"5": "holds 5, not",
+        b"{}" if name == "modules.json" else b"[]": "holds .{2}, not",
+        b"[5]": "its list holds 5, not an object" if name == "modules.json" else r"holds \[5\], not an object",
+    }.items():
+        file.write_bytes(content)
+        for refuses in (folders.check_folder, polyrep.load):
+            with pytest.raises(InputError, match=f"{re.escape(str(file))}: ?{words}") as refused:
+                refuses(folder)
+            assert len(str(refused.value)) < 500 and "again" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "words"),
+    [
+        ("config.json", "model_type", 5, "model_type is 5, not a text"),
+        ("config.json", "architectures", "Bert", "architectures is 'Bert', not a list of texts"),
+        ("config.json", "architectures", [5], r"architectures is \[5\], not a list of texts"),
+        ("config_sentence_transformers.json", "model_type", ["x"], r"model_type is \['x'\], not a text"),
+        ("config_sentence_transformers.json", "prompts", "query: ", "prompts is 'query: ', not an object"),
+        ("sentence_bert_config.json", "modality_config", [], r"modality_config is \[\], not an object"),
+        ("tokenizer_config.json", "tokenizer_class", 1.5, "tokenizer_class is 1.5, not a text"),
+    ],
+)
+def test_a_setting_of_another_type_is_refused_by_file_field_and_value(folder, name, field, value, words):
+    edit_json(folder / name, **{field: value})
+    with pytest.raises(InputError, match=f"{name}: {words}. Fetch or save the model again."):
+        polyrep.load(folder)
+
+
+def test_a_module_without_a_place_or_a_type_is_refused(folder):
+    whole = json.loads((folder / "modules.json").read_text())
+    for field in ("name", "path", "type"):
+        (folder / "modules.json").write_text(json.dumps([whole[0], whole[1] | {field: None}]))
+        with pytest.raises(InputError, match=f"modules.json: {field} is None, not a text"):
+            polyrep.load(folder)
+
+
+def test_settings_that_nobody_reads_as_an_object_may_be_a_list(folder):
+    (folder / "data_config.json").write_text('[{"name": "pairs"}]')
+    assert polyrep.load(folder, device="cpu").encode(["file"]).shape == (1, 32)
+
+
+def test_a_fingerprint_refuses_a_config_that_is_no_object_by_its_file(folder):
+    for content in (b"[1]", b"\xef\xbb\xbf{}", b"[" * 100_000, b"\xff", b"{"):
+        (folder / "1_Pooling" / "config.json").write_bytes(content)
+        with pytest.raises(ValueError, match="1_Pooling/config.json: .*again"):
+            hub.fingerprint(folder)
 
 
 def test_names_that_lead_nowhere_are_refused():

@@ -42,7 +42,6 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 """Hash of its ``model.safetensors`` on the Hub."""
 
 _READABLE = ["*.json", "artifact.metadata", "*.safetensors", "*.txt", "*.model", "*.py", "*.md", "*.jinja"]
-_SETTINGS = ("*config*.json", "special_tokens_map.json", "artifact.metadata")
 _FIELDS: dict[str, Any] = {
     "config.json": {"model_type": str, "architectures": list, "auto_map": dict},
     "config_sentence_transformers.json": {
@@ -50,12 +49,19 @@ _FIELDS: dict[str, Any] = {
         "prompts": dict,
         "default_prompt_name": str,
         "similarity_fn_name": str,
+        "__version__": dict,
     },
     "sentence_bert_config.json": {"modality_config": dict},
-    "processor_config.json": {"processor_class": str},
     "tokenizer_config.json": {"processor_class": str, "tokenizer_class": str},
+    "processor_config.json": {"processor_class": str},
+    "preprocessor_config.json": {"processor_class": str},
+    "generation_config.json": {},
+    "adapter_config.json": {},
+    "special_tokens_map.json": {},
+    "artifact.metadata": {},
 }
-"""What is read of these files, by us and by the libraries that open the model."""
+"""Objects that the libraries read when they open a model, and fields of which they want a type."""
+
 _TOKENIZERS = (
     "tokenizer.json",
     "vocab.txt",
@@ -147,9 +153,8 @@ def check_folder(folder: Path) -> None:
     refuse_adapters(*module_folders(folder))
     if not (folder / "modules.json").is_file() and not (folder / "config.json").is_file():
         raise InputError(f"{folder}: neither modules.json nor config.json, so this is no model folder.")
-    for file in sorted(path for pattern in _SETTINGS for path in folder.rglob(pattern)):
-        if file.name != "data_config.json":  # a list of what older models were trained on
-            read_json(file, **_FIELDS.get(file.name, {}))
+    for file in sorted(path for name in _FIELDS for path in folder.rglob(name)):
+        read_json(file, **_FIELDS[file.name])
     check_weight_files(folder)
     if not weight_files(folder):
         pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))

@@ -105,6 +105,8 @@ _TEXT, _ITEMS, _DEPTH = 1_000, 2**16, 20
 _BACKBONE = dict.fromkeys(("base_model_id", "base_revision", "base_fingerprint"), str | None)
 _SWITCHES = ("output_hidden_states", "output_attentions", "return_dict", "use_cache")
 _THEIRS = {"architectures": list[str] | None, "problem_type": str | None} | dict.fromkeys(_SWITCHES, bool | None)
+_THEIRS |= dict.fromkeys(("attn_implementation", "_attn_implementation"), str | dict | None)
+_THEIRS |= dict.fromkeys(("experts_implementation", "_experts_implementation"), str | dict | None)
 
 # Of configs that are not ours, by name; the first that fits counts. Shipped models stay well below.
 _SIZES = {
@@ -194,6 +196,8 @@ def _fits(value, hint, allowed) -> bool:
             return len(value) <= _ITEMS and all(_fits(part, item, allowed) for part in value)
     if isinstance(value, str):
         return str in kinds and (value in allowed if allowed else len(value) <= _TEXT and value.isprintable())
+    if isinstance(value, dict):
+        return dict in kinds
     if not (type(value) is int and (int in kinds or float in kinds) or type(value) is float and float in kinds):
         return False
     return allowed[0] <= value <= allowed[1] if allowed else -math.inf < value < math.inf
@@ -211,7 +215,7 @@ def _expected(hint, allowed) -> str:
         elif kind is str:
             found.append(f"one of {', '.join(allowed)}" if allowed else f"a line of up to {_TEXT:,} characters")
         else:
-            found.append("true or false" if kind is bool else "null")
+            found.append({bool: "true or false", dict: "an object"}.get(kind, "null"))
     return ", or ".join(found)
 
 
@@ -276,8 +280,11 @@ def check_sizes(owner: str, content, path: str = "", depth: int = 0) -> None:
                             f"{owner}: {where}={shown(value)} does not fit. Use a number from {low:,} to {high:,}."
                         )
                 break
-        if field in _SWITCHES and not isinstance(value, (bool, type(None))):
-            raise ValueError(f"{owner}: {where}={shown(value)} does not fit. Use true or false.")
+        tuples = path and field == "return_dict" and value is False  # without the names that are read
+        if tuples or field in _SWITCHES and not isinstance(value, (bool, type(None))):
+            raise ValueError(f"{owner}: {where}={shown(value)} does not fit. Use true, or leave it out.")
+        if field == "chunk_size_feed_forward" and type(value) is not int:
+            raise ValueError(f"{owner}: {where}={shown(value)} does not fit. Use 0.")
         if field in ("dtype", "torch_dtype") and not isinstance(value, (dict, torch.dtype, type(None))):
             if not isinstance(value, str) or not isinstance(getattr(torch, value, None), torch.dtype):
                 raise ValueError(f"{owner}: {where}={shown(value)} is no type of weights. Use e.g. 'float32'.")
