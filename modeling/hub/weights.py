@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from sentence_transformers.base.modules import Router
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import InputError
 from ..files import read_json
@@ -67,7 +68,7 @@ def module_folders(folder: Path) -> list[Path]:
     paths = [part.get("path", "") if isinstance(part, dict) else None for part in modules]
     if not isinstance(modules, list) or not all(isinstance(path, str) and "\0" not in path for path in paths):
         raise InputError(f"{listing}: is no list of modules with a path each. Fetch or save the model again.")
-    parts = [(listing, folder / path) for path in paths]
+    parts = [(listing, folder / str(path)) for path in paths]
     for file, part in parts:  # grows while it is read
         try:
             outside = folder.resolve() not in (part.resolve(), *part.resolve().parents)
@@ -355,18 +356,19 @@ def _refuse_other(name: str, found: Stored | None, tensor: torch.Tensor, turned:
 
 def _modules(folder: Path, model: nn.Module) -> Iterator[tuple[Path, nn.Module]]:
     """The modules of a model, each with the folder it comes from; a Router's one by one."""
-    listing = read_json(folder / "modules.json")
+    listing: list[dict[str, Any]] = read_json(folder / "modules.json") or []
     if isinstance(model, PreTrainedModel):
         yield folder, model
     elif not listing:
         yield from ((folder, module) for module in model.children())
-    for entry, module in zip(listing or [], model.children(), strict=False):
+    for entry, module in zip(listing, model.children(), strict=False):
         part = folder / entry["path"]
         if not isinstance(module, Router):
             yield part, module
             continue
         for route, names in read_json(part / "router_config.json")["structure"].items():
-            for name, inner in zip(names, module.sub_modules[route], strict=False):
+            inside: Any = module.sub_modules[route]
+            for name, inner in zip(names, inside, strict=False):
                 yield part / name, inner
 
 
@@ -381,11 +383,10 @@ def _refuse_missing(part: Path, model: PreTrainedModel, stored: dict[str, Stored
         if found is None and tensor.data_ptr() not in there and not (pooler and "pooler" in name.split("."))
     }
     if missing and stored and type(model).__module__.startswith("transformers."):
-        config: PretrainedConfig = model.config
-        again: tuple[Any, dict[str, Any]] = type(model).from_pretrained(
-            part, config=config, use_safetensors=True, output_loading_info=True
+        opened: Any = type(model).from_pretrained(
+            part, config=model.config, use_safetensors=True, output_loading_info=True
         )
-        missing &= set(again[1]["missing_keys"])
+        missing &= set(opened[1]["missing_keys"])
     if missing:
         first = [name for name in state if name in missing]
         raise InputError(
@@ -396,7 +397,6 @@ def _refuse_missing(part: Path, model: PreTrainedModel, stored: dict[str, Stored
 
 def _rows(module: nn.Module) -> tuple[int, int]:
     """Tokens of a tokenizer and rows of its embeddings, of a module that looks vectors up; else nothing."""
-    if not isinstance(getattr(module, "embedding", None), nn.EmbeddingBag):
+    if not isinstance(module, StaticEmbedding):
         return 0, 0
-    tokenizer: Any = module.tokenizer
-    return max(tokenizer.get_vocab().values(), default=-1) + 1, int(module.embedding.num_embeddings)
+    return max(module.tokenizer.get_vocab().values(), default=-1) + 1, module.num_embeddings
