@@ -201,6 +201,7 @@ def check_loaded(folder: Path, model: nn.Module) -> None:
     Raises:
         InputError: The first weights, and the remedy.
     """
+    listed = (folder / "modules.json").is_file()
     for part, module in _modules(folder, model):
         inner = next((m for m in module.modules() if isinstance(m, PreTrainedModel)), None)
         stock = type(module).__module__.startswith(("sentence_transformers.", "transformers."))
@@ -208,6 +209,11 @@ def check_loaded(folder: Path, model: nn.Module) -> None:
         stored = stored_weights(part)
         if inner is not None and (stock or ours) and not (part / "adapter_config.json").is_file():
             _refuse_missing(part, inner, stored, str(getattr(module, "modality_config", "")))
+        elif inner is None and not listed and (lost := sorted(set(module.state_dict()) - set(stored))):
+            raise InputError(
+                f"{folder}: names no modules, and a {type(module).__name__} of its family has weights, {lost[0]} for "
+                "one, that no file has, so they would be random. Fetch or save the model again."
+            )
         if name := first_not_finite(module):
             owner = next((found.file for key, found in stored.items() if name.endswith(key)), part)
             raise InputError(
@@ -232,13 +238,19 @@ def projection(folder: Path) -> torch.Tensor:
     """The map ``(dim, hidden)`` of an original ColBERT checkpoint, whichever of its files has it.
 
     Raises:
-        InputError: None has.
+        InputError: None has, or it is of another model.
     """
     found = stored_weights(folder).get("linear.weight")
-    if found is None or len(found.shape) != 2:
+    if found is None:
         raise InputError(
             f"{folder}: a ColBERT checkpoint without linear.weight, the map from states to token vectors, so they "
             "would be random. Fetch or save the model again."
+        )
+    width = read_json(folder / "config.json").get("hidden_size")
+    if len(found.shape) != 2 or found.shape[1] != width or found.dtype not in FLOATS:
+        raise InputError(
+            f"{found.file}: linear.weight is {list(found.shape)} of {found.dtype}, and cannot map states of width "
+            f"{width} to token vectors. Fetch or save the model again."
         )
     with safe_open(found.file, framework="pt") as weights:
         return weights.get_tensor("linear.weight")
