@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 import polyrep
 from polyrep import InputError
 from polyrep.hub.weights import MOST_HEADER, read_header
+from polyrep.methods.gaussian.modeling_gaussian import GaussianHead, GaussianHeadConfig, GaussianPooling
 
 TEXTS = ["list open ports", "a file"]
 SIZE = 61  # words of the backbone's tokenizer
@@ -201,6 +202,35 @@ def test_a_pickle_in_place_of_weights_is_refused_and_never_read(folder, backbone
     assert not (tmp_path / "marker").exists()
 
 
+def test_a_head_is_read_from_safetensors_alone_and_from_memory(tmp_path):
+    torch.manual_seed(8)
+    head = GaussianHead(GaussianHeadConfig(input_dim=4))
+    weights = {name: torch.randn_like(weight) for name, weight in head.state_dict().items()}
+    opened, found = GaussianHead.from_pretrained(
+        None, config=head.config, state_dict=dict(weights), output_loading_info=True
+    )
+    assert not found["missing_keys"]
+    assert all(torch.equal(opened.state_dict()[name], weight) for name, weight in weights.items())
+    weights.pop("mean_map")
+    with pytest.raises(ValueError, match="the state dict lacks mean_map .1 in all., which would be random"):
+        GaussianHead.from_pretrained(None, config=head.config, state_dict=weights)
+    head.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(head.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        GaussianHead.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("door", [GaussianHead.from_pretrained, polyrep.load, GaussianPooling.from_pretrained])
+def test_a_config_of_a_larger_head_is_refused_before_it_takes_memory(tmp_path, door):
+    GaussianHead(GaussianHeadConfig(input_dim=4, mean_dim=4)).save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", input_dim=300_000, mean_dim=200_000, projection_dim=None)  # 240 GB a map
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match=r"has mean_map of \[4, 4\], and the config asks for \[200000, 300000\]"):
+        door(str(tmp_path))
+    assert time.perf_counter() - started < 5
+
+
 @pytest.mark.parametrize(
     ("lie", "words"),
     [
@@ -339,6 +369,21 @@ def test_a_colbert_checkpoint_without_its_projection_is_refused(colbert, sharded
         shard(folder)
     with pytest.raises(InputError, match="without linear.weight, .*random"):
         polyrep.load(folder, device="cpu")
+
+
+def test_a_projection_of_another_width_is_refused(colbert):
+    folder, _ = colbert
+    with_("linear.weight", lambda weight: weight[:, 1:])(folder)
+    with pytest.raises(InputError, match=r"linear.weight is \[8, 31\] of F32, and cannot map states of width 32"):
+        polyrep.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("family", ["MultiVectorEncoder", "SparseEncoder", "ColBERT"])
+def test_a_family_that_would_add_random_layers_to_a_bare_model_is_refused(backbone, tmp_path, family):
+    shutil.copytree(backbone, tmp_path / "bare")
+    (tmp_path / "bare" / "config_sentence_transformers.json").write_text(json.dumps({"model_type": family}))
+    with pytest.raises(InputError, match="names no modules, and a (Dense|SparseAutoEncoder) .*random"):
+        polyrep.load(tmp_path / "bare", device="cpu")
 
 
 def test_a_folder_of_pylate_opens_with_and_without_its_name(backbone, tmp_path):

@@ -305,7 +305,7 @@ class _ColBERT(MultiVectorEncoder):
     """An original ColBERT checkpoint, in one file, as sentence-transformers reads it, or in several."""
 
     @staticmethod
-    def _build_stanford_projection(model_name_or_path: str, **_: Any) -> Dense:
+    def _build_stanford_projection(model_name_or_path: str, *_: Any, **__: Any) -> Dense:  # type: ignore[override]
         weight = projection(Path(model_name_or_path))
         return Dense(
             weight.shape[1],
@@ -330,7 +330,7 @@ def _opener(folder: Path) -> type[Encoder]:
 def _mended(model: Any) -> Any:
     """A model as its family has it, with the width that it lacks until its first text."""
     if isinstance(model, _ColBERT):
-        model.__class__ = MultiVectorEncoder
+        model.__class__ = MultiVectorEncoder  # type: ignore[assignment]
     for module in model.children() if isinstance(model, SparseEncoder) else []:
         if isinstance(module, SpladePooling) and module.embedding_dimension is None:
             words = model[0].model.get_output_embeddings()

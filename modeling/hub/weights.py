@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from sentence_transformers.base.modules import Router
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import InputError
 from ..files import read_json
@@ -199,6 +200,7 @@ def check_loaded(folder: Path, model: nn.Module) -> None:
     Raises:
         InputError: The first weights, and the remedy.
     """
+    listed = (folder / "modules.json").is_file()
     for part, module in _modules(folder, model):
         inner = next((m for m in module.modules() if isinstance(m, PreTrainedModel)), None)
         stock = type(module).__module__.startswith(("sentence_transformers.", "transformers."))
@@ -206,6 +208,11 @@ def check_loaded(folder: Path, model: nn.Module) -> None:
         stored = stored_weights(part)
         if inner is not None and (stock or ours) and not (part / "adapter_config.json").is_file():
             _refuse_missing(part, inner, stored, str(getattr(module, "modality_config", "")))
+        elif inner is None and not listed and (lost := sorted(set(module.state_dict()) - set(stored))):
+            raise InputError(
+                f"{folder}: names no modules, and a {type(module).__name__} of its family has weights, {lost[0]} for "
+                "one, that no file has, so they would be random. Fetch or save the model again."
+            )
         if name := first_not_finite(module):
             owner = next((found.file for key, found in stored.items() if name.endswith(key)), part)
             raise InputError(
@@ -230,13 +237,19 @@ def projection(folder: Path) -> torch.Tensor:
     """The map ``(dim, hidden)`` of an original ColBERT checkpoint, whichever of its files has it.
 
     Raises:
-        InputError: None has.
+        InputError: None has, or it is of another model.
     """
     found = stored_weights(folder).get("linear.weight")
-    if found is None or len(found.shape) != 2:
+    if found is None:
         raise InputError(
             f"{folder}: a ColBERT checkpoint without linear.weight, the map from states to token vectors, so they "
             "would be random. Fetch or save the model again."
+        )
+    width = read_json(folder / "config.json").get("hidden_size")
+    if len(found.shape) != 2 or found.shape[1] != width or found.dtype not in FLOATS:
+        raise InputError(
+            f"{found.file}: linear.weight is {list(found.shape)} of {found.dtype}, and cannot map states of width "
+            f"{width} to token vectors. Fetch or save the model again."
         )
     with safe_open(found.file, framework="pt") as weights:
         return weights.get_tensor("linear.weight")
@@ -354,18 +367,19 @@ def _refuse_other(name: str, found: Stored | None, tensor: torch.Tensor, turned:
 
 def _modules(folder: Path, model: nn.Module) -> Iterator[tuple[Path, nn.Module]]:
     """The modules of a model, each with the folder it comes from; a Router's one by one."""
-    listing = read_json(folder / "modules.json", list)
+    listing: list[dict[str, Any]] = read_json(folder / "modules.json", list)
     if isinstance(model, PreTrainedModel):
         yield folder, model
     elif not listing:
         yield from ((folder, module) for module in model.children())
-    for entry, module in zip(listing or [], model.children(), strict=False):
+    for entry, module in zip(listing, model.children(), strict=False):
         part = folder / entry["path"]
         if not isinstance(module, Router):
             yield part, module
             continue
         for route, names in read_json(part / "router_config.json")["structure"].items():
-            for name, inner in zip(names, module.sub_modules[route], strict=False):
+            inside: Any = module.sub_modules[route]
+            for name, inner in zip(names, inside, strict=False):
                 yield part / name, inner
 
 
@@ -380,11 +394,10 @@ def _refuse_missing(part: Path, model: PreTrainedModel, stored: dict[str, Stored
         if found is None and tensor.data_ptr() not in there and not (pooler and "pooler" in name.split("."))
     }
     if missing and stored and type(model).__module__.startswith("transformers."):
-        config: PretrainedConfig = model.config
-        again: tuple[Any, dict[str, Any]] = type(model).from_pretrained(
-            part, config=config, use_safetensors=True, output_loading_info=True
+        opened: Any = type(model).from_pretrained(
+            part, config=model.config, use_safetensors=True, output_loading_info=True
         )
-        missing &= set(again[1]["missing_keys"])
+        missing &= set(opened[1]["missing_keys"])
     if missing:
         first = [name for name in state if name in missing]
         raise InputError(
@@ -395,7 +408,6 @@ def _refuse_missing(part: Path, model: PreTrainedModel, stored: dict[str, Stored
 
 def _rows(module: nn.Module) -> tuple[int, int]:
     """Tokens of a tokenizer and rows of its embeddings, of a module that looks vectors up; else nothing."""
-    if not isinstance(getattr(module, "embedding", None), nn.EmbeddingBag):
+    if not isinstance(module, StaticEmbedding):
         return 0, 0
-    tokenizer: Any = module.tokenizer
-    return max(tokenizer.get_vocab().values(), default=-1) + 1, int(module.embedding.num_embeddings)
+    return max(module.tokenizer.get_vocab().values(), default=-1) + 1, module.num_embeddings

@@ -144,6 +144,11 @@ def _open_backbone(plan: Plan, folder: Path, weights: torch.dtype) -> Encoder:
             f"{recipe.backbone}: is a {type(backbone).__name__}, but this head reads {reads}. "
             f"Name a {family.__name__}."
         )
+    if not isinstance(getattr(backbone[0], "model", None), PreTrainedModel):
+        raise InputError(
+            f"{recipe.backbone}: begins with {type(backbone[0]).__name__}, which is no transformer, and this head "
+            "needs the tokens that one reads. Name a model whose first module is a transformer."
+        )
     set_length(backbone, settings.max_length, recipe.backbone)
     if not settings.pipeline and not settings.head_only:
         retriever: Any = room.model

@@ -60,8 +60,8 @@ def run(count: int, seed: int, folder: Path) -> list[Outcome]:
     outcomes = []
     for number in range(count):
         chance = random.Random(f"{seed}-{number}")
-        name = chance.choice(list(bases))
-        kind = chance.choice([kind for kind, (suits, _) in MUTATIONS.items() if suits(bases[name])])
+        kind = chance.choice(list(MUTATIONS))
+        name = chance.choice([name for name, base in bases.items() if MUTATIONS[kind][0](base)])
         place = folder / "case" / str(number)
         shutil.copytree(bases[name], place)
         marker, before = folder / "marker", _contents(place)

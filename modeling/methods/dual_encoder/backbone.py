@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, VisionTextDualEncoderProcessor
 
+from ...files import read_json
 from ...hub.vision import image_processor_of
 from .modeling_dual_encoder import DualEncoderConfig, DualEncoderModel, DualEncoderTransformer
 from .polyrep_towers import BOTH_TOWERS
@@ -31,7 +33,7 @@ def load_processor(backbone: str, vision: str | None = None) -> Any:
 
 def open_backbone(backbone: str, dtype: torch.dtype) -> SentenceTransformer | None:
     """A plain CLIP, SigLIP or BLIP folder as a SentenceTransformer for texts and images; None for any other."""
-    if AutoConfig.from_pretrained(backbone, trust_remote_code=False).model_type not in BOTH_TOWERS:
+    if read_json(Path(backbone) / "config.json").get("model_type") not in BOTH_TOWERS:
         return None
     output = {"method_output_name": "sentence_embedding"}
     modalities = {"text": {"method": "forward", **output}, "image": {"method": "encode_image", **output}}

@@ -713,11 +713,12 @@ class WholeWeights:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
-        """As transformers has it.
+        """As transformers has it, of safetensors unless ``use_safetensors=False`` says so.
 
         Raises:
             ValueError: A weight is missing, of another shape or type than the config asks for, or not finite.
         """
+        kwargs.setdefault("use_safetensors", True)  # a pickle can run code when read
         source, other_sizes = pretrained_model_name_or_path, kwargs.pop("ignore_mismatched_sizes", False)
         if source is not None and not other_sizes:
             cls._check_sizes(source, **kwargs)
