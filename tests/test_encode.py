@@ -170,7 +170,15 @@ def test_a_record_that_cannot_be_used_is_left_out_and_counted(static, tmp_path, 
     assert read(EncodedCorpus(tmp_path / "out"))[0] == ["a", "z"]
     errors = [json.loads(line) for line in (tmp_path / "out" / "errors.jsonl").read_text().splitlines()]
     assert [error["place"].rpartition(":")[2] for error in errors] == [str(n) for n in range(2, 9)]
-    expected = ["not a JSON object", "--id_field", "empty text", "not an object", "--text_field", "surrogate", "too deep"]
+    expected = [
+        "not a JSON object",
+        "--id_field",
+        "empty text",
+        "not an object",
+        "--text_field",
+        "surrogate",
+        "too deep",
+    ]
     assert all(words in error["error"] for error, words in zip(errors, expected, strict=True))
     assert "2 documents" in (said := capsys.readouterr()).out and "7 records could not be used" in said.out
     assert main([*argv, "--strict"]) == 2
