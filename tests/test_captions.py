@@ -157,6 +157,25 @@ def test_malformed_captions_are_named(tmp_path, rows, words):
         load_retrieval_dataset(folder, "test")
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b.png", "half\ud83d.png", "circle.png"])
+def test_a_name_that_no_file_can_have_is_refused(tmp_path, name):
+    folder = jsonl(tmp_path / "set", [{"image": name, "split": "test", "captions": ["x"]}])
+    (folder / "images").mkdir()
+    (folder / "images" / "circle.png").symlink_to("circle.png")
+    with pytest.raises(InputError, match="set.*(no file can have|surrogate|no such file)"):
+        load_retrieval_dataset(folder, "test")
+
+
+@pytest.mark.parametrize("caption", [r"half \ud83d", r"\u200b\ufeff"])
+def test_a_caption_that_is_no_text_is_refused(tmp_path, caption):
+    folder = jsonl(tmp_path / "set", [{"image": "0.png", "split": "test", "captions": ["CAPTION"]}])
+    (file,) = folder.glob("*.jsonl")
+    file.write_text("\n" + file.read_text().replace("CAPTION", caption))
+    np.save(folder / "v.npy", vectors(1))
+    with pytest.raises(InputError, match="captions.jsonl:2: .*surrogate|caption '0.png#0' of '0.png' is empty"):
+        load_retrieval_dataset(folder, "test")
+
+
 def test_karpathys_layout_is_held_to(tmp_path):
     rows = images()
     del rows[0]["sentences"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
+import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -15,7 +17,10 @@ from conftest import DOCUMENTS, QRELS, QUERIES, write_beir
 from PIL import Image
 
 from polyrep import InputError
-from polyrep.data import RetrievalDataset, inverse_cloze, load_corpus, load_retrieval_dataset
+from polyrep.data import RetrievalDataset, inverse_cloze, load_corpus, load_retrieval_dataset, named, records
+from polyrep.data.noise import cut_short
+from polyrep.data.stream import Fields, open_source
+from polyrep.data.words import count_words, sentences_of, words_of
 
 HEADER = "query-id\tcorpus-id\tscore\n"
 
@@ -310,6 +315,41 @@ def test_a_corpus_that_gives_no_cloze_query_is_refused():
 # Tables of pairs.
 
 
+# Scripts without spaces.
+
+
+def test_words_of_a_script_without_spaces_are_its_characters_and_their_pairs():
+    assert words_of("GPUで学習 and Réseau_1 é") == ["gpu", "で", "学", "習", "で学", "学習", "and", "réseau_1"]
+    assert words_of("パン。") == ["パ", "ン", "パン"]
+    assert "ที" in words_of("ที่นี่"), "vowels and tones are marks, and belong to their word"
+
+
+def test_sentences_end_without_a_space_where_a_script_has_none():
+    assert sentences_of("猫は好きです。「庭で寝ます。」本当？はい") == [
+        "猫は好きです。",
+        "「庭で寝ます。」",
+        "本当？",
+        "はい",
+    ]
+    assert sentences_of("แมวนอนหลับ หมาเห่า") == ["แมวนอนหลับ", "หมาเห่า"]
+    assert sentences_of("यह एक है। वह दो है।") == ["यह एक है।", "वह दो है।"]
+    assert sentences_of("One. Two: three") == ["One.", "Two:", "three"]
+    assert [count_words(text) for text in ("one two, three", "庭で寝ます。", "はい。", "แมวนอนหลับ")] == [3, 4, 2, 3]
+
+
+def test_a_cloze_query_is_found_in_a_script_without_spaces():
+    made = inverse_cloze(corpus_of(a="猫は好きです。庭で寝ます。", b="犬"))
+    ((query, text),) = made.queries.items()
+    assert made.qrels[query] == {"a": 1}
+    assert {text, made.corpus["a"]} == {"猫は好きです。", "庭で寝ます。"}
+
+
+def test_a_text_without_spaces_is_cut_at_characters():
+    text = "猫は庭で寝ます"
+    found = {cut_short(text, random.Random(seed)) for seed in range(20)}
+    assert len(found) > 1 and all(text.startswith(part) and 2 <= len(part) <= 4 for part in found)
+
+
 def write_pairs(folder: Path, splits: dict[str, dict[str, list]], features: datasets.Features | None = None) -> Path:
     folder.mkdir(parents=True)
     for split, columns in splits.items():
@@ -349,6 +389,39 @@ def test_a_table_of_pairs_is_a_data_set_and_equal_documents_are_one(tmp_path, lo
 def test_a_pair_without_a_text_is_refused_by_its_row(tmp_path, local_cache, query, document):
     folder = write_pairs(tmp_path / "pairs", {"test": {"query": ["q", query], "document": ["d", document]}})
     with pytest.raises(InputError, match="pairs test row 1: an empty query or document"):
+        load_retrieval_dataset(folder)
+
+
+def test_equal_queries_of_a_table_are_one_with_several_relevant_documents(tmp_path, local_cache):
+    columns = {
+        "query": ["how", "why", " how", "how"],
+        "document": ["one", "two", "three", "one "],
+        "negative_1": ["a", "b", "c", "d"],
+    }
+    loaded = load_retrieval_dataset(write_pairs(tmp_path / "pairs", {"test": columns}))
+    answers = {text: {loaded.corpus[d] for d in loaded.qrels[q]} for q, text in loaded.queries.items()}
+    assert answers == {"how": {"one", "three"}, "why": {"two"}} and len(loaded.queries) == 2
+    rows = {tuple(row.values()) for row in loaded.pairs()}  # each row's own negative
+    assert rows == {("how", "one", "a"), ("how", "one", "d"), ("how", "three", "c"), ("why", "two", "b")}
+
+
+@pytest.mark.parametrize(
+    ("query", "document"), [([1, 2], ["x", "y"]), (["a", "b"], [3, 4]), (["a", "\u200b"], ["x", "y"])]
+)
+def test_a_column_that_is_no_text_is_refused_by_its_row(tmp_path, local_cache, query, document):
+    folder = write_pairs(tmp_path / "pairs", {"test": {"query": query, "document": document}})
+    with pytest.raises(InputError, match="pairs test row [01]: "):
+        load_retrieval_dataset(folder)
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path, local_cache):
+    folder = write_pairs(tmp_path / "pairs", {"test": {"query": ["a"], "document": ["x"]}})
+    (folder / "train.parquet").write_bytes((folder / "test.parquet").read_bytes()[:50])
+    with pytest.raises(InputError, match="train.parquet: cannot be read as a table"):
+        load_retrieval_dataset(folder)
+    (folder / "train.parquet").unlink()
+    (folder / "train.parquet").symlink_to(folder / "nowhere")
+    with pytest.raises(InputError, match="train.parquet: a link to what is not there"):
         load_retrieval_dataset(folder)
 
 
@@ -447,6 +520,96 @@ def test_a_byte_that_is_no_text_is_refused(beir):
     assert f"{path}:2: not UTF-8 (byte 0xff at column 6)" in said_about(beir)
     path = write(beir / "corpus.jsonl", '{"_id": "d1", "text": "x"}\n{"_id": "d2", "text": "é"}\n'.encode("latin-1"))
     assert f"{path}:2: not UTF-8 (byte 0xe9 at column 24)" in said_about(beir)
+
+
+RECORDS = {  # a record, and what it is: the text, or a part of the refusal
+    '{"_id": 7, "text": "x"}': ("7", "x"),
+    '{"docid": "d", "title": null, "text": "x"}': ("d", "x"),
+    '{"_id": "d", "title": "a", "text": "\\u200b"}': ("d", "a \u200b"),
+    '{"_id": "d", "title": 5, "text": "x"}': "title=5",
+    '{"_id": "d", "title": false, "text": "x"}': "title=False",
+    '{"_id": "d", "title": [], "text": "x"}': "title=[]",
+    '{"_id": "d", "text": "\\u2060\\u200d"}': "an empty text",
+    '{"_id": "\\ufeff", "text": "x"}': "an empty _id",
+    '{"_id": "d", "text": "\\udfff"}': "surrogate",
+    '{"_id": 1e3, "text": "x"}': "_id=1000.0",
+    '{"_id": "d", "text": ' + "[" * 5000: "nested too deep",
+}
+
+
+@pytest.mark.parametrize("record", RECORDS)
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_record_is_the_same_wherever_it_is_read(tmp_path, record, mark):
+    path = write(tmp_path / "set" / "corpus.jsonl", mark + record)
+    (span,) = open_source(str(path), Fields()).spans(5)
+    documents, errors = span.read()
+    expected = RECORDS[record]
+    if isinstance(expected, tuple):
+        assert dict(documents) == dict([expected]) and not errors
+        assert load_corpus(path.parent).corpus == dict([expected])
+    else:
+        assert not documents and expected in errors[0]["error"] and errors[0]["place"] == f"{path}:1"
+        with pytest.raises(InputError) as refusal:
+            load_corpus(path.parent)
+        assert expected in str(refusal.value) and f"{path}:1: " in str(refusal.value)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_line_that_is_a_bomb_is_refused_unread(beir, monkeypatch, zipped):
+    monkeypatch.setattr(records, "MOST_BYTES", 1000)
+    rows = [{"_id": "d1", "text": "x"}, {"_id": "d2", "text": "x" * 2000}]
+    path = write(beir / "corpus.jsonl", jsonl(rows))
+    path = zip_file(path) if zipped else path
+    assert f"{path}:2: longer than 1,000 bytes" in said_about(beir)
+    with pytest.raises(InputError, match=":2: longer than 1,000 bytes"):
+        list(open_source(str(path), Fields()).spans(5))
+
+
+def test_what_has_the_name_of_a_file_and_is_none_is_refused(beir, tmp_path):
+    path = beir / "qrels" / "test.tsv"
+    for make in (
+        path.mkdir,
+        lambda: path.symlink_to(path),
+        lambda: path.symlink_to("nowhere"),
+        lambda: os.mkfifo(path),
+    ):
+        path.rmdir() if path.is_dir() else path.unlink()
+        make()
+        assert f"{path}: " in (said := said_about(beir)) and ("called like one" in said or "a link" in said)
+    (tmp_path / "images" / "a.png").mkdir(parents=True)
+    with pytest.raises(InputError, match="a.png: no file, but is called like one"):
+        open_source(str(tmp_path / "images"), Fields())
+
+
+# Queries that are documents.
+
+
+def same_ids(queries: dict[str, str], qrels: dict[str, dict[str, int]], **options) -> list[int]:
+    corpus = {"x": "other", "a": "Title  Dogs bark.", "b": "b text", "c": "c text"}
+    return RetrievalDataset("any", "test", corpus, queries, qrels, **options).own.tolist()
+
+
+def test_a_document_with_the_id_and_the_text_of_a_query_is_its_own():
+    asked, judged = {"a": "dogs BARK.", "q": "b text", "b": "b text"}, {"a": {"c": 1}, "q": {"c": 1}, "b": {"c": 1}}
+    assert same_ids(asked, judged) == [1, -1, 2]
+    assert same_ids(asked, judged, same_ids=False) == [-1, -1, -1]
+    judged["b"]["b"] = 0  # whatever the judgment says, the document is one to be found
+    assert same_ids(asked, judged) == [1, -1, -1]
+
+
+def test_ids_that_meet_by_chance_mean_nothing():
+    asked, judged = {"a": "cats", "b": "birds", "c": "c text"}, {q: {"x": 1} for q in "abc"}
+    assert same_ids(asked, judged) == [-1, -1, -1], "one of three"
+    assert same_ids(asked, judged, same_ids=True) == [1, 2, 3]
+    assert same_ids({"a": ""}, {"a": {"x": 1}}) == [-1]
+
+
+def test_a_named_set_says_what_mteb_says(monkeypatch):
+    mteb = pytest.importorskip("mteb")
+    tasks = {t.metadata.dataset["path"]: t for t in map(mteb.get_task, ("ArguAna", "SciFact", "NFCorpus", "FiQA2018"))}
+    for path, task in tasks.items():
+        assert named.same_ids(path) is task.ignore_identical_ids
+    assert named.same_ids("someone/else") is None
 
 
 def test_empty_texts_are_accepted_on_request(beir):

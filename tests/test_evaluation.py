@@ -17,7 +17,7 @@ from conftest import write_beir
 from PIL import Image
 from world import write_world
 
-from polyrep import InputError
+from polyrep import InputError, report
 from polyrep.cli import main
 from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.evaluation import statistics, table
@@ -58,6 +58,81 @@ def ranked(scores: np.ndarray, ids: list[str], depth: int = 1000) -> tuple[Ranki
 
 def judged(qrels: dict[str, dict[str, int]], ids: list[str]) -> RetrievalDataset:
     return RetrievalDataset("any", "test", dict.fromkeys(ids, "text"), dict.fromkeys(qrels, "text"), qrels)
+
+
+def test_a_querys_own_document_is_none_that_it_found():
+    ids = [f"d{i}" for i in range(130)]
+    scores = np.array([-np.arange(130.0)] * 2)
+    corpus = dict.fromkeys(ids, "text") | {"d0": "A question"}
+    qrels = {"d0": {"d10": 1, "d100": 2}, "q": {"d10": 1, "d100": 2}}
+    dataset = RetrievalDataset("any", "test", corpus, {"d0": "a question", "q": "a question"}, qrels)
+    found = per_query_metrics(dataset, ranked(scores, ids)[0])
+    for row, own in enumerate(([0], [])):
+        expected = brute_force(qrels["d0"], [i for i in ids if int(i[1:]) not in own])
+        assert {metric: values[row] for metric, values in found.items()} == pytest.approx(expected)
+    assert found["MRR@10"].tolist() == [1 / 10, 0] and found["Recall@100"].tolist() == [1, 0.5]
+
+
+def test_queries_that_are_documents_are_measured_without_themselves(tmp_path, folders):
+    texts = {
+        "a": "print a file",
+        "b": "show open ports",
+        "c": "archive files",
+        "a2": "show a file",
+        "b2": "list ports",
+    }
+    folder = tmp_path / "twins"
+    (folder / "qrels").mkdir(parents=True)
+    for stem, chosen in (("corpus", texts), ("queries", {q: texts[q] for q in "ab"})):
+        lines = [json.dumps({"_id": i, "text": text}) + "\n" for i, text in chosen.items()]
+        (folder / f"{stem}.jsonl").write_text("".join(lines))
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\na\ta2\t1\nb\tb2\t1\n")
+    results = run(tmp_path, folders["one"], "--dataset", folder)
+    values = {row["system"]: row["value"] for row in results["rows"] if row["metric"] == "nDCG@10"}
+    assert values["BM25"] == 1  # each finds the one other document with a word of it
+    assert results["notes"] == [
+        "twins, test: 2 of 2 queries have the id of a document, which is the query itself; for that query it is left "
+        "out of what is found."
+    ]
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_measured(tmp_path, beir, capsys):
+    (tmp_path / "file").write_text("")
+    for flags in (
+        ["--output", tmp_path / "file"],
+        ["--output", tmp_path / "file" / "below"],
+        ["--output", tmp_path / ("x" * 300)],
+        ["--output", tmp_path / "new", "--name", "a/b"],
+    ):
+        argv = ["evaluate", "no-such-model", "--dataset", str(beir), *map(str, flags)]
+        assert main(argv) == 2
+        assert ("cannot be written to" if "--name" not in flags else "--name 'a/b'") in capsys.readouterr().err
+    assert main(["evaluate", "bm25", "--dataset", str(beir), "--split", "no", "--output", str(tmp_path / "new")]) == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_table_is_printed_though_it_cannot_be_written(tmp_path, beir, capsys, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "write_json", full)
+    argv = ["evaluate", "bm25", "--dataset", beir, "--baselines", "none", "--output", tmp_path / "out", "--name", "n"]
+    assert main([*map(str, argv)]) == 2
+    said = capsys.readouterr()
+    assert "| BM25 |" in said.out and "n.json, .md and .png could not be written" in said.err
+    assert "No space left" in said.err
+
+
+@pytest.mark.parametrize("texts", [["\U0001f431", "!"], ["the of", "a b"]])
+def test_a_corpus_without_a_word_for_bm25_is_refused_before_anything_is_encoded(tmp_path, texts, capsys):
+    folder = tmp_path / "wordless"
+    (folder / "qrels").mkdir(parents=True)
+    rows = [json.dumps({"_id": f"d{i}", "text": text}) + "\n" for i, text in enumerate(texts)]
+    (folder / "corpus.jsonl").write_text("".join(rows))
+    (folder / "queries.jsonl").write_text(rows[0])
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nd0\td1\t1\n")
+    assert main(["evaluate", "bm25", "--dataset", str(folder)]) == 2
+    assert "wordless: no document has a word" in (said := capsys.readouterr().err) and "--baselines none" in said
 
 
 @pytest.mark.parametrize("levels", [4, 30, 10**6])  # how many scores there are: from ties everywhere to none

@@ -36,6 +36,8 @@ from polyrep.evaluation.frontier.rivals import RIVALS
 from polyrep.evaluation.frontier.rows import FULL, Candidate, Encoded, Method, quantized
 from polyrep.hub import load
 from polyrep.report import write_results
+from polyrep.training.arguments import HeadArguments, RecipeArguments
+from polyrep.training.datasets import datasets_of
 
 WORDS = 200
 """Of the tiny models, so that Dense2Sparse can keep 128 of them."""
@@ -208,6 +210,28 @@ def test_a_dense_model_has_the_methods_that_apply_to_it(tmp_path, pages, models)
     assert results["failures"] == [] and rows[f"{FULL}, one-bit"]["bytes_per_document"] == 32 / 8
     assert [entry["budget"] for entry in results["recommendations"]] == [{"bytes": n} for n in (256, 1024, 4096)]
     assert rows["CSR, 128, rerank 50"]["value"] == rows[FULL]["value"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "queries"),
+    [
+        (["One dog barks very loudly. Nobody hears it.", "A cat."], ["One dog barks very loudly."]),
+        (["a dog", "a cat"], ["a dog", "a cat"]),
+    ],
+)
+def test_without_a_train_split_heads_learn_from_the_documents(tmp_path, texts, queries):
+    folder = tmp_path / "short"
+    (folder / "qrels").mkdir(parents=True)
+    lines = [json.dumps({"_id": f"d{i}", "text": text}) + "\n" for i, text in enumerate(texts)]
+    (folder / "corpus.jsonl").write_text("".join(lines))
+    (folder / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "dog"}) + "\n")
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td0\t1\n")
+    dataset, fit_data = judged_queries(str(folder), "test")
+    assert dataset.queries == {"q": "dog"} and not fit_data.has_queries
+    assert set(fit_data.dataset.queries.values()) <= {*queries, "Nobody hears it."} and fit_data.note
+    recipe = RecipeArguments(datasets=[str(folder)])
+    (again,) = datasets_of(recipe, HeadArguments(queries=fit_data.settings["queries"]))  # what a fit then reads
+    assert again.queries == fit_data.dataset.queries and again.qrels == fit_data.dataset.qrels
 
 
 # Keeping rows, and failures

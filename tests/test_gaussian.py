@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTo
 import polyrep
 from polyrep import InputError
 from polyrep.cli import main, train
-from polyrep.data import load_retrieval_dataset
+from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.data.noise import narrowed
 from polyrep.encoding import embed
 from polyrep.hub import example
@@ -658,6 +658,25 @@ def test_negatives_are_mined_again_with_the_model_so_far(plain, tmp_path):
     expected = (-vectors[0] @ vectors[1].T).topk(2).indices
     (part,) = data.parts
     assert (part.nearest == expected.numpy()).all() and (part.nearest != before.nearest).any()
+
+
+def test_no_query_is_its_own_hard_negative(plain, tmp_path):
+    corpus = {"a": "Title: print a file", "b": "show ports", "c": "copy files", "d": "stop a process", "e": "a file"}
+    queries = {"a": "print a file", "q1": "open ports", "q2": "open ports"}
+    dataset = RetrievalDataset("own", "train", corpus, queries, {"a": {"c": 1}, "q1": {"b": 1}, "q2": {"d": 1}})
+    arguments = RecipeArguments(backbone=str(plain), hard_negatives=2, negative_margin=-10.0)  # whatever the score
+    arguments.mined_cache = str(tmp_path / "mined")
+    miner = Miner(arguments)
+    pairs = miner.mine(dataset, dataset.pairs())
+    assert sorted(zip(pairs["query"], pairs["positive"], strict=True)) == [
+        ("open ports", "show ports"),
+        ("open ports", "stop a process"),
+        ("print a file", "copy files"),
+    ]
+    never = {"print a file": {corpus["a"], corpus["c"]}, "open ports": {corpus["b"], corpus["d"]}}
+    for found in (pairs, miner.mine_again(miner.backbone.float(), dataset, pairs)):
+        for row in found:
+            assert not never[row["query"]] & {row["negative_1"], row["negative_2"]}
 
 
 def test_a_whole_model_mines_by_its_own_score_and_shows_it_to_the_trainer(plain, tmp_path, monkeypatch):

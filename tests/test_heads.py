@@ -17,11 +17,12 @@ from sentence_transformers.sparse_encoder.losses import CSRLoss
 from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 
 from polyrep import InputError
-from polyrep.data import load_retrieval_dataset
+from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.encoding import Embeddings
 from polyrep.methods import Dense2SparseConfig, Dense2SparseModel
 from polyrep.training.arguments import HeadTrainingArguments
 from polyrep.training.head_trainer import HeadTrainer
+from polyrep.training.losses import judged_relevant
 from polyrep.training.pairs import HeadData
 from polyrep.training.sides import SentenceSide, TokenSide, encode_sparse
 
@@ -94,6 +95,35 @@ def test_negatives_are_among_the_nearest_of_the_same_set(two_sets, sentence_mode
         for row, negatives in enumerate(documents):
             assert set(negatives.tolist()) <= set(nearest[row].tolist())
         assert set(two_sets.collate([two_sets[4]])["features"][1]["index"][1:].tolist()) <= {5, 6, 7}
+
+
+@pytest.fixture
+def twins() -> RetrievalDataset:
+    """Equal documents, equal queries, and a query that is a document."""
+    corpus = {"a": "print a file", "b": "show ports", "b2": "show ports", "c": "copy files", "d": "stop a process"}
+    queries = {"q1": "what is open", "q2": "what is open", "d": "stop a process"}
+    return RetrievalDataset("twins", "train", corpus, queries, {"q1": {"b": 1}, "q2": {"a": 1}, "d": {"b2": 1}})
+
+
+def test_nothing_is_a_negative_of_itself(twins, sentence_model):
+    data = HeadData(labels=True, negatives=3)
+    data.add(sentence_model, twins, show_progress=False)
+    assert 4 not in data.parts[0].nearest[2], "a query's own document"
+    features = data.collate([data[0], data[1], data[2]])["features"]
+    assert set(features[1]["index"].tolist()) <= {0, 1, 3, 4}, "equal documents have one place"
+    known = judged_relevant(features)
+    right = [{0, 1}, {0, 1}, {1, 4}]  # of equal queries, the documents of both; of a document, itself too
+    for row, places in enumerate(right):
+        assert known[row].tolist() == [int(place) in places for place in features[1]["index"]]
+    assert data.relevant().tolist() == [[0, 1], [1, 0], [2, 1]]
+
+
+def test_without_labels_no_query_is_paired_with_itself(twins, sentence_model):
+    data = HeadData(negatives=1)
+    data.add(sentence_model, twins, show_progress=False)
+    assert data.pairs[2, 2] != 4 and (data.parts[0].nearest[2] != 4).all()
+    data.mine_again(lambda features, task: features["sentence_embedding"])
+    assert (data.parts[0].nearest[2] != 4).all()
 
 
 def test_without_labels_the_nearest_document_takes_the_place_of_the_judged(sentence_model, tmp_path):

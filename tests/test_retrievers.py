@@ -259,6 +259,20 @@ def test_a_query_without_a_known_word_finds_all_documents_by_falling_id():
         assert [list(TEXTS)[p] for p in positions] == sorted(TEXTS, reverse=True)
 
 
+def test_bm25_finds_words_of_scripts_without_spaces():
+    documents = {"d1": "猫は好きです。庭で寝ます。", "d2": "犬が夜に吠える。", "d3": "パンは小麦粉と水で作る。"}
+    documents |= {"d4": "GPUで学習する", "d5": "แมวนอนหลับอยู่ในสวน"}
+    ranking = rank_with_bm25(small(documents, {"1": "猫", "3": "パンの作り方", "4": "gpu", "5": "แมว"}))
+    assert [list(documents)[row[0]] for row in ranking.positions] == ["d1", "d3", "d4", "d5"]
+
+
+def test_bm25_leaves_a_querys_own_document_out_and_loses_no_place():
+    whole = rank_with_bm25(small(TEXTS, {"q": TEXTS["d2"]}))
+    own = list(TEXTS).index("d2")
+    cut = rank_with_bm25(small(TEXTS, {"d2": TEXTS["d2"]}), depth=4)
+    assert cut.positions[0].tolist() == [p for p in whole.positions[0] if p != own][:4]
+
+
 def test_bm25_is_cut_at_the_depth(monkeypatch):
     whole = rank_with_bm25(small(TEXTS, ASKED))
     monkeypatch.setattr(retrievers, "DEPTH", 2)

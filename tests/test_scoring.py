@@ -91,6 +91,23 @@ def test_search_finds_what_a_loop_finds(monkeypatch, similarity, queries, docume
         )
 
 
+@pytest.mark.parametrize(("similarity", "queries", "documents"), cases())
+@pytest.mark.parametrize("k", [3, 1000])
+def test_a_document_that_is_left_out_takes_nobodys_place(similarity, queries, documents, k):
+    ranks = ranking.tie_ranks([f"d{i}" for i in range(len(documents))])
+    options = {"similarity": similarity, "k": len(documents)}
+    whole, scores = ranking.exact_search(queries, documents, ranks, **options)
+    left_out = whole[:, 1].copy()
+    left_out[0] = -1
+    found, found_scores = ranking.exact_search(queries, documents, ranks, left_out=left_out, **(options | {"k": k}))
+    assert found.shape == (len(queries), min(k, len(documents)))
+    for row, place in enumerate(left_out):
+        kept = [(p, s) for p, s in zip(whole[row], scores[row], strict=True) if p != place]
+        assert list(zip(found[row], found_scores[row], strict=True))[: len(kept)] == kept[:k]
+        if k > len(kept) < len(documents):
+            assert found[row, -1] == place and found_scores[row, -1] == -np.inf
+
+
 def test_ties_go_to_the_higher_document_id_also_at_the_cut(monkeypatch):
     monkeypatch.setattr(ranking, "CHUNK_ELEMENTS", 14)  # two documents a chunk
     values = np.zeros((9, 7), np.float32)

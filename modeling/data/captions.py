@@ -230,7 +230,7 @@ def _vectors(folder: Path, rows: list[_Row], chosen: list[_Row]) -> dict[str, np
     if file.suffix == ".npy":
         try:
             arrays = {"images": np.load(file, mmap_mode="r", allow_pickle=False)}
-        except (ValueError, OSError, EOFError) as error:
+        except Exception as error:  # numpy reads the header as Python, with errors of that
             raise InputError(f"{file}: no array of numbers ({error}). Save it with numpy.save.") from None
     else:
         try:

@@ -3,6 +3,9 @@
 A data set is a corpus, the queries of one split and their judgments (qrels). Everything is checked while it is read,
 because a silently skipped line moves nDCG by an amount that nobody can explain later.
 
+Where queries are documents themselves, each query's own is left out for it: see
+:attr:`polyrep.data.RetrievalDataset.own`.
+
 Folder layout, each ``.jsonl`` optionally gzipped (``.jsonl.gz``)::
 
     corpus.jsonl      {"_id": "d1", "title": "optional", "text": "..."}
@@ -10,11 +13,12 @@ Folder layout, each ``.jsonl`` optionally gzipped (``.jsonl.gz``)::
     qrels/test.tsv    header line, then: query id <TAB> document id <TAB> integer score
 
 On the Hub both common arrangements are read: configurations ``corpus``, ``queries`` and ``default`` in one repository,
-or ``corpus`` and ``queries`` with the judgments in ``<repository>-qrels``. So is a plain table of pairs, with a
-column ``query`` and one of ``document``, ``positive``, ``answer``, ``text`` or ``image``: equal documents are one, and
-each row is a judgment. Page images stay as they are stored until they are encoded. Such a table may bring its own
-hard negatives for training, in columns ``negative_1`` and so on, and in ``scores`` what a teacher gave to the document
-and to each of them. Images with captions, or vectors of both, are another kind of folder: see ``captions.py``.
+or ``corpus`` and ``queries`` with the judgments in ``<repository>-qrels``. So is a plain table of pairs, with a column
+``query`` and one of ``document``, ``positive``, ``answer``, ``text`` or ``image``: equal documents are one, so are
+equal queries, and each row is a judgment. Page images stay as they are stored until they are encoded. Such a table may
+bring its own hard negatives for training, in columns ``negative_1`` and so on, and in ``scores`` what a teacher gave
+to the document and to each of them. Images with captions, or vectors of both, are another kind of folder: see
+``captions.py``.
 """
 
 from __future__ import annotations
