@@ -34,7 +34,7 @@ def imports_of(file: Path) -> set[str]:
     return names | {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) if not node.level}
 
 
-LAYERS = ["errors", "files", "flags", "report", "registry"]  # the ground, then the wings as data travels
+LAYERS = ["errors", "console", "files", "flags", "report", "registry"]  # the ground, then the wings as data travels
 LAYERS += ["data", "hub", "encoding", "search", "training", "evaluation", "methods", "cli", "__init__"]
 MODULES = sorted(file.relative_to(ROOT / "modeling") for file in (ROOT / "modeling").rglob("*.py"))
 

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -365,6 +366,40 @@ def test_train_publishes_what_it_measured(toy_run, hub, tmp_path):
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------
+
+
+KILLED = """
+import os, signal, sys
+from polyrep.publishing import publish
+from polyrep.cli import main
+
+publish.verify = lambda *arguments: None
+end, number = sys.argv[1], int(sys.argv[2])
+
+def hook(event, arguments):
+    if event in ("open", "os.rename") and str(arguments[0]).endswith(end):
+        os.kill(os.getpid(), number)
+
+sys.addaudithook(hook)
+main(["publish", *sys.argv[3:]])
+"""
+"""Publishes, until a file of some name is opened or moved."""
+
+
+@pytest.mark.parametrize(
+    ("end", "number"),
+    [("model.safetensors", signal.SIGKILL), ("README.md", signal.SIGKILL), ("README.md", signal.SIGTERM)],
+)
+def test_killed_while_it_publishes_nothing_is_half_done(end, number, finished, tmp_path, monkeypatch):
+    before = {path: path.read_bytes() for path in finished.parent.rglob("*") if path.is_file()}
+    argv = [str(finished), "--repo", "someone/model", "--dry_run", "--output", str(tmp_path / "out" / "repository")]
+    result = run_python("-c", KILLED, end, str(int(number)), *argv)
+    assert result.returncode == -number, result.stderr[-3000:]
+    assert not (tmp_path / "out" / "repository").exists()
+    assert {path: path.read_bytes() for path in before} == before
+    monkeypatch.setattr(publish, "verify", lambda *arguments: None)
+    assert main(["publish", *argv]) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["repository"], "what was left is removed"
 
 
 def test_an_unfinished_folder_is_told_all_that_it_lacks(finished, capsys):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import run_python
 from scipy.sparse import csr_matrix
 
 from polyrep import InputError
@@ -286,6 +287,59 @@ def test_a_kill_before_a_generation_counts_leaves_the_old_index(stored, first, m
     assert index.add([more]) == Added(8, 0 if first else 8, 0)
     assert opened().search(asked) == index.search(asked) != before
     assert len(list(path.glob("0*"))) == 1, "one generation is left"
+
+
+KILLS = """
+import os, signal, sys
+import test_search as helpers
+from polyrep.search import open_index
+
+uri, kind, path = sys.argv[1:]
+asked = helpers.packed(kind, list(helpers.texts(kind, 3, 2).values()))
+new = helpers.shard(kind, helpers.texts(kind, 8, 7, "new"), checksum="two")
+
+def killed(step):
+    pid = os.fork()
+    if pid == 0:
+        seen = [0]
+
+        def hook(event, arguments):
+            if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and path in str(arguments[0]):
+                seen[0] += 1
+                if seen[0] == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        index = open_index(uri)
+        sys.addaudithook(hook)
+        index.add([new])
+        os._exit(0)
+    return os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+before, step, states = open_index(uri).search(asked), 1, set()
+while killed(step):
+    index, step = open_index(uri), step + 1
+    states.add(index.count())
+    if index.count() == 48:
+        break
+    assert index.count() == 40 and index.search(asked) == before, step
+else:
+    index = open_index(uri)
+assert step > 8 and 40 in states, step
+index.add([new])
+index.add([helpers.shard(kind, helpers.texts(kind, 1, 9, "last"))])
+assert index.count() == open_index(uri).count() == 49
+assert len([name for name in os.listdir(path) if name.isdigit()]) == 1
+print("survived", step)
+"""
+"""Ends, as by kill -9, what adds to an index, at every change that it makes to a file, one after another."""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+def test_killed_at_any_change_of_a_file_an_index_is_the_old_or_the_new_one(stored):
+    opened, kind, path = stored
+    closed(opened())
+    result = run_python("-c", KILLS, opened().where, kind, str(path))
+    assert result.returncode == 0 and "survived" in result.stdout, result.stderr[-3000:]
 
 
 def test_an_error_among_shards_leaves_the_old_index(stored):

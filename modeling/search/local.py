@@ -311,9 +311,10 @@ class FolderIndex(ABC):
             "shards": sorted(self.shards),
         }
         write_json(self.path / MANIFEST, content)
-        former = self.path / f"{self.generation:08d}"
         self.generation += 1
-        shutil.rmtree(former, ignore_errors=True)
+        for other in self.path.glob("[0-9]" * 8):  # the former one, and what a process that was killed did not remove
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
 
     def _manifest(self) -> dict[str, Any]:
         """Content of ``polyrep.json``, ``{}`` where there is no index yet."""
