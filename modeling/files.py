@@ -225,10 +225,12 @@ def read_json(
         if not isinstance(part, dict) and expect is not object:
             raise InputError(f"{path}: its list holds {reprlib.repr(part)}, not an object. {remedy}")
         for name, kind in fields.items():
-            value = part.get(name)
-            fits = isinstance(value, kind) and (kind is not list or all(isinstance(item, str) for item in value))
+            value: Any = part.get(name)
+            texts = value if kind is list and isinstance(value, list) else ()
+            fits = isinstance(value, kind) and all(isinstance(item, str) for item in texts)
             if not fits and (value is not None or expect is list):
-                wanted = {str: "a text", list: "a list of texts", dict: "an object"}[kind]
+                names: dict[type, str] = {str: "a text", list: "a list of texts", dict: "an object"}
+                wanted = names[kind]
                 raise InputError(f"{path}: {name} is {reprlib.repr(value)}, not {wanted}. {remedy}")
     return content
 

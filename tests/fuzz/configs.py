@@ -37,8 +37,8 @@ FOREIGN = {
     r"/\d_(Dense|Pooling|Normalize|MultiVectorMask)/config\.json ": "stock modules check their own settings",
     r"-(pipeline|multi|single)/config\.json ": "a stock backbone checks its own config",
     r"/(sentence_bert_config|processor_config|tokenizer_config|generation_config)\.json ": "as do stock processors",
-    r"/modules\.json .*(type|path|byte)": "sentence-transformers imports and opens what is named there",
-    r"/config_sentence_transformers\.json .*(prompts|__version__|byte)": "and reads these before it asks a module",
+    r"/modules\.json .*(name|type|path|byte)": "sentence-transformers imports and opens what is named there",
+    r"/config_sentence_transformers\.json .*(prompts|requirements|__version__|byte)": "and reads these first",
     r"/config\.json .*(auto_map|byte)": "transformers looks for the class by it before there is one",
     r"_config\.(model_type|num_channels)=": "what another architecture takes and gives is only seen when it runs",
 }

@@ -104,7 +104,11 @@ _NUMBERS = 2**32
 _TEXT, _ITEMS, _DEPTH = 1_000, 2**16, 20
 _BACKBONE = dict.fromkeys(("base_model_id", "base_revision", "base_fingerprint"), str | None)
 _SWITCHES = ("output_hidden_states", "output_attentions", "return_dict", "use_cache")
-_THEIRS = {"architectures": list[str] | None, "problem_type": str | None} | dict.fromkeys(_SWITCHES, bool | None)
+_THEIRS = {
+    "architectures": list[str] | None,
+    "problem_type": str | None,
+    "quantization_config": dict | None,
+} | dict.fromkeys(_SWITCHES, bool | None)
 _THEIRS |= dict.fromkeys(("attn_implementation", "_attn_implementation"), str | dict | None)
 _THEIRS |= dict.fromkeys(("experts_implementation", "_experts_implementation"), str | dict | None)
 
