@@ -177,6 +177,13 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def user_cache() -> Path:
+    """Where polyrep keeps what is this user's: ``$POLYREP_CACHE``, or ``polyrep`` in the user's cache."""
+    if folder := os.environ.get("POLYREP_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polyrep"
+
+
 def shipped_folder(name: str) -> Path:
     """Folder of data that comes with polyrep (``model_cards``, ``hub_configs``), in a wheel or in a clone."""
     inside = Path(__file__).parent / name

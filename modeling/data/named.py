@@ -35,7 +35,7 @@ from huggingface_hub import constants
 from tqdm import tqdm
 
 from ..errors import InputError, first_line
-from ..files import read_json, staged_folder
+from ..files import read_json, staged_folder, user_cache
 from .beir import check_qrels, open_beir, open_hub, texts_by_id
 from .catalog import CATALOG, NamedSet
 from .converters import write_lines, write_qrels
@@ -122,10 +122,8 @@ def made_here(*names: str) -> dict[str, dict[str, Any]]:
 
 
 def cache_folder() -> Path:
-    """Where sets lie that were fetched or read: ``$POLYREP_CACHE/data``, or the same in the user's cache."""
-    if folder := os.environ.get("POLYREP_CACHE"):
-        return Path(folder) / "data"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polyrep" / "data"
+    """Where sets lie that were fetched or read: ``data`` in :func:`polyrep.files.user_cache`."""
+    return user_cache() / "data"
 
 
 def is_path(name: str) -> bool:

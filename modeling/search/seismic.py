@@ -18,7 +18,7 @@ from ..encoding.arrays import check_bounds
 from ..encoding.embeddings import Embeddings, rows
 from ..encoding.shards import Shard
 from ..errors import InputError
-from ..files import file_sha256, write_text
+from ..files import file_sha256, user_cache
 from .local import FolderIndex, Vectors, package
 from .protocol import Hit, Queries, refuse_unknown, whole_number
 from .ranking import sparse_rows
@@ -141,9 +141,10 @@ class SeismicIndex(FolderIndex):
         kind = getattr(self.seismic, f"SeismicIndex{wide}")
         folder = self.path / f"{self.generation:08d}"
         kept = folder / f"{'-'.join(map(str, self.settings.values()))}.index.seismic"
-        digest = kept.with_suffix(".sha256")
+        # Seismic believes what a file says of its sizes, so it reads none but those that this user has built.
+        built = user_cache() / "seismic"
         with suppress(OSError):  # it is not there, or damaged
-            if digest.read_text(encoding="ascii", errors="replace") == file_sha256(kept):
+            if (built / file_sha256(kept)).is_file():
                 self.engine = kind.load(str(kept))
                 if self.engine.len == np.count_nonzero(vectors.lengths):
                     return self.engine
@@ -159,7 +160,8 @@ class SeismicIndex(FolderIndex):
         with suppress(OSError):  # an index in a folder that cannot be written to can be searched all the same
             partial = folder / f".{os.getpid()}"
             self.engine.save(str(partial))
-            write_text(digest, file_sha256(Path(f"{partial}.index.seismic")))
+            built.mkdir(parents=True, exist_ok=True)
+            (built / file_sha256(Path(f"{partial}.index.seismic"))).touch()
             os.replace(f"{partial}.index.seismic", kept)
         return self.engine
 
