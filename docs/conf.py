@@ -28,7 +28,7 @@ INTERNAL = {
     "cli": "finds the verb of a command line and calls it",
     "files": "writes whole files or none",
     "flags": "makes flags of a dataclass",
-    "hub.fingerprint": "hands on names of hub.polyrep_room",
+    "hub.fingerprint": "hands on names of hub.polyrep_folder",
     "publishing.compare": "stands behind publishing.export",
     "publishing.doors": "runs in a process without polyrep, when a model is published",
     "publishing.inspection": "checks what publish uploads",

@@ -26,7 +26,7 @@ from polyrep.cli import main, train
 from polyrep.data import load_retrieval_dataset
 from polyrep.hub import fingerprint
 from polyrep.hub.folder import packaged_minilm
-from polyrep.hub.polyrep_room import fingerprints_of
+from polyrep.hub.polyrep_folder import fingerprints_of
 from polyrep.methods import (
     Dense2SparseConfig,
     Dense2SparseForRetrieval,

@@ -31,7 +31,7 @@ import polyrep
 from polyrep import InputError
 from polyrep.cli import train
 from polyrep.hub import fingerprint
-from polyrep.hub.polyrep_room import fingerprints_of
+from polyrep.hub.polyrep_folder import fingerprints_of
 from polyrep.methods import (
     ReinforceObjective,
     ReinPoolConfig,

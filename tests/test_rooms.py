@@ -31,7 +31,8 @@ import polyrep
 from polyrep import InputError
 from polyrep.hub.code import code_of
 from polyrep.hub.example import Example
-from polyrep.hub.polyrep_room import fingerprints, fingerprints_of, shown
+from polyrep.hub.polyrep_fields import shown
+from polyrep.hub.polyrep_folder import fingerprints, fingerprints_of
 from polyrep.registry import ROOMS
 
 TEXTS = list(QUERIES.values())
@@ -154,6 +155,12 @@ def damaged(saved: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
                 kept = {name: weight for name, weight in changed.items() if weight is not None}
                 save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
                 found[f"{name}/{config.parent.name}: {words.format(key)}"] = folder
+            for elsewhere in ("../model.safetensors", "pytorch_model.bin"):
+                folder = root / str(len(found))
+                shutil.copytree(config.parent, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+                index = {"metadata": {}, "weight_map": dict.fromkeys(weights, elsewhere)}
+                (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+                found[f"{name}/{config.parent.name}: its index names {elsewhere!r}"] = folder
     return found
 
 

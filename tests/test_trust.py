@@ -230,7 +230,7 @@ def test_the_code_of_a_run_stays_where_it_is(toy_run, evil, tmp_path):
     assert train(run, tmp_path / "out") == 0
     assert not mark.exists()
     made = {file.name for place in ("init", "final") for file in (tmp_path / "out" / place).glob("*.py")}
-    assert made == {"modeling_toy.py", "polyrep_room.py"}
+    assert made == {"modeling_toy.py", "polyrep_fields.py", "polyrep_folder.py", "polyrep_room.py"}
     assert "evil" not in (tmp_path / "out" / "final" / "config.json").read_text()
 
 

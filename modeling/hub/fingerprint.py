@@ -1,11 +1,11 @@
 """What tells one model from another: a hash over all of its folder that changes a vector.
 
-Shipped files need it too, to know the backbone of a head, so it stands in :mod:`polyrep.hub.polyrep_room`.
+Shipped files need it too, to know the backbone of a head, so it stands in :mod:`polyrep.hub.polyrep_folder`.
 """
 
 import re
 
-from .polyrep_room import NOT_FINGERPRINTED, fingerprint, fingerprints, weight_files, without
+from .polyrep_folder import NOT_FINGERPRINTED, fingerprint, fingerprints, weight_files, without
 
 __all__ = ["NOT_FINGERPRINTED", "fingerprint", "fingerprints", "told", "weight_files", "without"]
 

@@ -26,7 +26,8 @@ from transformers import (
 )
 from transformers.image_utils import load_image
 
-from .polyrep_room import WIDTH, new_encoder, part_config, pool_tokens
+from .polyrep_fields import WIDTH, part_config
+from .polyrep_room import new_encoder, pool_tokens
 
 BOTH_TOWERS = {"clip": CLIPModel, "siglip": SiglipModel, "blip": BlipForImageTextRetrieval}
 

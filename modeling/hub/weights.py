@@ -24,7 +24,8 @@ from transformers import AutoConfig, PreTrainedModel
 from ..errors import InputError
 from ..files import read_json
 from .fingerprint import weight_files
-from .polyrep_room import first_not_finite, new_encoder
+from .polyrep_folder import first_not_finite
+from .polyrep_room import new_encoder
 
 PREFIX = "polyrep_"
 """What every ``model_type`` of ours starts with."""

@@ -9,7 +9,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
-from .polyrep_room import WIDTH, HeadModule, Module, WholeWeights, checked, config_of, new_encoder
+from .polyrep_fields import WIDTH, checked, config_of
+from .polyrep_folder import WholeWeights
+from .polyrep_room import HeadModule, Module, new_encoder
 
 
 class ToyHeadConfig(PretrainedConfig):

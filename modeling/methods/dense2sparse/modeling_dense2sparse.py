@@ -37,20 +37,13 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from .polyrep_fields import LAYERS, WIDTH, WORDS, check_weight, checked, config_of, fields_of, keep
+from .polyrep_folder import WholeWeights
 from .polyrep_room import (
-    LAYERS,
-    WIDTH,
-    WORDS,
     HeadModule,
     Module,
     SentenceTransformer,
     Transformer,
-    WholeWeights,
-    check_weight,
-    checked,
-    config_of,
-    fields_of,
-    keep,
     new_encoder,
     pool_tokens,
     pooling_of,

@@ -21,17 +21,9 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from .polyrep_room import (
-    SentenceTransformer,
-    Transformer,
-    WholeWeights,
-    check_weight,
-    checked,
-    fields_of,
-    keep,
-    pooling_of,
-    text_inputs,
-)
+from .polyrep_fields import check_weight, checked, fields_of, keep
+from .polyrep_folder import WholeWeights
+from .polyrep_room import SentenceTransformer, Transformer, pooling_of, text_inputs
 from .polyrep_towers import (
     BOTH_TOWERS,
     MAPS,

@@ -41,25 +41,19 @@ from torch.nn import functional as F
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
+from .polyrep_fields import WIDTH, check_weight, checked, config_of, fields_of, keep, unless_given
+from .polyrep_folder import WholeWeights
 from .polyrep_room import (
-    WIDTH,
     HeadModule,
     Module,
     SentenceTransformer,
     Transformer,
-    WholeWeights,
     check_score,
-    check_weight,
-    checked,
-    config_of,
-    fields_of,
-    keep,
     new_encoder,
     pool_tokens,
     pooling_of,
     text_inputs,
     text_limit,
-    unless_given,
 )
 
 _CHOICES = {

@@ -30,7 +30,9 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
-from .polyrep_room import WIDTH, HeadModule, Module, WholeWeights, check_score, check_weight, checked, keep
+from .polyrep_fields import WIDTH, check_weight, checked, keep
+from .polyrep_folder import WholeWeights
+from .polyrep_room import HeadModule, Module, check_score
 
 _BLOCK = 2**25
 """Numbers in the largest intermediate of documents, 128 MiB; of queries, whose features are wider, twice that."""

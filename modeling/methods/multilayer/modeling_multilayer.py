@@ -33,25 +33,17 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput, cached_file
 
+from .polyrep_fields import LAYERS, WIDTH, check_weight, checked, config_of, fields_of, keep, unless_given
+from .polyrep_folder import WholeWeights, read_settings
 from .polyrep_room import (
-    LAYERS,
-    WIDTH,
     HeadModule,
     Module,
     SentenceTransformer,
     Transformer,
-    WholeWeights,
-    check_weight,
-    checked,
-    config_of,
-    fields_of,
-    keep,
     new_encoder,
     pool_tokens,
     pooling_of,
-    read_settings,
     text_inputs,
-    unless_given,
 )
 
 try:

@@ -25,7 +25,9 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
-from .polyrep_room import LAYERS, WIDTH, HeadModule, WholeWeights, check_score, check_weight, checked, keep
+from .polyrep_fields import LAYERS, WIDTH, check_weight, checked, keep
+from .polyrep_folder import WholeWeights
+from .polyrep_room import HeadModule, check_score
 
 try:
     from sentence_transformers.multi_vector_encoder.modules.token_pooling import BaseTokenPooling
