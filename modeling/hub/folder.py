@@ -219,7 +219,7 @@ def family_of(folder: Path) -> type[Encoder]:
     if name == "ColBERT" or (late and not config.is_file() and not (folder / "modules.json").is_file()):
         return MultiVectorEncoder  # PyLate's name, Stanford's ColBERT, and the native ColPali family
     if "model_type" not in settings and any(
-        str(module.get("type")).startswith("pylate.") for module in read_json(folder / "modules.json") or []
+        module["type"].startswith("pylate.") for module in read_json(folder / "modules.json", list, type=str)
     ):
         return MultiVectorEncoder  # PyLate, before it had a name
     if name not in FAMILIES:
