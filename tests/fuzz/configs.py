@@ -34,12 +34,6 @@ RUNNABLE = 3_000_000
 """Most parameters of a model that is made and run."""
 
 FOREIGN = {
-    r"/\d_(Dense|Pooling|Normalize|MultiVectorMask)/config\.json ": "stock modules check their own settings",
-    r"-(pipeline|multi|single)/config\.json ": "a stock backbone checks its own config",
-    r"/(sentence_bert_config|processor_config|tokenizer_config|generation_config)\.json ": "as do stock processors",
-    r"/modules\.json .*(name|type|path|byte)": "sentence-transformers imports and opens what is named there",
-    r"/config_sentence_transformers\.json .*(prompts|requirements|__version__|byte)": "and reads these first",
-    r"/config\.json .*(auto_map|byte)": "transformers looks for the class by it before there is one",
     r"_config\.(model_type|num_channels)=": "what another architecture takes and gives is only seen when it runs",
 }
 """Cases in which another library may raise what it likes in its own code, and why no class of ours can be first."""
@@ -193,8 +187,7 @@ def _foreign(said: str, call: Callable[[], Any]) -> None:
     except Exception as error:
         where = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         own = where.is_relative_to(HERE) or where == Path(__file__)
-        sizes = "ignore_mismatched_sizes" in str(error)  # transformers compares weights with what is made for them
-        if own or not (sizes or any(re.search(pattern, said) for pattern in FOREIGN)):
+        if own or not any(re.search(pattern, said) for pattern in FOREIGN):
             raise
         raise ValueError(f"{where.stem}: Config: {type(error).__name__}: {error}") from error
 
