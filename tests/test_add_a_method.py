@@ -126,8 +126,9 @@ def follow(page: list[Block], root: Path) -> None:
             assert not file.exists(), f"{block.path}: is there already"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(block.text, encoding="utf-8")
-    for source, target in (words[1:] for words in commands(page) if words[0] == "cp"):
-        shutil.copy(root / source, root / target)
+    for *sources, target in (words[1:] for words in commands(page) if words[0] == "cp"):
+        for source in sources:
+            shutil.copy(root / source, root / target)
 
 
 def commands(page: list[Block]) -> list[list[str]]:

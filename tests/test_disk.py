@@ -86,12 +86,12 @@ def test_a_place_that_cannot_be_written_to_is_refused_first(command, below, toy_
     file.write_text("mine")
     assert main(command.format(run=toy_run, data=beir, out=out, place=f"{file}{below}").split()) == 2
     said = capsys.readouterr().err
-    assert f"{file}{below}: {file} is a file, so nothing can be written below it" in said
+    assert f"{file}{below}: {file} is no folder, so nothing can be written there" in said
     assert file.read_text() == "mine" and not out.exists()
 
 
 def test_a_folder_of_others_is_refused():
-    with pytest.raises(InputError, match="--output /proc/1: nothing can be written there"):
+    with pytest.raises(InputError, match="--output /proc/1: /proc/1 cannot be written to"):
         refuse_unwritable(Path("/proc/1"), "--output")
 
 

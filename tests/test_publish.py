@@ -413,7 +413,7 @@ def test_an_unfinished_folder_is_told_all_that_it_lacks(finished, capsys):
 
 def test_results_of_another_model_are_refused(finished, capsys, tmp_path):
     other = results_of(finished.parent / "results", "1" * 64, name="older")
-    assert f"{other}: measured on model (111111111111)" in refused(finished, capsys)
+    assert f"{other}: measured on model (11111111111111 (of version 1" in refused(finished, capsys)
     # Of a folder that the user names, other models' files are no concern; of one that is named, they are.
     assert [result["name"] for result in publish.collect(finished, [str(other.parent)]).results] == ["measured"]
     assert "another model's" in refused(finished, capsys, "--results", str(other))

@@ -3,8 +3,7 @@
 A data set is a corpus, the queries of one split and their judgments (qrels). Everything is checked while it is read,
 because a silently skipped line moves nDCG by an amount that nobody can explain later.
 
-Where queries are documents themselves, each query's own is left out for it: see
-:attr:`polyrep.data.RetrievalDataset.own`.
+Where queries are documents themselves, each query's own is left out for it: see ``RetrievalDataset.own``.
 
 Folder layout, each ``.jsonl`` optionally gzipped (``.jsonl.gz``)::
 

@@ -122,7 +122,7 @@ def made_here(*names: str) -> dict[str, dict[str, Any]]:
 
 
 def cache_folder() -> Path:
-    """Where sets lie that were fetched or read: ``data`` in :func:`polyrep.files.user_cache`."""
+    """Where sets lie that were fetched or read: ``data`` in the user's cache of polyrep."""
     return user_cache() / "data"
 
 

@@ -31,6 +31,11 @@ def ready_to_read(model: Any, folder: Path, source: str) -> None:
     """
     give_padding(model.tokenizer, source)
     positions, length = positions_of(model), getattr(model, "max_seq_length", None)
+    if length is not None and not (isinstance(length, int | float) and length > 0):
+        raise InputError(
+            f"{source}: says that it reads {length!r:.80} tokens of a text, which is no number. Write one as "
+            "max_seq_length into its sentence_bert_config.json, or as model_max_length into tokenizer_config.json."
+        )
     if positions is None or length is not None and length <= positions:
         return
     if length in [read_json(file).get("max_seq_length") for file in folder.rglob("sentence_bert_config.json")]:

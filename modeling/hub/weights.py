@@ -65,9 +65,9 @@ def module_folders(folder: Path) -> list[Path]:
     listing = folder / "modules.json"
     if not listing.is_file():
         return [folder]
-    paths = [part.get("path", "") for part in read_json(listing, list, name=str, type=str)]
-    if not all(isinstance(path, str) and "\0" not in path for path in paths):
-        raise InputError(f"{listing}: a module without a path that is one. Fetch or save the model again.")
+    paths = [part["path"] for part in read_json(listing, list, name=str, path=str, type=str)]
+    if any("\0" in path for path in paths):
+        raise InputError(f"{listing}: a module's path is none. Fetch or save the model again.")
     parts = [(listing, folder / path) for path in paths]
     for file, part in parts:  # grows while it is read
         try:
