@@ -449,7 +449,7 @@ class GaussianModel(WholeWeights, PreTrainedModel):
         if -1 < limit < tokens:
             raise ValueError(
                 f"GaussianModel: a text of {tokens} tokens, but the encoder has room for {limit}"
-                f"{' and [VAR]' if hasattr(self, 'var_embedding') else ''}. Cut texts: "
+                f"{' and [VAR]' if hasattr(self, 'var_embedding') else ''} (max_position_embeddings). Cut texts: "
                 f"tokenizer(..., truncation=True, max_length={limit})."
             )
         if hasattr(self, "var_embedding"):

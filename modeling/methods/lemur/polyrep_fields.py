@@ -42,6 +42,7 @@ _THEIRS |= dict.fromkeys(("experts_implementation", "_experts_implementation"), 
 _SIZES = {
     r"hidden_size|d_model|n_embd|num_attention_heads|n_heads?": WIDTH,
     r"vocab_size": WORDS,
+    r"num_labels": (0, WIDTH[1]),
     r"(\w+_)?(layers?|depths?|blocks)": (-1, LAYERS[1]),
     r"(max_position_embeddings|n_positions|\w*max_length|\w*_window\w*)": (-1, 2**40),
     r"(\w+_)?(sizes?|dims?|width|channels|heads|labels|buckets|experts|groups|size_mult|multiplier|ratio)|d_\w+": (
@@ -175,7 +176,7 @@ def _check_theirs(owner: str, kind: type, fields: dict) -> None:
 
 
 def _blame(owner: str, fields: dict, error: Exception) -> None:
-    """ValueError that names the field which transformers refuses in its own way; nothing where it takes each."""
+    """ValueError that names the field which transformers refuses in its own way, or what it says of several."""
     for field, value in fields.items():
         try:
             PretrainedConfig(**{field: value})
@@ -185,6 +186,9 @@ def _blame(owner: str, fields: dict, error: Exception) -> None:
                 f"{owner}: {field}={shown(value)} is refused by transformers ({type(error).__name__}: {why}). Leave "
                 "it out, or save the model again."
             ) from error
+    if not isinstance(error, ValueError):
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(f"{owner}: {', '.join(fields)} are refused by transformers ({why}).") from error
 
 
 def check_sizes(owner: str, content, path: str = "", depth: int = 0) -> None:
@@ -210,7 +214,7 @@ def check_sizes(owner: str, content, path: str = "", depth: int = 0) -> None:
                             f"{owner}: {where}={shown(value)} does not fit. Use a number from {low:,} to {high:,}."
                         )
                 break
-        tuples = path and field == "return_dict" and value is False  # without the names that are read
+        tuples = path and field == "return_dict" and value is not True  # without the names that are read
         if tuples or field in _SWITCHES and not isinstance(value, (bool, type(None))):
             raise ValueError(f"{owner}: {where}={shown(value)} does not fit. Use true, or leave it out.")
         if field == "chunk_size_feed_forward" and type(value) is not int:
