@@ -196,7 +196,7 @@ def to_markdown(results: dict[str, Any]) -> str:
         f"seeds {results['seeds']}, settings tried: {results['settings_tried']}.",
     ]
     lines += [
-        f"{system}: fingerprint {digest[:16]} (SHA-256 over weights and configs)."
+        f"{system}: fingerprint {digest[:16]} (SHA-256 over all that changes a vector)."
         for system, digest in results["models"].items()
     ]
     for name, made in results.get("data", {}).items():

@@ -115,7 +115,7 @@ class Measurements:
 
     Attributes:
         rankings: Data set -> what each system found there.
-        fingerprints: System -> hash of its weights and module configs.
+        fingerprints: System -> its fingerprint.
         benchmark_rows: Rows of MTEB's tasks, which MTEB measures itself.
         unavailable: Task -> why its data could not be had.
     """
