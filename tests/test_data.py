@@ -593,8 +593,24 @@ def test_a_document_with_the_id_and_the_text_of_a_query_is_its_own():
     asked, judged = {"a": "dogs BARK.", "q": "b text", "b": "b text"}, {"a": {"c": 1}, "q": {"c": 1}, "b": {"c": 1}}
     assert same_ids(asked, judged) == [1, -1, 2]
     assert same_ids(asked, judged, same_ids=False) == [-1, -1, -1]
-    judged["b"]["b"] = 0  # whatever the judgment says, the document is one to be found
+    judged["a"]["a"] = 0
+    judged["b"]["b"] = 1  # then the document is one to be found
     assert same_ids(asked, judged) == [1, -1, -1]
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["Dogs bark", "Title: dogs bark, loudly", "DOGS BARK!?", "\ufb01ne dogs bark in the Title", "dogs bark\u2014"],
+    ids=["shorter", "longer", "marks", "ligature", "dash"],
+)
+def test_a_query_is_its_document_however_it_is_written(query):
+    assert same_ids({"a": query}, {"a": {"c": 1}}) == [1]
+
+
+def test_texts_without_words_are_one_if_they_are_equal():
+    for query, own in (("\U0001f600 \U0001f601", [0]), ("\U0001f600", [-1])):
+        corpus = {"a": "\U0001f600 \U0001f601", "c": "c text"}
+        assert RetrievalDataset("any", "test", corpus, {"a": query}, {"a": {"c": 1}}).own.tolist() == own
 
 
 def test_ids_that_meet_by_chance_mean_nothing():
