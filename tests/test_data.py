@@ -324,6 +324,12 @@ def test_words_of_a_script_without_spaces_are_its_characters_and_their_pairs():
     assert "ที" in words_of("ที่นี่"), "vowels and tones are marks, and belong to their word"
 
 
+def test_marks_belong_to_their_word_in_scripts_with_spaces_too():
+    assert words_of("दिल्ली में माँ, 1") == ["दिल्ली", "में", "माँ"]
+    assert words_of("cafe\u0301 u\u0308ber") == words_of("caf\u00e9 \u00fcber") == ["caf\u00e9", "\u00fcber"]
+    assert words_of("וְאָהַבְתָּ مُحَمَّد") == ["וְאָהַבְתָּ", "مُحَمَّد"]
+
+
 def test_sentences_end_without_a_space_where_a_script_has_none():
     assert sentences_of("猫は好きです。「庭で寝ます。」本当？はい") == [
         "猫は好きです。",
