@@ -241,6 +241,7 @@ def test_a_corpus_needs_no_queries_and_no_judgments(beir):
     (beir / "queries.jsonl").unlink()
     (beir / "qrels" / "test.tsv").unlink()
     zip_file(beir / "corpus.jsonl")
+    (beir / "vectors.parquet").write_bytes(b"of somebody else")
     loaded = load_corpus(beir)
     assert list(loaded.corpus.items()) == list(whole.corpus.items())
     assert (loaded.name, loaded.queries, loaded.qrels) == ("tiny", {}, {})
