@@ -12,7 +12,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,8 @@ def refuse_unwritable(folder: Path, flag: str = "") -> None:
     if not there.is_dir():
         raise InputError(f"{said}: {there} is no folder, so nothing can be written there. Name another folder.")
     try:
+        with suppress(FileNotFoundError):
+            os.stat(folder)  # which no name may be too long for
         with tempfile.TemporaryFile(dir=there) as probe:
             probe.write(b"polyrep")
     except OSError as error:

@@ -12,16 +12,16 @@ from .errors import InputError
 
 _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     (
-        "a whole number from 1 on",
-        lambda value: 1 <= value < math.inf and value == int(value),
+        f"a whole number from 1 to {2**31 - 1}",
+        lambda value: 1 <= value < 2**31 and value == int(value),
         (
             *("batch_size", "gradient_accumulation_steps", "max_length", "query_texts", "cloze_sentences", "depth"),
             *("k", "dataloader_prefetch_factor", "settings_tried"),
         ),
     ),
     (
-        "a whole number from 0 on",
-        lambda value: 0 <= value < math.inf and value == int(value),
+        f"a whole number from 0 to {2**31 - 1}",
+        lambda value: 0 <= value < 2**31 and value == int(value),
         ("shard_size", "negatives", "lora_rank", "save_total_limit", "dataloader_num_workers"),
     ),
     ("a whole number from 0 to 100", lambda value: 0 <= value <= 100 and value == int(value), ("hard_negatives",)),
@@ -84,7 +84,11 @@ def parse(
 
     parser = HfArgumentParser([arguments], prog=prog, allow_abbrev=False, description=about)  # type: ignore[list-item]
     parser.add_argument("given", metavar=metavar, help=wanted, **options)
-    flags, named = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
+    flags, named, unknown = parser.parse_args_into_dataclasses(
+        list(argv), look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     refuse_out_of_range(vars(flags))
     return flags, named.given
 

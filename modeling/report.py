@@ -6,9 +6,7 @@ import importlib.metadata
 import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import torch
 
 from .errors import InputError, first_line
-from .files import staged_folder, write_json, write_text
+from .files import refuse_unwritable, staged_folder, write_json, write_text
 
 METRIC_NAMES = {"nDCG@10": "ndcg_at_10", "nDCG@3": "ndcg_at_3", "MRR@10": "mrr_at_10", "Recall@100": "recall_at_100"}
 """Metrics that every table shows, in this order, and what MTEB calls them; ``evaluation/metrics.py`` measures them."""
@@ -86,11 +84,11 @@ def write_results(
     return markdown
 
 
-def refuse_unwritable(output: Path | None, name: str) -> None:
+def refuse_unwritable_results(output: Path | None, name: str) -> None:
     """Refuse, before anything is measured, a place that :func:`write_results` could not write to.
 
     Args:
-        output: Folder to write to, which need not exist, and is not left behind if it did not; None for none.
+        output: Folder to write to, which need not exist; None for none.
         name: Of the files.
 
     Raises:
@@ -100,24 +98,9 @@ def refuse_unwritable(output: Path | None, name: str) -> None:
         return
     if not name or name != Path(name).name or len(name.encode(errors="replace")) > 200 or not name.isprintable():
         raise InputError(f"--name {name!r}: files cannot be called so. Use a short name without slashes.")
-    made: list[Path] = []
-    try:
-        made = [folder for folder in (output, *output.parents) if not folder.exists()]
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(dir=output, prefix=".polyrep-").cleanup()
-        if taken := [file for end in ("json", "md", "png") if (file := output / f"{name}.{end}").is_dir()]:
-            raise InputError(f"{taken[0]}: a folder, where a file is to be written. Choose another --name.")
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"--output {output}: cannot be written to ({first_line(error)}), so what is measured would be lost. "
-            "Name another folder."
-        ) from None
-    finally:
-        for folder in made:
-            with suppress(OSError):
-                folder.rmdir()
+    refuse_unwritable(output, "--output")
+    if taken := [file for end in ("json", "md", "png") if (file := output / f"{name}.{end}").is_dir()]:
+        raise InputError(f"{taken[0]}: a folder, where a file is to be written. Choose another --name.")
 
 
 def print_and_write(

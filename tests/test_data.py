@@ -241,6 +241,7 @@ def test_a_corpus_needs_no_queries_and_no_judgments(beir):
     (beir / "queries.jsonl").unlink()
     (beir / "qrels" / "test.tsv").unlink()
     zip_file(beir / "corpus.jsonl")
+    (beir / "vectors.parquet").write_bytes(b"of somebody else")
     loaded = load_corpus(beir)
     assert list(loaded.corpus.items()) == list(whole.corpus.items())
     assert (loaded.name, loaded.queries, loaded.qrels) == ("tiny", {}, {})
@@ -322,6 +323,12 @@ def test_words_of_a_script_without_spaces_are_its_characters_and_their_pairs():
     assert words_of("GPUで学習 and Réseau_1 é") == ["gpu", "で", "学", "習", "で学", "学習", "and", "réseau_1"]
     assert words_of("パン。") == ["パ", "ン", "パン"]
     assert "ที" in words_of("ที่นี่"), "vowels and tones are marks, and belong to their word"
+
+
+def test_marks_belong_to_their_word_in_scripts_with_spaces_too():
+    assert words_of("दिल्ली में माँ, 1") == ["दिल्ली", "में", "माँ"]
+    assert words_of("cafe\u0301 u\u0308ber") == words_of("caf\u00e9 \u00fcber") == ["caf\u00e9", "\u00fcber"]
+    assert words_of("וְאָהַבְתָּ مُحَمَّد") == ["וְאָהַבְתָּ", "مُحَمَّد"]
 
 
 def test_sentences_end_without_a_space_where_a_script_has_none():
@@ -593,8 +600,24 @@ def test_a_document_with_the_id_and_the_text_of_a_query_is_its_own():
     asked, judged = {"a": "dogs BARK.", "q": "b text", "b": "b text"}, {"a": {"c": 1}, "q": {"c": 1}, "b": {"c": 1}}
     assert same_ids(asked, judged) == [1, -1, 2]
     assert same_ids(asked, judged, same_ids=False) == [-1, -1, -1]
-    judged["b"]["b"] = 0  # whatever the judgment says, the document is one to be found
+    judged["a"]["a"] = 0
+    judged["b"]["b"] = 1  # then the document is one to be found
     assert same_ids(asked, judged) == [1, -1, -1]
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["Dogs bark", "Title: dogs bark, loudly", "DOGS BARK!?", "\ufb01ne dogs bark in the Title", "dogs bark\u2014"],
+    ids=["shorter", "longer", "marks", "ligature", "dash"],
+)
+def test_a_query_is_its_document_however_it_is_written(query):
+    assert same_ids({"a": query}, {"a": {"c": 1}}) == [1]
+
+
+def test_texts_without_words_are_one_if_they_are_equal():
+    for query, own in (("\U0001f600 \U0001f601", [0]), ("\U0001f600", [-1])):
+        corpus = {"a": "\U0001f600 \U0001f601", "c": "c text"}
+        assert RetrievalDataset("any", "test", corpus, {"a": query}, {"a": {"c": 1}}).own.tolist() == own
 
 
 def test_ids_that_meet_by_chance_mean_nothing():

@@ -275,6 +275,19 @@ def test_a_refused_try_leaves_nothing_that_binds_the_next(static, static_model, 
     assert read(run(static, corpus, output))[0] == list(TEXTS)
 
 
+def test_a_damaged_record_of_a_shard_is_named(static, corpus, tmp_path):
+    out = tmp_path / "out"
+    run(static, corpus, out)
+    record = out / "shards" / "00000000.json"
+    known = json.loads(record.read_text())
+    for wrong in ({"errors": 7}, {"bytes": None}, {"input_sha256": 1}, {"documents": "5"}, {"number": 3}):
+        record.write_text(json.dumps(known | wrong))
+        with pytest.raises(InputError, match="00000000.json: no record of that shard. Delete it and run"):
+            run(static, corpus, out)
+    record.unlink()
+    assert run(static, corpus, out).records[0]["sha256"] == known["sha256"]
+
+
 @pytest.mark.parametrize("blocked", ["out", "."])
 def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_opened(blocked, corpus, tmp_path, monkeypatch):
     place = tmp_path / "taken"

@@ -98,17 +98,25 @@ def test_queries_that_are_documents_are_measured_without_themselves(tmp_path, fo
 
 def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_measured(tmp_path, beir, capsys):
     (tmp_path / "file").write_text("")
-    for flags in (
-        ["--output", tmp_path / "file"],
-        ["--output", tmp_path / "file" / "below"],
-        ["--output", tmp_path / ("x" * 300)],
-        ["--output", tmp_path / "new", "--name", "a/b"],
+    for flags, said in (
+        (["--output", tmp_path / "file"], "file is no folder"),
+        (["--output", tmp_path / "file" / "below"], "file is no folder"),
+        (["--output", tmp_path / ("x" * 300)], "cannot be written to (File name too long)"),
+        (["--output", tmp_path / "new", "--name", "a/b"], "--name 'a/b'"),
     ):
         argv = ["evaluate", "no-such-model", "--dataset", str(beir), *map(str, flags)]
         assert main(argv) == 2
-        assert ("cannot be written to" if "--name" not in flags else "--name 'a/b'") in capsys.readouterr().err
+        assert said in capsys.readouterr().err
     assert main(["evaluate", "bm25", "--dataset", str(beir), "--split", "no", "--output", str(tmp_path / "new")]) == 2
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("flags", [["--baselines", "none"], ["--frontier"]], ids=["table", "frontier"])
+def test_a_cache_that_cannot_be_written_to_is_refused_at_the_start(tmp_path, beir, folders, capsys, flags):
+    (tmp_path / "file").write_text("")
+    argv = ["evaluate", folders["one"], *flags, "--dataset", beir, "--cache_dir", tmp_path / "file" / "below"]
+    assert main([*map(str, argv)]) == 2
+    assert f"--cache_dir {tmp_path / 'file' / 'below'}: {tmp_path / 'file'} is no folder" in capsys.readouterr().err
 
 
 def test_a_table_is_printed_though_it_cannot_be_written(tmp_path, beir, capsys, monkeypatch):

@@ -9,7 +9,8 @@ from polyrep.cli import main
 from polyrep.flags import refuse_out_of_range
 from polyrep.training import plan_of
 
-EVERYWHERE = [("batch_size", "0"), ("batch_size", "-4")]
+HUGE = str(10**20)
+EVERYWHERE = [("batch_size", "0"), ("batch_size", "-4"), ("batch_size", HUGE)]
 MEASURED = [*EVERYWHERE, ("max_length", "0"), ("max_length", "-1"), ("seed", "-1"), ("settings_tried", "0")]
 STEPS = [
     *(("learning_rate", value) for value in ("nan", "inf", "-0.1")),
@@ -30,10 +31,10 @@ WHOLE = [
     *(("hard_negatives", "101"), ("negative_margin", "nan"), ("max_length", "-3")),
 ]
 COMMANDS = {
-    "encode MODEL --input x --output y": [*EVERYWHERE, ("shard_size", "-1")],
+    "encode MODEL --input x --output y": [*EVERYWHERE, ("shard_size", "-1"), ("shard_size", HUGE)],
     "evaluate MODEL --dataset x": MEASURED,
     "evaluate MODEL --frontier --dataset x": [*MEASURED, ("fit_seconds", "nan")],
-    "search words --uri faiss:///x": [("k", "0"), ("k", "-1")],
+    "search words --uri faiss:///x": [("k", "0"), ("k", "-1"), ("k", HUGE)],
     "train dense2sparse-minilm": [*STEPS, *HEADS],
     "train late-interaction-minilm": [*STEPS, *WHOLE],
 }
@@ -48,6 +49,14 @@ def test_a_number_out_of_range_is_refused_by_flag_and_value(command, flag, value
     said = capsys.readouterr().err
     assert said.startswith(f"error: --{flag} ") and "is out of its range. Use " in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_flag_that_a_command_has_not_is_named(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main([*command.split(), "--no_such_flag", "7"])
+    assert "unrecognized arguments: --no_such_flag 7" in capsys.readouterr().err
 
 
 def test_recipes_and_code_are_held_to_the_same_ranges():

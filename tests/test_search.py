@@ -434,6 +434,10 @@ def test_a_manifest_of_a_stranger_leads_nowhere(stored, tmp_path):
         manifest.write_text(json.dumps(whole | more))
         with pytest.raises(InputError):
             opened()
+    for generation in ("1", True, -1, None):
+        manifest.write_text(json.dumps(whole | {"generation": generation}))
+        with pytest.raises(InputError, match=f"its generation is {generation!r}, not a number from 0 on"):
+            opened()
     manifest.write_text("[" * 100_000)
     with pytest.raises(InputError, match="polyrep.json: cannot be read"):
         opened()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +16,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..errors import InputError
+from .words import words_of
 
 Judgments = dict[str, dict[str, int]]
 Given = dict[tuple[str, str], list[dict[str, Any]]]
@@ -53,14 +55,15 @@ class RetrievalDataset:
 
         Where queries are documents (ArguAna, Quora, duplicates), each would find itself first: BEIR leaves out a
         document with the query's id, and MTEB does in the tasks that say so. Ids that are mere numbers may meet by
-        chance, so unless :attr:`same_ids` tells, at least half of such documents must hold the text of their query. A
-        document that the judgments of the query name is never left out.
+        chance, so unless :attr:`same_ids` tells, at least half of such documents must have the words of their query. A
+        document that is judged relevant to the query is never left out.
         """
         place = {identifier: number for number, identifier in enumerate(self.corpus)}
-        found = np.array([-1 if q in self.qrels.get(q, ()) else place.get(q, -1) for q in self.queries], np.int64)
+        relevant = {q for q in self.queries if self.qrels.get(q, {}).get(q, 0) > 0}
+        found = np.array([-1 if q in relevant else place.get(q, -1) for q in self.queries], np.int64)
         if self.same_ids is None and isinstance(self.corpus, dict):  # images are opened late, and hold no query
             pairs = [(self.queries[q], self.corpus[q]) for q, at in zip(self.queries, found, strict=True) if at >= 0]
-            same = 2 * sum(_holds(document, query) for query, document in pairs) >= len(pairs)
+            same = 2 * sum(_same_text(query, document) for query, document in pairs) >= len(pairs)
         else:
             same = bool(self.same_ids)
         return found if same else np.full_like(found, -1)
@@ -104,10 +107,18 @@ class RetrievalDataset:
         return [float(score) for score in value]
 
 
-def _holds(document: Any, query: str) -> bool:
-    """Whether a query's text stands in a document, whatever the case and the space between words."""
-    whole, part = (" ".join(t.casefold().split()) if isinstance(t, str) else "" for t in (document, query))
-    return bool(part) and part in whole
+def _same_text(query: Any, document: Any) -> bool:
+    """Whether two texts are one, but for a title, a part that was cut off, and how it is written.
+
+    So it is if four fifths of the words of the shorter are in the longer; where one has no words, if they are equal.
+    """
+    if not isinstance(query, str) or not isinstance(document, str):
+        return False
+    asked, there = (unicodedata.normalize("NFKC", text).casefold() for text in (query, document))
+    words, others = set(words_of(asked)), set(words_of(there))
+    if not words or not others:
+        return asked.split() == there.split()
+    return 5 * len(words & others) >= 4 * min(len(words), len(others))
 
 
 def dataset_name(source: str | Path) -> str:

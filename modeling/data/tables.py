@@ -57,7 +57,8 @@ def open_pairs(source: str, revision: str | None, queries: bool = True) -> Datas
     try:
         table = load_dataset(source, revision=revision)
     except (OSError, ValueError, TypeError, DatasetsError, pyarrow.ArrowException) as error:
-        if folder.is_dir() and not (folder / "README.md").is_file():  # with one, it may be a clone of the Hub's
+        other = (folder / "README.md").is_file() or any(folder.glob("corpus.jsonl*"))  # a clone of the Hub's, or BEIR
+        if folder.is_dir() and not other:
             reason = first_line(error.__cause__ or error)
             raise InputError(f"{_damaged(folder)}: cannot be read as a table ({reason}). Fetch it again.") from None
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 
 EAST_ASIAN = (
     "\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3031-\u3035\u303b\u3041-\u3096\u3099-\u309f\u30a1-\u30fa\u30fc-\u30ff"
@@ -20,7 +21,9 @@ SPACELESS = EAST_ASIAN + SOUTH_EAST_ASIAN
 """Scripts without spaces between words."""
 
 _RUNS = re.compile(f"([{SPACELESS}]+)")
-_WORD = re.compile(r"\b\w\w+\b")
+# Vowels and accents that stand behind a letter, which Python counts as none: without them दिल्ली would have no word.
+_MARKS = "".join(mark for mark in map(chr, range(0x300, 0x20000)) if unicodedata.category(mark)[0] == "M")
+_WORD = re.compile(f"\\w+(?:[{_MARKS}]+\\w*)*")
 _UNIT = re.compile(f"[{SPACELESS}]|[^\\s{SPACELESS}]+")
 _SENTENCE = re.compile(
     r"(?<=[.!?:؟۔।॥])\s+|\n+"
@@ -36,12 +39,12 @@ def words_of(text: str) -> list[str]:
     characters: nobody asks with the words that a dictionary would cut, and one character may be a whole query.
     """
     found: list[str] = []
-    for number, part in enumerate(_RUNS.split(text.lower())):
+    for number, part in enumerate(_RUNS.split(unicodedata.normalize("NFC", text).lower())):
         if number % 2:  # a run of such a script
             found += [character for character in part if character.isalnum()]
             found += map("".join, zip(part, part[1:], strict=False))
         else:
-            found += _WORD.findall(part)
+            found += [word for word in _WORD.findall(part) if len(word) > 1]
     return found
 
 

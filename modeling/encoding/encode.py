@@ -34,7 +34,7 @@ from ..report import provenance
 from .cache import CHUNK
 from .embeddings import Embeddings, Kind, joined, rows
 from .encoders import encode_chunk, kind_of, refuse_broken_prompts, refuse_not_finite_vectors
-from .shards import PRECISIONS, Origin, manifest_of, shard_path, write_shard
+from .shards import PRECISIONS, Origin, manifest_of, read_record, shard_path, write_shard
 
 SHARD_SIZES = {False: 4096, True: 512}
 """Records of a shard, by whether they are images."""
@@ -198,7 +198,7 @@ class _Work:
 
     def _is_done(self, span: Span) -> bool:
         path = shard_path(self.output, span.number)
-        record = read_json(path.with_suffix(".json"), remedy="Delete it, and its shard is encoded again.")
+        record = _record(self.output, span.number)
         if not record or not path.is_file() or path.stat().st_size != record["bytes"]:
             return False
         if record["input_sha256"] != span.digest():
@@ -312,13 +312,19 @@ def _refuse_another(output: Path, manifest: dict[str, Any]) -> bool:
     return True
 
 
+def _record(output: Path, number: int) -> dict[str, Any]:
+    """What is known of a shard, ``{}`` if it is not there yet."""
+    path = shard_path(output, number).with_suffix(".json")
+    return read_record(path, input_sha256=str, errors=list) if path.exists() else {}
+
+
 def _finish(output: Path, shards: int) -> dict[str, Any]:
     """Declare the corpus complete if it is, whoever wrote the last shard."""
     summary = dict.fromkeys(("done", "documents", "bytes", "errors"), 0)
     options: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}  # names of files may be any bytes
     with staged_file(output / "errors.jsonl") as partial, partial.open("w", **options) as errors:
         for number in range(shards):
-            if record := read_json(shard_path(output, number).with_suffix(".json")):
+            if record := _record(output, number):
                 summary["done"] += 1
                 summary["documents"] += record["documents"]
                 summary["bytes"] += record["bytes"]

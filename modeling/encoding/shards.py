@@ -39,6 +39,7 @@ from .embeddings import Embeddings, Kind
 
 FORMAT = "polyrep-encoded-1"
 _AGAIN = "Encode the corpus again."
+_RECORD = "Delete it and run `polyrep encode` again."
 PRECISIONS = ("float16", "float32", "int8", "binary")
 KINDS = ("sentence", "tokens", "sparse")
 _SIZES = range(2**48)
@@ -172,7 +173,7 @@ class EncodedCorpus:
     @cached_property
     def records(self) -> list[dict[str, Any]]:
         """What is known of each finished shard, in order: ``number, documents, bytes, sha256, ...``."""
-        return [_read_record(path) for path in sorted((self.folder / "shards").glob("*.json"))]
+        return [read_record(path) for path in sorted((self.folder / "shards").glob("*.json"))]
 
     def __len__(self) -> int:
         """Documents."""
@@ -183,13 +184,21 @@ class EncodedCorpus:
         return (StoredShard(shard_path(self.folder, r["number"]), self.origin, r["sha256"]) for r in self.records)
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    """What is known of a shard; InputError if it is of another shard, or lacks what every record has."""
-    record = read_json(path)
-    kinds = {"number": int, "documents": int, "bytes": int, "sha256": str}
-    whole = isinstance(record, dict) and all(type(record.get(name)) is kind for name, kind in kinds.items())
+def read_record(path: Path, **further: type) -> dict[str, Any]:
+    """What is known of a shard.
+
+    Args:
+        path: The record.
+        further: Type of fields that are needed beside those of every record.
+
+    Raises:
+        InputError: It is of another shard, or lacks a field.
+    """
+    record = read_json(path, remedy=_RECORD)
+    kinds = {"number": int, "documents": int, "bytes": int, "sha256": str} | further
+    whole = all(type(record.get(name)) is kind for name, kind in kinds.items())
     if not (whole and f"{record['number']:08d}" == path.stem and record["documents"] in _SIZES):
-        raise InputError(f"{path}: no record of that shard. Delete it and run `polyrep encode` again.")
+        raise InputError(f"{path}: no record of that shard. {_RECORD}")
     return record
 
 

@@ -19,12 +19,13 @@ from ..data.dataset import RetrievalDataset
 from ..data.load import load_retrieval_dataset
 from ..data.named import made_here, on_hub
 from ..errors import InputError
+from ..files import refuse_unwritable
 from ..flags import as_flags, changed_fields, command_line, parse
 from ..hub.cards import hub_source
 from ..hub.fingerprint import fingerprint
 from ..hub.folder import Encoder, family_of, fastest_dtype, fetch, load
 from ..hub.reading import set_length
-from ..report import print_and_write, provenance, refuse_unwritable
+from ..report import print_and_write, provenance, refuse_unwritable_results
 from .mteb import Suite, left_out, mteb_package, open_suites, refuse_unfit, run_suites
 from .systems import Ranking, rank_with_bm25, rank_with_model, refuse_wordless
 from .table import display_name, notes_on, refuse_doubles, refuse_unknown, table_rows
@@ -149,7 +150,7 @@ def evaluate_models(args: EvaluationArguments, models: Sequence[str], *, command
         InputError: A model, data set or flag cannot be used.
     """
     # Whatever can be refused is refused before hours of encoding.
-    refuse_unwritable(Path(args.output) if args.output else None, args.name)
+    refuse_unwritable_results(Path(args.output) if args.output else None, args.name)
     fastest_dtype(args.model_dtype)
     datasets, suites = _open_data(args)
     systems, reference = _open_systems(args, models, bool(datasets))
@@ -226,7 +227,11 @@ def _open_systems(args: EvaluationArguments, models: Sequence[str], searches: bo
 def _refuse_unfit(
     args: EvaluationArguments, systems: Sequence[System], datasets: Sequence[RetrievalDataset], suites: Sequence[Suite]
 ) -> None:
-    """InputError if there is nothing to pool, no word for BM25, or a model that a benchmark cannot run."""
+    """InputError if there is nothing to pool, no word for BM25, a model that a benchmark cannot run, or no cache."""
+    encodes = any(system.folder for system in systems)
+    for flag, used in (("cache_dir", encodes and bool(datasets)), ("mteb_cache", encodes and bool(suites))):
+        if used:
+            refuse_unwritable(Path(getattr(args, flag)), f"--{flag}")
     if any(system.folder is None for system in systems):
         for dataset in datasets:
             refuse_wordless(dataset)

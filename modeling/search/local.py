@@ -328,14 +328,16 @@ class FolderIndex(ABC):
             return {}
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            kept = manifest.get("format"), manifest.get("backend"), type(manifest.get("generation"))
+            kept, generation = (manifest.get("format"), manifest.get("backend")), manifest.get("generation")
         except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}: cannot be read ({error}). {self._remedy}") from None
-        if kept != (FORMAT, self.backend, int) or manifest["generation"] < 0:
+        if kept != (FORMAT, self.backend):
             raise InputError(
                 f"{path}: of format {kept[0]} for {kept[1]}, not {FORMAT} for {self.backend}. Open it by its own "
                 "back end, or name another folder."
             )
+        if type(generation) is not int or generation < 0:
+            raise InputError(f"{path}: its generation is {generation!r:.80}, not a number from 0 on. {self._remedy}")
         return manifest
 
     @property

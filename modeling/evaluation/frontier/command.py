@@ -20,14 +20,14 @@ from ...data.named import made_here, on_hub
 from ...encoding.embeddings import Embeddings
 from ...encoding.encoders import kind_of
 from ...errors import InputError
-from ...files import digest
+from ...files import digest, refuse_unwritable
 from ...flags import command_line, parse
 from ...hub.cards import hub_source
 from ...hub.fingerprint import fingerprint
 from ...hub.folder import Encoder, fastest_dtype, fetch, load
 from ...hub.reading import set_length
 from ...registry import ROOMS
-from ...report import hardware, print_and_write, provenance, refuse_unwritable
+from ...report import hardware, print_and_write, provenance, refuse_unwritable_results
 from ..metrics import METRICS, per_query_metrics
 from ..systems import Ranking, costs_of, keep_ranking, latency, rank_with_bm25
 from ..table import display_name, metric_rows, notes_on, refuse_doubles
@@ -136,7 +136,9 @@ def frontier(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
     budgets = [parse_budget(text) for text in args.budget or BUDGETS]
     _refuse_flags(args)
     output = Path(args.output) if args.output else None
-    refuse_unwritable(output, args.name or "frontier")
+    refuse_unwritable_results(output, args.name or "frontier")
+    for flag in ("cache_dir", "frontier_cache"):
+        refuse_unwritable(Path(getattr(args, flag)), f"--{flag}")
     models = _open(args, source)
     methods = chosen_methods(args.methods, source, models[0].model)
     results = {
