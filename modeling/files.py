@@ -179,6 +179,26 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+LARGE = 64 * 2**20
+"""Bytes from which on a file's hash is remembered."""
+
+
+def known_sha256(path: Path) -> str:
+    """:func:`file_sha256`, where a large file is read again only if it was written since this user last asked."""
+    state = path.stat()
+    if state.st_size < LARGE:
+        return file_sha256(path)
+    kept = user_cache() / "sha256" / digest([str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ino])
+    with suppress(OSError, UnicodeDecodeError):
+        if len(known := kept.read_text(encoding="ascii")) == 64:
+            return known
+    found = file_sha256(path)
+    with suppress(OSError):  # a cache that cannot be written to costs time alone
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_text(kept, found)
+    return found
+
+
 def user_cache() -> Path:
     """Where polyrep keeps what is this user's: ``$POLYREP_CACHE``, or ``polyrep`` in the user's cache."""
     if folder := os.environ.get("POLYREP_CACHE"):

@@ -17,10 +17,11 @@ import torch
 from conftest import run_python
 from scipy.sparse import csr_matrix
 
-from polyrep import InputError
+from polyrep import InputError, files
 from polyrep.encoding import Embeddings
 from polyrep.encoding.embeddings import in_memory
 from polyrep.encoding.shards import Origin, Shard
+from polyrep.files import file_sha256
 from polyrep.search import Added, Hit, Index, open_index
 from polyrep.search.protocol import as_embeddings
 
@@ -677,3 +678,17 @@ def test_seismic_leaves_out_what_shares_no_word(tmp_path):
     index.add([Shard(["a", "b", "c"], as_embeddings(vectors, origin, "test"), origin)])
     queries = csr_matrix(([1.0, 3.0, 1.0, 1.0], ([0, 0, 2, 3], [70_000, 9, 6, 5])), shape=(5, 70_001))
     assert index.search(queries) == [[Hit("b", 9.0), Hit("a", 1.0)], [], [], [Hit("b", 2.0)], []]
+
+
+def test_a_large_file_of_an_engine_is_hashed_once_until_it_is_written_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LARGE", 1)
+    index = open_index(f"faiss:{tmp_path}/index")
+    index.add([shard("sentence", texts("sentence", 20, 1))])
+    read = []
+    monkeypatch.setattr(files, "file_sha256", lambda path: read.append(path) or file_sha256(path))
+    for _ in range(2):
+        open_index(f"faiss:{tmp_path}/index")
+    assert len(read) == 1
+    read[0].write_bytes(read[0].read_bytes()[:-1] + b"\x01")
+    with pytest.raises(InputError, match="its SHA-256 is not the one that was written"):
+        open_index(f"faiss:{tmp_path}/index")

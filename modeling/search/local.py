@@ -30,7 +30,7 @@ from ..encoding.arrays import mapped_arrays, plain_name
 from ..encoding.embeddings import Embeddings, Kind, joined, rows
 from ..encoding.shards import Origin, Shard, origin_of, packed_ids, unpacked_ids
 from ..errors import InputError
-from ..files import file_sha256, refuse_unwritable, write_json
+from ..files import file_sha256, known_sha256, refuse_unwritable, write_json
 from .protocol import Added, Hit, Queries, checked_origin, stages, unique_ids
 
 FORMAT = "polyrep-index-1"
@@ -270,7 +270,7 @@ class FolderIndex(ABC):
             if found != size:
                 state = f"has {found:,} bytes" if found >= 0 else "is missing"
                 raise InputError(f"{file}: {state}, expected {size:,}. {self._remedy}")
-            if name in digests and file_sha256(file) != digests[name]:
+            if name in digests and known_sha256(file) != digests[name]:
                 raise InputError(f"{file}: its SHA-256 is not the one that was written. {self._remedy}")
         if lacking := {f"{name}.bin" for name in manifest["arrays"]} - manifest["files"].keys():
             raise ValueError(f"arrays without a file: {', '.join(lacking)}")

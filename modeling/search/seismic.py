@@ -18,7 +18,7 @@ from ..encoding.arrays import check_bounds
 from ..encoding.embeddings import Embeddings, rows
 from ..encoding.shards import Shard
 from ..errors import InputError
-from ..files import file_sha256, user_cache
+from ..files import file_sha256, known_sha256, user_cache
 from .local import FolderIndex, Vectors, package
 from .protocol import Hit, Queries, refuse_unknown, whole_number
 from .ranking import sparse_rows
@@ -144,7 +144,7 @@ class SeismicIndex(FolderIndex):
         # Seismic believes what a file says of its sizes, so it reads none but those that this user has built.
         built = user_cache() / "seismic"
         with suppress(OSError):  # it is not there, or damaged
-            if (built / file_sha256(kept)).is_file():
+            if (built / known_sha256(kept)).is_file():
                 self.engine = kind.load(str(kept))
                 if self.engine.len == np.count_nonzero(vectors.lengths):
                     return self.engine
