@@ -41,6 +41,7 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Pa
         (folder / "evil.py").write_text(CODE.format(place=str(mark)))
         monkeypatch.syspath_prepend(str(folder))
         monkeypatch.delitem(sys.modules, "evil", raising=False)
+        monkeypatch.setattr("builtins.input", lambda *_: "y")  # what transformers asks where nobody said anything
         return mark
 
     return put
@@ -94,6 +95,10 @@ def fetches_an_attention(folder: Path) -> None:
     edit(folder / "config.json", attn_implementation="someone/else")
 
 
+def fetches_an_attention_for_a_part(folder: Path) -> None:
+    edit(folder / "config.json", _attn_implementation_internal={"": "someone/else"})
+
+
 HOSTILE = [
     names_a_module,
     names_an_activation,
@@ -102,6 +107,7 @@ HOSTILE = [
     maps_a_tokenizer,
     maps_a_model,
     fetches_an_attention,
+    fetches_an_attention_for_a_part,
 ]
 
 
@@ -178,6 +184,40 @@ def test_our_own_code_needs_no_flag_until_a_byte_of_it_changes(trained, tmp_path
     assert not may_run(changed, trusted=False)
     with pytest.raises(InputError, match="takes its code from another repository"):
         may_run(changed, trusted=True)
+
+
+def test_our_own_code_opens_no_tokenizer_of_another_folder(trained, backbone, evil, tmp_path):
+    """Code that may run is that of the folder which was looked at."""
+    other = shutil.copytree(backbone, tmp_path / "other")
+    maps_a_tokenizer(other)
+    mark = evil(other)
+    (other / "evil.py").write_text(
+        (other / "evil.py").read_text() + "from transformers import BertTokenizer as Thing\n"
+    )
+    changed = shutil.copytree(trained / "final", tmp_path / "changed")
+    edit(changed / "sentence_bert_config.json", tokenizer_name_or_path=str(other))
+    for trusted in (False, True):
+        with pytest.raises(InputError, match="tokenizer_name_or_path .*opens something else than the files of this"):
+            polyrep.load(changed, trust_remote_code=trusted)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model_args": {"adapter_kwargs": {"subfolder": "adapter"}}},
+        {"config_kwargs": {"transformers_weights": "adapter_model.bin"}},
+        {"model_kwargs": {"use_kernels": True}},
+        {"model_kwargs": {"variant": "other"}},
+    ],
+)
+def test_a_module_opens_its_own_files_alone(plain, settings):
+    polyrep.load(plain, device="cpu")
+    file = plain / "sentence_bert_config.json"
+    file.rename(file.with_name("sentence_roberta_config.json"))
+    edit(file.with_name("sentence_roberta_config.json"), **settings)
+    with pytest.raises(InputError, match="opens something else than the files of this folder"):
+        polyrep.load(plain, device="cpu")
 
 
 # Runs

@@ -19,6 +19,7 @@ from ..hub.code import listed_activation, listed_module, localize, may_run
 from ..hub.folder import family_of, fetch, save
 from ..hub.reading import positions_in
 from ..hub.vision import fetch_vision
+from ..hub.weights import check_sizes
 from ..registry import Room
 from .recipes import Plan
 
@@ -52,6 +53,7 @@ def build(plan: Plan, folder: Path, head: PreTrainedModel | None = None) -> None
     recipe = plan.recipe
     backbone = fetch(recipe.backbone, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     allowed = may_run(backbone, recipe.trust_remote_code)
+    check_sizes(backbone, whole=head is None)  # that of a head is opened already
     parts = read_json(plan.run / "modules.json", list, path=str, type=str)
     for part in parts:
         _listed(plan, part)
