@@ -251,6 +251,15 @@ def test_a_recipe_gives_no_consent(toy_run, tmp_path, capsys, flag):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_backbone_with_code_ends_in_a_sentence(backbone, evil, beir, tmp_path, capsys):
+    other = shutil.copytree(backbone, tmp_path / "other")
+    maps_a_model(other)
+    mark = evil(other)
+    flags = ["--datasets", str(beir), "--output_dir", str(tmp_path / "out"), "--dry_run"]
+    assert main(["train", "late-interaction-minilm", "--backbone", str(other), *flags]) == 2
+    assert "Traceback" not in capsys.readouterr().err and not mark.exists()
+
+
 def test_trust_covers_what_the_command_names(toy_run, backbone, tmp_path, capsys):
     run = strangers_run(toy_run, tmp_path / "run")
     assert train(run, tmp_path / "out", "--trust_remote_code") == 2

@@ -38,6 +38,7 @@ from polyrep import InputError
 from polyrep.cli import main
 from polyrep.hub.vision import VisionEncoder, fetch_vision
 from polyrep.hub.weights import MOST_HEADER, read_header
+from polyrep.methods.dense2sparse.vocabulary import head_from_words
 from polyrep.methods.gaussian.modeling_gaussian import GaussianHead, GaussianHeadConfig, GaussianPooling
 from polyrep.training.teachers import open_teacher
 
@@ -365,6 +366,14 @@ def test_a_vision_encoder_is_looked_at_like_any_model(tmp_path, damage):
     words = {"pickle": "pickled weights only", "code": "code of another repository", "not finite": "not finite"}
     with pytest.raises(InputError, match=words.get(damage, f"lack .*{VISION}|lack pooler")):
         VisionEncoder.open(fetch_vision(str(tmp_path)), torch.float32)
+
+
+def test_words_come_from_a_model_with_all_its_weights(words, sentence_model):
+    backbone = polyrep.load(sentence_model, device="cpu") if isinstance(sentence_model, Path) else sentence_model
+    assert head_from_words(str(words), backbone, own_tokens="none")[0].config.vocab_size == SIZE
+    lacking("bert.embeddings.word_embeddings.weight")(words)
+    with pytest.raises(InputError, match=f"lack {WORDS}"):
+        head_from_words(str(words), backbone, own_tokens="none")
 
 
 @pytest.mark.parametrize("run", ["late-interaction-minilm", "gaussian-minilm"])
