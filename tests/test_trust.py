@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import pickle
 import shutil
 import sys
 from collections.abc import Callable
@@ -350,6 +351,21 @@ def test_a_checkpoint_from_elsewhere_runs_nothing(trained, toy_run, evil, tmp_pa
     assert main(["train", str(toy_run), *flags]) == 2
     assert "evil.py: is not the code of this polyrep, and going on from it would run it" in capsys.readouterr().err
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_the_state_of_a_checkpoint_is_read_as_weights_only(trained, toy_run, tmp_path, capsys, name):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path / MARK).touch, ()
+
+    output = shutil.copytree(trained, tmp_path / "run")
+    checkpoint = max(output.glob("checkpoint-*"), default=None)
+    assert checkpoint is not None
+    (checkpoint / name).write_bytes(pickle.dumps(Evil()))
+    flags = ["--output_dir", str(output), "--max_steps", "9", "--resume_from_checkpoint", "last"]
+    assert main(["train", str(toy_run), *flags]) == 2
+    assert "is damaged, or would run code" in capsys.readouterr().err and not (tmp_path / MARK).exists()
 
 
 @pytest.mark.parametrize("text", ["a: !!python/object/apply:os.abort []", "- a", "[" * 5000, "\xff", "1: 2", "{a: {b"])
