@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import pickle
 import shutil
 import sys
 from collections.abc import Callable
@@ -41,6 +42,7 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Pa
         (folder / "evil.py").write_text(CODE.format(place=str(mark)))
         monkeypatch.syspath_prepend(str(folder))
         monkeypatch.delitem(sys.modules, "evil", raising=False)
+        monkeypatch.setattr("builtins.input", lambda *_: "y")  # what transformers asks where nobody said anything
         return mark
 
     return put
@@ -94,6 +96,10 @@ def fetches_an_attention(folder: Path) -> None:
     edit(folder / "config.json", attn_implementation="someone/else")
 
 
+def fetches_an_attention_for_a_part(folder: Path) -> None:
+    edit(folder / "config.json", _attn_implementation_internal={"": "someone/else"})
+
+
 HOSTILE = [
     names_a_module,
     names_an_activation,
@@ -102,6 +108,7 @@ HOSTILE = [
     maps_a_tokenizer,
     maps_a_model,
     fetches_an_attention,
+    fetches_an_attention_for_a_part,
 ]
 
 
@@ -180,6 +187,40 @@ def test_our_own_code_needs_no_flag_until_a_byte_of_it_changes(trained, tmp_path
         may_run(changed, trusted=True)
 
 
+def test_our_own_code_opens_no_tokenizer_of_another_folder(trained, backbone, evil, tmp_path):
+    """Code that may run is that of the folder which was looked at."""
+    other = shutil.copytree(backbone, tmp_path / "other")
+    maps_a_tokenizer(other)
+    mark = evil(other)
+    (other / "evil.py").write_text(
+        (other / "evil.py").read_text() + "from transformers import BertTokenizer as Thing\n"
+    )
+    changed = shutil.copytree(trained / "final", tmp_path / "changed")
+    edit(changed / "sentence_bert_config.json", tokenizer_name_or_path=str(other))
+    for trusted in (False, True):
+        with pytest.raises(InputError, match="tokenizer_name_or_path .*opens something else than the files of this"):
+            polyrep.load(changed, trust_remote_code=trusted)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model_args": {"adapter_kwargs": {"subfolder": "adapter"}}},
+        {"config_kwargs": {"transformers_weights": "adapter_model.bin"}},
+        {"model_kwargs": {"use_kernels": True}},
+        {"model_kwargs": {"variant": "other"}},
+    ],
+)
+def test_a_module_opens_its_own_files_alone(plain, settings):
+    polyrep.load(plain, device="cpu")
+    file = plain / "sentence_bert_config.json"
+    file.rename(file.with_name("sentence_roberta_config.json"))
+    edit(file.with_name("sentence_roberta_config.json"), **settings)
+    with pytest.raises(InputError, match="opens something else than the files of this folder"):
+        polyrep.load(plain, device="cpu")
+
+
 # Runs
 
 
@@ -209,6 +250,15 @@ def test_a_recipe_gives_no_consent(toy_run, tmp_path, capsys, flag):
     said = capsys.readouterr().err
     assert f"recipe.yaml: {flag}: true is for whoever trains to say" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_backbone_with_code_ends_in_a_sentence(backbone, evil, beir, tmp_path, capsys):
+    other = shutil.copytree(backbone, tmp_path / "other")
+    maps_a_model(other)
+    mark = evil(other)
+    flags = ["--datasets", str(beir), "--output_dir", str(tmp_path / "out"), "--dry_run"]
+    assert main(["train", "late-interaction-minilm", "--backbone", str(other), *flags]) == 2
+    assert "Traceback" not in capsys.readouterr().err and not mark.exists()
 
 
 def test_trust_covers_what_the_command_names(toy_run, backbone, tmp_path, capsys):
@@ -301,6 +351,21 @@ def test_a_checkpoint_from_elsewhere_runs_nothing(trained, toy_run, evil, tmp_pa
     assert main(["train", str(toy_run), *flags]) == 2
     assert "evil.py: is not the code of this polyrep, and going on from it would run it" in capsys.readouterr().err
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_the_state_of_a_checkpoint_is_read_as_weights_only(trained, toy_run, tmp_path, capsys, name):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path / MARK).touch, ()
+
+    output = shutil.copytree(trained, tmp_path / "run")
+    checkpoint = max(output.glob("checkpoint-*"), default=None)
+    assert checkpoint is not None
+    (checkpoint / name).write_bytes(pickle.dumps(Evil()))
+    flags = ["--output_dir", str(output), "--max_steps", "9", "--resume_from_checkpoint", "last"]
+    assert main(["train", str(toy_run), *flags]) == 2
+    assert "is damaged, or would run code" in capsys.readouterr().err and not (tmp_path / MARK).exists()
 
 
 @pytest.mark.parametrize("text", ["a: !!python/object/apply:os.abort []", "- a", "[" * 5000, "\xff", "1: 2", "{a: {b"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -15,17 +16,31 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
+from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Dense, Router, Transformer
-from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
+from sentence_transformers.sentence_transformer.modules import BoW, Pooling, StaticEmbedding, WordEmbeddings
+from sentence_transformers.sentence_transformer.modules.tokenizer import WhitespaceTokenizer
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+)
 
 import polyrep
 from polyrep import InputError
+from polyrep.cli import main
+from polyrep.hub.vision import VisionEncoder, fetch_vision
 from polyrep.hub.weights import MOST_HEADER, read_header
+from polyrep.methods.dense2sparse.vocabulary import head_from_words
 from polyrep.methods.gaussian.modeling_gaussian import GaussianHead, GaussianHeadConfig, GaussianPooling
+from polyrep.training.teachers import open_teacher
 
 TEXTS = ["list open ports", "a file"]
 SIZE = 61  # words of the backbone's tokenizer
@@ -273,6 +288,101 @@ def test_a_config_that_names_other_weights_is_refused(folder, named):
     edit_json(folder / "config.json", transformers_weights=named)
     with pytest.raises(InputError, match="transformers_weights=.*names no safetensors in this folder"):
         polyrep.load(folder)
+
+
+def test_only_the_usual_config_names_weights(folder):
+    (folder / "evil.bin").write_bytes(b"evil")
+    fields = json.loads((folder / "config.json").read_text()) | {"transformers_weights": "adapter_model.bin"}
+    (folder / "config.4.0.0.json").write_text(json.dumps(fields))
+    edit_json(folder / "config.json", configuration_files=["config.4.0.0.json"])
+    with pytest.raises(InputError, match=r"config.4.0.0.json: names weights, which config.json alone may"):
+        polyrep.load(folder)
+
+
+def test_an_older_router_says_its_routes_in_its_config(backbone, tmp_path):
+    torch.manual_seed(8)
+    routes = {"query": [Dense(32, 8)], "document": [Dense(32, 8)]}
+    modules = [Transformer(str(backbone)), Pooling(32, "mean"), Router(routes, default_route="query")]
+    new = polyrep.save(SentenceTransformer(modules=modules, device="cpu"), tmp_path / "new")
+    old = shutil.copytree(new, tmp_path / "old")
+    (old / "2_Router" / "router_config.json").rename(old / "2_Router" / "config.json")
+    expected = SentenceTransformer(str(new), device="cpu").encode_document(TEXTS)
+    np.testing.assert_array_equal(polyrep.load(old, device="cpu").encode_document(TEXTS), expected)
+    part = next((old / "2_Router").glob("*document*"))
+    with_("linear.weight", lambda weight: weight * math.nan)(part)
+    with pytest.raises(InputError, match="not finite"):
+        polyrep.load(old)
+
+
+def test_words_without_a_tokenizer_of_transformers_open(tmp_path):
+    vocabulary = ["PADDING_TOKEN", "list", "file"]
+    rows = np.arange(12, dtype=np.float32).reshape(3, 4)
+    words = WordEmbeddings(WhitespaceTokenizer(vocabulary, stop_words=[]), rows)
+    saved = SentenceTransformer(modules=[words, Pooling(4, "mean")], device="cpu")
+    opened = polyrep.load(polyrep.save(saved, tmp_path / "words"), device="cpu")
+    np.testing.assert_allclose(opened.encode("list file"), rows[1:].mean(0))
+    dense = Dense(
+        2, 2, bias=False, activation_function=torch.nn.Identity(), init_weight=torch.tensor([[2.0, 3], [5, 7]])
+    )
+    counts = SentenceTransformer(modules=[BoW(["list", "file"], {}), dense], device="cpu")
+    opened = polyrep.load(polyrep.save(counts, tmp_path / "counts"), device="cpu")
+    np.testing.assert_allclose(opened.encode("file"), [3, 7])
+
+
+@pytest.mark.parametrize("damage", ["lacking", "not finite", "pickle"])
+def test_a_teacher_scores_with_all_its_weights(words, damage):
+    config = BertConfig.from_pretrained(words, num_labels=1)
+    BertForSequenceClassification(config).save_pretrained(words)
+    assert isinstance(open_teacher(str(words)), CrossEncoder)
+    if damage == "pickle":
+        (words / "model.safetensors").rename(words / "other.safetensors")
+        (words / "pytorch_model.bin").write_bytes(b"evil")
+    elif damage == "lacking":
+        lacking("bert.pooler.dense.weight")(words)  # which the classifier stands on
+    else:
+        with_("classifier.weight", lambda weight: weight * math.nan)(words)
+    with pytest.raises(InputError, match=damage if damage == "not finite" else "lack .*pooler|pickled weights only"):
+        open_teacher(str(words))
+
+
+VISION = "layernorm.weight"
+
+
+@pytest.mark.parametrize("damage", ["lacking", "pooler", "not finite", "pickle", "code"])
+def test_a_vision_encoder_is_looked_at_like_any_model(tmp_path, damage):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    ViTModel(ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    assert VisionEncoder.open(fetch_vision(str(tmp_path)), torch.float32).get_embedding_dimension() == 8
+    if damage == "pickle":
+        (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
+        (tmp_path / "pytorch_model.bin").write_bytes(b"evil")
+    elif damage == "code":
+        edit_json(tmp_path / "config.json", attn_implementation="someone/else")
+    elif damage == "not finite":
+        with_(VISION, lambda weight: weight * math.nan)(tmp_path)
+    else:
+        lacking(VISION if damage == "lacking" else "pooler.dense.weight")(tmp_path)
+    words = {"pickle": "pickled weights only", "code": "code of another repository", "not finite": "not finite"}
+    with pytest.raises(InputError, match=words.get(damage, f"lack .*{VISION}|lack pooler")):
+        VisionEncoder.open(fetch_vision(str(tmp_path)), torch.float32)
+
+
+def test_words_come_from_a_model_with_all_its_weights(words, sentence_model):
+    backbone = polyrep.load(sentence_model, device="cpu") if isinstance(sentence_model, Path) else sentence_model
+    assert head_from_words(str(words), backbone, own_tokens="none")[0].config.vocab_size == SIZE
+    lacking("bert.embeddings.word_embeddings.weight")(words)
+    with pytest.raises(InputError, match=f"lack {WORDS}"):
+        head_from_words(str(words), backbone, own_tokens="none")
+
+
+@pytest.mark.parametrize("run", ["late-interaction-minilm", "gaussian-minilm"])
+def test_a_run_takes_no_backbone_without_its_weights(backbone, beir, tmp_path, capsys, run):
+    shutil.copytree(backbone, tmp_path / "damaged")
+    lacking(LAYER)(tmp_path / "damaged")
+    flags = ["--datasets", str(beir), "--output_dir", str(tmp_path / "out"), "--hard_negatives", "0", "--dry_run"]
+    assert main(["train", run, "--backbone", str(tmp_path / "damaged"), *flags]) == 2
+    assert f"lack {LAYER}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["model.safetensors", "2_Dense/model.safetensors", INDEX])

@@ -77,9 +77,11 @@ def may_run(folder: Path, trusted: bool) -> bool:
         trusted: What the user said.
 
     Raises:
-        InputError: The folder takes code from another repository; or, without trust, it names a module, a tokenizer,
-            an activation function or an attention that would be imported or fetched.
+        InputError: The folder takes code from another repository, or has other files opened in place of its own; or,
+            without trust, it names a module, a tokenizer, an activation function or an attention that would be
+            imported or fetched.
     """
+    _refuse_other_files(folder)
     if trusted:
         _refuse_elsewhere(folder)
         return True
@@ -137,6 +139,20 @@ _CALLED = ("activation_function", "activation_fn", "sbert_ce_default_activation_
 """Keys whose value sentence-transformers imports and calls, in a Dense or a cross-encoder."""
 
 
+_ELSEWHERE = (
+    "adapter_kwargs",
+    "allow_all_kernels",
+    "gguf_file",
+    "kernel_config",
+    "offload_folder",
+    "tokenizer_name_or_path",
+    "transformers_weights",
+    "use_kernels",
+    "variant",
+)
+"""Settings by which a module of sentence-transformers opens, fetches or writes something else than its own files."""
+
+
 def _listed(reference: str) -> type[Module] | None:
     module, _, name = reference.rpartition(".")
     if reference.startswith("sentence_transformers."):
@@ -149,6 +165,16 @@ def _listed(reference: str) -> type[Module] | None:
         rooms = (room.model.__module__ for room in ROOMS.values())
         found = next((getattr(sys.modules[room], name, None) for room in rooms if room.endswith(f".{stem}")), None)
     return found if isinstance(found, type) and issubclass(found, Module) else None
+
+
+def _refuse_other_files(folder: Path) -> None:
+    """InputError if a module's settings have other files opened than those that were checked."""
+    for file in sorted(folder.rglob("sentence_*_config.json")):
+        for key, value in _items(read_json(file)):
+            if key in _ELSEWHERE and value not in (None, False):
+                raise InputError(
+                    f"{file}: {key} {value!r} opens something else than the files of this folder. Refused; remove it."
+                )
 
 
 def _refuse_elsewhere(folder: Path) -> None:
@@ -187,14 +213,14 @@ def _refuse_unlisted(folder: Path) -> None:
             )
     for file in sorted(folder.rglob("*config*.json")):
         for key, value in _items(read_json(file, object)):
+            if "attn_implementation" in key and (kernel := next((t for t in _texts_in(value) if "/" in t), None)):
+                raise InputError(f"{file}: {key} {kernel!r} is code of another repository. {remedy}")
             if not isinstance(value, str):
                 continue
             if key in _CALLED and "." in value and value not in _ACTIVATIONS:
                 raise InputError(f"{file}: {key} {value!r} is none of torch.nn. {remedy}")
             if key == "tokenizer_class" and "." in value and not value.startswith("sentence_transformers."):
                 raise InputError(f"{file}: tokenizer_class {value!r} is none of sentence-transformers. {remedy}")
-            if key.endswith("attn_implementation") and "/" in value:
-                raise InputError(f"{file}: {key} {value!r} is code of another repository. {remedy}")
 
 
 def _module_types(folder: Path) -> Iterator[tuple[Path, str]]:

@@ -99,7 +99,7 @@ def load(
     folder = fetch(model, revision=revision, trust_remote_code=trust_remote_code)
     allowed = may_run(folder, trust_remote_code)
     check_sizes(folder)
-    with _opening(folder):
+    with opening(folder):
         if _is_head(folder):
             settings = {"trust_remote_code": allowed, "use_safetensors": True}
             opened = AutoModel.from_pretrained(folder, dtype=dtype or "auto", **settings)
@@ -150,12 +150,9 @@ def check_folder(folder: Path) -> None:
     Raises:
         InputError: What is missing or damaged, and the remedy.
     """
-    refuse_adapters(*module_folders(folder))
+    check_files(folder)
     if not (folder / "modules.json").is_file() and not (folder / "config.json").is_file():
         raise InputError(f"{folder}: neither modules.json nor config.json, so this is no model folder.")
-    for file in sorted(path for name in _FIELDS for path in folder.rglob(name)):
-        read_json(file, **_FIELDS[file.name])
-    check_weight_files(folder)
     if not weight_files(folder):
         pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
         remedy = (
@@ -164,17 +161,30 @@ def check_folder(folder: Path) -> None:
             else "Copy the weights into the folder or name the folder of the model that has them."
         )
         raise InputError(f"{folder}: no model.safetensors, so the model has no weights. {remedy}")
-    if not _is_head(folder) and not any(any(folder.rglob(name)) for name in _TOKENIZERS):
+    kinds = {part["type"].rpartition(".")[2] for part in read_json(folder / "modules.json", list, type=str)}
+    has_words = _is_head(folder) or {"BoW", "WordEmbeddings"} & kinds
+    if not has_words and not any(any(folder.rglob(name)) for name in _TOKENIZERS):
         raise InputError(
             f"{folder}: no tokenizer ({', '.join(_TOKENIZERS)}), so text cannot be encoded. "
             "Save the tokenizer of the model into the folder."
         )
 
 
+def check_files(folder: Path) -> None:
+    """Refuse files of a folder that no library should be given: adapters alone, damaged configs and weights, pickles.
+
+    Raises:
+        InputError: The file, what is wrong with it, and the remedy.
+    """
+    refuse_adapters(*module_folders(folder))
+    for file in sorted(path for name in _FIELDS for path in folder.rglob(name)):
+        read_json(file, **_FIELDS[file.name])
+    check_weight_files(folder)
+
+
 def refuse_adapters(*parts: Path) -> None:
     """InputError if one of the folders of a model holds an adapter (LoRA), whose base weights are elsewhere."""
-    routes = [route for part in parts if (part / "router_config.json").is_file() for route in part.iterdir()]
-    for file in (part / "adapter_config.json" for part in (*parts, *routes)):
+    for file in (part / "adapter_config.json" for part in parts):
         if file.is_file():
             base = read_json(file).get("base_model_name_or_path") or "BASE"
             raise InputError(
@@ -285,7 +295,7 @@ def _is_head(folder: Path) -> bool:
 
 
 @contextmanager
-def _opening(folder: Path) -> Iterator[None]:
+def opening(folder: Path) -> Iterator[None]:
     """What the libraries raise about a folder that they cannot open as InputError."""
     try:
         with refusals():

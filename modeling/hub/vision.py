@@ -14,15 +14,18 @@ from sentence_transformers.base.modules.module import Module
 from transformers import AutoModel, AutoProcessor
 
 from ..errors import InputError
-from .folder import refuse_adapters
+from .code import may_run
+from .folder import check_files, opening
 from .polyrep_towers import image_features
+from .weights import check_loaded, check_sizes
 
 
 def fetch_vision(name: str, revision: str | None = None) -> Path:
     """Local folder of a vision encoder of transformers, downloaded first if it is a Hub id (safetensors only).
 
     Raises:
-        InputError: It is not to be had, lacks weights or an image processor, or is an adapter of another.
+        InputError: It is not to be had, lacks weights or an image processor, is damaged, is an adapter of another, or
+            names code.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -33,12 +36,14 @@ def fetch_vision(name: str, revision: str | None = None) -> Path:
                 f"--vision {name}: no such folder, and not to be had from the Hub ({type(error).__name__}). Check the "
                 "path, the ORG/NAME and the network."
             ) from error
-    refuse_adapters(folder)
+    check_files(folder)
     if not any(folder.glob("*.safetensors")) or not any(folder.glob("*processor_config.json")):
         raise InputError(
             f"--vision {name}: needs weights (*.safetensors) and a preprocessor_config.json; it holds "
             f"{sorted(file.name for file in folder.iterdir())[:9]}."
         )
+    may_run(folder, trusted=False)
+    check_sizes(folder)
     return folder
 
 
@@ -53,8 +58,15 @@ class VisionEncoder(SentenceTransformer):
 
     @classmethod
     def open(cls, folder: Path, dtype: torch.dtype) -> VisionEncoder:
-        """Open a folder with weights and an image processor."""
-        return cls(modules=[_Features(folder, dtype)], similarity_fn_name="dot")
+        """Open a folder with weights and an image processor.
+
+        Raises:
+            InputError: It cannot be opened, or lacks weights that its features need.
+        """
+        with opening(folder):
+            features = _Features(folder, dtype)
+            check_loaded(folder, features.model, reads="pooler_output")
+        return cls(modules=[features], similarity_fn_name="dot")
 
 
 class _Features(Module):
@@ -65,7 +77,7 @@ class _Features(Module):
 
     def __init__(self, folder: Path, dtype: torch.dtype):
         super().__init__()
-        self.model = AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+        self.model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
         self.processor = image_processor_of(str(folder))
 
     def preprocess(self, inputs: list[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -72,17 +72,23 @@ def module_folders(folder: Path) -> list[Path]:
     for file, part in parts:  # grows while it is read
         try:
             outside = folder.resolve() not in (part.resolve(), *part.resolve().parents)
-            routes = (part / "router_config.json").is_file()
         except (OSError, RuntimeError) as error:  # a name that is too long, a link to itself
             raise InputError(f"{file}: module path {str(part)[:200]} cannot be read ({error}). Refused.") from None
         if outside:
             raise InputError(f"{file}: module path {part} leaves the folder. Refused; get a clean copy.")
         if len(parts) > 1000:
             raise InputError(f"{listing}: more than 1,000 modules. Refused; get a clean copy.")
-        if routes:
-            names = read_json(part / "router_config.json").get("types", {})
-            parts += [(part / "router_config.json", part / name) for name in names if "\0" not in name]
+        parts += [(file, part / name) for name in router_of(part).get("types", {}) if "\0" not in name]
     return list(dict.fromkeys(part for _, part in parts))
+
+
+def router_of(part: Path) -> dict[str, Any]:
+    """What a Router's folder says of its routes, that of an Asym in ``config.json``; nothing for any other module."""
+    for name in ("router_config.json", "config.json"):
+        content = read_json(part / name)
+        if all(isinstance(content.get(field), dict) for field in ("types", "structure")):
+            return content
+    return {}
 
 
 def check_weight_files(folder: Path) -> None:
@@ -98,6 +104,9 @@ def check_weight_files(folder: Path) -> None:
         read_header(file)
     for part in parts:
         named = _named_weights(part)
+        for config in part.glob("config.*.json"):  # which transformers reads where config.json names it
+            if "transformers_weights" in read_json(config):
+                raise InputError(f"{config}: names weights, which config.json alone may. Refused; get a clean copy.")
         for index in part.glob("*.safetensors.index.json"):
             shards = _shards(index)
             if index.name == named or index.name == INDEX and named is None and not (part / WEIGHTS).exists():
@@ -160,7 +169,7 @@ def stored_weights(part: Path) -> dict[str, Stored]:
     return _check_shards(part / name, _shards(part / name))
 
 
-def check_sizes(folder: Path, *, turned: bool = False) -> None:
+def check_sizes(folder: Path, *, turned: bool = False, whole: bool = False) -> None:
     """Refuse weights of other sizes or types than the configs ask for, before a model of these sizes takes memory.
 
     Models of ours compare by themselves; those with code of others are not known before it runs.
@@ -168,6 +177,7 @@ def check_sizes(folder: Path, *, turned: bool = False) -> None:
     Args:
         folder: The model's.
         turned: Refuse also weights of as many values in another shape, some of which transformers turns as it reads.
+        whole: Refuse also weights that no file has: for an encoder that something else than ``load`` opens.
 
     Raises:
         InputError: The tensor, both sizes, and the remedy.
@@ -189,14 +199,17 @@ def check_sizes(folder: Path, *, turned: bool = False) -> None:
         if model is not None:
             for name, found, tensor in _pairs(model, stored):
                 _refuse_other(name, found, tensor, turned)
+            if whole:
+                _refuse_missing(part, model, stored, "")
 
 
-def check_loaded(folder: Path, model: nn.Module) -> None:
+def check_loaded(folder: Path, model: nn.Module, reads: str = "") -> None:
     """Refuse an opened model with weights that no file has, which are random numbers, or that are not finite.
 
     Args:
         folder: Where it was opened from.
         model: A sentence-transformers model, or a PreTrainedModel.
+        reads: What is read of a PreTrainedModel's output.
 
     Raises:
         InputError: The first weights, and the remedy.
@@ -208,7 +221,7 @@ def check_loaded(folder: Path, model: nn.Module) -> None:
         ours = isinstance(inner, PreTrainedModel) and (inner.config.model_type or "").startswith(PREFIX)
         stored = stored_weights(part)
         if inner is not None and (stock or ours) and not (part / "adapter_config.json").is_file():
-            _refuse_missing(part, inner, stored, str(getattr(module, "modality_config", "")))
+            _refuse_missing(part, inner, stored, str(getattr(module, "modality_config", reads)))
         elif inner is None and not listed and (lost := sorted(set(module.state_dict()) - set(stored))):
             raise InputError(
                 f"{folder}: names no modules, and a {type(module).__name__} of its family has weights, {lost[0]} for "
@@ -331,7 +344,7 @@ def _check_shards(index: Path, shards: dict[str, str]) -> dict[str, Stored]:
 def _described(part: Path) -> PreTrainedModel | None:
     """The encoder of a config without memory; None for what only the library itself can say what is wrong with."""
     try:
-        config = AutoConfig.from_pretrained(part)
+        config = AutoConfig.from_pretrained(part, trust_remote_code=False)  # else it would ask whoever sits there
         with torch.device("meta"):
             return new_encoder(config)
     except Exception:  # whatever a config can raise, opening it does again
@@ -378,7 +391,7 @@ def _modules(folder: Path, model: nn.Module) -> Iterator[tuple[Path, nn.Module]]
         if not isinstance(module, Router):
             yield part, module
             continue
-        for route, names in read_json(part / "router_config.json")["structure"].items():
+        for route, names in router_of(part)["structure"].items():
             inside: Any = module.sub_modules[route]
             for name, inner in zip(names, inside, strict=False):
                 yield part / name, inner
@@ -387,8 +400,9 @@ def _modules(folder: Path, model: nn.Module) -> Iterator[tuple[Path, nn.Module]]
 def _refuse_missing(part: Path, model: PreTrainedModel, stored: dict[str, Stored], reads: str) -> None:
     """InputError for weights that no file has. What names do not settle, transformers does, by opening it again."""
     state = model.state_dict()
-    pooler = "pooler_output" not in reads  # of vectors that are not read, so that files need not have it
-    there = {tensor.data_ptr() for name, found, tensor in _pairs(model, stored) if found is not None}
+    # Of vectors that are not read, so that files need not have it; what stands on an encoder reads them.
+    pooler = "pooler_output" not in reads and model.base_model is model
+    there = {t.data_ptr() for name, found, t in _pairs(model, stored) if found is not None and not t.is_meta}
     missing = {
         name
         for name, found, tensor in _pairs(model, stored)

@@ -16,9 +16,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ..errors import InputError, refusals
 from ..files import read_json, staged_folder, write_json
 from ..hub.code import listed_activation, listed_module, localize, may_run
-from ..hub.folder import family_of, fetch, save
+from ..hub.folder import family_of, fetch, opening, save
 from ..hub.reading import positions_in
 from ..hub.vision import fetch_vision
+from ..hub.weights import check_sizes
 from ..registry import Room
 from .recipes import Plan
 
@@ -52,6 +53,7 @@ def build(plan: Plan, folder: Path, head: PreTrainedModel | None = None) -> None
     recipe = plan.recipe
     backbone = fetch(recipe.backbone, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     allowed = may_run(backbone, recipe.trust_remote_code)
+    check_sizes(backbone, whole=head is None)  # that of a head is opened already
     parts = read_json(plan.run / "modules.json", list, path=str, type=str)
     for part in parts:
         _listed(plan, part)
@@ -108,9 +110,10 @@ def _build_pipeline(plan: Plan, backbone: Path, folder: Path, parts: list[dict[s
             f"{file}: {unknown[0]!r} is no setting that a run may make, since it could open more than the backbone. "
             f"Settings: {', '.join(sorted(_OF_TRANSFORMERS))}."
         )
-    modules: list[nn.Module] = [
-        Transformer(str(backbone), model_kwargs=trusted, processor_kwargs=trusted, config_kwargs=trusted, **first)
-    ]
+    with opening(backbone):
+        modules: list[nn.Module] = [
+            Transformer(str(backbone), model_kwargs=trusted, processor_kwargs=trusted, config_kwargs=trusted, **first)
+        ]
     for part in parts[1:]:
         modules.append(_untrained(plan, part, _width(modules)))
     settings = read_json(plan.run / "config_sentence_transformers.json")

@@ -49,6 +49,8 @@ CONSENTS = (
     "hub_model_id",
     "hub_token",
     "hub_private_repo",
+    "report_to",
+    "trackio_space_id",
 )
 """What a recipe, which may be a stranger's, cannot say: the command line alone gives consent."""
 
@@ -168,7 +170,8 @@ def read_recipe(run: Path) -> dict[str, Any]:
         raise InputError(f"{run}/recipe.yaml: not valid YAML ({first_line(error)}).") from None
     if not isinstance(recipe, dict) or not all(isinstance(flag, str) for flag in recipe):
         raise InputError(f"{run}/recipe.yaml: expected `flag: value` lines, found {type(recipe).__name__}.")
-    if asked := [flag for flag in CONSENTS if flag in recipe]:
+    silent = {"report_to"} if recipe.get("report_to") in ("none", ["none"], []) else set()
+    if asked := [flag for flag in CONSENTS if flag in recipe.keys() - silent]:
         raise InputError(
             f"{run}/recipe.yaml: {asked[0]}: {recipe[asked[0]]} is for whoever trains to say, since it runs code, "
             f"replaces files or uploads. Remove the line, and pass --{asked[0]} where you want it."

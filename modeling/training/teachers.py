@@ -19,8 +19,9 @@ from ..encoding.embeddings import Embeddings
 from ..errors import InputError
 from ..files import read_json
 from ..hub.code import may_run
-from ..hub.folder import Encoder, fastest_dtype, fetch, load
+from ..hub.folder import Encoder, fastest_dtype, fetch, load, opening
 from ..hub.reading import give_padding
+from ..hub.weights import check_loaded
 from ..search.ranking import filled, sparse_rows
 from ..search.scoring import CHUNK_ELEMENTS
 
@@ -28,14 +29,20 @@ Teacher = Encoder | CrossEncoder
 
 
 def open_teacher(name: str, revision: str | None = None) -> Teacher:
-    """Open a teacher by folder or Hub id; a classifier of pairs is a cross-encoder. Its own code is never run."""
+    """Open a teacher by folder or Hub id; a classifier of pairs is a cross-encoder. Its own code is never run.
+
+    Raises:
+        InputError: It cannot be opened, lacks weights, or scores no pair of texts.
+    """
     folder = fetch(name, revision=revision)
     family = read_json(folder / "config_sentence_transformers.json").get("model_type")
     kinds = read_json(folder / "config.json", architectures=list).get("architectures") or [""]
     plain = kinds[0].endswith("ForSequenceClassification") and not (folder / "modules.json").is_file()
     if family == "CrossEncoder" or plain:
         may_run(folder, trusted=False)
-        teacher: Any = CrossEncoder(str(folder))
+        with opening(folder):
+            teacher: Any = CrossEncoder(str(folder), model_kwargs={"use_safetensors": True})
+            check_loaded(folder, teacher)
         give_padding(teacher.tokenizer, name)
         teacher.model.config.pad_token_id = teacher.tokenizer.pad_token_id
         return teacher

@@ -15,6 +15,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from transformers import set_seed
@@ -168,6 +169,11 @@ def _train(training: Training, resume: Path | None) -> float:
     try:
         with writing(output):
             training.train(resume)
+    except UnpicklingError:  # torch reads the trainer's state as weights only
+        raise InputError(
+            f"{resume}: the trainer's state in it (optimizer.pt, scheduler.pt, rng_state.pth) is damaged, or would "
+            "run code. Name an earlier checkpoint with --resume_from_checkpoint, or start anew."
+        ) from None
     except (KeyboardInterrupt, OSError):
         last = last_checkpoint(output)
         how = "Go on with --resume_from_checkpoint last." if last else "There is no checkpoint yet (--save_steps)."

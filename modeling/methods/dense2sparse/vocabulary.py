@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
@@ -9,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ...hub.folder import fetch
 from ...hub.reading import give_padding
+from ...hub.weights import check_sizes
 from .modeling_dense2sparse import Dense2SparseModel
 
 
@@ -26,6 +28,7 @@ def head_from_words(
         The head, and the tokenizer of its words.
 
     Raises:
+        InputError: The model lacks weights.
         ValueError: Own tokens are asked for: only the backbone's tokenizer sees a text when it is encoded.
     """
     if config.get("own_tokens") != "none":
@@ -37,6 +40,7 @@ def head_from_words(
     dim = backbone.get_embedding_dimension()
     assert dim
     folder = str(fetch(words))
+    check_sizes(Path(folder), whole=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     give_padding(tokenizer, words)
     options: dict[str, Any] = {"foreign_words": True, "added_tokens": added} | config
