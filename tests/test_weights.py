@@ -38,8 +38,15 @@ from polyrep import InputError
 from polyrep.cli import main
 from polyrep.hub.vision import VisionEncoder, fetch_vision
 from polyrep.hub.weights import MOST_HEADER, read_header
+from polyrep.methods.dense2sparse import Dense2SparseForRetrieval, Dense2SparseModel
 from polyrep.methods.dense2sparse.vocabulary import head_from_words
-from polyrep.methods.gaussian.modeling_gaussian import GaussianHead, GaussianHeadConfig, GaussianPooling
+from polyrep.methods.gaussian.modeling_gaussian import (
+    GaussianHead,
+    GaussianHeadConfig,
+    GaussianModel,
+    GaussianPooling,
+)
+from polyrep.methods.multilayer import MultiLayerModel
 from polyrep.training.teachers import open_teacher
 
 TEXTS = ["list open ports", "a file"]
@@ -529,3 +536,26 @@ def test_vectors_of_words_open_as_model2vec_writes_them_and_fewer_than_words_are
     save_file({"embeddings": rows[:-1].contiguous()}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="61 tokens and the weights 60 rows"):
         polyrep.load(tmp_path)
+
+
+BACKBONES = {
+    "gaussian": GaussianModel.from_encoder,
+    "multilayer": MultiLayerModel.from_encoder,
+    "dense2sparse": Dense2SparseForRetrieval.from_encoder,
+    "words": lambda folder: Dense2SparseModel.from_mlm(folder, 32),
+}
+
+
+@pytest.mark.parametrize("made", BACKBONES)
+@pytest.mark.parametrize("damage", ["lacks", "not finite"])
+def test_a_method_is_made_of_no_backbone_with_random_or_broken_weights(backbone, tmp_path, made, damage):
+    folder = shutil.copytree(backbone, tmp_path / "backbone")
+    assert BACKBONES[made](str(folder)) is not None
+    weights = load_file(folder / "model.safetensors")
+    if damage == "lacks":
+        weights = {f"x.{name}": weight for name, weight in weights.items()}
+    else:
+        weights[WORDS][3, 3] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=damage):
+        BACKBONES[made](str(folder))

@@ -41,6 +41,9 @@ from .arguments import (
 )
 from .objective import contract
 
+_SILENT = ("none", "tensorboard", ["none"], ["tensorboard"], [])
+"""Trackers that a recipe may name, since they write to the disk alone."""
+
 CONSENTS = (
     "trust_remote_code",
     "overwrite",
@@ -170,7 +173,7 @@ def read_recipe(run: Path) -> dict[str, Any]:
         raise InputError(f"{run}/recipe.yaml: not valid YAML ({first_line(error)}).") from None
     if not isinstance(recipe, dict) or not all(isinstance(flag, str) for flag in recipe):
         raise InputError(f"{run}/recipe.yaml: expected `flag: value` lines, found {type(recipe).__name__}.")
-    silent = {"report_to"} if recipe.get("report_to") in ("none", ["none"], []) else set()
+    silent = {"report_to"} if recipe.get("report_to") in _SILENT else set()
     if asked := [flag for flag in CONSENTS if flag in recipe.keys() - silent]:
         raise InputError(
             f"{run}/recipe.yaml: {asked[0]}: {recipe[asked[0]]} is for whoever trains to say, since it runs code, "

@@ -38,7 +38,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from .polyrep_fields import LAYERS, WIDTH, WORDS, check_weight, checked, config_of, fields_of, keep
-from .polyrep_folder import WholeWeights
+from .polyrep_folder import WholeWeights, whole_encoder
 from .polyrep_room import (
     HeadModule,
     Module,
@@ -238,7 +238,8 @@ class Dense2SparseModel(WholeWeights, PreTrainedModel):
             architectures = AutoConfig.from_pretrained(model, trust_remote_code=False).architectures or [""]
             masked = architectures[0].endswith("ForMaskedLM")
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-            model = (AutoModelForMaskedLM if masked else AutoModel).from_pretrained(model, trust_remote_code=False)
+            kind = AutoModelForMaskedLM if masked else AutoModel
+            model = whole_encoder(kind.from_pretrained(model, trust_remote_code=False), cls.__name__)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False)
         kind = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["type"] if tokenizer.is_fast else "slow"
         if kind != "WordPiece":
@@ -592,6 +593,7 @@ class Dense2SparseForRetrieval(WholeWeights, PreTrainedModel):
         encoder, whole = _towers_of(backbone), {}
         if encoder is None:
             model = SentenceTransformer(str(backbone), device="cpu")
+            whole_encoder(model[0].model, cls.__name__)
             encoder, (pooling, normalize) = model[0].model, cls.check_backbone(model)
             whole, width = {"pooling": pooling, "normalize": normalize}, model.get_embedding_dimension()
         else:

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from .polyrep_fields import check_weight, checked, fields_of, keep
-from .polyrep_folder import WholeWeights
+from .polyrep_folder import WholeWeights, whole_encoder
 from .polyrep_room import SentenceTransformer, Transformer, pooling_of, text_inputs
 from .polyrep_towers import (
     BOTH_TOWERS,
@@ -195,8 +195,9 @@ class DualEncoderModel(Towers, WholeWeights, PreTrainedModel):
                 f"one of {', '.join(BOTH_TOWERS)}."
             )
         texts = SentenceTransformer(str(backbone), device="cpu")
+        whole_encoder(texts[0].model, cls.__name__)
         pooling, normalize = cls.check_backbone(texts)
-        images = AutoModel.from_pretrained(vision, trust_remote_code=False).eval()
+        images = whole_encoder(AutoModel.from_pretrained(vision, trust_remote_code=False).eval(), cls.__name__)
         image_dim = _feature_width(images)
         if head is None:
             head = DualEncoderHead.from_backbone(texts, image_dim=image_dim, **config)

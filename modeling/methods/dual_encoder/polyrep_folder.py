@@ -28,6 +28,7 @@ OF_TOKENIZERS = (
     "add_bos_token",
     "add_eos_token",
     "add_prefix_space",
+    "chat_template",
     "do_lower_case",
     "model_max_length",
     "strip_accents",
@@ -256,6 +257,31 @@ def _refuse_leading_elsewhere(owner: str, source, where: dict) -> None:
     for name in shards.values():
         if not isinstance(name, str) or not name.endswith(".safetensors") or {"/", "\\", "\0", ":"} & set(name):
             raise ValueError(f"{owner}: its index names {shown(name)}, no safetensors beside it. Get a clean copy.")
+
+
+def whole_encoder(encoder: nn.Module, owner: str) -> nn.Module:
+    """An encoder as it was opened from a folder or the Hub, which is opened again to know what it lacks there.
+
+    transformers makes random numbers of weights that no file has. Those of a pooler may lack: they are not read.
+
+    Raises:
+        ValueError: A weight is in no file, or not finite.
+    """
+    source = getattr(encoder, "name_or_path", None)
+    if not source:  # put together in memory, or no encoder of transformers, which others refuse
+        return encoder
+    try:
+        _, found = type(encoder).from_pretrained(source, config=encoder.config, output_loading_info=True)
+    except OSError:  # it lies in a folder inside that one
+        found = {"missing_keys": ()}
+    if missing := sorted(name for name in found["missing_keys"] if "pooler" not in name.split(".")):
+        raise ValueError(
+            f"{owner}: {source} lacks {', '.join(missing[:3])} ({len(missing)} in all), which would be random "
+            "numbers. Fetch or save the backbone again."
+        )
+    if name := first_not_finite(encoder):
+        raise ValueError(f"{owner}: {source}: {name} has values that are not finite. Fetch or save it again.")
+    return encoder
 
 
 def first_not_finite(model: nn.Module) -> str | None:

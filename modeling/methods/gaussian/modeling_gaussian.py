@@ -42,7 +42,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, initiali
 from transformers.utils import ModelOutput
 
 from .polyrep_fields import WIDTH, check_weight, checked, config_of, fields_of, keep, unless_given
-from .polyrep_folder import WholeWeights
+from .polyrep_folder import WholeWeights, whole_encoder
 from .polyrep_room import (
     HeadModule,
     Module,
@@ -401,6 +401,7 @@ class GaussianModel(WholeWeights, PreTrainedModel):
             ValueError: The backbone has modules that one folder of this kind cannot hold, or takes no embeddings.
         """
         model = SentenceTransformer(str(backbone), device="cpu")
+        whole_encoder(model[0].model, cls.__name__)
         pooling = cls.check_backbone(model)
         if head is not None:
             config = fields_of(head.config) | {"variance_from": pooling} | config

@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.utils import ModelOutput, cached_file
 
 from .polyrep_fields import LAYERS, WIDTH, check_weight, checked, config_of, fields_of, keep, unless_given
-from .polyrep_folder import WholeWeights, read_settings
+from .polyrep_folder import WholeWeights, read_settings, whole_encoder
 from .polyrep_room import (
     HeadModule,
     Module,
@@ -294,6 +294,7 @@ class MultiLayerModel(WholeWeights, PreTrainedModel):
             ValueError: The backbone has modules that one folder of this kind cannot hold.
         """
         model = SentenceTransformer(str(backbone), device="cpu")
+        whole_encoder(model[0].model, cls.__name__)
         if head is not None:
             cls.check_backbone(model)
             config = fields_of(head.config) | config
