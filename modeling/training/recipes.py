@@ -41,7 +41,7 @@ from .arguments import (
 )
 from .objective import contract
 
-_SILENT = ("none", "tensorboard", ["none"], ["tensorboard"], [])
+_SILENT: tuple[Any, ...] = ("none", "tensorboard", ["none"], ["tensorboard"], [])
 """Trackers that a recipe may name, since they write to the disk alone."""
 
 CONSENTS = (
