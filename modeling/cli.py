@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .console import console
-from .errors import HALF, InputError
-from .files import disk_error
+from .errors import HALF, InputError, first_line
+from .files import disk_error, is_memory_error
 
 COMMANDS = {
     "data": "data.command:data",
@@ -52,6 +52,13 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
+        if is_memory_error(error):
+            print(
+                f"error: {verb}: not enough memory ({first_line(error)}), so the work stops here. What was finished "
+                "is kept. Take less at a time, e.g. with a smaller batch size or --max_length, or give it more.",
+                file=sys.stderr,
+            )
+            return 2
         if (refused := disk_error(error)) is None:
             raise
         print(

@@ -36,6 +36,13 @@ def disk_error(error: BaseException) -> OSError | None:
     return None if code is None else OSError(code, os.strerror(code))
 
 
+def is_memory_error(error: BaseException) -> bool:
+    """Whether there was not enough memory, whatever library says so."""
+    said = str(error)
+    words = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread")
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(part in said for part in words)
+
+
 @contextmanager
 def writing(place: Path) -> Iterator[None]:
     """Have what a full or read-only disk raises come as an OSError with a file name: ``place`` where none is told."""

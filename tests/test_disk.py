@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import subprocess
@@ -54,6 +55,32 @@ def test_encoding_goes_on_after_a_full_disk(most, backbone, beir, tmp_path):
     assert not any(path.name.endswith("safetensors") for path in (tmp_path / "full").rglob("*"))
     assert main([*words, "--output", str(tmp_path / "full")]) == main([*words, "--output", str(tmp_path / "one")]) == 0
     assert content(tmp_path / "full") == content(tmp_path / "one")
+
+
+SHORT_OF_MEMORY = """
+import json, resource, sys
+from polyrep.cli import main
+room, small, large = json.loads(sys.argv[1])
+assert main(small) == 0  # all that is imported is there now
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + room, used + room))
+sys.exit(main(large))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux how much is used")
+def test_encoding_goes_on_where_memory_was_short(backbone, beir, tmp_path):
+    words = ["encode", str(backbone), "--batch_size", "2000", "--shard_size", "2000", "--input"]
+    lines = "".join(f'{{"_id": "d{number}", "text": "{"list file " * 30}{number}"}}\n' for number in range(4000))
+    (beir / "corpus.jsonl").write_text(lines)
+    (tmp_path / "one.jsonl").write_text(lines.partition("\n")[0])
+    small = [*words, str(tmp_path / "one.jsonl"), "--output", str(tmp_path / "small")]
+    large = [*words, str(beir), "--output", str(tmp_path / "short")]
+    short = run_python("-c", SHORT_OF_MEMORY, json.dumps([2**24, small, large]))
+    assert short.returncode == 2 and "Traceback" not in short.stderr
+    assert "error: encode: not enough memory" in short.stderr and "What was finished is kept." in short.stderr
+    assert main([*words, str(beir), "--output", str(tmp_path / "one")]) == main(large) == 0
+    assert content(tmp_path / "short") == content(tmp_path / "one")
 
 
 @pytest.mark.parametrize("share", [0.5, 1.5])
