@@ -184,7 +184,7 @@ def check_sizes(folder: Path, *, turned: bool = False, whole: bool = False) -> N
     """
     for part in module_folders(folder):
         fields = read_json(part / "config.json")
-        if not isinstance(fields, dict) or not fields.get("model_type") or "quantization_config" in fields:
+        if not fields.get("model_type") or "quantization_config" in fields:
             continue
         if fields["model_type"].startswith(PREFIX) or (part / "adapter_config.json").is_file():
             continue
@@ -290,7 +290,7 @@ def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _named_weights(part: Path) -> str | None:
     """The file that a config names for the weights in place of the usual one."""
     fields = read_json(part / "config.json")
-    name = fields.get("transformers_weights") if isinstance(fields, dict) else None
+    name = fields.get("transformers_weights")
     if name is None:
         return None
     suffixes = (".safetensors", ".safetensors.index.json")
@@ -313,11 +313,7 @@ def _shards(index: Path) -> dict[str, str]:
     """Name of a weight -> name of the file beside an index that is to hold it."""
     if _size(index) > MOST_HEADER:
         raise InputError(f"{index}: {_size(index):,} bytes; the most is {MOST_HEADER:,}. Refused.")
-    try:
-        content = read_json(index)
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{index}: not valid JSON ({error}). Fetch or save the model again.") from None
-    shards = content.get("weight_map") if isinstance(content, dict) else None
+    shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise InputError(f"{index}: no weight_map from weights to files. Fetch or save the model again.")
     for name in dict.fromkeys(map(str, shards.values())):
