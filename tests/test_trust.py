@@ -376,6 +376,13 @@ def test_a_recipe_that_is_none_is_refused(toy_run, tmp_path, capsys, text):
     assert "recipe.yaml: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("setting", [{"deepspeed": "evil.py"}, {"accelerator_config": "evil.json"}])
+def test_a_recipe_that_names_a_file_which_is_not_there_is_refused(toy_run, tmp_path, capsys, setting):
+    run = strangers_run(toy_run, tmp_path / "run", **setting)
+    assert train(run, tmp_path / "out") == 2
+    assert "a flag of the trainer names what is not there" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("template", ["../README", "/etc/passwd", "_doors", "none"])
 def test_a_recipe_names_a_card_of_ours(toy_run, tmp_path, capsys, template):
     run = strangers_run(toy_run, tmp_path / "run", card=template)

@@ -208,8 +208,14 @@ def _plan(run: _Run, values: Mapping[str, Any], flags: list[str], prog: str, com
     parser.set_defaults(**({"use_cpu": not torch.accelerator.is_available()} | defaults))
     refuse_out_of_range(vars(parser.parse_args(flags)))
     # The trainer's arguments start torch.distributed, so nothing above may fail on one process only.
-    with refusals():
-        recipe, *middle, args = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    try:
+        with refusals():
+            recipe, *middle, args = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    except (OSError, ImportError, LookupError, TypeError) as error:  # a setting names a file or a package
+        raise InputError(
+            f"{run.folder.name}: a flag of the trainer names what is not there ({first_line(error)}). Mend it, or "
+            "leave it out."
+        ) from error
     head = middle.pop(0) if on_cache else None
     *method, objective_arguments = (dict(vars(part)) for part in middle)
     config = dict(run.method) if run.room else {}  # fields that no flag can hold reach the config as they are
