@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import pickle
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -381,6 +382,26 @@ def test_a_recipe_that_names_a_file_which_is_not_there_is_refused(toy_run, tmp_p
     run = strangers_run(toy_run, tmp_path / "run", **setting)
     assert train(run, tmp_path / "out") == 2
     assert "a flag of the trainer names what is not there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"backbone": 5},
+        {"backbone": None},
+        {"backbone": ["a"]},
+        {"datasets": [1]},
+        {"max_steps": None},
+        {"seed": True},
+        {"learning_rate": [0.1, None]},
+        {"freeze": ["("]},
+    ],
+    ids=str,
+)
+def test_a_recipe_with_a_value_of_another_kind_is_refused_by_its_flag(toy_run, tmp_path, capsys, setting):
+    run = strangers_run(toy_run, tmp_path / "run", **setting)
+    assert main(["train", str(run), "--output_dir", str(tmp_path / "out")]) == 2
+    assert re.search(f"(recipe.yaml: |--){next(iter(setting))}", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("template", ["../README", "/etc/passwd", "_doors", "none"])

@@ -178,7 +178,10 @@ def _inherit(folder: Path, backbone: Path, model: PreTrainedModel) -> None:
 def freeze(patterns: list[str], model: nn.Module) -> None:
     """Leave parameters as they are; InputError names a pattern that matches none."""
     for pattern in patterns:
-        matched = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
+        try:
+            matched = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
+        except re.error as error:
+            raise InputError(f"--freeze {pattern!r}: is no regular expression ({error}).") from None
         if not matched:
             names = [name for name, _ in model.named_parameters()]
             raise InputError(f"--freeze {pattern!r}: matches no parameter. The first is {names[0]!r}.")

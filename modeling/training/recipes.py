@@ -281,6 +281,22 @@ def _refuse_unknown(values: Mapping[str, Any], known: Mapping[str, argparse.Acti
             )
         if known[key].nargs == "+" and not isinstance(value, list):
             raise InputError(f"{where}: {key}: {value!r} is not a list; write [{value}].")
+        for part in value if known[key].nargs == "+" else [value]:
+            if not _fits(key, part, known[key]):
+                raise InputError(f"{where}: {key}: {part!r} is no value of this flag. See --help for what it takes.")
+
+
+def _fits(key: str, value: Any, flag: argparse.Action) -> bool:
+    """Whether a value of a recipe is of its flag's kind: a number, or for what is polyrep's own a text.
+
+    The trainer's other flags take objects too, and check them.
+    """
+    if value is None:
+        return flag.default is None
+    if flag.type in (int, float):
+        return isinstance(value, str | int | float | dict) and not isinstance(value, bool)  # max_length: one per task
+    own = any(key in group.__dataclass_fields__ for group in (RecipeArguments, HeadArguments))
+    return flag.type is not str or not own or isinstance(value, str)
 
 
 def _refuse_contradictions(plan: Plan) -> None:
