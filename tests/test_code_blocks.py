@@ -59,7 +59,7 @@ BROKEN = {
     "```python\nimport numpy as np\n\nvector = np.zeros((1, 3))  # (1, 4)\n```": r"\(1, 4\)",
     "```bash\npolyrep serch x\n```": "exit status 2",
     "```bash\npython evaluate.py minilm --dataset data/nowhere\n```": "exit status 2: error: data/nowhere",
-    "```bash\npython evaluate.py minilm --datasets scifact\n```": "not used .*--datasets",
+    "```bash\npython evaluate.py minilm --datasets scifact\n```": "unrecognized arguments: --datasets",
     "```bash\naccelerate launch --num_proceses 2 train.py x\n```": r"^2$",
     "```bash\nmake quickstrat\n```": "quickstrat",
     "```bash\npip install 'polyrep[serch]'\n```": "extras are quickstart",
