@@ -6,6 +6,7 @@ This part knows no web framework; docs/serving.md puts FastAPI in front of it.
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal, NamedTuple
 
@@ -38,8 +39,7 @@ class Service:
         model: What :func:`polyrep.load` opens.
         index: Where to search.
         fingerprint: :func:`polyrep.hub.fingerprint` of the model.
-        batch_texts: Texts that are encoded together at most. Default: 64 on an accelerator; 8 on a processor, which
-            gains nothing by more, while everybody waits for the last of a batch.
+        batch_texts: Texts that are answered together at most.
         waiting_texts: Texts that may wait; of a request that would exceed it, none is taken.
 
     Raises:
@@ -47,10 +47,8 @@ class Service:
     """
 
     def __init__(
-        self, model: Any, index: Index, *, fingerprint: str, batch_texts: int | None = None, waiting_texts: int = 1024
+        self, model: Any, index: Index, *, fingerprint: str, batch_texts: int = 64, waiting_texts: int = 1024
     ):
-        if batch_texts is None:
-            batch_texts = 8 if torch.device(getattr(model, "device", "cpu")).type == "cpu" else 64
         if batch_texts < 1 or waiting_texts < 1:
             raise InputError(
                 f"batch_texts={batch_texts}, waiting_texts={waiting_texts}: no request could be answered. Use 1 or "
@@ -69,9 +67,12 @@ class Service:
                 )
         self._model, self._index, self._fingerprint = model, index, fingerprint
         self._batch_texts, self._batches = batch_texts, 0
+        # Texts of a forward pass, which sorts them by length: of more, a processor computes mostly padding.
+        self._together = 8 if torch.device(getattr(model, "device", "cpu")).type == "cpu" else batch_texts
         self._queue: asyncio.Queue[_Job] = asyncio.Queue(waiting_texts)
 
     async def __aenter__(self) -> Service:
+        gc.freeze()  # what is there now stays, and a pass over its million objects stops all answers for 0.3 s
         self._worker = asyncio.create_task(self._work())
         return self
 
@@ -155,7 +156,7 @@ class Service:
     def _encode(self, jobs: list[_Job]) -> Any:
         self._batches += 1
         encode = self._model.encode_document if jobs[0].task == "document" else self._model.encode_query
-        return encode([job.text for job in jobs], show_progress_bar=False)
+        return encode([job.text for job in jobs], batch_size=self._together, show_progress_bar=False)
 
     def _finish(self, jobs: list[_Job], vectors: Any) -> list[Any]:
         if jobs[0].task == "search":
