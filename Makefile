@@ -68,6 +68,7 @@ results-docs: $(VENV)/.dev
 	$(BIN)/python evaluate.py models/late-interaction-minilm/final --frontier --dataset python_docs \
 		--methods mean hierarchical reinpool lemur dense2sparse csr --output results
 	$(BIN)/python benchmarks/reinpool_kept.py --output results
+	$(BIN)/python benchmarks/serving.py --seconds 40 --output results
 
 # Of the sets that others published: one late-interaction model of four, and heads of tldr_pages.
 FOUR := tldr_pages scitldr scifact pubmedqa
