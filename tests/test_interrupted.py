@@ -148,7 +148,7 @@ def test_nothing_is_decided_by_the_clock(toy_run, tmp_path):
     record = json.loads((run / "training.json").read_text())
     summary = record["log"][-1]
     assert 0 < summary["train_runtime"] < 300 and 0 < record["seconds"] < 300
-    assert summary["train_steps_per_second"] == pytest.approx(6 / summary["train_runtime"], abs=1e-3)
+    assert summary["train_steps_per_second"] == pytest.approx(6 / summary["train_runtime"], rel=1e-2)
 
 
 def test_a_cache_of_another_day_is_a_cache(backbone, beir, tmp_path):
