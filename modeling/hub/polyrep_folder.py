@@ -270,8 +270,9 @@ def whole_encoder(encoder: nn.Module, owner: str) -> nn.Module:
     source = getattr(encoder, "name_or_path", None)
     if not source:  # put together in memory, or no encoder of transformers, which others refuse
         return encoder
+    options = {"config": encoder.config, "output_loading_info": True, "device_map": "meta"}  # takes no memory
     try:
-        _, found = type(encoder).from_pretrained(source, config=encoder.config, output_loading_info=True)
+        _, found = type(encoder).from_pretrained(source, **options)
     except OSError:  # it lies in a folder inside that one
         found = {"missing_keys": ()}
     if missing := sorted(name for name in found["missing_keys"] if "pooler" not in name.split(".")):

@@ -117,11 +117,6 @@ def check_weight_files(folder: Path) -> None:
                 f"{part / pickles[0]}: pickled weights only, which can run code when read, and no {WEIGHTS} beside "
                 "them. Refused; convert them to safetensors first."
             )
-        if (part / "adapter_config.json").exists() and not (part / "adapter_model.safetensors").exists():
-            raise InputError(
-                f"{part}: an adapter without adapter_model.safetensors, so there is nothing to adapt with, or only a "
-                "pickle, which can run code when read. Save the adapter as safetensors."
-            )
 
 
 def read_header(file: Path) -> dict[str, Stored]:
@@ -186,7 +181,7 @@ def check_sizes(folder: Path, *, turned: bool = False, whole: bool = False) -> N
         fields = read_json(part / "config.json")
         if not fields.get("model_type") or "quantization_config" in fields:
             continue
-        if fields["model_type"].startswith(PREFIX) or (part / "adapter_config.json").is_file():
+        if fields["model_type"].startswith(PREFIX):
             continue
         stored = stored_weights(part)
         layers = fields.get("num_hidden_layers")
@@ -220,7 +215,7 @@ def check_loaded(folder: Path, model: nn.Module, reads: str = "") -> None:
         stock = type(module).__module__.startswith(("sentence_transformers.", "transformers."))
         ours = isinstance(inner, PreTrainedModel) and (inner.config.model_type or "").startswith(PREFIX)
         stored = stored_weights(part)
-        if inner is not None and (stock or ours) and not (part / "adapter_config.json").is_file():
+        if inner is not None and (stock or ours):
             _refuse_missing(part, inner, stored, str(getattr(module, "modality_config", reads)))
         elif inner is None and not listed and (lost := sorted(set(module.state_dict()) - set(stored))):
             raise InputError(

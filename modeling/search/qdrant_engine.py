@@ -140,7 +140,7 @@ class Embedded:
         remedy = "Delete the index and add the shards again."
         records = read_json(self.folder / "polyrep.json", remedy=remedy) if self.folder.is_dir() else {}
         there = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
-        if there and (not isinstance(records, dict) or "polyrep" not in records):
+        if there and "polyrep" not in records:
             raise InputError(
                 f"{self.where}: has no polyrep.json of this back end, so nothing is written into it. "
                 "Name an empty folder, or one that is not there."
