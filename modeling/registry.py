@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from sentence_transformers.base.modules.module import Module
+from sentence_transformers.base.modules.transformer import Transformer
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 
@@ -45,6 +46,9 @@ class Room:
             has ``from_backbone(backbone, **config)``, whose config takes ``base_model_id``, ``base_revision`` and
             ``base_fingerprint``.
         module: The sentence-transformers module, if the room has one.
+        transformer: The sentence-transformers module around ``model``, where a pipeline is to become one folder: then
+            ``model`` has ``from_modules(backbone, head)``, which makes it of an opened backbone, and where it is to
+            become modules again ``stock_modules(tokenizer)``, what stands between its encoder and its head.
         objectives: Training objectives by class name; their typed constructor arguments become flags of ``train``.
         card: Name of the template in ``model_cards/``.
         graphs: Model or head -> name -> what ``export-onnx`` writes of it: of a head all its graphs, of a retriever
@@ -71,6 +75,7 @@ class Room:
     model: type[PreTrainedModel]
     head: type[PreTrainedModel] | None = None
     module: type[Module] | None = None
+    transformer: type[Transformer] | None = None
     objectives: dict[str, type[Any]] = field(default_factory=dict)
     card: str | None = None
     graphs: Mapping[type[PreTrainedModel], Mapping[str, Graph]] = field(default_factory=dict)

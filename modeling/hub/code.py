@@ -21,6 +21,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from ..errors import InputError
 from ..files import read_json, write_json
 from ..registry import ROOMS
+from . import polyrep_trunk
 from .fingerprint import without
 
 REQUIREMENTS = {"transformers": ">=5.17", "sentence-transformers": ">=6.0.1"}
@@ -162,8 +163,8 @@ def _listed(reference: str) -> type[Module] | None:
             return None
     else:
         stem = module.rpartition(".")[2]
-        rooms = (room.model.__module__ for room in ROOMS.values())
-        found = next((getattr(sys.modules[room], name, None) for room in rooms if room.endswith(f".{stem}")), None)
+        shipped = [polyrep_trunk.__name__, *(room.model.__module__ for room in ROOMS.values())]
+        found = next((getattr(sys.modules[part], name, None) for part in shipped if part.endswith(f".{stem}")), None)
     return found if isinstance(found, type) and issubclass(found, Module) else None
 
 
@@ -198,8 +199,9 @@ def _foreign(folder: Path) -> str | None:
 
 def _is_ours(file: Path) -> bool:
     """Whether a file is shipped code of this polyrep, byte for byte."""
-    shipped = (code for room in ROOMS.values() for code in code_of(room.model.__module__) if code.name == file.name)
-    return any(code.read_bytes() == file.read_bytes() for code in shipped)
+    rooms = (code for room in ROOMS.values() for code in code_of(room.model.__module__))
+    shipped = [*Path(__file__).parent.glob("polyrep_*.py"), *rooms]
+    return any(code.read_bytes() == file.read_bytes() for code in shipped if code.name == file.name)
 
 
 def _refuse_unlisted(folder: Path) -> None:

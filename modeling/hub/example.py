@@ -65,17 +65,19 @@ def one_folder(
     *,
     methods: Mapping[str, str] = {"text": "forward"},  # noqa: B006  read only
     keywords: Sequence[str] = ("task",),
+    output: str = "sentence_embedding",
 ) -> Any:
     """A method's retriever as a folder, opened as its ``sentence_bert_config.json`` would have it.
 
     Args:
-        model: The retriever, whose output has a field ``sentence_embedding``.
+        model: The retriever.
         reads: Its tokenizer or processor, or a folder whose tokenizer it takes.
         folder: Where to write it.
-        family: What opens it; it scores by the inner product.
+        family: What opens it; it scores by the inner product, or of several vectors by MaxSim.
         transformer: Module class around the model.
         methods: Modality -> method of the model that encodes it.
         keywords: What its ``forward`` is told beside the batch.
+        output: Field of its output that is read.
     """
     model.save_pretrained(folder)
     processor = AutoTokenizer.from_pretrained(reads) if isinstance(reads, str | Path) else reads
@@ -83,12 +85,12 @@ def one_folder(
     opened = transformer(
         str(folder),
         modality_config={
-            modality: {"method": method, "method_output_name": "sentence_embedding"}
-            for modality, method in methods.items()
+            modality: {"method": method, "method_output_name": output} for modality, method in methods.items()
         },
-        module_output_name="sentence_embedding",
+        module_output_name=output,
         unpad_inputs=False,
     )
-    whole: Any = family(modules=[opened], similarity_fn_name="dot", device="cpu")
+    score = "maxsim" if output == "token_embeddings" else "dot"
+    whole: Any = family(modules=[opened], similarity_fn_name=score, device="cpu")
     whole.module_kwargs = {"0": list(keywords)}
     return whole

@@ -28,10 +28,10 @@ from ..errors import InputError, refusals
 from ..files import file_sha256, read_json, staged_folder, write_text
 from .code import localize, may_run
 from .fingerprint import weight_files
+from .forms import FORMS, Encoder, fold, own_room, plain_room, room_behind, save_pipeline, unfold, write_folder
 from .reading import ready_to_read
 from .weights import PREFIX, check_loaded, check_sizes, check_weight_files, module_folders, projection
 
-Encoder = SentenceTransformer | SparseEncoder | MultiVectorEncoder
 FAMILIES: dict[str, type[Encoder]] = {
     family.__name__: family for family in (SentenceTransformer, SparseEncoder, MultiVectorEncoder)
 }
@@ -237,7 +237,9 @@ def family_of(folder: Path) -> type[Encoder]:
     return FAMILIES[name]
 
 
-def save(model: Encoder | PreTrainedModel, folder: str | Path, *, readme: str | None = None) -> Path:
+def save(
+    model: Encoder | PreTrainedModel, folder: str | Path, *, readme: str | None = None, form: str | None = None
+) -> Path:
     """Write a model as a folder that opens in one line, also where polyrep is not installed.
 
     Files appear under their final names only once all of them are written; other files in ``folder`` stay.
@@ -246,21 +248,48 @@ def save(model: Encoder | PreTrainedModel, folder: str | Path, *, readme: str | 
         model: A sentence-transformers model of any family, or a PreTrainedModel.
         folder: Where to write.
         readme: Text of the card, see :func:`polyrep.hub.cards.render_card`; default: the model's own card.
+        form: ``folder``: a head of ours and the modules before it become the method's own model, which AutoModel
+            opens, too. ``pipeline``: they stay modules, and AutoModel refuses the root. Default: one folder where it
+            can hold them.
 
     Returns:
         The folder.
+
+    Raises:
+        InputError: The model cannot have that form.
     """
     folder = Path(folder)
+    if form not in (None, *FORMS):
+        raise InputError(f"form={form!r}: is no form of a model. Use {' or '.join(FORMS)}.")
     with staged_folder(folder, merge=True) as staged:
-        if isinstance(model, Encoder) and readme is not None:
-            # The library's own card would run the model for its examples, only to be replaced.
-            model.save_pretrained(str(staged), create_model_card=False)
-        else:
-            model.save_pretrained(str(staged))
+        _write(model, staged, form, {} if readme is None else {"create_model_card": False})
         localize(staged)
         if readme is not None:
             write_text(staged / "README.md", readme)
     return folder
+
+
+def _write(model: Encoder | PreTrainedModel, folder: Path, form: str | None, options: dict[str, Any]) -> None:
+    """Save a model in a form; the library's own card would run the model for its examples, so options may drop it."""
+    if not isinstance(model, Encoder):
+        model.save_pretrained(str(folder))
+        return
+    room = room_behind(model) or (plain_room(model) if form == "folder" else None)
+    if form == "pipeline" and (own := own_room(model)):
+        model = unfold(model, own)
+    elif room and form != "pipeline":
+        try:
+            write_folder(model, fold(model, room), room, folder)
+            return
+        except ValueError as error:
+            if form:
+                raise InputError(f"form='folder': {error}") from error
+    elif form == "folder" and not own_room(model):
+        raise InputError(
+            f"form='folder': {' + '.join(type(module).__name__ for module in model)} has no head of a method of "
+            "polyrep, so there is no model of ours to hold it. Leave form out."
+        )
+    save_pipeline(model, folder, **options)
 
 
 def local(model: str) -> bool:

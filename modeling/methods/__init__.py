@@ -3,6 +3,7 @@
 from .dense2sparse import *
 from .dual_encoder import *
 from .gaussian import *
+from .late_interaction import *
 from .lemur import *
 from .multilayer import *
 from .reinpool import *

@@ -35,6 +35,7 @@ register(
         model=Dense2SparseForRetrieval,
         head=Dense2SparseModel,
         module=Dense2SparsePooling,
+        transformer=CheckedTransformer,
         objectives={"Dense2SparseLoss": Dense2SparseLoss},
         card="dense2sparse",
         frontier="frontier:METHOD",

@@ -44,9 +44,7 @@ from .polyrep_room import (
     Module,
     SentenceTransformer,
     Transformer,
-    new_encoder,
     pool_tokens,
-    pooling_of,
     text_inputs,
 )
 from .polyrep_towers import (
@@ -59,6 +57,13 @@ from .polyrep_towers import (
     shared_width,
     tower_configs,
 )
+from .polyrep_trunk import OF_VECTORS, Trunk, keep_trunk, pooled_parts, stock_parts
+
+try:
+    from sentence_transformers.base.modules import Normalize
+    from sentence_transformers.sentence_transformer.modules import Pooling
+except ImportError:  # only stock_modules makes some
+    pass
 
 _CHOICES = {
     "activation": ("log1p_relu", "double_log1p"),
@@ -517,14 +522,17 @@ class Dense2SparseForRetrievalConfig(Dense2SparseConfig):
         encoder_config (dict): Config of the text encoder, or a dual encoder's for texts and images.
         pooling (str): How a text encoder's token states become the dense vector: mean, cls or lasttoken.
         normalize (bool): Bring a text encoder's vector to unit length.
+        trunk (list): Modules behind a text encoder's pooling, see :func:`keep_trunk`.
     """
 
     model_type = "polyrep_dense2sparse_for_retrieval"
     sub_configs = {"encoder_config": AutoConfig}
 
     @checked(pooling=_CHOICES["pooling"])
-    def __init__(self, encoder_config=None, pooling: str = "mean", normalize: bool = True, **kwargs):
-        self.encoder_config = _encoder_config(encoder_config, type(self).__name__)
+    def __init__(self, encoder_config=None, pooling: str = "mean", normalize: bool = True, trunk=None, **kwargs):
+        self.encoder_config, self.trunk = _encoder_config(encoder_config, type(self).__name__), []
+        if trunk or not self.has_images:
+            width = keep_trunk(self, self.encoder_config, trunk, OF_VECTORS)
         self.pooling, self.normalize = pooling, normalize
         super().__init__(**kwargs)
         if self.has_images:
@@ -533,7 +541,7 @@ class Dense2SparseForRetrievalConfig(Dense2SparseConfig):
                     f"{type(self).__name__}: expansion={self.expansion!r} leaves images without a word. Use both or "
                     "document."
                 )
-        width = self.encoder_config.projection_dim if self.has_images else self.encoder_config.hidden_size
+            width = self.encoder_config.projection_dim
         if encoder_config is not None and width != self.input_dim:
             raise ValueError(
                 f"{type(self).__name__}: the {'towers give' if self.has_images else 'encoder gives'} vectors of "
@@ -556,7 +564,7 @@ def _encoder_config(part, owner: str) -> PretrainedConfig:
     return part if isinstance(part, TowersConfig) else config_of(part, owner)
 
 
-class Dense2SparseForRetrieval(WholeWeights, PreTrainedModel):
+class Dense2SparseForRetrieval(WholeWeights, Trunk, PreTrainedModel):
     """Encoder and head in one state dict, so that one folder is a whole sparse retriever.
 
     ``forward`` encodes texts, and ``encode_image`` images where the encoder has a tower for them.
@@ -569,7 +577,10 @@ class Dense2SparseForRetrieval(WholeWeights, PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         encoder = config.encoder_config
-        self.encoder = TwoTowers(encoder) if config.has_images else new_encoder(encoder)
+        if config.has_images:
+            self.encoder, self.trunk = TwoTowers(encoder), nn.ModuleList()
+        else:
+            self.add_trunk(config)
         self.head = Dense2SparseModel(config)
         self.post_init()
 
@@ -590,34 +601,52 @@ class Dense2SparseForRetrieval(WholeWeights, PreTrainedModel):
         Raises:
             ValueError: The backbone has modules that one folder of this kind cannot hold.
         """
-        encoder, whole = _towers_of(backbone), {}
+        encoder = _towers_of(backbone)
         if encoder is None:
-            model = SentenceTransformer(str(backbone), device="cpu")
-            whole_encoder(model[0].model, cls.__name__)
-            encoder, (pooling, normalize) = model[0].model, cls.check_backbone(model)
-            whole, width = {"pooling": pooling, "normalize": normalize}, model.get_embedding_dimension()
-        else:
-            width = encoder.config.projection_dim
+            return cls.from_modules(SentenceTransformer(str(backbone), device="cpu"), head, **config)
         if head is None:
             tokenizer = AutoTokenizer.from_pretrained(backbone, trust_remote_code=False)
-            head = Dense2SparseModel.from_mlm(encoder, width, tokenizer, **config)
+            head = Dense2SparseModel.from_mlm(encoder, encoder.config.projection_dim, tokenizer, **config)
+        return cls._of(encoder, head)
+
+    @classmethod
+    def from_modules(cls, model, head: Dense2SparseModel | None = None, **config) -> Dense2SparseForRetrieval:
+        """Likewise of an opened SentenceTransformer for texts."""
+        pooling, normalize, trunk, maps = cls.check_backbone(model)
+        encoder = whole_encoder(model[0].model, cls.__name__)
+        if head is None:
+            head = Dense2SparseModel.from_mlm(encoder, model.get_embedding_dimension(), model.tokenizer, **config)
+        return cls._of(encoder, head, maps, pooling=pooling, normalize=normalize, trunk=trunk)
+
+    @classmethod
+    def _of(cls, encoder, head: Dense2SparseModel, maps=(), **whole) -> Dense2SparseForRetrieval:
         retriever = cls(
             Dense2SparseForRetrievalConfig(**fields_of(head.config), encoder_config=encoder.config, **whole)
         )
-        retriever.encoder = encoder
+        retriever.take_trunk(encoder, maps)
         retriever.head.load_state_dict(head.state_dict())
         return retriever.to(encoder.dtype)
 
     @staticmethod
-    def check_backbone(model: SentenceTransformer) -> tuple[str, bool]:
-        """Pooling of a SentenceTransformer and whether it normalises; ValueError if it does more than that."""
+    def check_backbone(model: SentenceTransformer) -> tuple:
+        """See :func:`pooled_parts`; a dual encoder's own config says what it does."""
         if len(model) == 1 and model[0].model.config.model_type == TowersConfig.model_type:
-            return "mean", True  # a dual encoder's own config says what it does
+            return "mean", True, [], []
         remedy = (
             "Put the head behind the backbone's own modules instead: --pipeline true, or "
             "SparseEncoder(modules=[*model.children(), Dense2SparsePooling(head)])."
         )  # a prompt's words are not the text's own
-        return pooling_of(model, "Dense2SparseForRetrieval", _CHOICES["pooling"], remedy, prompts=False)
+        return pooled_parts(model, "Dense2SparseForRetrieval", _CHOICES["pooling"], remedy, prompts=False)
+
+    def stock_modules(self, tokenizer) -> list:
+        """What stands between encoder and head, as modules of sentence-transformers; ValueError where it is none."""
+        if self.config.has_images:
+            raise ValueError(
+                "Dense2SparseForRetrieval: two towers are no module of sentence-transformers. Keep them as one folder."
+            )
+        pooling = Pooling(self.config.encoder_config.hidden_size, self.config.pooling)
+        unit = [Normalize()] if self.config.normalize else []
+        return [pooling, *unit, *stock_parts(self, tokenizer, "sentence_embedding")]
 
     def text_vectors(self, input_ids: Tensor, attention_mask: Tensor, **inputs) -> Tensor:
         """The frozen encoder's dense vectors of texts: ``(batch, tokens)`` to ``(batch, input_dim)``."""
@@ -625,7 +654,7 @@ class Dense2SparseForRetrieval(WholeWeights, PreTrainedModel):
             return self.encoder.text_vectors(input_ids, attention_mask, **inputs)
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
         vectors = pool_tokens(states, attention_mask, self.config.pooling)
-        return F.normalize(vectors, dim=-1) if self.config.normalize else vectors
+        return self.behind(F.normalize(vectors, dim=-1) if self.config.normalize else vectors)
 
     def forward(
         self,

@@ -30,10 +30,11 @@ from transformers import (
 from .polyrep_folder import fingerprints_of
 
 try:
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import MultiVectorEncoder, SentenceTransformer
     from sentence_transformers.base.modules import Module, Transformer
 except ImportError:  # AutoModel works without sentence-transformers
-    SentenceTransformer, Module, Transformer = None, nn.Module, nn.Module
+    MultiVectorEncoder = SentenceTransformer = None
+    Module = Transformer = nn.Module
 
 logger = logging.getLogger(__name__)
 

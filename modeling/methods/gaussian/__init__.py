@@ -33,6 +33,7 @@ register(
         model=GaussianModel,
         head=GaussianHead,
         module=GaussianPooling,
+        transformer=GaussianTransformer,
         objectives={
             "GaussianObjective": GaussianObjective,
             "GaussianHeadObjective": GaussianHeadObjective,

@@ -49,12 +49,16 @@ from .polyrep_room import (
     SentenceTransformer,
     Transformer,
     check_score,
-    new_encoder,
     pool_tokens,
-    pooling_of,
     text_inputs,
     text_limit,
 )
+from .polyrep_trunk import OF_VECTORS, Trunk, keep_trunk, pooled_parts, stock_parts
+
+try:
+    from sentence_transformers.sentence_transformer.modules import Pooling
+except ImportError:  # only stock_modules makes one
+    pass
 
 _CHOICES = {
     "divergence": ("kl", "reverse_kl", "likelihood", "w2", "csd", "dot"),
@@ -334,6 +338,7 @@ class GaussianConfig(GaussianHeadConfig):
         mean_from (str): What the mean reads: mean over the tokens, or cls, the first. Default: the backbone's own.
         variance_from (str): What the variance reads: var_token, a learned token in second place, or the same as the
             mean could: mean or cls. With divergence dot nothing is inserted.
+        trunk (list): Modules behind the pooling, see :func:`keep_trunk`; with a var_token there are none.
         max_position_embeddings (int): Most tokens of a text: one less than the encoder takes if there is a var_token;
             -1 for no limit.
     """
@@ -351,18 +356,24 @@ class GaussianConfig(GaussianHeadConfig):
         mean_from: str | None = None,
         variance_from: str = "var_token",
         max_position_embeddings: int = -1,
+        trunk=None,
         **kwargs,
     ):
-        self.encoder_config = config_of(encoder_config, type(self).__name__)
+        name = type(self).__name__
+        kwargs["input_dim"] = keep_trunk(self, config_of(encoder_config, name), trunk, OF_VECTORS)
         self.mean_from, self.variance_from = mean_from or "mean", variance_from
         self.max_position_embeddings = max_position_embeddings
-        kwargs["input_dim"] = self.encoder_config.hidden_size
         super().__init__(**kwargs)
         if self.divergence == "dot":
             self.variance_from = self.mean_from
+        if self.trunk and self.variance_from == "var_token":
+            raise ValueError(
+                f"{name}: variance_from='var_token' reads the encoder's own states, but the mean stands behind "
+                f"{len(self.trunk)} modules of the trunk. Use variance_from={self.mean_from!r}."
+            )
 
 
-class GaussianModel(WholeWeights, PreTrainedModel):
+class GaussianModel(WholeWeights, Trunk, PreTrainedModel):
     """Encoder, the embedding of [VAR] and the head in one state dict; ``task`` says which side of a score a text is.
 
     [VAR] is inserted as an embedding, so tokenizer and vocabulary stay the backbone's.
@@ -375,7 +386,7 @@ class GaussianModel(WholeWeights, PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.encoder = new_encoder(config.encoder_config)
+        self.add_trunk(config)
         self.head = GaussianHead(config)
         if config.variance_from == "var_token":
             if "inputs_embeds" not in inspect.signature(self.encoder.forward).parameters:
@@ -400,15 +411,20 @@ class GaussianModel(WholeWeights, PreTrainedModel):
         Raises:
             ValueError: The backbone has modules that one folder of this kind cannot hold, or takes no embeddings.
         """
-        model = SentenceTransformer(str(backbone), device="cpu")
-        whole_encoder(model[0].model, cls.__name__)
-        pooling = cls.check_backbone(model)
+        return cls.from_modules(SentenceTransformer(str(backbone), device="cpu"), head, **config)
+
+    @classmethod
+    def from_modules(cls, model, head: GaussianHead | None = None, **config) -> GaussianModel:
+        """Likewise of an opened SentenceTransformer."""
+        pooling, normalize, trunk, maps = cls.check_backbone(model)
         if head is not None:
             config = fields_of(head.config) | {"variance_from": pooling} | config
+            if normalize and not head.config.normalize_input:  # else the head does it
+                trunk = [{"type": "Normalize"}]
         config = unless_given(_as_backbone(model, config), mean_from=pooling)
-        encoder = model[0].model
-        whole = cls(GaussianConfig(encoder_config=encoder.config, **config))
-        whole.encoder = encoder
+        encoder = whole_encoder(model[0].model, cls.__name__)
+        whole = cls(GaussianConfig(encoder_config=encoder.config, trunk=trunk, **config))
+        whole.take_trunk(encoder, maps)
         limit = text_limit(encoder)
         whole.config.max_position_embeddings = limit - (limit > -1 and hasattr(whole, "var_embedding"))
         if hasattr(whole, "var_embedding"):
@@ -420,10 +436,20 @@ class GaussianModel(WholeWeights, PreTrainedModel):
         return whole.to(encoder.dtype)
 
     @staticmethod
-    def check_backbone(model: SentenceTransformer) -> str:
-        """Pooling of a SentenceTransformer; ValueError if it has more than that and a normalisation."""
+    def check_backbone(model: SentenceTransformer) -> tuple:
+        """See :func:`pooled_parts`."""
         remedy = "Put the head behind it: SentenceTransformer(modules=[*backbone.children(), GaussianPooling(...)]), "
-        return pooling_of(model, "GaussianModel", _CHOICES["mean_from"], remedy + "or --pipeline.")[0]
+        return pooled_parts(model, "GaussianModel", _CHOICES["mean_from"], remedy + "or --pipeline.")
+
+    def stock_modules(self, tokenizer) -> list:
+        """What stands between encoder and head, as modules of sentence-transformers; ValueError where it is none."""
+        if hasattr(self, "var_embedding") or self.config.variance_from != self.config.mean_from:
+            raise ValueError(
+                f"GaussianModel: variance_from={self.config.variance_from!r} is no vector that stock modules give. "
+                "Keep it as one folder."
+            )
+        pooling = Pooling(self.config.encoder_config.hidden_size, self.config.mean_from)
+        return [pooling, *stock_parts(self, tokenizer, "sentence_embedding")]
 
     def forward(
         self,
@@ -469,7 +495,8 @@ class GaussianModel(WholeWeights, PreTrainedModel):
         else:
             states = self.encoder(input_ids=input_ids, **inputs).last_hidden_state
             wide = pool_tokens(states, mask, config.variance_from)
-        return self.head(pool_tokens(states, mask, config.mean_from), wide, task=task)
+        mean = self.behind(pool_tokens(states, mask, config.mean_from))
+        return self.head(mean, self.behind(wide) if config.trunk else wide, task=task)
 
     @torch.no_grad()
     def _check_embeddings(self) -> None:

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from ...hub.forms import processor_of
 from ...registry import Graph, Room, register
 from .index import LemurIndex
-from .modeling_lemur import LemurConfig, LemurModel, LemurOutput, LemurPooling, ridge_solution, token_maxima
+from .modeling_lemur import (
+    LemurConfig,
+    LemurForRetrieval,
+    LemurForRetrievalConfig,
+    LemurModel,
+    LemurOutput,
+    LemurPooling,
+    LemurTransformer,
+    ridge_solution,
+    token_maxima,
+)
 from .objective import LemurObjective
 
 __all__ = [
     "LemurConfig",
+    "LemurForRetrieval",
+    "LemurForRetrievalConfig",
     "LemurIndex",
     "LemurModel",
     "LemurObjective",
     "LemurOutput",
     "LemurPooling",
+    "LemurTransformer",
     "ridge_solution",
     "token_maxima",
 ]
@@ -22,7 +36,10 @@ _TOKENS = {"token_embeddings": ("batch", "tokens", "token_dim"), "attention_mask
 
 register(
     Room(
-        model=LemurModel,
+        model=LemurForRetrieval,
+        head=LemurModel,
+        transformer=LemurTransformer,
+        load_processor=processor_of,
         module=LemurPooling,
         objectives={"LemurObjective": LemurObjective},
         card="lemur",

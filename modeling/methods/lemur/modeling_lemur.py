@@ -27,12 +27,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PretrainedConfig, PreTrainedModel, initialization
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
-from .polyrep_fields import WIDTH, check_weight, checked, keep
+from .polyrep_fields import WIDTH, check_weight, checked, fields_of, keep
 from .polyrep_folder import WholeWeights
-from .polyrep_room import HeadModule, Module, check_score
+from .polyrep_room import HeadModule, Module, MultiVectorEncoder, check_score
+from .polyrep_trunk import Trunk, TrunkTransformer, keep_trunk, stock_parts, trunk_parts
 
 _BLOCK = 2**25
 """Numbers in the largest intermediate of documents, 128 MiB; of queries, whose features are wider, twice that."""
@@ -390,6 +391,111 @@ def _no_token(task: str, place: int) -> str:
     )
 
 
+class LemurForRetrievalConfig(LemurConfig):
+    """A late-interaction model and the head in one.
+
+    Args:
+        encoder_config (dict): Config of the encoder.
+        trunk (list): Modules behind the encoder, see :func:`keep_trunk`.
+    """
+
+    model_type = "polyrep_lemur_for_retrieval"
+    sub_configs = {"encoder_config": AutoConfig}
+
+    @checked()
+    def __init__(self, encoder_config=None, trunk=None, **kwargs):
+        width = keep_trunk(self, encoder_config, trunk)
+        super().__init__(**{"token_dim": width} | kwargs)
+        if self.token_dim != width:
+            raise ValueError(
+                f"{type(self).__name__}: token_dim={self.token_dim}, but encoder and trunk give token vectors of "
+                f"width {width}, so the head belongs to others. Use those that it was fitted to."
+            )
+
+
+class LemurForRetrieval(WholeWeights, Trunk, PreTrainedModel):
+    """A late-interaction model and the head in one state dict."""
+
+    config_class = LemurForRetrievalConfig
+    _supports_sdpa = _supports_flash_attn = True
+    _keep_in_fp32_modules_strict = {"head"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.add_trunk(config)
+        self.head = LemurModel(config)
+        self.post_init()
+
+    @classmethod
+    def from_encoder(cls, backbone: str, head: LemurModel | None = None, **config) -> LemurForRetrieval:
+        """A model from any late-interaction model of sentence-transformers whose modules one folder can hold.
+
+        Args:
+            backbone: Folder or Hub id of a MultiVectorEncoder.
+            head: A fitted head; default: one that is not fitted yet.
+            config: Fields of LemurConfig for that.
+
+        Raises:
+            ValueError: The backbone has other modules.
+        """
+        return cls.from_modules(MultiVectorEncoder(str(backbone), device="cpu"), head, **config)
+
+    @classmethod
+    def from_modules(cls, model, head: LemurModel | None = None, **config) -> LemurForRetrieval:
+        """Likewise of an opened model, or of its modules."""
+        encoder, trunk, maps = cls.check_backbone(model)
+        if head is not None:
+            config = fields_of(head.config) | config
+        whole = cls(LemurForRetrievalConfig(encoder_config=encoder.config, trunk=trunk, **config))
+        whole.take_trunk(encoder, maps)
+        if head is not None:
+            whole.head.load_state_dict(head.state_dict())
+        return whole.to(encoder.dtype)
+
+    @staticmethod
+    def check_backbone(model):
+        """See :func:`trunk_parts`."""
+        remedy = "Put the head behind it: SentenceTransformer(modules=[*backbone.children(), LemurPooling(head)]), "
+        return trunk_parts(model, "LemurForRetrieval", remedy + "or --pipeline true.")
+
+    def stock_modules(self, tokenizer) -> list:
+        """What stands between encoder and head, as modules of sentence-transformers."""
+        return stock_parts(self, tokenizer)
+
+    @property
+    def width(self) -> int:
+        """Of its vectors."""
+        return self.config.embedding_dim
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        task: str | None = None,
+        **kwargs,
+    ) -> LemurOutput:
+        """Vectors of texts or pages.
+
+        Args:
+            input_ids: ``(batch, tokens)``.
+            attention_mask: ``(batch, tokens)``; default: all tokens count.
+            task: ``query`` or ``document``; the two are encoded in different ways.
+            kwargs: What else the encoder reads.
+
+        Raises:
+            ValueError: See ``LemurModel``.
+        """
+        return self.head(*self.token_vectors(input_ids, attention_mask, task, **kwargs), task=task)
+
+
+class LemurTransformer(TrunkTransformer):
+    """The stock Transformer around a LemurForRetrieval, in a model that must not score its vectors otherwise."""
+
+    def on_model_ready(self, model):
+        """Set the inner product where nothing is, and refuse any other score."""
+        _check_score(model, type(self).__name__)
+
+
 class LemurPooling(HeadModule, Module):
     """The head as last module behind a late-interaction model: a SentenceTransformer scored by the dot product.
 
@@ -461,10 +567,15 @@ class LemurPooling(HeadModule, Module):
                 f"LemurPooling: gives one vector a text, which a {type(model).__name__} does not read. Use "
                 "SentenceTransformer(modules=[*encoder.children(), LemurPooling.from_pretrained(head)])."
             )
-        because = "the inner product is what stands for MaxSim, and cosine loses quality"
-        instead = f"Open the head with embedding_dim={model.truncate_dim}, which keeps the directions that matter."
-        check_score(model, type(self).__name__, because, f"cut features off at random. {instead}")
+        _check_score(model, type(self).__name__)
 
 
-LemurConfig.register_for_auto_class()
-LemurModel.register_for_auto_class("AutoModel")
+def _check_score(model, owner: str) -> None:
+    because = "the inner product is what stands for MaxSim, and cosine loses quality"
+    instead = f"Open the head with embedding_dim={model.truncate_dim}, which keeps the directions that matter."
+    check_score(model, owner, because, f"cut features off at random. {instead}")
+
+
+for config, model in ((LemurConfig, LemurModel), (LemurForRetrievalConfig, LemurForRetrieval)):
+    config.register_for_auto_class()
+    model.register_for_auto_class("AutoModel")

@@ -10,6 +10,7 @@ from .modeling_multilayer import (
     MultiLayerModel,
     MultiLayerOutput,
     MultiLayerPooling,
+    MultiLayerTransformer,
 )
 from .objective import CachedMultiLayerObjective, MultiLayerHeadObjective, MultiLayerObjective
 
@@ -23,6 +24,7 @@ __all__ = [
     "MultiLayerObjective",
     "MultiLayerOutput",
     "MultiLayerPooling",
+    "MultiLayerTransformer",
 ]
 
 register(
@@ -30,6 +32,7 @@ register(
         model=MultiLayerModel,
         head=MultiLayerHead,
         module=MultiLayerPooling,
+        transformer=MultiLayerTransformer,
         objectives={
             "MultiLayerObjective": MultiLayerObjective,
             "CachedMultiLayerObjective": CachedMultiLayerObjective,

@@ -45,6 +45,7 @@ from .polyrep_room import (
     pooling_of,
     text_inputs,
 )
+from .polyrep_trunk import TrunkTransformer
 
 try:
     from sentence_transformers.base.modules import Dense, Normalize, Router
@@ -165,11 +166,13 @@ class MultiLayerOutput(ModelOutput):
     Attributes:
         sentence_embedding: ``(batch, dim)``, unless the pooling is multi.
         token_embeddings: ``(batch, vectors, dim)`` if it is: a vector for each layer of a document, one of a query.
+        mask: ``(batch, vectors)``, True: all of them count.
         hidden_states: ``(batch, layers, dim)`` each layer as a vector of its own, where asked for, as training does.
     """
 
     sentence_embedding: Tensor | None = None
     token_embeddings: Tensor | None = None
+    mask: Tensor | None = None
     hidden_states: Tensor | None = None
 
 
@@ -234,7 +237,11 @@ class MultiLayerHead(WholeWeights, PreTrainedModel):
             vectors = torch.einsum("m,bmd->bd", self.mix.softmax(0).to(states.dtype), states)
         if self.config.normalize:
             vectors = F.normalize(vectors, dim=-1)
-        output = MultiLayerOutput(**{"token_embeddings" if vectors.ndim == 3 else "sentence_embedding": vectors})
+        if vectors.ndim == 2:
+            output = MultiLayerOutput(sentence_embedding=vectors)
+        else:
+            all_count = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
+            output = MultiLayerOutput(token_embeddings=vectors, mask=all_count)
         if output_hidden_states:
             output.hidden_states = F.normalize(states, dim=-1) if self.config.normalize else states
         return output
@@ -257,12 +264,6 @@ class MultiLayerConfig(MultiLayerHeadConfig):
         kwargs["hidden_size"] = self.encoder_config.hidden_size
         kwargs["num_hidden_layers"] = self.encoder_config.num_hidden_layers
         super().__init__(**kwargs)
-        if self.pooling == "multi":
-            raise ValueError(
-                "MultiLayerConfig: pooling='multi' gives several vectors a document, and a folder of this kind holds "
-                "one. Use MultiVectorEncoder(modules=[Transformer(backbone), MultiLayerPooling(layers=..., "
-                "pooling='multi')]), or the run multilayer-minilm-multi."
-            )
 
 
 class MultiLayerModel(WholeWeights, PreTrainedModel):
@@ -293,7 +294,11 @@ class MultiLayerModel(WholeWeights, PreTrainedModel):
         Raises:
             ValueError: The backbone has modules that one folder of this kind cannot hold.
         """
-        model = SentenceTransformer(str(backbone), device="cpu")
+        return cls.from_modules(SentenceTransformer(str(backbone), device="cpu"), head, **config)
+
+    @classmethod
+    def from_modules(cls, model, head: MultiLayerHead | None = None, **config) -> MultiLayerModel:
+        """Likewise of an opened SentenceTransformer, or of its modules."""
         whole_encoder(model[0].model, cls.__name__)
         if head is not None:
             cls.check_backbone(model)
@@ -316,6 +321,8 @@ class MultiLayerModel(WholeWeights, PreTrainedModel):
     @staticmethod
     def check_backbone(model: SentenceTransformer) -> tuple[str, bool]:
         """Pooling of a SentenceTransformer and whether it normalises; ValueError if it does more than that."""
+        if [type(module).__name__ for module in model] in (["Transformer"], ["Backbone"]):  # read at its layers alone
+            return "mean", False
         remedy = "Take its transformer alone: SentenceTransformer(modules=[Transformer(backbone), MultiLayerPooling("
         return pooling_of(model, "MultiLayerModel", _CHOICES["token"], remedy + "layers=[-1, -3])]).")
 
@@ -354,6 +361,17 @@ class MultiLayerModel(WholeWeights, PreTrainedModel):
         states = [output.hidden_states[layer] for layer in layers] if deep else [output.last_hidden_state]
         pooled = torch.stack([pool_tokens(state, inputs["attention_mask"], config.token) for state in states], 1)
         return self.head(pooled, task=task, output_hidden_states=shown)
+
+    def stock_modules(self, tokenizer) -> list:
+        """What stands between encoder and head: nothing; ValueError for two encoders."""
+        if not self.config.tied:
+            raise ValueError("MultiLayerModel: has two encoders, of which a head stands behind one. Keep one folder.")
+        return []
+
+    @property
+    def width(self) -> int:
+        """Of its vectors."""
+        return self.config.hidden_size
 
     @torch.no_grad()
     def truncate(self, layer: int | None = None) -> MultiLayerModel:
@@ -457,6 +475,17 @@ class MultiLayerModel(WholeWeights, PreTrainedModel):
         return folder
 
 
+class MultiLayerTransformer(TrunkTransformer):
+    """The stock Transformer around a MultiLayerModel, whose vectors are several for multi."""
+
+    def on_model_ready(self, model):
+        """Check that the family reads the output."""
+        config = self.model.config
+        _check_family(model, config, type(self).__name__)
+        if model._similarity_fn_name is None and config.pooling != "multi":
+            model.similarity_fn_name = config.similarity_fn_name
+
+
 class MultiLayerPooling(HeadModule, Module):
     """The head behind any stock Transformer that returns its hidden states.
 
@@ -491,9 +520,7 @@ class MultiLayerPooling(HeadModule, Module):
         pooled = torch.stack([pool_tokens(s, features["attention_mask"], config.token) for s in chosen], 1)
         output = self.model(pooled, task=task, output_hidden_states=deep)
         if config.pooling == "multi":
-            vectors = output.token_embeddings  # (batch, vectors, dim), all of which count
-            features["attention_mask"] = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
-            features["token_embeddings"] = vectors
+            features["token_embeddings"], features["attention_mask"] = output.token_embeddings, output.mask
         else:
             features["sentence_embedding"] = output.sentence_embedding
         if deep:
@@ -510,12 +537,7 @@ class MultiLayerPooling(HeadModule, Module):
                 f"MultiLayerPooling: stands in {names}, but reads hidden states, which only a Transformer before it "
                 "gives. Use modules=[Transformer(backbone), MultiLayerPooling(...)]."
             )
-        wanted = "MultiVectorEncoder" if config.pooling == "multi" else "SentenceTransformer"
-        if wanted not in [family.__name__ for family in type(model).__mro__]:
-            raise ValueError(
-                f"MultiLayerPooling: pooling={config.pooling!r} in a {type(model).__name__}, which would read another "
-                f"output. Open it as {wanted}."
-            )
+        wanted = _check_family(model, config, "MultiLayerPooling")
         depth = getattr(encoder.config, "num_hidden_layers", None)
         width = getattr(encoder.config, "hidden_size", None)
         if depth is None or width is None:
@@ -529,6 +551,17 @@ class MultiLayerPooling(HeadModule, Module):
             encoder.config.output_hidden_states = True
         if not config.normalize and wanted == "SentenceTransformer" and model._similarity_fn_name is None:
             model.similarity_fn_name = "dot"
+
+
+def _check_family(model, config: MultiLayerHeadConfig, owner: str) -> str:
+    """Name of the family that reads a head's output; ValueError if a model is of another."""
+    wanted = "MultiVectorEncoder" if config.pooling == "multi" else "SentenceTransformer"
+    if wanted not in [family.__name__ for family in type(model).__mro__]:
+        raise ValueError(
+            f"{owner}: pooling={config.pooling!r} in a {type(model).__name__}, which would read another output. Open "
+            f"it as {wanted}."
+        )
+    return wanted
 
 
 def _of_backbone(model, config) -> dict:

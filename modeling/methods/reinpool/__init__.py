@@ -5,15 +5,28 @@
 
 from __future__ import annotations
 
+from ...hub.forms import processor_of
 from ...registry import Graph, Room, register
-from .modeling_reinpool import ReinPoolConfig, ReinPoolModel, ReinPoolOutput, ReinPoolPooling, spherical_kmeans
+from .modeling_reinpool import (
+    ReinPoolConfig,
+    ReinPoolForRetrieval,
+    ReinPoolForRetrievalConfig,
+    ReinPoolModel,
+    ReinPoolOutput,
+    ReinPoolPooling,
+    ReinPoolTransformer,
+    spherical_kmeans,
+)
 from .objective import ReinforceObjective, SoftGateObjective
 
 __all__ = [
     "ReinPoolConfig",
+    "ReinPoolForRetrieval",
+    "ReinPoolForRetrievalConfig",
     "ReinPoolModel",
     "ReinPoolOutput",
     "ReinPoolPooling",
+    "ReinPoolTransformer",
     "ReinforceObjective",
     "SoftGateObjective",
     "spherical_kmeans",
@@ -23,7 +36,10 @@ _TOKENS = {"token_embeddings": ("batch", "tokens", "dim"), "attention_mask": ("b
 
 register(
     Room(
-        model=ReinPoolModel,
+        model=ReinPoolForRetrieval,
+        head=ReinPoolModel,
+        transformer=ReinPoolTransformer,
+        load_processor=processor_of,
         module=ReinPoolPooling,
         objectives={"SoftGateObjective": SoftGateObjective, "ReinforceObjective": ReinforceObjective},
         card="reinpool",

@@ -22,12 +22,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PretrainedConfig, PreTrainedModel, initialization
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
-from .polyrep_fields import LAYERS, WIDTH, check_weight, checked, keep
+from .polyrep_fields import LAYERS, WIDTH, check_weight, checked, fields_of, keep
 from .polyrep_folder import WholeWeights
-from .polyrep_room import HeadModule, check_score
+from .polyrep_room import HeadModule, MultiVectorEncoder, check_score
+from .polyrep_trunk import Trunk, TrunkTransformer, keep_trunk, stock_parts, trunk_parts
 
 try:
     from sentence_transformers.multi_vector_encoder.modules.token_pooling import BaseTokenPooling
@@ -423,6 +424,143 @@ def spherical_kmeans(vectors: Tensor, weights: Tensor, num_vectors: int, iterati
     return clusters
 
 
+class ReinPoolForRetrievalConfig(ReinPoolConfig):
+    """A late-interaction model and the head in one.
+
+    Args:
+        encoder_config (dict): Config of the encoder.
+        trunk (list): Modules behind the encoder, see :func:`keep_trunk`.
+    """
+
+    model_type = "polyrep_reinpool_for_retrieval"
+    sub_configs = {"encoder_config": AutoConfig}
+
+    @checked()
+    def __init__(self, encoder_config=None, trunk=None, **kwargs):
+        width = keep_trunk(self, encoder_config, trunk)
+        super().__init__(**{"dim": width} | kwargs)
+        if self.dim != width:
+            raise ValueError(
+                f"{type(self).__name__}: dim={self.dim}, but encoder and trunk give token vectors of width {width}, "
+                "so the head belongs to others. Use those that it was trained on."
+            )
+
+
+@dataclass
+class ReinPoolRetrievalOutput(ModelOutput):
+    """What the whole model returns.
+
+    Attributes:
+        sentence_embedding: ``(batch, dim)``, if the head's output is one.
+        token_embeddings: ``(batch, vectors, dim)`` else: of what is not pooled, one a token.
+        mask: ``(batch, vectors)``, True for vectors that count in a score.
+        keep_probability: ``(batch, tokens)`` of each token vector of what is pooled.
+    """
+
+    sentence_embedding: Tensor | None = None
+    token_embeddings: Tensor | None = None
+    mask: Tensor | None = None
+    keep_probability: Tensor | None = None
+
+
+class ReinPoolForRetrieval(WholeWeights, Trunk, PreTrainedModel):
+    """A late-interaction model and the head in one state dict."""
+
+    config_class = ReinPoolForRetrievalConfig
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.add_trunk(config)
+        self.head = ReinPoolModel(config)
+        self.post_init()
+
+    @classmethod
+    def from_encoder(cls, backbone: str, head: ReinPoolModel | None = None, **config) -> ReinPoolForRetrieval:
+        """A model from any late-interaction model of sentence-transformers whose modules one folder can hold.
+
+        Args:
+            backbone: Folder or Hub id of a MultiVectorEncoder.
+            head: A trained head; default: an untrained one.
+            config: Fields of ReinPoolConfig for the untrained one.
+
+        Raises:
+            ValueError: The backbone has other modules.
+        """
+        return cls.from_modules(MultiVectorEncoder(str(backbone), device="cpu"), head, **config)
+
+    @classmethod
+    def from_modules(cls, model, head: ReinPoolModel | None = None, **config) -> ReinPoolForRetrieval:
+        """Likewise of an opened model, or of its modules."""
+        encoder, trunk, maps = cls.check_backbone(model)
+        if head is not None:
+            config = fields_of(head.config) | config
+        whole = cls(ReinPoolForRetrievalConfig(encoder_config=encoder.config, trunk=trunk, **config))
+        whole.take_trunk(encoder, maps)
+        if head is not None:
+            whole.head.load_state_dict(head.state_dict())
+        return whole.to(encoder.dtype)
+
+    @staticmethod
+    def check_backbone(model):
+        """See :func:`trunk_parts`."""
+        remedy = "Put the head behind it: MultiVectorEncoder(modules=[*backbone.children(), ReinPoolPooling(...)]), "
+        return trunk_parts(model, "ReinPoolForRetrieval", remedy + "or --pipeline true.")
+
+    def stock_modules(self, tokenizer) -> list:
+        """What stands between encoder and head, as modules of sentence-transformers."""
+        return stock_parts(self, tokenizer)
+
+    @property
+    def width(self) -> int:
+        """Of its vectors."""
+        return self.config.dim
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        task: str | None = None,
+        num_vectors: int | None = None,
+        **kwargs,
+    ) -> ReinPoolRetrievalOutput:
+        """Vectors of texts or pages.
+
+        Args:
+            input_ids: ``(batch, tokens)``.
+            attention_mask: ``(batch, tokens)``; default: all tokens count.
+            task: "query", else a document.
+            num_vectors: Vectors of what is pooled, at most; default: the config's.
+            kwargs: What else the encoder reads.
+
+        Raises:
+            ValueError: See ``ReinPoolModel``.
+        """
+        tokens, mask = self.token_vectors(input_ids, attention_mask, task, **kwargs)
+        single = self.config.output == "sentence_embedding"
+        if (task or "document") not in self.config.tasks:
+            if single:
+                return ReinPoolRetrievalOutput(sentence_embedding=torch.where(mask[..., None], tokens, 0).sum(1))
+            return ReinPoolRetrievalOutput(token_embeddings=tokens, mask=mask)
+        made = self.head(tokens, mask, num_vectors)
+        if single:
+            return ReinPoolRetrievalOutput(
+                sentence_embedding=made.embeddings[:, 0], keep_probability=made.keep_probability
+            )
+        return ReinPoolRetrievalOutput(
+            token_embeddings=made.embeddings, mask=made.mask, keep_probability=made.keep_probability
+        )
+
+
+class ReinPoolTransformer(TrunkTransformer):
+    """The stock Transformer around a ReinPoolForRetrieval, in a model that must not score its vectors otherwise."""
+
+    def on_model_ready(self, model):
+        """Check that the family and its score fit the output."""
+        _check_family(model, self.model.config.output, type(self).__name__)
+
+
 class ReinPoolPooling(HeadModule, BaseTokenPooling):
     """The head as token pooling: for one call, by itself, or as last module behind any MultiVectorEncoder.
 
@@ -507,21 +645,8 @@ class ReinPoolPooling(HeadModule, BaseTokenPooling):
 
     def on_model_ready(self, model):
         """Check the backbone, and that the family and its score fit the output."""
-        self._check_family(model)
+        _check_family(model, self.model.config.output, type(self).__name__)
         self.check_backbone(model)
-
-    def _check_family(self, model):
-        family, single = type(model).__name__, self.model.config.output == "sentence_embedding"
-        if family == "MultiVectorEncoder" and single or family == "SentenceTransformer" and not single:
-            raise ValueError(
-                f"ReinPoolPooling: output={self.model.config.output!r} in a {family}, which reads another one. Open "
-                "the head with ReinPoolPooling.from_pretrained(head, output="
-                f"{'token_embeddings' if single else 'sentence_embedding'!r})."
-            )
-        if not single or family != "SentenceTransformer":
-            return
-        because = "a query is the unnormalised sum of its token vectors and a document may have any length"
-        check_score(model, type(self).__name__, because, "cut off part of every score. Use None.")
 
     @classmethod
     def check_changes(cls, fields, changes, fixed=frozenset()):
@@ -537,5 +662,19 @@ class ReinPoolPooling(HeadModule, BaseTokenPooling):
             )
 
 
-ReinPoolConfig.register_for_auto_class()
-ReinPoolModel.register_for_auto_class("AutoModel")
+def _check_family(model, output: str, owner: str) -> None:
+    """ValueError if a sentence-transformers model reads another output than a head gives, or scores it otherwise."""
+    family, single = type(model).__name__, output == "sentence_embedding"
+    if family == "MultiVectorEncoder" and single or family == "SentenceTransformer" and not single:
+        raise ValueError(
+            f"{owner}: output={output!r} in a {family}, which reads another one. Open the head with "
+            f"ReinPoolPooling.from_pretrained(head, output={_CHOICES['output'][1 - single]!r})."
+        )
+    if single and family == "SentenceTransformer":
+        because = "a query is the unnormalised sum of its token vectors and a document may have any length"
+        check_score(model, owner, because, "cut off part of every score. Use None.")
+
+
+for config, model in ((ReinPoolConfig, ReinPoolModel), (ReinPoolForRetrievalConfig, ReinPoolForRetrieval)):
+    config.register_for_auto_class()
+    model.register_for_auto_class("AutoModel")

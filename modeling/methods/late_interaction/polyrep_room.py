@@ -1,0 +1,266 @@
+"""What all shipped files share of a method: its encoder, its pooling, its score, and its head as a module.
+
+A model folder holds a copy of this file beside its modeling file, since it must open where polyrep is not installed,
+and of ``polyrep_fields.py`` and ``polyrep_folder.py``. The ones to change are those of ``polyrep/hub``: `make rooms`
+renews the copies in the folders of the methods, and a test compares them byte by byte. None of them defines a config
+class: transformers would load it twice.
+"""
+
+# mypy: ignore-errors
+# Shipped: it speaks to transformers and torch through attributes that these type as Tensor | Module.
+
+from __future__ import annotations
+
+import inspect
+import logging
+import shutil
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoModel,
+    AutoModelForTextEncoding,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from .polyrep_folder import fingerprints_of
+
+try:
+    from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+    from sentence_transformers.base.modules import Module, Transformer
+except ImportError:  # AutoModel works without sentence-transformers
+    MultiVectorEncoder = SentenceTransformer = None
+    Module = Transformer = nn.Module
+
+logger = logging.getLogger(__name__)
+
+
+def new_encoder(config: PretrainedConfig, reads: str = "input_ids") -> PreTrainedModel:
+    """An encoder of a config's kind, without the decoder where there is one (T5).
+
+    Args:
+        config: Of the encoder.
+        reads: What its ``forward`` must take.
+
+    Raises:
+        ValueError: The config makes none.
+    """
+    encoders = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+    try:
+        encoder = encoders.from_config(config)
+    except Exception as error:  # each model refuses in its own way
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{type(config).__name__}: no encoder can be made of it ({type(error).__name__}: {why}). Take the config "
+            "from the backbone's folder again."
+        ) from error
+    if reads not in inspect.signature(encoder.forward).parameters:
+        raise ValueError(
+            f"{type(config).__name__}: its {type(encoder).__name__} reads no {reads}. Use the config of another one."
+        )
+    return encoder
+
+
+def text_inputs(input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> dict:
+    """What an encoder reads beside the tokens: all count by default, and types only where there are some."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    return {"attention_mask": mask} | ({} if token_type_ids is None else {"token_type_ids": token_type_ids})
+
+
+def text_limit(encoder: PreTrainedModel) -> int:
+    """Most tokens of a text: the encoder's positions less those of padding (RoBERTa); -1 for no limit."""
+    positions = getattr(encoder.config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 0:
+        return -1
+    for module in encoder.modules():
+        if isinstance(getattr(module, "position_embeddings", None), nn.Embedding):
+            padding = getattr(module, "padding_idx", None)
+            positions -= padding + 1 if isinstance(padding, int) else 0
+    return positions
+
+
+def pool_tokens(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """States ``(batch, tokens, dim)`` to a vector each: mean, cls or lasttoken, to the bit as the stock Pooling."""
+    if pooling == "mean":
+        weights = mask[..., None].to(states.dtype)  # (batch, tokens, 1)
+        exact = torch.promote_types(states.dtype, torch.float32)
+        total = (states * weights).sum(1, dtype=exact)
+        return (total / weights.sum(1, dtype=exact).clamp(min=1e-9)).to(states.dtype)
+    # The first or last token that counts: not the first or last column, whichever side texts are padded on.
+    ranks = mask if pooling == "cls" else mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return states[torch.arange(states.shape[0], device=states.device), ranks.to(torch.int32).argmax(1)]
+
+
+def pooling_of(model, owner: str, poolings: tuple, remedy: str, prompts: bool = True) -> tuple[str, bool]:
+    """Pooling of a SentenceTransformer and whether it normalises; ValueError if it does more than that.
+
+    Args:
+        model: The SentenceTransformer.
+        owner: Whose folder is to hold it.
+        poolings: Those that it may have.
+        remedy: What to do else.
+        prompts: Whether it may put words before a text.
+    """
+    names = [type(module).__name__ for module in model]
+    pooled = names[:2] == ["Transformer", "Pooling"]
+    pooling = model[1].pooling_mode if pooled else None
+    plain = pooled and model[1].include_prompt and not getattr(model[0], "do_lower_case", False)
+    plain = plain and (prompts or not any((model.prompts or {}).values()))
+    if not plain or pooling not in poolings or names[2:] not in ([], ["Normalize"]):
+        raise ValueError(
+            f"{owner}: the backbone is {' + '.join(names)} with pooling {pooling!r} and prompts {model.prompts}, and "
+            f"one folder of this kind holds a transformer and one pooling, {' or '.join(poolings)}"
+            f"{'' if prompts else ', and no prompt'}. {remedy}"
+        )
+    return pooling, names[2:] == ["Normalize"]
+
+
+def check_score(model, owner: str, because: str, cut: str) -> None:
+    """Let a model score by the inner product where nothing is said; ValueError for what would rank otherwise.
+
+    Args:
+        model: A sentence-transformers model.
+        owner: Who checks.
+        because: Why another similarity is wrong.
+        cut: What ``truncate_dim`` would do, and the remedy.
+    """
+    if model._similarity_fn_name is None:
+        model.similarity_fn_name = "dot"
+    if str(model.similarity_fn_name) != "dot":
+        raise ValueError(
+            f"{owner}: similarity_fn_name={model.similarity_fn_name!r}, but {because}. Use similarity_fn_name='dot'."
+        )
+    if model.truncate_dim is not None:
+        raise ValueError(f"{owner}: truncate_dim={model.truncate_dim} would {cut}")
+
+
+class HeadModule:
+    """A head as a sentence-transformers module, beside the class of theirs that it extends: its folder, its backbone.
+
+    Args:
+        model: The head; default: a new one of these fields of its config.
+        config: See there.
+
+    Attributes:
+        head_class: The PreTrainedModel; its ``base_fingerprint`` says what it was trained on.
+        reads: Field of its config: the width of the vectors that it reads.
+        gives: Likewise: of those that it makes.
+        changeable: Fields that a head may be opened with other values of.
+        made: How a head comes about, in messages.
+    """
+
+    head_class = None
+    reads, gives = "input_dim", "projection_dim"
+    changeable = {"base_fingerprint"}
+    made = "trained"
+
+    def __init__(self, model: PreTrainedModel | None = None, **config):
+        super().__init__()
+        self.model = self.head_class(self.head_class.config_class(**config)) if model is None else model
+
+    def on_model_ready(self, model):
+        """Check the backbone, as soon as there is one."""
+        self.check_backbone(model)
+
+    def check_backbone(self, model) -> None:
+        """Refuse a backbone with vectors of another width, and warn of other weights than the head was trained on.
+
+        A pipeline does this by itself when it is put together. For pooling in single calls, call it once.
+
+        Args:
+            model: A sentence-transformers model, with this module in it or without.
+        """
+        modules, config = list(model), self.model.config
+        before = modules[: modules.index(self)] if self in modules else modules
+        widths = [module.get_embedding_dimension() for module in before if hasattr(module, "get_embedding_dimension")]
+        width, expected = next((w for w in reversed(widths) if w), None), getattr(config, self.reads)
+        if width is not None and width != expected:
+            raise ValueError(
+                f"{type(self).__name__}: the backbone's vectors have width {width}, but the head was made for "
+                f"{self.reads}={expected}. Use the backbone it was {self.made} on "
+                f"({config.base_model_id or 'not recorded'}), or a head made for this one."
+            )
+        if before and config.base_fingerprint:
+            found = fingerprints_of(before[0])
+            if found and config.base_fingerprint not in found:
+                self.other_backbone(before[0].model.name_or_path, found[0])
+
+    def other_backbone(self, name: str, found: str) -> None:
+        """Say that a backbone, by its name and fingerprint, is not the one that the head was trained on."""
+        config = self.model.config
+        logger.warning(
+            f"{type(self).__name__}: the head was trained on {config.base_model_id} (fingerprint "
+            f"{config.base_fingerprint[:16]}), this backbone is {name} (fingerprint {found[:16]}). Same shape, other "
+            "vectors: expect worse results."
+        )
+
+    def check_last(self, model, loss: str) -> None:
+        """ValueError if a module stands behind this one, with what would be lost."""
+        if (last := list(model)[-1]) is not self:
+            raise ValueError(
+                f"{type(self).__name__}: {type(last).__name__} stands behind it and would change the vectors, so that "
+                f"{loss}. Put this module last."
+            )
+
+    def get_embedding_dimension(self):
+        """Width of the vectors."""
+        return getattr(self.model.config, self.gives)
+
+    def save(self, output_path, *args, **kwargs):
+        """Write the head as a folder of its own, and the code to the folder above, where it is looked for."""
+        self.model.save_pretrained(output_path)
+        for file in Path(output_path).glob("*.py"):
+            shutil.copy(file, Path(output_path).parent)
+
+    @classmethod
+    def load(cls, model_name_or_path, subfolder="", **kwargs):
+        """Open a head's folder or repository, or the module folder of a saved pipeline.
+
+        Args:
+            model_name_or_path: Folder or Hub id.
+            subfolder: Of the head in it.
+            kwargs: ``revision, token, local_files_only, cache_folder``; and fields in ``changeable`` to open the head
+                with other values of, such as ``base_fingerprint=None`` to let any backbone pass.
+
+        Raises:
+            ValueError: It holds something else, or a field is not to be changed.
+        """
+        kept = {k: v for k, v in kwargs.items() if k in ("revision", "token", "local_files_only")}
+        kept["cache_dir"] = kwargs.get("cache_folder")
+        content, _ = PretrainedConfig.get_config_dict(model_name_or_path, subfolder=subfolder, **kept)
+        expected = cls.head_class.config_class
+        if content.get("model_type") != expected.model_type:
+            raise ValueError(
+                f"{cls.__name__}: {model_name_or_path} holds a model of type {content.get('model_type')!r}, not a "
+                f"{expected.model_type} head. Name the head's own folder; of a saved pipeline that is its last "
+                f"module: subfolder='4_{cls.__name__}', or whichever number it has in modules.json."
+            )
+        model = cls.head_class.from_pretrained(model_name_or_path, subfolder=subfolder, **kept)
+        fields = model.config.to_dict()
+        for name in kwargs.keys() - fields.keys():
+            if near := get_close_matches(name, cls.changeable - {name}, n=1, cutoff=0.65):
+                raise ValueError(f"{cls.__name__}: {name}={kwargs[name]!r} is no setting. Did you mean {near[0]!r}?")
+        changes = {k: v for k, v in kwargs.items() if k in fields and fields[k] != v and k not in kept}
+        if changes:
+            cls.check_changes(fields, changes)
+            model.config = expected(**(fields | changes))
+        return cls(model)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """:meth:`load`, by the name that transformers has for it."""
+        return cls.load(*args, **kwargs)
+
+    @classmethod
+    def check_changes(cls, fields: dict, changes: dict, fixed: set = frozenset()) -> None:
+        """ValueError for a change to a field that the weights fit no other value of, or that is ``fixed`` here."""
+        allowed = cls.changeable - fixed
+        if name := next(iter(sorted(changes.keys() - allowed)), None):
+            raise ValueError(
+                f"{cls.__name__}: {name}={changes[name]!r}, but the head was {cls.made} with {name}={fields[name]!r}, "
+                f"and its weights fit nothing else. Change only {', '.join(sorted(allowed))}, or get another head."
+            )
