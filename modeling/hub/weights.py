@@ -399,7 +399,8 @@ def _refuse_missing(part: Path, model: PreTrainedModel, stored: dict[str, Stored
         for name, found, tensor in _pairs(model, stored)
         if found is None and tensor.data_ptr() not in there and not (pooler and "pooler" in name.split("."))
     }
-    if missing and stored and type(model).__module__.startswith("transformers."):
+    names_more = type(model).__module__.startswith("transformers.") or hasattr(model, "_check_files")
+    if missing and stored and names_more:
         opened: Any = type(model).from_pretrained(
             part, config=model.config, use_safetensors=True, output_loading_info=True
         )

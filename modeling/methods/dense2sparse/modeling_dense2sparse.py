@@ -38,7 +38,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from .polyrep_fields import LAYERS, WIDTH, WORDS, check_weight, checked, config_of, fields_of, keep
-from .polyrep_folder import WholeWeights, whole_encoder
+from .polyrep_folder import BESIDE_A_HEAD, WholeWeights, whole_encoder
 from .polyrep_room import (
     HeadModule,
     Module,
@@ -191,6 +191,7 @@ class Dense2SparseModel(WholeWeights, PreTrainedModel):
     """The head: dense vectors, and for texts their own token ids, become word weights."""
 
     config_class = Dense2SparseConfig
+    _keys_to_ignore_on_load_unexpected = BESIDE_A_HEAD
     _supports_sdpa = _supports_flash_attn = True  # no attention here, whatever the encoder is asked for
 
     def __init__(self, config):
@@ -718,7 +719,7 @@ class Dense2SparsePooling(HeadModule, Module):
     It reads ``sentence_embedding``, and for own tokens ``input_ids`` and ``attention_mask``, of the modules before it.
     """
 
-    head_class = Dense2SparseModel
+    head_class, inside = Dense2SparseModel, Dense2SparseForRetrievalConfig.model_type
     gives = "vocab_size"
     forward_kwargs = {"task", "expand"}
 

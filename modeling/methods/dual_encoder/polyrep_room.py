@@ -147,13 +147,14 @@ class HeadModule:
 
     Attributes:
         head_class: The PreTrainedModel; its ``base_fingerprint`` says what it was trained on.
+        inside: ``model_type`` of the whole model that holds one, as ``head``.
         reads: Field of its config: the width of the vectors that it reads.
         gives: Likewise: of those that it makes.
         changeable: Fields that a head may be opened with other values of.
         made: How a head comes about, in messages.
     """
 
-    head_class = None
+    head_class = inside = None
     reads, gives = "input_dim", "projection_dim"
     changeable = {"base_fingerprint"}
     made = "trained"
@@ -218,7 +219,7 @@ class HeadModule:
 
     @classmethod
     def load(cls, model_name_or_path, subfolder="", **kwargs):
-        """Open a head's folder or repository, or the module folder of a saved pipeline.
+        """Open a head's folder or repository, that of a whole model, or the module folder of a saved pipeline.
 
         Args:
             model_name_or_path: Folder or Hub id.
@@ -233,7 +234,10 @@ class HeadModule:
         kept["cache_dir"] = kwargs.get("cache_folder")
         content, _ = PretrainedConfig.get_config_dict(model_name_or_path, subfolder=subfolder, **kept)
         expected = cls.head_class.config_class
-        if content.get("model_type") != expected.model_type:
+        if content.get("model_type") == cls.inside is not None:  # of the whole model, the head's weights alone
+            own = {name: content[name] for name in expected().to_dict().keys() - PretrainedConfig().to_dict().keys()}
+            kept |= {"config": expected(**own), "key_mapping": {r"^head\.": ""}}
+        elif content.get("model_type") != expected.model_type:
             raise ValueError(
                 f"{cls.__name__}: {model_name_or_path} holds a model of type {content.get('model_type')!r}, not a "
                 f"{expected.model_type} head. Name the head's own folder; of a saved pipeline that is its last "

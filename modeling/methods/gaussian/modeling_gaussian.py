@@ -42,7 +42,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, initiali
 from transformers.utils import ModelOutput
 
 from .polyrep_fields import WIDTH, check_weight, checked, config_of, fields_of, keep, unless_given
-from .polyrep_folder import WholeWeights, whole_encoder
+from .polyrep_folder import BESIDE_A_HEAD, WholeWeights, whole_encoder
 from .polyrep_room import (
     HeadModule,
     Module,
@@ -200,6 +200,7 @@ class GaussianHead(WholeWeights, PreTrainedModel):
     """The head: a linear map to the mean, and one to the variance, without bias (section 3.1 of the paper)."""
 
     config_class = GaussianHeadConfig
+    _keys_to_ignore_on_load_unexpected = BESIDE_A_HEAD
     _supports_sdpa = _supports_flash_attn = True  # no attention here, whatever the encoder is asked for
 
     def __init__(self, config):
@@ -533,7 +534,7 @@ class GaussianPooling(HeadModule, Module):
             separate_variance, normalize_input, normalize_mean``.
     """
 
-    head_class = GaussianHead
+    head_class, inside = GaussianHead, GaussianConfig.model_type
     forward_kwargs = {"task"}
 
     def forward(self, features, task=None):

@@ -46,6 +46,9 @@ ELSEWHERE = (
 )
 """Configs that are read by themselves, or change no vector."""
 
+BESIDE_A_HEAD = [r"^(\w*encoder|trunk|var_embedding)(\.|$)"]
+"""Weights of a whole model, which a head leaves when it is opened from there."""
+
 SIMILARITIES = {"SentenceTransformer": "cosine", "SparseEncoder": "dot", "MultiVectorEncoder": "maxsim"}
 """Family -> similarity where the folder names none."""
 

@@ -443,7 +443,7 @@ class Backbone(Transformer):
         root = Path(output_path).parent
         for file in Path(__file__).parent.glob("polyrep_*.py"):
             shutil.copy(file, root)
-        refusal = {"model_type": "polyrep_pipeline", "auto_map": {"AutoConfig": f"{Path(__file__).stem}.Pipeline"}}
+        refusal = {"model_type": "pipeline", "auto_map": {"AutoConfig": f"{Path(__file__).stem}.Pipeline"}}
         (root / "config.json").write_text(json.dumps(refusal, indent=2), encoding="utf-8")
 
 

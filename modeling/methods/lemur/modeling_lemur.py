@@ -31,7 +31,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, initiali
 from transformers.utils import ModelOutput
 
 from .polyrep_fields import WIDTH, check_weight, checked, fields_of, keep
-from .polyrep_folder import WholeWeights
+from .polyrep_folder import BESIDE_A_HEAD, WholeWeights
 from .polyrep_room import HeadModule, Module, MultiVectorEncoder, check_score
 from .polyrep_trunk import Trunk, TrunkTransformer, keep_trunk, stock_parts, trunk_parts
 
@@ -172,6 +172,7 @@ class LemurModel(WholeWeights, PreTrainedModel):
     """The head: token vectors of a query or of a document become one vector."""
 
     config_class = LemurConfig
+    _keys_to_ignore_on_load_unexpected = BESIDE_A_HEAD
     _supports_sdpa = _supports_flash_attn = True  # so that it may sit behind any backbone
     _keep_in_fp32_modules_strict = {"linear", "norm", "anchors", "target", "document", "query"}
 
@@ -502,7 +503,7 @@ class LemurPooling(HeadModule, Module):
     By itself, :meth:`pool` encodes token vectors that are there already.
     """
 
-    head_class = LemurModel
+    head_class, inside = LemurModel, LemurForRetrievalConfig.model_type
     reads, gives = "token_dim", "embedding_dim"
     changeable = {"embedding_dim", "ridge"} | HeadModule.changeable
     made = "fitted"

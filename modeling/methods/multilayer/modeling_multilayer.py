@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.utils import ModelOutput, cached_file
 
 from .polyrep_fields import LAYERS, WIDTH, check_weight, checked, config_of, fields_of, keep, unless_given
-from .polyrep_folder import WholeWeights, read_settings, whole_encoder
+from .polyrep_folder import BESIDE_A_HEAD, WholeWeights, read_settings, whole_encoder
 from .polyrep_room import (
     HeadModule,
     Module,
@@ -180,6 +180,7 @@ class MultiLayerHead(WholeWeights, PreTrainedModel):
     """The head: a text's state at each chosen layer becomes its vector."""
 
     config_class = MultiLayerHeadConfig
+    _keys_to_ignore_on_load_unexpected = BESIDE_A_HEAD
     _supports_sdpa = _supports_flash_attn = True  # no attention here, whatever the encoder is asked for
 
     def __init__(self, config):
@@ -496,7 +497,7 @@ class MultiLayerPooling(HeadModule, Module):
         config: ``layers, pooling, token, normalize, pool_queries, projection, hidden_size``.
     """
 
-    head_class = MultiLayerHead
+    head_class, inside = MultiLayerHead, MultiLayerConfig.model_type
     reads = gives = "hidden_size"
     forward_kwargs = {"task"}
 
@@ -559,7 +560,7 @@ def _check_family(model, config: MultiLayerHeadConfig, owner: str) -> str:
     if wanted not in [family.__name__ for family in type(model).__mro__]:
         raise ValueError(
             f"{owner}: pooling={config.pooling!r} in a {type(model).__name__}, which would read another output. Open "
-            f"it as {wanted}."
+            f"it as {wanted}, or train a run that is one, multilayer-minilm{'-multi' * (config.pooling == 'multi')}."
         )
     return wanted
 

@@ -236,7 +236,7 @@ class MultiLayerObjective(_LayerContrast):
             output = self.model(features, task=task)
         if self.head_config.pooling == "multi":
             tokens = output["token_embeddings"]
-            return tokens[:, 0] if task == "query" else tokens, output["all_layer_embeddings"]
+            return tokens[:, 0] if task == "query" else tokens, output.get("all_layer_embeddings")
         return output["sentence_embedding"], output.get("all_layer_embeddings")
 
     @contextmanager

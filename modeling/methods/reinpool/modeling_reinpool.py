@@ -26,7 +26,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, initiali
 from transformers.utils import ModelOutput
 
 from .polyrep_fields import LAYERS, WIDTH, check_weight, checked, fields_of, keep
-from .polyrep_folder import WholeWeights
+from .polyrep_folder import BESIDE_A_HEAD, WholeWeights
 from .polyrep_room import HeadModule, MultiVectorEncoder, check_score
 from .polyrep_trunk import Trunk, TrunkTransformer, keep_trunk, stock_parts, trunk_parts
 
@@ -189,6 +189,7 @@ class ReinPoolModel(WholeWeights, PreTrainedModel):
     """The head: a filter over token vectors, and the pooling of what it keeps."""
 
     config_class = ReinPoolConfig
+    _keys_to_ignore_on_load_unexpected = BESIDE_A_HEAD
     _supports_sdpa = _supports_flash_attn = True  # so that it may sit behind any backbone
 
     def __init__(self, config):
@@ -568,7 +569,7 @@ class ReinPoolPooling(HeadModule, BaseTokenPooling):
     the unnormalised sum of the scored token vectors per query, and the dot product, which then equals MaxSim.
     """
 
-    head_class = ReinPoolModel
+    head_class, inside = ReinPoolModel, ReinPoolForRetrievalConfig.model_type
     reads = gives = "dim"
     changeable = {"num_vectors", "pooling", "output", "weights", "threshold", "min_keep", "quantization", "tasks"}
     changeable |= HeadModule.changeable

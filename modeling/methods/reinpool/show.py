@@ -53,11 +53,14 @@ def token_pieces(retriever: Any, document: Any) -> tuple[list[str], Tensor]:
         InputError: The retriever does not give one vector for each token.
     """
     pooling = next((module for module in retriever if isinstance(module, BaseTokenPooling)), None)
+    whole = getattr(retriever[0], "model", None)
+    pooling = getattr(whole, "head", None) if pooling is None and hasattr(whole, "trunk") else pooling
     names = ("input_ids", "attention_mask", "token_embeddings")
     caught: dict[str, Any] = {}
 
-    def catch(_: Any, inputs: tuple[dict[str, Any]]) -> None:
-        caught.update({name: inputs[0][name][0] for name in names if name in inputs[0]})  # the batch is one document
+    def catch(module: Any, inputs: tuple[Any, ...]) -> None:
+        given = inputs[0] if isinstance(module, BaseTokenPooling) else {names[2]: inputs[0], names[1]: inputs[1]}
+        caught.update({name: given[name][0] for name in names if name in given})  # the batch is one document
 
     hook = None if pooling is None else pooling.register_forward_pre_hook(catch)
     try:
@@ -65,7 +68,7 @@ def token_pieces(retriever: Any, document: Any) -> tuple[list[str], Tensor]:
     finally:
         if hook is not None:
             hook.remove()
-    found: list[Any] = [(features if pooling is None else caught).get(name) for name in names]
+    found: list[Any] = [(features | caught).get(name) for name in names]
     ids, mask, vectors = found
     if any(part is None for part in found) or not len(ids) == len(mask) == len(vectors):
         shapes = [f"{name} {'absent' if x is None else tuple(x.shape)}" for name, x in zip(names, found, strict=True)]
