@@ -126,6 +126,37 @@ def static_model() -> SentenceTransformer:
     return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=words.numpy())], device="cpu")
 
 
+@pytest.fixture
+def stock_run(tmp_path: Path) -> Path:
+    """A run of stock modules: late interaction as sentence-transformers has it, made for another width."""
+    run = tmp_path / "stock-run"
+    run.mkdir()
+    tokens = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
+    parts = {
+        "": "base.modules.transformer.Transformer",
+        "1_Dense": "base.modules.dense.Dense",
+        "2_MultiVectorMask": "multi_vector_encoder.modules.multi_vector_mask.MultiVectorMask",
+        "3_Normalize": "base.modules.normalize.Normalize",
+    }
+    modules = [Dense(384, 128, bias=False, activation_function=torch.nn.Identity(), **tokens), MultiVectorMask()]
+    for place, module in zip(list(parts)[1:], [*modules, Normalize(**tokens)], strict=True):
+        (run / place).mkdir()
+        module.save_config(str(run / place))
+    listing = [
+        {"idx": idx, "name": str(idx), "path": place, "type": f"sentence_transformers.{kind}"}
+        for idx, (place, kind) in enumerate(parts.items())
+    ]
+    (run / "modules.json").write_text(json.dumps(listing))
+    output = {"method": "forward", "method_output_name": "last_hidden_state"}
+    settings = {"modality_config": {"text": output}, "module_output_name": "token_embeddings", "max_seq_length": 256}
+    (run / "sentence_bert_config.json").write_text(json.dumps(settings))
+    family = {"model_type": "MultiVectorEncoder", "similarity_fn_name": "maxsim"}
+    (run / "config_sentence_transformers.json").write_text(json.dumps(family))
+    recipe = {"objective": "MultiVectorMultipleNegativesRankingLoss", "card": "late_interaction", "report_to": "none"}
+    (run / "recipe.yaml").write_text("# test\n" + json.dumps(recipe))
+    return run
+
+
 @pytest.fixture(scope="session")
 def toy_run(tmp_path_factory: pytest.TempPathFactory, backbone: Path) -> Path:
     """A run of the test room on the small data: a folder as under hub_configs/."""

@@ -16,7 +16,7 @@ from conftest import DOCUMENTS, QUERIES, run_python, write_beir
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
-from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, BertConfig, BertForMaskedLM, BertModel, BertTokenizer, PreTrainedTokenizerFast
 
@@ -344,9 +344,9 @@ def test_one_folder_gives_what_the_pipeline_gives(backbone, pooling, tmp_path):
 
 
 def test_a_backbone_with_more_modules_is_refused_for_one_folder(backbone, tmp_path):
-    model = SentenceTransformer(modules=[Transformer(str(backbone)), Pooling(32, "mean"), Dense(32, 8)], device="cpu")
+    model = SentenceTransformer(modules=[Transformer(str(backbone)), Pooling(32, "mean"), LayerNorm(32)], device="cpu")
     model.save_pretrained(str(tmp_path))
-    with pytest.raises(ValueError, match="Transformer . Pooling . Dense.*--pipeline true"):
+    with pytest.raises(ValueError, match="Transformer . Pooling . LayerNorm.*--pipeline true"):
         Dense2SparseForRetrieval.from_encoder(str(tmp_path))
 
 
@@ -673,7 +673,7 @@ def test_without_labels_judgments_have_no_influence(trained, run, tmp_path):
 
 
 def test_a_backbone_of_more_modules_trains_as_a_pipeline(run, backbone, tmp_path):
-    model = SentenceTransformer(modules=[Transformer(str(backbone)), Pooling(32, "mean"), Dense(32, 16)], device="cpu")
+    model = SentenceTransformer(modules=[Transformer(str(backbone)), Pooling(32, "mean"), LayerNorm(32)], device="cpu")
     model.save_pretrained(str(tmp_path / "wide"))
     flags = ["--backbone", str(tmp_path / "wide"), "--output_dir", str(tmp_path / "out"), "--save_strategy", "no"]
     with pytest.raises(InputError, match="--pipeline true"):

@@ -97,7 +97,7 @@ def test_the_wheel_holds_the_package_and_its_data_and_nothing_at_the_top_level(t
     }
     assert modules <= set(names)
     assert "polyrep/model_cards/late_interaction.md" in names
-    assert "polyrep/hub_configs/late-interaction-minilm/1_Dense/config.json" in names
+    assert "polyrep/hub_configs/late-interaction-minilm/sentence_bert_config.json" in names
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))
     assert "polyrep = polyrep.cli:main" in zipfile.ZipFile(next(tmp_path.glob("*.whl"))).read(entry_points).decode()
 

@@ -133,7 +133,7 @@ def test_what_is_trained_on_such_a_model_pads_wherever_it_is_opened(unpadded, tm
     short = ["--max_steps", "1", "--per_device_train_batch_size", "2", "--bf16", "false"]
     words = ["--backbone", str(unpadded), "--datasets", str(data), *short]
     assert main(["train", "late-interaction-minilm", *words, "--output_dir", "late", "--freeze", "wpe"]) == 0
-    model = MultiVectorEncoder("late/final", device="cpu")
+    model = MultiVectorEncoder("late/final", device="cpu", trust_remote_code=True)
     assert model.tokenizer.pad_token == "<end>" and len(model.encode_document(list(DOCUMENTS.values()))) == 5
     assert main(["train", "reinpool-minilm", *words, "--backbone", "late/final", "--output_dir", "head"]) == 0
     assert AutoTokenizer.from_pretrained("head/final", trust_remote_code=True).pad_token == "<end>"

@@ -563,7 +563,7 @@ def test_a_head_pools_for_one_call(multi_vector_model, head):
 
 def test_a_saved_pipeline_opens_and_its_head_opens_through_automodel(multi_vector_model, head, tmp_path):
     model = attached(multi_vector_model, head)
-    folder = polyrep.save(model, tmp_path / "pipeline")
+    folder = polyrep.save(model, tmp_path / "pipeline", form="pipeline")
     opened = polyrep.load(folder, trust_remote_code=True, device="cpu")
     for ours, theirs in zip(opened.encode_document(TEXTS), model.encode_document(TEXTS), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
@@ -684,8 +684,8 @@ def test_a_head_opens_with_other_settings_but_not_with_another_shape(tmp_path):
 
 
 def test_a_pipeline_is_not_taken_for_its_head(backbone, head, tmp_path):
-    polyrep.save(attached(late_interaction(backbone, "plain"), head), tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"holds a model of type 'bert', not a polyrep_reinpool head.*subfolder="):
+    polyrep.save(attached(late_interaction(backbone, "plain"), head), tmp_path / "saved", form="pipeline")
+    with pytest.raises(ValueError, match=r"holds a model of type 'pipeline', not a polyrep_reinpool head.*subfolder="):
         ReinPoolPooling.from_pretrained(tmp_path / "saved", num_vectors=4)
     module = json.loads((tmp_path / "saved" / "modules.json").read_text())[-1]["path"]
     opened = ReinPoolPooling.from_pretrained(tmp_path / "saved", subfolder=module)

@@ -16,6 +16,8 @@ import torch
 from conftest import CLI, run_two_processes, write_beir
 from room_examples import EXAMPLES, RUNS, behind
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 from polyrep.cli import main
@@ -64,7 +66,9 @@ def trained(
     """Four steps, with a checkpoint after each two."""
     (room, _), tiny = request.param, RUNS[request.param]
     root = tmp_path_factory.mktemp("runs")
-    stands_on = behind(EXAMPLES[room](backbone, tmp_path_factory.mktemp("example")).models["pipeline"])
+    example = EXAMPLES[room](backbone, tmp_path_factory.mktemp("example"))
+    pipeline = example.models.get("pipeline")
+    stands_on = behind(pipeline) if pipeline else SentenceTransformer(modules=[Transformer(str(backbone))])
     if len(stands_on) == 1:  # behind a bare encoder, where the method takes the place of the pooling
         stands_on.append(Pooling(stands_on[0].get_embedding_dimension(), "mean"))
     stands_on.save_pretrained(str(root / "backbone"))

@@ -271,7 +271,8 @@ def test_the_shipped_recipe_resolves_and_any_flag_overrides(tmp_path):
     build(plan, folder)
     model = polyrep.load(folder)
     assert isinstance(model, MultiVectorEncoder)
-    assert [type(m).__name__ for m in model] == ["Transformer", "Dense", "MultiVectorMask", "Normalize"]
+    assert [type(m).__name__ for m in model] == ["LateInteractionTransformer"]
+    assert [part["type"] for part in model[0].model.config.trunk] == ["Dense", "MultiVectorMask", "Normalize"]
     assert model.max_seq_length == 256
     vectors = model.encode_document(["list open ports"])[0]
     assert vectors.shape[1] == 128
@@ -433,11 +434,10 @@ def test_a_stock_loss_is_answered_for_and_a_loss_that_answers_by_itself_must_inh
         contract(type("Halfway", (torch.nn.Module,), {"prepare": lambda self, data: data}))
 
 
-def test_stock_modules_are_made_for_the_width_of_the_backbone(backbone, toy_run, tmp_path, capsys):
-    """The shipped recipe is of 384 numbers, the backbone has 32."""
+def test_stock_modules_are_made_for_the_width_of_the_backbone(backbone, toy_run, stock_run, tmp_path, capsys):
+    """The run is of 384 numbers, the backbone has 32."""
     data = json.loads((toy_run / "recipe.yaml").read_text()[7:])["datasets"][0]
-    run = tmp_path / "late-interaction"
-    shutil.copytree(recipes.plan_of("late-interaction-minilm").run, run)
+    run = stock_run
     words = [str(run), "--backbone", str(backbone), "--datasets", data, "--output_dir", str(tmp_path / "out")]
     words += ["--max_steps", "1", "--max_length", "16", "--bf16", "false", "--per_device_train_batch_size", "2"]
     assert main(["train", *words, "--dry_run"]) == 0 and main(["train", *words]) == 0

@@ -306,8 +306,8 @@ def test_a_run_of_a_head_names_no_module_of_its_own(evil, multi_vector_model, tm
 
 
 @pytest.mark.parametrize("name", ["os.abort", "evil.Thing", "torch.hub.load", "torch.nn.Threshold", "Tanh"])
-def test_a_run_names_no_activation_but_those_of_torch(backbone, beir, evil, tmp_path, capsys, name):
-    run = shutil.copytree(ROOT / "hub_configs" / "late-interaction-minilm", tmp_path / "run")
+def test_a_run_names_no_activation_but_those_of_torch(backbone, beir, evil, stock_run, tmp_path, capsys, name):
+    run = stock_run
     mark = evil(run)
     edit(run / "1_Dense" / "config.json", activation_function=name)
     flags = ["--backbone", str(backbone), "--datasets", str(beir), "--split", "test", "--hard_negatives", "0"]
@@ -317,16 +317,16 @@ def test_a_run_names_no_activation_but_those_of_torch(backbone, beir, evil, tmp_
 
 
 @pytest.mark.parametrize("setting", ["model_args", "config_kwargs", "backend", "tokenizer_name_or_path"])
-def test_a_run_opens_nothing_else_than_the_backbone(backbone, beir, tmp_path, capsys, setting):
-    run = shutil.copytree(ROOT / "hub_configs" / "late-interaction-minilm", tmp_path / "run")
+def test_a_run_opens_nothing_else_than_the_backbone(backbone, beir, stock_run, tmp_path, capsys, setting):
+    run = stock_run
     edit(run / "sentence_bert_config.json", **{setting: {"trust_remote_code": True}})
     flags = ["--backbone", str(backbone), "--datasets", str(beir), "--split", "test", "--hard_negatives", "0"]
     assert train(run, tmp_path / "out", *flags) == 2
     assert f"{setting!r} is no setting that a run may make" in capsys.readouterr().err
 
 
-def test_a_module_outside_of_the_run_is_refused(backbone, beir, tmp_path, capsys):
-    run = shutil.copytree(ROOT / "hub_configs" / "late-interaction-minilm", tmp_path / "run")
+def test_a_module_outside_of_the_run_is_refused(backbone, beir, stock_run, tmp_path, capsys):
+    run = stock_run
     listing = json.loads((run / "modules.json").read_text())
     listing[1]["path"] = "../elsewhere"
     (run / "modules.json").write_text(json.dumps(listing))

@@ -90,7 +90,7 @@ def one_folder(
         module_output_name=output,
         unpad_inputs=False,
     )
-    score = "maxsim" if output == "token_embeddings" else "dot"
+    score: Any = "maxsim" if output == "token_embeddings" else "dot"
     whole: Any = family(modules=[opened], similarity_fn_name=score, device="cpu")
     whole.module_kwargs = {"0": list(keywords)}
     return whole

@@ -139,7 +139,8 @@ def unfold(model: Encoder, room: Room) -> Encoder:
             unpad_inputs=False,
             **{key: read[key] for key in _KEPT if read.get(key)},
         )
-    return type(model)(
+    family: Any = type(model)
+    return family(
         modules=[transformer, *behind],
         prompts=model.prompts,
         similarity_fn_name=model.similarity_fn_name,

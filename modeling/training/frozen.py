@@ -204,8 +204,8 @@ def _untrained_head(
             head, tokenizer = room.head_from_words(settings.vocabulary, backbone, **config)
         else:
             head = head_class.from_backbone(backbone, **config)
-        if settings.pipeline and not settings.head_only:  # what does not fit together should say so before training
-            assert room.module
+        if _behind_modules(plan, backbone) and not settings.head_only:
+            assert room.module  # what does not fit together should say so before training
             family_of(plan.run)(modules=[*backbone.children(), room.module(copy.deepcopy(head))])
     return head, tokenizer
 
@@ -249,17 +249,25 @@ def _cached_pairs(
 def with_backbone(plan: Plan, head: PreTrainedModel, backbone: Encoder) -> Encoder:
     """The trained head and its backbone as one retriever, with the backbone's prompts and length."""
     assert plan.room and plan.head
-    if plan.head.pipeline:
-        assert plan.room.module
-        recipe = plan.recipe  # opened afresh: for encoding, its weights may have been halved
-        folder = fetch(recipe.backbone, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-        whole: Any = load(folder, trust_remote_code=recipe.trust_remote_code)
-        model = family_of(plan.run)(modules=[*whole.children(), plan.room.module(head)], prompts=whole.prompts)
-        if plan.head.max_length:
-            model.max_seq_length = plan.head.max_length
-        return model
+    recipe = plan.recipe
     with tempfile.TemporaryDirectory() as scratch:
-        build(plan, Path(scratch) / "model", head)
-        model = load(Path(scratch) / "model", trust_remote_code=plan.recipe.trust_remote_code)
+        made = Path(scratch) / "model"
+        if _behind_modules(plan, backbone):
+            assert plan.room.module
+            # Opened afresh: for encoding, its weights may have been halved.
+            folder = fetch(recipe.backbone, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+            whole: Any = load(folder, trust_remote_code=recipe.trust_remote_code)
+            modules = [*whole.children(), plan.room.module(head)]
+            model = family_of(plan.run)(modules=modules, prompts=whole.prompts)
+            save(model, made, readme="", form="pipeline" if plan.head.pipeline else "folder")
+        else:
+            build(plan, made, head)
+        model = load(made, trust_remote_code=recipe.trust_remote_code)
     model.prompts, model.max_seq_length = backbone.prompts, backbone.max_seq_length
     return model
+
+
+def _behind_modules(plan: Plan, backbone: Encoder) -> bool:
+    """Whether a head is put behind the backbone's own modules, from which one folder may then be made."""
+    assert plan.head
+    return plan.head.pipeline or type(backbone) is MultiVectorEncoder

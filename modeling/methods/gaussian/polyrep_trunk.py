@@ -280,13 +280,22 @@ def _parts_of(stock: list, tokenizer, refuse, kinds: tuple = tuple(_FIELDS), pla
     return parts, maps
 
 
+_OF_NO_ENCODER = {
+    *("modality", "num_images_per_sample", "num_videos_per_sample", "prompt_length", "sentence_embedding"),
+    *("offset_mapping", "overflow_to_sample_mapping", "special_tokens_mask"),
+}
+"""What sentence-transformers and tokenizers say beside the inputs."""
+
+
 class Trunk:
     """Texts or pages to token vectors and the mask of those that are scored; beside PreTrainedModel."""
 
     def add_trunk(self, config: PretrainedConfig) -> None:
         """Make encoder and modules, in the constructor."""
         self.encoder = new_trunk_encoder(config.encoder_config)
-        self._reads = frozenset(inspect.signature(self.encoder.forward).parameters)
+        named = inspect.signature(self.encoder.forward).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in named.values())
+        self._reads = None if takes_any else frozenset(named)
         self.trunk, width = nn.ModuleList(), encoder_width(config.encoder_config)
         for part in config.trunk:
             if part["type"] == "Dense":
@@ -337,7 +346,7 @@ class Trunk:
             attention_mask: ``(batch, tokens)``; default: all tokens count.
             task: "query", else a document.
             query_expansion_positions: ``(batch, tokens)``, true for tokens that lengthen a query.
-            inputs: What else the encoder reads, such as ``pixel_values``; anything else is left.
+            inputs: What else the encoder reads, such as ``pixel_values``.
 
         Returns:
             ``(batch, tokens, width)``, and ``(batch, tokens)``, True for vectors that count in a score.
@@ -347,8 +356,11 @@ class Trunk:
             attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
-        read = {name: value for name, value in inputs.items() if name in self._reads and value is not None}
-        output = self.encoder(**read, return_dict=True)
+        for name, value in list(inputs.items()):
+            unread = name in _OF_NO_ENCODER if self._reads is None else name not in self._reads
+            if unread or value is None:
+                del inputs[name]
+        output = self.encoder(**inputs | {"return_dict": True})
         vectors = output.embeddings if _retrieval(self.config.encoder_config) else output.last_hidden_state
         mask = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
         if attention_mask is not None:

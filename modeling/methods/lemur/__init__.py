@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ...hub.forms import processor_of
 from ...registry import Graph, Room, register
 from .index import LemurIndex
 from .modeling_lemur import (
@@ -39,7 +38,6 @@ register(
         model=LemurForRetrieval,
         head=LemurModel,
         transformer=LemurTransformer,
-        load_processor=processor_of,
         module=LemurPooling,
         objectives={"LemurObjective": LemurObjective},
         card="lemur",

@@ -53,7 +53,6 @@ def build(backbone: Path, scratch: Path) -> Example:
                 r"names 13, .* 12 layers.* 0 \(embeddings\) to 12 .*-13 to -1",
             ),
             (MultiLayerConfig, {"layers": [-1, -14]}, "names -14"),
-            (MultiLayerConfig, {"pooling": "multi"}, "MultiVectorEncoder"),
             (MultiLayerHeadConfig, {"pooling": "max"}, "self_contrastive, last, mean, scalar_mix, linear, multi"),
             (MultiLayerHeadConfig, {"token": "max"}, "token='max'.*mean, cls"),
             (MultiLayerHeadConfig, {"layers": [-1], "pooling": "mean"}, "nothing to pool"),

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from ...hub.forms import processor_of
 from ...registry import Graph, Room, register
 from .modeling_reinpool import (
     ReinPoolConfig,
@@ -39,7 +38,6 @@ register(
         model=ReinPoolForRetrieval,
         head=ReinPoolModel,
         transformer=ReinPoolTransformer,
-        load_processor=processor_of,
         module=ReinPoolPooling,
         objectives={"SoftGateObjective": SoftGateObjective, "ReinforceObjective": ReinforceObjective},
         card="reinpool",
