@@ -8,6 +8,7 @@ references to the installed package into the copy of the code that the folder ca
 from __future__ import annotations
 
 import importlib.resources
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ from .fingerprint import weight_files
 from .forms import FORMS, Encoder, fold, own_room, plain_room, room_behind, save_pipeline, unfold, write_folder
 from .reading import ready_to_read
 from .weights import PREFIX, check_loaded, check_sizes, check_weight_files, module_folders, projection
+
+logger = logging.getLogger(__name__)
 
 FAMILIES: dict[str, type[Encoder]] = {
     family.__name__: family for family in (SentenceTransformer, SparseEncoder, MultiVectorEncoder)
@@ -284,6 +287,7 @@ def _write(model: Encoder | PreTrainedModel, folder: Path, form: str | None, opt
         except ValueError as error:
             if form:
                 raise InputError(f"form='folder': {error}") from error
+            logger.info("%s: written as modules, since one folder cannot hold them: %s", folder, error)
     elif form == "folder" and not own_room(model):
         raise InputError(
             f"form='folder': {' + '.join(type(module).__name__ for module in model)} has no head of a method of "

@@ -16,7 +16,7 @@ import torch
 import transformers
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Transformer
-from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import AutoProcessor, PretrainedConfig, PreTrainedModel
 
 from ..errors import InputError, refusals
@@ -71,8 +71,8 @@ def fold(model: Encoder, room: Room) -> PreTrainedModel:
     if not room.module:
         return retriever.from_modules(model)
     *modules, last = model.children()
-    several = type(model) is MultiVectorEncoder or any(isinstance(part, MultiVectorMask) for part in modules)
-    family: Any = MultiVectorEncoder if several else SentenceTransformer
+    pooled = any(isinstance(part, Pooling) for part in modules)
+    family: Any = SentenceTransformer if pooled else MultiVectorEncoder
     backbone = family(modules=modules, prompts=model.prompts, device=str(model.device))
     return retriever.from_modules(backbone, head=last.model)
 

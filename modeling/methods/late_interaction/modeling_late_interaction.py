@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from .polyrep_fields import WIDTH, checked, keep
 from .polyrep_folder import WholeWeights
-from .polyrep_room import MultiVectorEncoder, SentenceTransformer
+from .polyrep_room import SentenceTransformer
 from .polyrep_trunk import Trunk, TrunkTransformer, keep_trunk, stock_parts, trunk_parts
 
 
@@ -135,8 +135,8 @@ class LateInteractionTransformer(TrunkTransformer):
     """The stock Transformer around a LateInteractionModel, which only a MultiVectorEncoder reads."""
 
     def on_model_ready(self, model):
-        """Refuse a model of one vector a text."""
-        if type(model).__name__ != MultiVectorEncoder.__name__:
+        """Refuse a model of one vector a text, unless something behind makes one."""
+        if list(model)[-1] is self and type(model).__name__ != "MultiVectorEncoder":
             raise ValueError(
                 f"LateInteractionTransformer: gives a vector a token, which a {type(model).__name__} does not read. "
                 "Open it as MultiVectorEncoder."

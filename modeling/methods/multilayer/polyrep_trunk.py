@@ -474,8 +474,8 @@ class Pipeline:
         family = read_settings(Path(cached_file(name, "config_sentence_transformers.json", **where)))["model_type"]
         names = [part["type"].rpartition(".")[2] for part in listing]
         raise ValueError(
-            f"{name}: is a pipeline of {', '.join(names)}, of which AutoModel and AutoTokenizer would open the first "
-            f"alone and give its vectors for the method's. Use sentence_transformers.{family}({str(name)!r}, "
+            f"{name}: is a pipeline of {', '.join(names)}, of which AutoModel would open the first alone and give "
+            f"its vectors for the method's. Use sentence_transformers.{family}({str(name)!r}, "
             f"trust_remote_code=True); by itself the backbone is in the subfolder {listing[0]['path']!r}, and the "
             f"head in {listing[-1]['path']!r}."
         )

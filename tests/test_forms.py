@@ -1,0 +1,309 @@
+"""A whole model as one folder and as modules: equal vectors, or a refusal where one folder cannot hold it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import DOCUMENTS, QUERIES
+from room_examples import EXAMPLES
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
+from sentence_transformers.base.modules import Dense, Normalize, Transformer
+from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
+from transformers import AutoModel, AutoTokenizer
+
+import polyrep
+from polyrep import InputError
+from polyrep.methods import (
+    Dense2SparseModel,
+    Dense2SparsePooling,
+    GaussianPooling,
+    LateInteractionModel,
+    LemurConfig,
+    LemurModel,
+    LemurPooling,
+    ReinPoolConfig,
+    ReinPoolModel,
+    ReinPoolPooling,
+)
+from polyrep.registry import ROOMS
+
+TOKENS: Any = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
+ASKED, TEXTS = list(QUERIES.values()), list(DOCUMENTS.values())
+
+
+def dense(width: int, out: int, place: Any = TOKENS, **settings: Any) -> Dense:
+    return Dense(width, out, **{"bias": False, "activation_function": torch.nn.Identity()} | place | settings)
+
+
+BEHIND: dict[str, Any] = {
+    "bare": lambda ids: [],
+    "narrow": lambda ids: [dense(32, 16), MultiVectorMask(), Normalize(**TOKENS)],
+    "two maps": lambda ids: [
+        dense(32, 24, bias=True, activation_function=torch.nn.Tanh(), use_residual=True),
+        dense(24, 24, use_residual=True),
+        Normalize(**TOKENS),
+    ],
+    "unit length twice": lambda ids: [Normalize(**TOKENS), MultiVectorMask(), dense(32, 16), Normalize(**TOKENS)],
+    "skip list": lambda ids: [
+        dense(32, 16),
+        MultiVectorMask(skiplist_words=[":", "a", "##s", "no such token"], skiplist_tasks=["query", "document"]),
+    ],
+    "patches": lambda ids: [MultiVectorMask(keep_only_token_ids=ids), Normalize(**TOKENS)],
+    "query expansion": lambda ids: [dense(32, 16), MultiVectorMask(), Normalize(**TOKENS)],
+}
+
+
+def late_interaction(backbone: Path, kind: str) -> MultiVectorEncoder:
+    torch.manual_seed(1)
+    expansion: Any = {"strategy": "fixed", "attend": False, "length": 24} if kind == "query expansion" else None
+    first = Transformer(str(backbone), query_expansion=expansion)
+    ids = [first.tokenizer.get_vocab()[word] for word in ("file", "##s", "##e", "list")]
+    return MultiVectorEncoder(modules=[first, *BEHIND[kind](ids)], prompts={"query": "list "}, device="cpu")
+
+
+def attached(backbone: Any, method: str) -> Any:
+    """A backbone with a random head behind it."""
+    torch.manual_seed(2)
+    width = backbone.get_embedding_dimension()
+    if method == "lemur":
+        head = LemurModel(LemurConfig(token_dim=width, latent_dim=24, num_anchors=40, rank=12, embedding_dim=10))
+        with torch.no_grad():
+            head.anchors.copy_(torch.nn.functional.normalize(torch.randn(40, width), dim=-1))
+            for map_ in (head.query_map, head.document_map):
+                map_.normal_()
+        modules = [*backbone.children(), LemurPooling(head)]
+        return SentenceTransformer(modules=modules, prompts=backbone.prompts, device="cpu")
+    single = method == "reinpool-one"
+    output = {"output": "sentence_embedding"} if single else {"num_vectors": 3, "pooling": "kmeans", "refinement": 1}
+    pooling = ReinPoolPooling(ReinPoolModel(ReinPoolConfig(dim=width, projection=True, **output)))
+    with torch.no_grad():
+        for parameter in pooling.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    family: Any = SentenceTransformer if single else MultiVectorEncoder
+    return family(modules=[*backbone.children(), pooling], prompts=backbone.prompts, device="cpu")
+
+
+def vectors(model: Any, task: str) -> list[np.ndarray]:
+    found = model.encode_query(ASKED) if task == "query" else model.encode_document(TEXTS)
+    return [np.asarray(v.to_dense() if isinstance(v, torch.Tensor) else v) for v in found]
+
+
+def assert_alike(ours: Any, theirs: Any) -> None:
+    for task in ("query", "document"):
+        for one, other in zip(vectors(ours, task), vectors(theirs, task), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("method", ["reinpool", "reinpool-one", "lemur"])
+@pytest.mark.parametrize("kind", BEHIND)
+def test_one_folder_gives_the_vectors_of_its_modules_to_the_bit(backbone, tmp_path, kind, method):
+    model = attached(late_interaction(backbone, kind), method)
+    folder = polyrep.save(model, tmp_path / "folder")
+    opened = polyrep.load(folder)
+    assert len(opened) == 1 and opened.prompts == model.prompts and type(opened) is type(model)
+    assert opened.get_embedding_dimension() == model.get_embedding_dimension()
+    assert_alike(opened, model)
+    modules = polyrep.load(polyrep.save(opened, tmp_path / "modules", form="pipeline"))
+    names = [type(module).__name__ for module in modules]
+    assert names == ["Backbone", *(type(module).__name__ for module in list(model)[1:])]
+    assert_alike(modules, model)
+    again = polyrep.save(modules, tmp_path / "again", form="folder")
+    assert polyrep.hub.fingerprint(again) == polyrep.hub.fingerprint(folder)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BEHIND if kind != "query expansion"])
+def test_automodel_gives_the_vectors_and_which_of_them_count(backbone, tmp_path, kind):
+    model = attached(late_interaction(backbone, kind), "reinpool")
+    folder = polyrep.save(model, tmp_path / "folder")
+    whole = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    for task, texts in (("query", [f"list {text}" for text in ASKED]), ("document", TEXTS)):
+        with torch.no_grad():
+            output = whole(**tokenizer(texts, padding=True, return_tensors="pt"), task=task)
+        assert (output.keep_probability is None) == (task == "query")
+        for row, mask, expected in zip(output.token_embeddings, output.mask, vectors(model, task), strict=True):
+            np.testing.assert_allclose(row[mask], expected, atol=1e-6)
+
+
+def test_stock_modules_of_late_interaction_become_one_folder_and_are_stock_again(backbone, tmp_path):
+    model = late_interaction(backbone, "skip list")
+    stock = polyrep.save(model, tmp_path / "stock")
+    assert not list(stock.glob("*.py"))
+    folder = polyrep.save(model, tmp_path / "folder", form="folder")
+    assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)) is LateInteractionModel
+    opened = polyrep.load(folder)
+    assert_alike(opened, model)
+    again = polyrep.save(opened, tmp_path / "again", form="pipeline")
+    assert not list(again.glob("*.py"))
+    assert_alike(MultiVectorEncoder(str(again), device="cpu"), model)
+    assert [part["type"] for part in json.loads((again / "modules.json").read_text())] == [
+        part["type"] for part in json.loads((stock / "modules.json").read_text())
+    ]
+
+
+def test_a_head_stands_on_late_interaction_in_one_folder(backbone, tmp_path):
+    model = late_interaction(backbone, "narrow")
+    folder = polyrep.load(polyrep.save(model, tmp_path / "late", form="folder"))
+    ours, theirs = attached(folder, "lemur"), attached(model, "lemur")
+    opened = polyrep.load(polyrep.save(ours, tmp_path / "whole"))
+    assert type(opened[0].model).__name__ == "LemurForRetrieval"
+    assert_alike(opened, theirs)
+
+
+SENTENCE: Any = {"module_input_name": "sentence_embedding"}
+DENSE: dict[str, Any] = {
+    "pooled": [],
+    "unit": [Normalize()],
+    "map": [dense(32, 16, SENTENCE, bias=True, activation_function=torch.nn.Tanh())],
+    "unit, map, unit": [Normalize(), dense(32, 24, SENTENCE), Normalize()],
+}
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("kind", DENSE)
+@pytest.mark.parametrize("method", ["gaussian", "gaussian, as it is", "dense2sparse"])
+def test_heads_on_pooled_vectors_take_what_stands_behind_the_pooling(backbone, tmp_path, method, kind, pooling):
+    torch.manual_seed(3)
+    modules = [Transformer(str(backbone)), Pooling(32, pooling), *DENSE[kind]]
+    model = SentenceTransformer(modules=modules, device="cpu")
+    width: Any = model.get_embedding_dimension()
+    if method == "dense2sparse":
+        head = Dense2SparseModel.from_backbone(model, query_top_k=20, document_top_k=30, average_length=5.0)
+        with torch.no_grad():
+            head.vocabulary.bias.normal_()
+        whole: Any = SparseEncoder(modules=[*model.children(), Dense2SparsePooling(head)], device="cpu")
+    else:
+        last = GaussianPooling(input_dim=width, mean_dim=width // 2, normalize_input=method == "gaussian")
+        with torch.no_grad():
+            last.model.mean_map.add_(torch.randn_like(last.model.mean_map) * 0.3)
+            last.model.variance_map.add_(torch.randn_like(last.model.variance_map) * 0.3)
+        whole = SentenceTransformer(modules=[*model.children(), last], device="cpu")
+    opened = polyrep.load(polyrep.save(whole, tmp_path / "folder", form="folder"))
+    assert len(opened) == 1
+    modules = polyrep.load(polyrep.save(opened, tmp_path / "modules", form="pipeline"))
+    for ours in (opened, modules):
+        for task in ("query", "document"):  # the head may normalise what a module did before it
+            for one, other in zip(vectors(ours, task), vectors(whole, task), strict=True):
+                np.testing.assert_allclose(one, other, atol=2e-5, rtol=1e-4)
+
+
+def other_module(backbone: Path) -> Any:
+    return attached(MultiVectorEncoder(modules=[Transformer(str(backbone)), _Doubled()], device="cpu"), "reinpool")
+
+
+class _Doubled(LayerNorm):
+    """A module that is in no list: of its own class, and on token vectors."""
+
+    def __init__(self) -> None:
+        super().__init__(32)
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        return {**features, "token_embeddings": features["token_embeddings"] * 2}
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "another module": (other_module, "_Doubled is no such module"),
+    "lower case": (
+        lambda backbone: attached(
+            MultiVectorEncoder(modules=[Transformer(str(backbone), do_lower_case=True)], device="cpu"), "reinpool"
+        ),
+        "makes texts lower-case",
+    ),
+    "another place": (
+        lambda backbone: attached(
+            MultiVectorEncoder(
+                modules=[Transformer(str(backbone)), Normalize(module_input_name="elsewhere")],
+                device="cpu",
+            ),
+            "reinpool",
+        ),
+        "Normalize works on elsewhere",
+    ),
+    "pooled in two ways": (
+        lambda backbone: SentenceTransformer(
+            modules=[Transformer(str(backbone)), Pooling(32, ("mean", "cls")), GaussianPooling(input_dim=64)],
+            device="cpu",
+        ),
+        r"pooling \('mean', 'cls'\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_one_folder_cannot_hold_stays_modules_and_its_root_refuses(backbone, tmp_path, case):
+    make, words = REFUSED[case]
+    model = make(backbone)
+    with pytest.raises(InputError, match=f"form='folder': .*{words}"):
+        polyrep.save(model, tmp_path / "folder", form="folder")
+    assert not (tmp_path / "folder").exists()
+    if case == "another module":  # of the test, which no folder can carry
+        return
+    folder = polyrep.save(model, tmp_path / "modules")
+    with pytest.raises(ValueError, match=r"is a pipeline of Backbone, .*trust_remote_code=True.*'0_Backbone'"):
+        AutoModel.from_pretrained(folder, trust_remote_code=True)
+    with pytest.raises((ValueError, OSError)):
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    assert_alike(polyrep.load(folder), model)
+
+
+def test_forms_that_a_model_cannot_have_are_refused(backbone, sentence_model, tmp_path):
+    with pytest.raises(InputError, match="form='onnx': is no form of a model. Use folder or pipeline"):
+        polyrep.save(sentence_model, tmp_path / "x", form="onnx")
+    with pytest.raises(InputError, match=r"form='folder': Transformer \+ Pooling.*has no head of a method"):
+        polyrep.save(sentence_model, tmp_path / "x", form="folder")
+    example = EXAMPLES["polyrep_gaussian"](backbone, tmp_path)
+    with pytest.raises(InputError, match="variance_from='var_token' is no vector that stock modules give"):
+        polyrep.save(example.models["retriever"], tmp_path / "x", form="pipeline")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_head_is_taken_out_of_a_whole_models_folder(backbone, tmp_path):
+    taken = 0
+    for name, build in EXAMPLES.items():
+        room = ROOMS[name]
+        if not room.transformer or not room.module:
+            continue
+        scratch = tmp_path / name
+        scratch.mkdir()
+        for kind, model in build(backbone, scratch).models.items():
+            folder = polyrep.save(model, scratch / f"{kind} saved")
+            door: Any = room.module
+            head = door.from_pretrained(str(folder)).model
+            expected = polyrep.load(folder)[0].model.head.state_dict()
+            assert type(head) is door.head_class and type(head.config) is door.head_class.config_class
+            assert head.state_dict().keys() == expected.keys()
+            assert all(torch.equal(value, expected[key]) for key, value in head.state_dict().items())
+            taken += 1
+    assert taken >= 8
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("trunk", [{"type": "Normalize"}] * 65),
+        ("trunk", [{"type": "Dense", "out_features": 10**9}]),
+        ("trunk", {"type": "Dense"}),
+        ("trunk", [{"type": "MultiVectorMask", "keep_only_token_ids": [1.5]}]),
+        ("encoder_config", {"model_type": "bert", "hidden_size": 0}),
+    ],
+)
+def test_a_damaged_trunk_is_refused_by_field(backbone, tmp_path, field, value):
+    folder = polyrep.save(attached(late_interaction(backbone, "narrow"), "reinpool"), tmp_path / "folder")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(ValueError, match=f"ReinPoolForRetrievalConfig: {field}"):
+        AutoModel.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_a_head_of_another_width_is_refused_by_the_whole_models_config(backbone, tmp_path):
+    folder = polyrep.save(attached(late_interaction(backbone, "narrow"), "reinpool"), tmp_path / "folder")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dim": 8, "num_heads": 2}))
+    with pytest.raises(ValueError, match="dim=8, but encoder and trunk give token vectors of width 16"):
+        AutoModel.from_pretrained(folder, trust_remote_code=True)
