@@ -44,10 +44,12 @@ def _grades_found(dataset: RetrievalDataset, ranking: Ranking) -> np.ndarray:
     order = np.lexsort((ranks[positions], -scores.astype(np.float32)), axis=1)[:, :DEEPEST]
     positions = np.take_along_axis(positions, order, 1)
     place = {identifier: number for number, identifier in enumerate(dataset.corpus)}
-    judged = [
+    judged = [(-1, 0)]  # so that there is one
+    judged += [
         (query * len(place) + place[document], grade)
         for query, identifier in enumerate(dataset.queries)
         for document, grade in dataset.qrels[identifier].items()
+        if document in place  # of the others, which no ranking finds, the best ranking has them
     ]
     keys, grades = np.array(sorted(judged), np.int64).T  # of query and document together, in rising order
     wanted = np.arange(len(positions))[:, None] * len(place) + positions
@@ -58,7 +60,7 @@ def _grades_found(dataset: RetrievalDataset, ranking: Ranking) -> np.ndarray:
 def _best_grades(dataset: RetrievalDataset) -> np.ndarray:
     """Judgments of each query in falling order, as the best of all rankings finds them: ``(queries, most)``."""
     judged = [sorted(dataset.qrels[query].values(), reverse=True) for query in dataset.queries]
-    best = np.zeros((len(judged), max(map(len, judged))), np.int64)
+    best = np.zeros((len(judged), max(1, *map(len, judged))), np.int64)
     for row, grades in zip(best, judged, strict=True):
         row[: len(grades)] = grades
     return best

@@ -37,6 +37,13 @@ FORMAT = "polyrep-index-1"
 MANIFEST = "polyrep.json"
 
 
+REMEDIES = {
+    "seismic": "Its package has a wheel for Python 3.11 on Linux x86-64 with glibc 2.34: there run "
+    '`pip install "polyrep[seismic]"`. Elsewhere `pip install pyseismic-lsr` compiles it, for which it wants Rust.'
+}
+"""How to get what the extra ``search`` does not bring."""
+
+
 def package(name: str) -> Any:
     """An engine's package.
 
@@ -46,9 +53,8 @@ def package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise InputError(
-            f'{name}: not installed, so this back end cannot work. Run `pip install "polyrep[search]"`.'
-        ) from None
+        remedy = REMEDIES.get(name, 'Run `pip install "polyrep[search]"`.')
+        raise InputError(f"{name}: not installed, so this back end cannot work. {remedy}") from None
 
 
 def folder_of(parts: SplitResult) -> Path:
