@@ -245,7 +245,9 @@ class Table:
     def __init__(self, path: Path):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        self.rows = (
+            [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        )
 
     def has(self, system: str, size: int) -> bool:
         """Whether this was measured."""

@@ -156,7 +156,7 @@ def together(count: int, call: Callable[[], None]) -> None:
 
 def resident(pid: int) -> int:
     """Bytes of a process in memory."""
-    (kilobytes,) = re.findall(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    (kilobytes,) = re.findall(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"))
     return 1024 * int(kilobytes)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib.util
 import json
 import os
 import shutil
@@ -45,6 +46,11 @@ def pytest_collection_finish() -> None:
     """Have the collector of garbage pass over what was imported, a million objects that live to the end."""
     gc.freeze()
 
+
+needs_seismic = pytest.mark.skipif(
+    importlib.util.find_spec("seismic") is None,
+    reason="Seismic is not installed: see README.md for where it has a wheel",
+)
 
 DOCUMENTS = {
     "d1": "tar: archive files into one file",

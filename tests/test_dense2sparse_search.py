@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, needs_seismic
 
 from polyrep import InputError
 from polyrep.encoding import Embeddings
@@ -50,7 +50,11 @@ def oracle(queries: Embeddings, documents: Embeddings) -> list[list[int]]:
     return exact_search(queries, documents, np.arange(DOCUMENTS), similarity="dot", k=search.TOP)[0].tolist()
 
 
-@pytest.fixture(scope="module", params=[search.Seismic, search.Qdrant], ids=lambda kind: kind.name)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(search.Seismic, marks=needs_seismic), search.Qdrant],
+    ids=lambda kind: kind.name,
+)
 def engine(request: pytest.FixtureRequest, documents: Embeddings) -> search.Engine:
     return request.param(documents)
 

@@ -1,6 +1,6 @@
 """Where polyrep installs from wheels alone, so that nobody needs a compiler. It asks the index: `make test-install`.
 
-A resolver reads the pages of the index and what the wheels of the pinned versions say of themselves. Nothing is installed.
+A resolver reads pages of the index, and what wheels of the pinned versions say of themselves. None is installed.
 """
 
 from __future__ import annotations

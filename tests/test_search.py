@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_python
+from conftest import needs_seismic, run_python
 from scipy.sparse import csr_matrix
 
 from polyrep import InputError, files
@@ -37,7 +37,7 @@ CASES = [
     ("faiss:{}?index=flat", "sentence", "cosine"),
     ("faiss:{}?index=hnsw", "sentence", "dot"),
     ("faiss:{}?index=hnsw", "sentence", "cosine"),
-    ("seismic:{}", "sparse", "dot"),
+    pytest.param("seismic:{}", "sparse", "dot", marks=needs_seismic),
     ("qdrant:{}", "sentence", "dot"),
     ("qdrant:{}", "tokens", "maxsim"),
     ("qdrant:{}", "sparse", "dot"),
@@ -45,7 +45,7 @@ CASES = [
 ON_DISK = [
     ("faiss:{}", "sentence", "dot"),
     ("faiss:{}?index=hnsw", "sentence", "dot"),
-    ("seismic:{}", "sparse", "dot"),
+    pytest.param("seismic:{}", "sparse", "dot", marks=needs_seismic),
 ]
 
 Texts = dict[str, np.ndarray]  # id -> its vector, or its (vectors, dim)
@@ -484,6 +484,7 @@ def test_faiss_reads_only_what_was_written_or_cannot_lead_it_astray(variant, tmp
     assert open_index(uri).count() == 200
 
 
+@needs_seismic
 def test_words_outside_the_vocabulary_are_refused(tmp_path):
     uri = f"seismic:{tmp_path}/index"
     open_index(uri).add([shard("sparse", texts("sparse", 9, 1))])
@@ -544,7 +545,8 @@ def test_one_kind_of_vectors_means_one_stage(stored):
 
 
 @pytest.mark.parametrize(
-    ("uri", "kind", "similarity"), [("faiss:{}", "sentence", "euclidean"), ("seismic:{}", "sparse", "cosine")]
+    ("uri", "kind", "similarity"),
+    [("faiss:{}", "sentence", "euclidean"), pytest.param("seismic:{}", "sparse", "cosine", marks=needs_seismic)],
 )
 def test_similarities_that_an_engine_lacks_are_refused(uri, kind, similarity, tmp_path):
     index = open_index(uri.format(tmp_path / "index"))
@@ -558,7 +560,7 @@ def test_similarities_that_an_engine_lacks_are_refused(uri, kind, similarity, tm
         ("other:x", "other is no back end"),
         ("faiss:", "names no folder. Write faiss:///absolute/path"),
         ("faiss:///", "names no folder"),
-        ("seismic://relative/path", "with three slashes"),
+        pytest.param("seismic://relative/path", "with three slashes", marks=needs_seismic),
         ("faiss:a#b", "%23 stands for #"),
         ("memory:/tmp", "there is no path"),
         ("memory:?prefetch=0", "prefetch=0: expected a whole number"),
@@ -566,10 +568,14 @@ def test_similarities_that_an_engine_lacks_are_refused(uri, kind, similarity, tm
         ("faiss:x?index=ivf", "there are index=flat and index=hnsw"),
         ("faiss:x?index=hnsw&m=1", "m of 2 or more"),
         ("faiss:x?m=8", "unknown settings m"),
-        ("seismic:x?heap_factor=1.5", "heap_factor=1.5: expected a number above 0, 1 at most"),
-        ("seismic:x?max_fraction=nan", "max_fraction=nan: expected a number above 0, 1000"),
-        ("seismic:x?summary_energy=much", "summary_energy=much"),
-        ("seismic:x?index=flat", "unknown settings index. There are n_postings"),
+        pytest.param(
+            "seismic:x?heap_factor=1.5", "heap_factor=1.5: expected a number above 0, 1 at most", marks=needs_seismic
+        ),
+        pytest.param(
+            "seismic:x?max_fraction=nan", "max_fraction=nan: expected a number above 0, 1000", marks=needs_seismic
+        ),
+        pytest.param("seismic:x?summary_energy=much", "summary_energy=much", marks=needs_seismic),
+        pytest.param("seismic:x?index=flat", "unknown settings index. There are n_postings", marks=needs_seismic),
     ],
 )
 def test_uris_that_mean_nothing_are_refused(uri, words):
@@ -650,6 +656,7 @@ def test_documents_that_are_not_finite_are_refused(tmp_path):
     assert index.count() == 0 and not index.origins
 
 
+@needs_seismic
 def test_seismic_keeps_what_it_built(tmp_path):
     uri, documents, queries = f"seismic:{tmp_path}/index", texts("sparse", 50, 1), texts("sparse", 4, 2)
     documents = {n: v.astype(np.float32) * 1.0001 for n, v in documents.items()}  # no number of them fits in float16
@@ -670,6 +677,7 @@ def test_seismic_keeps_what_it_built(tmp_path):
     assert len(list(kept.parent.glob("*.seismic"))) == 2
 
 
+@needs_seismic
 def test_seismic_leaves_out_what_shares_no_word(tmp_path):
     index = open_index(f"seismic:{tmp_path}/index")
     # The first has a word past those of 16 bits, the second its words in no order, the last none.

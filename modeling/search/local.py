@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,6 +36,7 @@ from .protocol import Added, Hit, Queries, checked_origin, stages, unique_ids
 
 FORMAT = "polyrep-index-1"
 MANIFEST = "polyrep.json"
+ON_WINDOWS = os.name == "nt"
 
 
 REMEDIES = {
@@ -60,6 +62,8 @@ def package(name: str) -> Any:
 def folder_of(parts: SplitResult) -> Path:
     """Folder that a URI names: ``scheme:///absolute/path`` or ``scheme:relative/path``; ``%20`` stands for a space.
 
+    On Windows ``scheme:///C:/path`` names a drive.
+
     Raises:
         InputError: It names none, or something after two slashes or ``#``, which would be no part of the path.
     """
@@ -68,7 +72,8 @@ def folder_of(parts: SplitResult) -> Path:
             f"{parts.geturl()}: names no folder. Write {parts.scheme}:///absolute/path, with three slashes, or "
             f"{parts.scheme}:relative/path; %23 stands for # and %3F for ?."
         )
-    return Path(os.fsdecode(unquote_to_bytes(os.fsencode(parts.path))))
+    path = os.fsdecode(unquote_to_bytes(os.fsencode(parts.path)))
+    return Path(path[1:] if ON_WINDOWS and re.match("/[A-Za-z]:", path) else path)
 
 
 class Documents:

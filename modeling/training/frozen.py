@@ -258,7 +258,7 @@ def with_backbone(plan: Plan, head: PreTrainedModel, backbone: Encoder) -> Encod
         if plan.head.max_length:
             model.max_seq_length = plan.head.max_length
         return model
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # Windows keeps weights that are mapped
         build(plan, Path(scratch) / "model", head)
         model = load(Path(scratch) / "model", trust_remote_code=plan.recipe.trust_remote_code)
     model.prompts, model.max_seq_length = backbone.prompts, backbone.max_seq_length
