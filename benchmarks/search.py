@@ -259,7 +259,7 @@ class Table:
             return
         row = {"system": system, "documents": size} | figures
         self.rows.append(row)
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(row, flush=True)
 
@@ -430,7 +430,7 @@ def main() -> None:
     if read_json(path.with_name("key.json")) != key:
         path.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_name("key.json").write_text(json.dumps(key))
+        path.with_name("key.json").write_text(json.dumps(key), encoding="utf-8")
     table = Table(path)
     measure(args, table)
     results = provenance(shlex.join(["python", *sys.argv])) | {
