@@ -52,6 +52,7 @@ needs_seismic = pytest.mark.skipif(
     reason="Seismic is not installed: see README.md for where it has a wheel",
 )
 
+
 DOCUMENTS = {
     "d1": "tar: archive files into one file",
     "d2": "ss: show open ports and sockets",
@@ -104,4 +105,7 @@ def run_two_processes(program: str | Path, *arguments: str) -> subprocess.Comple
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest test, which all would wait for if it came late."""
+    for item in items:
+        if "seismic:" in item.name:  # a case that opens an index of it
+            item.add_marker(needs_seismic)
     items.sort(key=lambda item: not item.nodeid.endswith("[README.md]"))

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from polyrep.encoding import Embeddings
 from polyrep.encoding.embeddings import in_memory
 from polyrep.encoding.shards import Origin, Shard
 from polyrep.files import file_sha256
-from polyrep.search import Added, Hit, Index, open_index
+from polyrep.search import Added, Hit, Index, local, open_index
 from polyrep.search.protocol import as_embeddings
 
 DIM = {"sentence": 16, "tokens": 8, "sparse": 300}
@@ -37,7 +38,7 @@ CASES = [
     ("faiss:{}?index=flat", "sentence", "cosine"),
     ("faiss:{}?index=hnsw", "sentence", "dot"),
     ("faiss:{}?index=hnsw", "sentence", "cosine"),
-    pytest.param("seismic:{}", "sparse", "dot", marks=needs_seismic),
+    ("seismic:{}", "sparse", "dot"),
     ("qdrant:{}", "sentence", "dot"),
     ("qdrant:{}", "tokens", "maxsim"),
     ("qdrant:{}", "sparse", "dot"),
@@ -45,7 +46,7 @@ CASES = [
 ON_DISK = [
     ("faiss:{}", "sentence", "dot"),
     ("faiss:{}?index=hnsw", "sentence", "dot"),
-    pytest.param("seismic:{}", "sparse", "dot", marks=needs_seismic),
+    ("seismic:{}", "sparse", "dot"),
 ]
 
 Texts = dict[str, np.ndarray]  # id -> its vector, or its (vectors, dim)
@@ -546,7 +547,7 @@ def test_one_kind_of_vectors_means_one_stage(stored):
 
 @pytest.mark.parametrize(
     ("uri", "kind", "similarity"),
-    [("faiss:{}", "sentence", "euclidean"), pytest.param("seismic:{}", "sparse", "cosine", marks=needs_seismic)],
+    [("faiss:{}", "sentence", "euclidean"), ("seismic:{}", "sparse", "cosine")],
 )
 def test_similarities_that_an_engine_lacks_are_refused(uri, kind, similarity, tmp_path):
     index = open_index(uri.format(tmp_path / "index"))
@@ -560,7 +561,7 @@ def test_similarities_that_an_engine_lacks_are_refused(uri, kind, similarity, tm
         ("other:x", "other is no back end"),
         ("faiss:", "names no folder. Write faiss:///absolute/path"),
         ("faiss:///", "names no folder"),
-        pytest.param("seismic://relative/path", "with three slashes", marks=needs_seismic),
+        ("seismic://relative/path", "with three slashes"),
         ("faiss:a#b", "%23 stands for #"),
         ("memory:/tmp", "there is no path"),
         ("memory:?prefetch=0", "prefetch=0: expected a whole number"),
@@ -568,14 +569,10 @@ def test_similarities_that_an_engine_lacks_are_refused(uri, kind, similarity, tm
         ("faiss:x?index=ivf", "there are index=flat and index=hnsw"),
         ("faiss:x?index=hnsw&m=1", "m of 2 or more"),
         ("faiss:x?m=8", "unknown settings m"),
-        pytest.param(
-            "seismic:x?heap_factor=1.5", "heap_factor=1.5: expected a number above 0, 1 at most", marks=needs_seismic
-        ),
-        pytest.param(
-            "seismic:x?max_fraction=nan", "max_fraction=nan: expected a number above 0, 1000", marks=needs_seismic
-        ),
-        pytest.param("seismic:x?summary_energy=much", "summary_energy=much", marks=needs_seismic),
-        pytest.param("seismic:x?index=flat", "unknown settings index. There are n_postings", marks=needs_seismic),
+        ("seismic:x?heap_factor=1.5", "heap_factor=1.5: expected a number above 0, 1 at most"),
+        ("seismic:x?max_fraction=nan", "max_fraction=nan: expected a number above 0, 1000"),
+        ("seismic:x?summary_energy=much", "summary_energy=much"),
+        ("seismic:x?index=flat", "unknown settings index. There are n_postings"),
     ],
 )
 def test_uris_that_mean_nothing_are_refused(uri, words):
@@ -700,3 +697,13 @@ def test_a_large_file_of_an_engine_is_hashed_once_until_it_is_written_again(tmp_
     read[0].write_bytes(read[0].read_bytes()[:-1] + b"\x01")
     with pytest.raises(InputError, match="its SHA-256 is not the one that was written"):
         open_index(f"faiss:{tmp_path}/index")
+
+
+def test_a_drive_of_windows_stands_after_three_slashes(monkeypatch):
+    monkeypatch.setattr(local, "ON_WINDOWS", True)
+    for uri, folder in {
+        "faiss:///C:/an%20index": "C:/an index",
+        "faiss:C:/index": "C:/index",
+        "faiss:///srv/x": "/srv/x",
+    }.items():
+        assert local.folder_of(urlsplit(uri)) == Path(folder)
