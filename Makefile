@@ -1,4 +1,4 @@
-# Two commands for a fresh machine with Python 3.11: `make quickstart` and `make test`.
+# Two commands for a fresh machine with Python 3.11 or later: `make quickstart` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BACKBONE ?= minilm
 DATASET ?= python_docs
 
-.PHONY: quickstart demo docs rooms test test-min fuzz lint results results-docs results-sets results-images results-gpu clean
+.PHONY: quickstart demo docs rooms test test-install test-min fuzz lint results results-docs results-sets results-images results-gpu clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python benchmarks/dense2sparse_text.py --quick --backbone $(BACKBONE) --datasets $(DATASET) \
@@ -34,6 +34,10 @@ rooms:
 
 test: $(VENV)/.dev
 	$(PYTEST)
+
+# Whether every dependency has wheels for every Python and machine that README.md names; asks the package index.
+test-install: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 0 -m install tests/test_install.py
 
 # Damaged and hostile configs, weights and data by the thousand; each is opened or refused in a sentence.
 fuzz: $(VENV)/.dev

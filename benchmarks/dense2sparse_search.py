@@ -12,7 +12,6 @@ arrays to the positions of documents, the index being built; the oracle is no en
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.metadata
 import shlex
 import shutil
@@ -42,6 +41,7 @@ from polyrep.hub import fingerprint, load
 from polyrep.hub.folder import fastest_dtype
 from polyrep.report import provenance, write_results
 from polyrep.search import exact_search
+from polyrep.search.local import package
 from polyrep.search.ranking import sparse_rows
 from polyrep.training.vectors import encode_dataset
 
@@ -104,7 +104,7 @@ class Seismic:
     name = "Seismic"
 
     def __init__(self, documents: Embeddings):
-        _package("seismic")
+        package("seismic")
         self.words = [str(term) for term in range(documents.dim)]
         corpus = [self._decoded(query) for query in rows_of(documents)]
         settings = {
@@ -142,7 +142,7 @@ class Qdrant:
     name = "Qdrant"
 
     def __init__(self, documents: Embeddings):
-        self.edge = edge = _package("qdrant_edge")
+        self.edge = edge = package("qdrant_edge")
         half = documents.values.dtype == np.float16  # as many bits as the weights have
         kind = edge.VectorStorageDatatype.Float16 if half else edge.VectorStorageDatatype.Float32
         config = edge.EdgeConfig(
@@ -183,7 +183,7 @@ class Flat:
     name = "dense, FAISS flat"
 
     def __init__(self, documents: np.ndarray):
-        self.faiss = _package("faiss")
+        self.faiss = package("faiss")
         self.faiss.omp_set_num_threads(1)
         self.index = self.faiss.IndexFlatIP(documents.shape[1])
         self.index.add(np.ascontiguousarray(documents, np.float32))
@@ -255,7 +255,7 @@ def measure(
     if min(sizes) < TOP:
         raise InputError(f"measure: {min(sizes)} documents have no top {TOP}. Use sizes of {TOP} or more.")
     for name in PACKAGES:  # an hour's run shall not end at the last of them
-        _package(name)
+        package(name)
     rows: list[dict[str, Any]] = []
     for size in sizes:
         copies = max(0, size - len(documents))
@@ -458,8 +458,8 @@ def main() -> None:
         "claims": claims,
         "drawn": [],
     }
-    for package in PACKAGES.values():
-        results["versions"][package] = importlib.metadata.version(package)
+    for installed in PACKAGES.values():
+        results["versions"][installed] = importlib.metadata.version(installed)
     print(write_results(results, args.output))
 
 
@@ -492,15 +492,6 @@ def _timed(engine: Any, queries: list[Any], repeats: int) -> tuple[np.ndarray, f
 def _dispose(shard: Any, folder: Path) -> None:
     shard.close()
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise InputError(
-            f'{name}: not installed, so this engine cannot be measured. Run `pip install "polyrep[search]"`.'
-        ) from None
 
 
 def _refuse_uneven(what: str, **counts: int) -> None:

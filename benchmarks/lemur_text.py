@@ -179,7 +179,7 @@ def fit(args: Arguments, sources: list[str], seed: int, flags: list[str], docume
     flags = [*flags, *shlex.split(args.flags)]
     depends = {
         "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in CODE],
-        "recipe": {file.name: file.read_text() for file in sorted(RUN.iterdir())},
+        "recipe": {file.name: file.read_text(encoding="utf-8") for file in sorted(RUN.iterdir())},
         "documents": documents,
         "flags": flags,
         "seed": seed,

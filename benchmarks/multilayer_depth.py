@@ -67,7 +67,7 @@ class Arguments:
 def trained(args: Arguments, variant: str, folder: Path) -> Path:
     """A fine-tuned encoder as a plain folder, kept under a hash of what it depends on."""
     settings = {k: v for k, v in vars(args).items() if k not in ("output", "name", "cache_dir")}
-    depends = settings | {"variant": variant, "code": [file.read_text() for file in frozen.CODE]}
+    depends = settings | {"variant": variant, "code": [file.read_text(encoding="utf-8") for file in frozen.CODE]}
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
     kept = Path(args.cache_dir) / "depth" / f"{variant.replace(' ', '-')}-{digest}"
     if (kept / "modules.json").is_file():

@@ -392,7 +392,9 @@ def measure(bench: Bench, split: str, seeds: list[int], every: bool = True) -> M
     add_ladder(out, "hierarchical", "hierarchical", bench.hierarchical, LADDER)
     add_binary(out, "hierarchical", "hierarchical", bench.hierarchical)
     plain = untrained(bench)
-    add_ladder(out, "k-means", ["kmeans", CODE[0].read_text()], lambda n: bench.by_head(plain, n), LADDER[1:])
+    add_ladder(
+        out, "k-means", ["kmeans", CODE[0].read_text(encoding="utf-8")], lambda n: bench.by_head(plain, n), LADDER[1:]
+    )
     for seed in seeds:
         projection = bench.hierarchical_projection(seed)
         key = [projection.parent.name]

@@ -245,7 +245,9 @@ class Table:
     def __init__(self, path: Path):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        self.rows = (
+            [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        )
 
     def has(self, system: str, size: int) -> bool:
         """Whether this was measured."""
@@ -257,7 +259,7 @@ class Table:
             return
         row = {"system": system, "documents": size} | figures
         self.rows.append(row)
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(row, flush=True)
 
@@ -428,7 +430,7 @@ def main() -> None:
     if read_json(path.with_name("key.json")) != key:
         path.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_name("key.json").write_text(json.dumps(key))
+        path.with_name("key.json").write_text(json.dumps(key), encoding="utf-8")
     table = Table(path)
     measure(args, table)
     results = provenance(shlex.join(["python", *sys.argv])) | {

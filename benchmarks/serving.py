@@ -109,9 +109,9 @@ def served(
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=folder, env=os.environ | named, stdout=output, stderr=output)
     try:
-        while not (found := re.search(r"running on http://127\.0\.0\.1:(\d+)", log.read_text())):
+        while not (found := re.search(r"running on http://127\.0\.0\.1:(\d+)", log.read_text(encoding="utf-8"))):
             if process.poll() is not None:
-                raise SystemExit(log.read_text())
+                raise SystemExit(log.read_text(encoding="utf-8"))
             time.sleep(0.1)
         yield process, int(found[1])
         process.send_signal(signal.SIGTERM)
@@ -156,7 +156,7 @@ def together(count: int, call: Callable[[], None]) -> None:
 
 def resident(pid: int) -> int:
     """Bytes of a process in memory."""
-    (kilobytes,) = re.findall(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    (kilobytes,) = re.findall(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"))
     return 1024 * int(kilobytes)
 
 

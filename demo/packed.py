@@ -130,7 +130,7 @@ def _from_bytes(packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _copy_code(folder: Path) -> None:
     """Put the code of the installed package where the configs of a folder name it."""
     for config in folder.rglob("config.json"):
-        for reference in json.loads(config.read_text()).get("auto_map", {}).values():
+        for reference in json.loads(config.read_text(encoding="utf-8")).get("auto_map", {}).values():
             name = reference.partition(".")[0]
             modules = {room.model.__module__ for room in ROOMS.values()}
             for code in code_of(next(module for module in modules if module.endswith(f".{name}"))):

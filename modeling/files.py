@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from .errors import InputError, first_line
 
 _FULL = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT)}
@@ -86,6 +88,8 @@ def staged_folder(target: Path, *, merge: bool = False) -> Iterator[Path]:
                 os.replace(file, destination)
         else:
             try:
+                with suppress(OSError):
+                    target.rmdir()  # an empty one, which Windows renames nothing to
                 os.rename(staged, target)
             except OSError:
                 if not target.exists():
@@ -148,7 +152,7 @@ def remove_leftovers(folder: Path, name: str = ".+") -> None:
     """
     ours = re.compile(rf"\.{name}\.{re.escape(socket.gethostname())}-(\d+)\.partial")
     for leftover in folder.iterdir():
-        if (found := ours.fullmatch(leftover.name)) and not _is_running(int(found[1])):
+        if (found := ours.fullmatch(leftover.name)) and not psutil.pid_exists(int(found[1])):
             shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
@@ -159,25 +163,16 @@ def _staged(target: Path) -> Path:
 def write_text(path: Path, text: str) -> None:
     r"""Replace ``path`` by ``text`` in one step, so that a reader sees the old file or the new one.
 
-    A path in it may hold bytes that are not UTF-8: written as ``\udce9``, which JSON reads as what they were.
+    The bytes are the same on every system. A path in it may hold some that are not UTF-8: written as ``\udce9``, which
+    JSON reads as what they were.
     """
     with staged_file(path) as partial:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def write_json(path: Path, content: Any) -> None:
     """Replace ``path`` by ``content`` as indented JSON; a NaN is refused, since JSON has none."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it runs, under another user
-        return True
-    return True
 
 
 def file_sha256(path: Path) -> str:

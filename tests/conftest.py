@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib.util
 import json
 import os
 import shutil
@@ -44,6 +45,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_finish() -> None:
     """Have the collector of garbage pass over what was imported, a million objects that live to the end."""
     gc.freeze()
+
+
+needs_seismic = pytest.mark.skipif(
+    importlib.util.find_spec("seismic") is None,
+    reason="Seismic is not installed: see README.md for where it has a wheel",
+)
 
 
 DOCUMENTS = {
@@ -98,4 +105,7 @@ def run_two_processes(program: str | Path, *arguments: str) -> subprocess.Comple
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest test, which all would wait for if it came late."""
+    for item in items:
+        if "seismic:" in item.name:  # a case that opens an index of it
+            item.add_marker(needs_seismic)
     items.sort(key=lambda item: not item.nodeid.endswith("[README.md]"))

@@ -540,7 +540,7 @@ RECORDS = {  # a record, and what it is: the text, or a part of the refusal
     '{"_id": "\\ufeff", "text": "x"}': "an empty _id",
     '{"_id": "d", "text": "\\udfff"}': "surrogate",
     '{"_id": 1e3, "text": "x"}': "_id=1000.0",
-    '{"_id": "d", "text": ' + "[" * 5000: "nested too deep",
+    '{"_id": "d", "text": ' + "[" * 100_000: "nested too deep",
 }
 
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import socket
 import subprocess
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 from polyrep import InputError
 from polyrep.cli import main
-from polyrep.files import disk_error, refuse_unwritable
+from polyrep.files import disk_error, refuse_unwritable, remove_leftovers, staged_folder
 
 LIMITED = f"""
 import resource, runpy, signal, sys
@@ -142,3 +143,29 @@ def test_a_folder_of_others_is_refused():
 def test_what_a_full_disk_raises_is_known_whatever_library_raises_it(error, code):
     found = disk_error(error)
     assert (found.errno if found else None) == code
+
+
+def test_an_empty_folder_is_filled_where_a_rename_replaces_none(tmp_path, monkeypatch):
+    """As on Windows, where what was written would be lost."""
+    rename = os.rename
+
+    def renamed(source: Path, target: Path) -> None:
+        if os.path.exists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", renamed)
+    (tmp_path / "folder").mkdir()
+    with staged_folder(tmp_path / "folder") as staged:
+        (staged / "file").write_text("written", encoding="utf-8")
+    assert content(tmp_path / "folder") == {"file": b"written"}
+
+
+def test_leftovers_are_those_of_processes_that_have_ended(tmp_path):
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    places = [tmp_path / f".name.{socket.gethostname()}-{number}.partial" for number in (ended.pid, os.getpid())]
+    for place in places:
+        place.mkdir()
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == places[1:]

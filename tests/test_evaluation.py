@@ -556,3 +556,36 @@ def test_automatic_weights_are_halved_where_the_processor_can(monkeypatch, capab
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True, "avx2": True}, raising=False)
     assert fastest_dtype("auto") == (torch.bfloat16 if capability else torch.float32)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_metrics_are_those_of_trec_eval_to_the_last_digit(seed):
+    """Ties in scores, ids whose order differs from their places, grades from -1 to 3, queries that nothing answers."""
+    pytrec_eval = pytest.importorskip("pytrec_eval", reason="no wheel for Linux aarch64")
+    rng = np.random.default_rng(seed)
+    documents = [f"{name}{'é' * (name % 3)}" for name in rng.permutation(150)]
+    depth = int(rng.choice([1, 2, 7, 10, 30, 120, 150]))
+    qrels = {}
+    for query in (f"q{number}" for number in range(40)):
+        judged = rng.choice(documents, int(rng.integers(1, 40)), replace=False)
+        qrels[query] = {
+            document: int(grade) for document, grade in zip(judged, rng.integers(-1, 4, len(judged)), strict=True)
+        }
+    qrels["q0"] = {documents[0]: 0, documents[1]: -1}
+    qrels["q1"]["not in the corpus"] = 3
+    positions = np.stack([rng.permutation(150)[:depth] for _ in qrels])
+    scores = -np.sort(-rng.integers(0, 12, positions.shape) / 7, axis=1).astype(np.float32)
+    corpus = dict.fromkeys(documents, "text")
+    dataset = RetrievalDataset("made", "test", corpus, dict.fromkeys(qrels, "text"), qrels)
+    found = per_query_metrics(dataset, Ranking("made", positions, scores))
+    run = {
+        query: {documents[p]: float(s) for p, s in zip(*pair, strict=True)}
+        for query, *pair in zip(qrels, positions, scores, strict=True)
+    }
+    measured = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.3,10", "recall.100", "recip_rank"}).evaluate(run)
+    names = {"nDCG@10": "ndcg_cut_10", "nDCG@3": "ndcg_cut_3", "Recall@100": "recall_100", "MRR@10": "recip_rank"}
+    for metric, name in names.items():
+        expected = np.array([measured[query][name] for query in qrels])
+        if metric == "MRR@10":
+            expected[expected < 1 / 10.5] = 0
+        np.testing.assert_array_max_ulp(found[metric], expected, 0)

@@ -10,11 +10,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_python
+from conftest import needs_seismic, run_python
 from scipy.sparse import csr_matrix
 
 from polyrep import InputError, files
@@ -22,7 +23,7 @@ from polyrep.encoding import Embeddings
 from polyrep.encoding.embeddings import in_memory
 from polyrep.encoding.shards import Origin, Shard
 from polyrep.files import file_sha256
-from polyrep.search import Added, Hit, Index, open_index
+from polyrep.search import Added, Hit, Index, local, open_index
 from polyrep.search.protocol import as_embeddings
 
 DIM = {"sentence": 16, "tokens": 8, "sparse": 300}
@@ -484,6 +485,7 @@ def test_faiss_reads_only_what_was_written_or_cannot_lead_it_astray(variant, tmp
     assert open_index(uri).count() == 200
 
 
+@needs_seismic
 def test_words_outside_the_vocabulary_are_refused(tmp_path):
     uri = f"seismic:{tmp_path}/index"
     open_index(uri).add([shard("sparse", texts("sparse", 9, 1))])
@@ -544,7 +546,8 @@ def test_one_kind_of_vectors_means_one_stage(stored):
 
 
 @pytest.mark.parametrize(
-    ("uri", "kind", "similarity"), [("faiss:{}", "sentence", "euclidean"), ("seismic:{}", "sparse", "cosine")]
+    ("uri", "kind", "similarity"),
+    [("faiss:{}", "sentence", "euclidean"), ("seismic:{}", "sparse", "cosine")],
 )
 def test_similarities_that_an_engine_lacks_are_refused(uri, kind, similarity, tmp_path):
     index = open_index(uri.format(tmp_path / "index"))
@@ -583,11 +586,11 @@ def test_paths_may_be_relative_and_hold_spaces(tmp_path, monkeypatch):
     assert open_index(f"faiss://{tmp_path}/some where/index").count() == 3
 
 
-@pytest.mark.parametrize(("uri", "package"), [("faiss:x", "faiss"), ("seismic:x", "seismic")])
-def test_a_missing_package_is_named(uri, package, monkeypatch):
+@pytest.mark.parametrize(("package", "extra"), [("faiss", "search"), ("seismic", "seismic")])
+def test_a_missing_package_is_named(package, extra, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(InputError, match=rf'{package}: not installed.*pip install "polyrep\[search\]"'):
-        open_index(uri)
+    with pytest.raises(InputError, match=rf'{package}: not installed.*pip install "polyrep\[{extra}\]"'):
+        open_index(f"{package}:x")
 
 
 def random_vectors(count: int, seed: int) -> np.ndarray:
@@ -650,6 +653,7 @@ def test_documents_that_are_not_finite_are_refused(tmp_path):
     assert index.count() == 0 and not index.origins
 
 
+@needs_seismic
 def test_seismic_keeps_what_it_built(tmp_path):
     uri, documents, queries = f"seismic:{tmp_path}/index", texts("sparse", 50, 1), texts("sparse", 4, 2)
     documents = {n: v.astype(np.float32) * 1.0001 for n, v in documents.items()}  # no number of them fits in float16
@@ -670,6 +674,7 @@ def test_seismic_keeps_what_it_built(tmp_path):
     assert len(list(kept.parent.glob("*.seismic"))) == 2
 
 
+@needs_seismic
 def test_seismic_leaves_out_what_shares_no_word(tmp_path):
     index = open_index(f"seismic:{tmp_path}/index")
     # The first has a word past those of 16 bits, the second its words in no order, the last none.
@@ -692,3 +697,13 @@ def test_a_large_file_of_an_engine_is_hashed_once_until_it_is_written_again(tmp_
     read[0].write_bytes(read[0].read_bytes()[:-1] + b"\x01")
     with pytest.raises(InputError, match="its SHA-256 is not the one that was written"):
         open_index(f"faiss:{tmp_path}/index")
+
+
+def test_a_drive_of_windows_stands_after_three_slashes(monkeypatch):
+    monkeypatch.setattr(local, "ON_WINDOWS", True)
+    for uri, folder in {
+        "faiss:///C:/an%20index": "C:/an index",
+        "faiss:C:/index": "C:/index",
+        "faiss:///srv/x": "/srv/x",
+    }.items():
+        assert local.folder_of(urlsplit(uri)) == Path(folder)

@@ -108,7 +108,7 @@ def _forbid(scratch: str) -> None:
         if (
             full != scratch
             and not full.startswith((scratch + os.sep, "/dev/null", "/dev/shm/"))
-            and full != os.devnull
+            and full != os.path.realpath(os.devnull)
         ):
             refuse(f"{event} of {full}")
 

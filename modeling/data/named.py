@@ -200,7 +200,7 @@ def fetched(entry: NamedSet, *, any_content: bool = False) -> Path:
                 f"{entry.name}: what came from {entry.origin} is not what results are of: {'; '.join(differing)}. "
                 f"Nothing is kept. `polyrep data get {entry.name} --any_content` takes it as it is."
             )
-        (staged / "SOURCE.txt").write_text(source_note(entry), encoding="utf-8")
+        (staged / "SOURCE.txt").write_text(source_note(entry), encoding="utf-8", newline="\n")
     return folder
 
 
@@ -278,7 +278,7 @@ def download(address: str, folder: Path) -> None:
         unpack(file, folder)
         file.unlink()
     else:
-        file.rename(folder / name)
+        file.replace(folder / name)
 
 
 def unpack(file: Path, folder: Path) -> None:

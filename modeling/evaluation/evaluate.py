@@ -1,6 +1,6 @@
 """Measure retrieval models: metrics per query, honest comparisons, and a table with its picture.
 
-Numbers agree with MTEB: pytrec_eval metrics, document text = title + space + text, runs cut at 1,000, ties by higher
+Numbers agree with MTEB: metrics of trec_eval, document text = title + space + text, runs cut at 1,000, ties by higher
 document id first. Every comparison is a paired bootstrap over queries, corrected for the number of rows in its table.
 Public benchmarks by name are MTEB's own business: see ``mteb.py``.
 """

@@ -1,40 +1,77 @@
-"""Metrics per query, by pytrec_eval, as MTEB has them: text = title + space + text, ties by higher id first."""
+"""Metrics per query, to the last digit those of trec_eval, as MTEB has them: ties by higher document id first."""
 
 from __future__ import annotations
 
 import numpy as np
-import pytrec_eval
 
 from ..data.dataset import RetrievalDataset
 from ..report import METRIC_NAMES
+from ..search.ranking import tie_ranks, without
 from .systems import Ranking
 
 METRICS = tuple(METRIC_NAMES)
 """Metrics that every table shows. A new one is named there, and measured in :func:`per_query_metrics`."""
 
+DEEPEST = 100
+"""Documents of a ranking that a metric looks at, at most."""
+
 
 def per_query_metrics(dataset: RetrievalDataset, ranking: Ranking) -> dict[str, np.ndarray]:
     """Each metric of :data:`METRICS` for each query: ``(queries,)``, in the order of ``dataset.queries``.
 
+    Gains are the judgments themselves, those of 0 and below being none, and the document at rank r counts
+    ``1 / log2(r + 1)`` of its gain (trec_eval's ``ndcg_cut``). A query without a relevant document has 0 everywhere.
     A query's own document (``dataset.own``) is none that it found.
     """
-    ids = list(dataset.corpus)
-    run, top10 = {}, {}
-    for query, own, positions, scores in zip(
-        dataset.queries, dataset.own.tolist(), ranking.positions.tolist(), ranking.scores.tolist(), strict=True
-    ):
-        found = [(ids[p], s) for p, s in zip(positions, scores, strict=True) if p != own]
-        # Reciprocal rank has no cut-off in trec_eval: cut the run instead.
-        run[query], top10[query] = dict(found), dict(found[:10])
-    measured = pytrec_eval.RelevanceEvaluator(dataset.qrels, {"ndcg_cut.3,10", "recall.100"}).evaluate(run)
-    reciprocal = pytrec_eval.RelevanceEvaluator(dataset.qrels, {"recip_rank"}).evaluate(top10)
-    sources = {
-        "nDCG@10": (measured, "ndcg_cut_10"),
-        "nDCG@3": (measured, "ndcg_cut_3"),
-        "MRR@10": (reciprocal, "recip_rank"),
-        "Recall@100": (measured, "recall_100"),
+    found = _grades_found(dataset, ranking)  # (queries, depth)
+    best = _best_grades(dataset)  # (queries, most relevant documents of a query)
+    relevant = found > 0
+    first = np.where(relevant[:, :10].any(1), relevant[:, :10].argmax(1) + 1, np.inf)
+    measured = {
+        "nDCG@10": _share(_gain(found, 10), _gain(best, 10)),
+        "nDCG@3": _share(_gain(found, 3), _gain(best, 3)),
+        "MRR@10": 1 / first,
+        "Recall@100": _share(relevant[:, :100].sum(1), (best > 0).sum(1)),
     }
-    return {
-        metric: np.array([sources[metric][0][query][sources[metric][1]] for query in dataset.queries])
-        for metric in METRICS
-    }
+    return {metric: measured[metric] for metric in METRICS}
+
+
+def _grades_found(dataset: RetrievalDataset, ranking: Ranking) -> np.ndarray:
+    """Judgment of each document of a ranking, best first, 0 for what is not judged: ``(queries, depth)``."""
+    ranks = tie_ranks(list(dataset.corpus))
+    positions, scores = without(dataset.own, ranking.positions, ranking.scores, ranking.positions.shape[1])
+    # trec_eval holds scores in float32, so what is equal there is a tie.
+    order = np.lexsort((ranks[positions], -scores.astype(np.float32)), axis=1)[:, :DEEPEST]
+    positions = np.take_along_axis(positions, order, 1)
+    place = {identifier: number for number, identifier in enumerate(dataset.corpus)}
+    judged = [(-1, 0)]  # so that there is one
+    judged += [
+        (query * len(place) + place[document], grade)
+        for query, identifier in enumerate(dataset.queries)
+        for document, grade in dataset.qrels[identifier].items()
+        if document in place  # of the others, which no ranking finds, the best ranking has them
+    ]
+    keys, grades = np.array(sorted(judged), np.int64).T  # of query and document together, in rising order
+    wanted = np.arange(len(positions))[:, None] * len(place) + positions
+    at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
+    return np.where(keys[at] == wanted, grades[at], 0)
+
+
+def _best_grades(dataset: RetrievalDataset) -> np.ndarray:
+    """Judgments of each query in falling order, as the best of all rankings finds them: ``(queries, most)``."""
+    judged = [sorted(dataset.qrels[query].values(), reverse=True) for query in dataset.queries]
+    best = np.zeros((len(judged), max(1, *map(len, judged))), np.int64)
+    for row, grades in zip(best, judged, strict=True):
+        row[: len(grades)] = grades
+    return best
+
+
+def _gain(grades: np.ndarray, depth: int) -> np.ndarray:
+    """Discounted gain of the first ranks, ``(queries,)``, added one after the other as trec_eval does."""
+    cut = np.maximum(grades[:, :depth], 0)
+    return (cut / np.log2(np.arange(2, cut.shape[1] + 2))).cumsum(1)[:, -1]
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """A part of a whole, 0 where the whole is none."""
+    return np.divide(part, whole, out=np.zeros(len(part)), where=whole > 0)

@@ -128,7 +128,7 @@ def unfold(model: Encoder, room: Room) -> Encoder:
         behind.append(room.module(_head_of(whole, room.head)))
     read = first.get_config_dict()
     output = "embeddings" if first.transformer_task == "retrieval" else "last_hidden_state"
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # as weights may be mapped
         whole.encoder.save_pretrained(scratch)
         first.processor.save_pretrained(scratch)
         transformer = Transformer(

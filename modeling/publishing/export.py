@@ -76,7 +76,7 @@ def export_onnx(argv: list[str], *, prog: str = "polyrep export-onnx") -> Path:
         for signature in signatures:
             graphs |= _write(model, signature, staged, part)
         write_json(staged / MANIFEST, _manifest(folder, part, model, graphs))
-        written = {str(file.relative_to(staged)) for file in staged.rglob("*") if file.is_file()}
+        written = {file.relative_to(staged).as_posix() for file in staged.rglob("*") if file.is_file()}
     for name in before.get("graphs", {}):  # an export replaced by one of fewer graphs
         for stale in {name, f"{name}.data"} - written:
             (target / Path(stale).name).unlink(missing_ok=True)
@@ -276,7 +276,7 @@ def _manifest(folder: Path, part: Path, model: PreTrainedModel, graphs: dict[str
     settings = read_json(folder / "config_sentence_transformers.json")
     return {
         "model": type(model).__name__,
-        "part": str(part.relative_to(folder)),
+        "part": part.relative_to(folder).as_posix(),
         "fingerprint": fingerprint(folder),
         "similarity": settings.get("similarity_fn_name"),
         "prompts": {name: text for name, text in (settings.get("prompts") or {}).items() if text},

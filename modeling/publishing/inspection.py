@@ -59,7 +59,8 @@ def refuse_secrets(folder: Path, repo: str = "") -> None:
         InputError: File, line and what was found; a token is not repeated.
     """
     token, user = get_token(), _user()
-    here = [place for place in (str(Path.home()), os.getcwd(), tempfile.gettempdir()) if place.count("/") > 1]
+    places = (str(Path.home()), os.getcwd(), tempfile.gettempdir())
+    here = [place for place in places if len(Path(place).parts) > 2]  # not /root or /tmp, which tell nothing
     tells = user and len(user) > 2 and user not in _NOBODY | set(repo.split("/")) | own_words()
     name = re.compile(rf"(?<![\w-]){re.escape(user)}(?![\w-])") if tells else None
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,6 +36,14 @@ from .protocol import Added, Hit, Queries, checked_origin, stages, unique_ids
 
 FORMAT = "polyrep-index-1"
 MANIFEST = "polyrep.json"
+ON_WINDOWS = os.name == "nt"
+
+
+REMEDIES = {
+    "seismic": "Its package has a wheel for Python 3.11 on Linux x86-64 with glibc 2.34: there run "
+    '`pip install "polyrep[seismic]"`. Elsewhere `pip install pyseismic-lsr` compiles it, for which it wants Rust.'
+}
+"""How to get what the extra ``search`` does not bring."""
 
 
 def package(name: str) -> Any:
@@ -46,13 +55,14 @@ def package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise InputError(
-            f'{name}: not installed, so this back end cannot work. Run `pip install "polyrep[search]"`.'
-        ) from None
+        remedy = REMEDIES.get(name, 'Run `pip install "polyrep[search]"`.')
+        raise InputError(f"{name}: not installed, so this back end cannot work. {remedy}") from None
 
 
 def folder_of(parts: SplitResult) -> Path:
     """Folder that a URI names: ``scheme:///absolute/path`` or ``scheme:relative/path``; ``%20`` stands for a space.
+
+    On Windows ``scheme:///C:/path`` names a drive.
 
     Raises:
         InputError: It names none, or something after two slashes or ``#``, which would be no part of the path.
@@ -62,7 +72,8 @@ def folder_of(parts: SplitResult) -> Path:
             f"{parts.geturl()}: names no folder. Write {parts.scheme}:///absolute/path, with three slashes, or "
             f"{parts.scheme}:relative/path; %23 stands for # and %3F for ?."
         )
-    return Path(os.fsdecode(unquote_to_bytes(os.fsencode(parts.path))))
+    path = os.fsdecode(unquote_to_bytes(os.fsencode(parts.path)))
+    return Path(path[1:] if ON_WINDOWS and re.match("/[A-Za-z]:", path) else path)
 
 
 class Documents:

@@ -250,7 +250,7 @@ def with_backbone(plan: Plan, head: PreTrainedModel, backbone: Encoder) -> Encod
     """The trained head and its backbone as one retriever, with the backbone's prompts and length."""
     assert plan.room and plan.head
     recipe = plan.recipe
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # Windows keeps weights that are mapped
         made = Path(scratch) / "model"
         if _behind_modules(plan, backbone):
             assert plan.room.module

@@ -143,7 +143,8 @@ def _show(plan: Plan) -> None:
     if plan.args.process_index != 0:
         return
     resume, _ = _start(plan)
-    with tempfile.TemporaryDirectory() as scratch:  # the trainer makes its folder at once
+    # The trainer makes its folder at once, and Windows keeps weights that are mapped.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         training = _prepared(plan.with_trainer(output_dir=scratch), resume)
         print_plan(plan, training.model, training.trainer, training.pair_counts)
 

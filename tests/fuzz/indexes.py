@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import random
@@ -32,7 +33,7 @@ STORES = [
     ("memory:", "sentence", "binary"),
     ("faiss:{}", "sentence", "float16"),
     ("faiss:{}?index=hnsw", "sentence", "float16"),
-    ("seismic:{}", "sparse", "float16"),
+    *([("seismic:{}", "sparse", "float16")] if importlib.util.find_spec("seismic") else []),
     ("qdrant:{}", "sentence", "float16"),
     ("qdrant:{}", "tokens", "float16"),
 ]

@@ -24,7 +24,7 @@ import types
 from typing import Any
 
 IMPORTED = """
-    accelerate.commands.launch datasets jinja2 matplotlib.pyplot pandas peft PIL.Image pytrec_eval
+    accelerate.commands.launch datasets jinja2 matplotlib.pyplot pandas peft PIL.Image
     scipy.cluster.hierarchy scipy.stats sentence_transformers torch.distributed.run transformers.hf_argparser
     transformers.models.auto.modeling_auto transformers.models.auto.processing_auto
     transformers.models.bert.modeling_bert transformers.models.bert.tokenization_bert

@@ -37,7 +37,7 @@ def open_backbone(backbone: str, dtype: torch.dtype) -> SentenceTransformer | No
         return None
     output = {"method_output_name": "sentence_embedding"}
     modalities = {"text": {"method": "forward", **output}, "image": {"method": "encode_image", **output}}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps weights that are mapped
         DualEncoderModel.from_encoder(backbone).save_pretrained(folder)
         load_processor(backbone).save_pretrained(folder)
         transformer = DualEncoderTransformer(

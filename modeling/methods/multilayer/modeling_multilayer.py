@@ -452,7 +452,8 @@ class MultiLayerModel(WholeWeights, PreTrainedModel):
             settings = {}
         similarity = settings.get("similarity_fn_name") or config.similarity_fn_name
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        options = {"ignore_cleanup_errors": True}  # Windows keeps weights that are mapped
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", **options) as scratch:
 
             def tower(encoder, name):
                 path = Path(scratch) / name
