@@ -36,7 +36,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 import polyrep
 from polyrep import InputError
-from polyrep.methods import ReinPoolConfig, ReinPoolModel, ReinPoolPooling
+from polyrep.methods import ReinPoolConfig, ReinPoolForRetrieval, ReinPoolModel, ReinPoolPooling
 from polyrep.methods.reinpool.show import kept_patches, kept_tokens_html, kept_tokens_png, token_pieces
 
 QUERIES = ["what plan covers drugs", "the image . what image"]
@@ -212,11 +212,11 @@ def test_places_on_the_page_count_only_with_patch_columns(retriever, pages):
         assert torch.allclose(before[order], after, atol=1e-5) is not moves
 
 
-def test_a_saved_pipeline_gives_the_same_vectors(retriever, pages, tmp_path):
+def test_one_folder_gives_the_same_vectors(retriever, pages, tmp_path):
     pipeline = as_pipeline(retriever, pooling_of(retriever.model.encode_document(pages)))
     folder = polyrep.save(pipeline, tmp_path / "pipeline")
     opened = polyrep.load(folder, trust_remote_code=True, device="cpu")
-    assert type(opened) is MultiVectorEncoder
+    assert type(opened) is MultiVectorEncoder and type(opened[0].model) is ReinPoolForRetrieval
     assert close(opened.encode_document(pages), pipeline.encode_document(pages))
     assert close(opened.encode_query(QUERIES), pipeline.encode_query(QUERIES))
     tokens, vectors = token_pieces(opened, pages[1])

@@ -130,7 +130,7 @@ def _checked_dense(part: dict, said: str) -> dict:
     width = found.get("out_features")
     if type(width) is not int or not WIDTH[0] <= width <= WIDTH[1]:
         raise ValueError(f"{said}has out_features={shown(width)}. Use a whole number from {WIDTH[0]} to {WIDTH[1]:,}.")
-    if found["activation"] not in _ACTIVATIONS:
+    if not isinstance(found["activation"], str) or found["activation"] not in _ACTIVATIONS:
         raise ValueError(f"{said}has no such activation. Use one of torch.nn, e.g. Identity or Tanh.")
     if type(found["bias"]) is not bool or type(found["residual"]) is not bool:
         raise ValueError(f"{said}has a bias or residual that is neither true nor false. Use one of these.")
@@ -164,6 +164,18 @@ def new_trunk_encoder(config: PretrainedConfig) -> PreTrainedModel:
             raise ValueError(f"{type(config).__name__}: transformers has no {name} for it. Use a newer version.")
         return kind(config)
     return new_encoder(config)
+
+
+def new_trunk(config: PretrainedConfig) -> nn.ModuleList:
+    """The modules behind an encoder; what has no weight is there for the place that it has in the config."""
+    parts, width = nn.ModuleList(), encoder_width(config.encoder_config)
+    for part in config.trunk:
+        if part["type"] == "Dense":
+            parts.append(Dense(width, *(part[field] for field in _FIELDS["Dense"])))
+            width = part["out_features"]
+        else:
+            parts.append(nn.Identity())
+    return parts
 
 
 def trunk_parts(model, owner: str, remedy: str) -> tuple[PreTrainedModel, list[dict], list[nn.Module]]:
@@ -296,13 +308,32 @@ class Trunk:
         named = inspect.signature(self.encoder.forward).parameters
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in named.values())
         self._reads = None if takes_any else frozenset(named)
-        self.trunk, width = nn.ModuleList(), encoder_width(config.encoder_config)
-        for part in config.trunk:
-            if part["type"] == "Dense":
-                self.trunk.append(Dense(width, *(part[field] for field in _FIELDS["Dense"])))
-                width = part["out_features"]
-            else:
-                self.trunk.append(nn.Identity())  # without a weight, so that places are those of the config
+        self.trunk = new_trunk(config)
+
+    @classmethod
+    def of_parts(
+        cls, config: PretrainedConfig, encoder: PreTrainedModel, maps: list | None = None, head=None
+    ) -> Trunk:
+        """A model around an encoder that is there already, of which no second one is made.
+
+        Args:
+            config: Of the model.
+            encoder: Becomes part of the model.
+            maps: Dense modules whose weights are copied; default: new ones.
+            head: Whose weights are copied, where the model has one; default: a new one.
+        """
+        with torch.device("meta"):
+            whole = cls(config)
+        whole.trunk = new_trunk(config)
+        if hasattr(whole, "head"):
+            whole.head = type(whole.head)(config)
+        if head is not None:
+            whole.head.load_state_dict(head.state_dict())
+        if maps is None:
+            whole.encoder = encoder
+        else:
+            whole.take_trunk(encoder, maps)
+        return whole.to(encoder.dtype)
 
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -456,7 +487,7 @@ class Backbone(Transformer):
         for file in Path(__file__).parent.glob("polyrep_*.py"):
             shutil.copy(file, root)
         refusal = {"model_type": "pipeline", "auto_map": {"AutoConfig": f"{Path(__file__).stem}.Pipeline"}}
-        (root / "config.json").write_text(json.dumps(refusal, indent=2), encoding="utf-8")
+        (root / "config.json").write_text(json.dumps(refusal, indent=2), encoding="utf-8", newline="\n")
 
 
 class Pipeline:

@@ -86,9 +86,7 @@ class LateInteractionModel(WholeWeights, Trunk, PreTrainedModel):
         """
         model = SentenceTransformer(str(backbone), device="cpu")
         encoder, _, _ = trunk_parts([model[0]], cls.__name__, "Name another backbone.")
-        whole = cls(LateInteractionConfig(encoder_config=encoder.config, **config))
-        whole.encoder = encoder
-        return whole.to(encoder.dtype)
+        return cls.of_parts(LateInteractionConfig(encoder_config=encoder.config, **config), encoder)
 
     @classmethod
     def from_modules(cls, model, **config) -> LateInteractionModel:
@@ -99,9 +97,8 @@ class LateInteractionModel(WholeWeights, Trunk, PreTrainedModel):
         """
         encoder, trunk, maps = trunk_parts(model, cls.__name__, "Keep the modules: form='pipeline'.")
         dim = model.get_embedding_dimension()
-        whole = cls(LateInteractionConfig(**{"encoder_config": encoder.config, "trunk": trunk, "dim": dim} | config))
-        whole.take_trunk(encoder, maps)
-        return whole.to(encoder.dtype)
+        own = LateInteractionConfig(**{"encoder_config": encoder.config, "trunk": trunk, "dim": dim} | config)
+        return cls.of_parts(own, encoder, maps)
 
     def stock_modules(self, tokenizer) -> list:
         """What stands behind the encoder, as modules of sentence-transformers."""

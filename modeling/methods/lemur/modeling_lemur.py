@@ -447,11 +447,8 @@ class LemurForRetrieval(WholeWeights, Trunk, PreTrainedModel):
         encoder, trunk, maps = cls.check_backbone(model)
         if head is not None:
             config = fields_of(head.config) | config
-        whole = cls(LemurForRetrievalConfig(encoder_config=encoder.config, trunk=trunk, **config))
-        whole.take_trunk(encoder, maps)
-        if head is not None:
-            whole.head.load_state_dict(head.state_dict())
-        return whole.to(encoder.dtype)
+        own = LemurForRetrievalConfig(encoder_config=encoder.config, trunk=trunk, **config)
+        return cls.of_parts(own, encoder, maps, head)
 
     @staticmethod
     def check_backbone(model):
