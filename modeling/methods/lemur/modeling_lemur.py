@@ -203,6 +203,12 @@ class LemurModel(WholeWeights, PreTrainedModel):
 
         return super()._apply(moved, recurse)
 
+    def train(self, mode=True):
+        """Forget what was solved for: not every optimizer lets a weight know that it changed it (fused AdamW)."""
+        if mode != self.training:
+            self._solved = None
+        return super().train(mode)
+
     @classmethod
     def from_backbone(cls, model, **config) -> LemurModel:
         """A head that is not fitted yet, for the token vectors of a MultiVectorEncoder."""
@@ -320,7 +326,7 @@ class LemurModel(WholeWeights, PreTrainedModel):
             maps = [self.document_map, self.document_mean] if self.config.rank else []
             state = [(t.data_ptr(), t.device, 0 if t.is_inference() else t._version) for t in of + maps]
             key = (state, self.config.ridge, self.config.embedding_dim)
-            if self._solved is None or self._solved[0] != key:
+            if self.training or self._solved is None or self._solved[0] != key:
                 with torch.inference_mode(False), torch.no_grad():  # to be used outside it, too
                     self._solved = (key, self._solve())
         elif self._solved is None:
