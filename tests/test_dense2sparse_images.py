@@ -16,7 +16,9 @@ from drawings import write_scenes
 from PIL import Image
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
-from sentence_transformers import SparseEncoder
+from sentence_transformers import SentenceTransformer, SparseEncoder
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 from torch.nn import functional as F
 from transformers import (
     AutoModel,
@@ -28,6 +30,8 @@ from transformers import (
     CLIPModel,
     SiglipConfig,
     SiglipModel,
+    T5Config,
+    T5EncoderModel,
     VisionTextDualEncoderProcessor,
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -134,6 +138,44 @@ def test_towers_and_head_are_one_folder(towers, tmp_path):
     with torch.no_grad():
         expected = retriever.eval().head(dense, task="document", modality="image").sentence_embedding
     torch.testing.assert_close(images[:1], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_both_towers_are_opened_in_the_type_that_is_asked_for(towers, tmp_path):
+    kind, _, folder = towers
+    retriever = Dense2SparseForRetrieval.from_encoder(str(folder), average_length=3.0)
+    processor = load_processor(str(folder))
+    batch = processor.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    pixels = processor.image_processor([photo()], return_tensors="pt")["pixel_values"]
+    for name, model in (("dense", DualEncoderModel.from_encoder(str(folder))), ("sparse", retriever)):
+        model.save_pretrained(tmp_path / name)
+        half = type(model).from_pretrained(tmp_path / name, dtype=torch.bfloat16)
+        assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}, kind
+        with torch.no_grad():
+            for encode, inputs in (("forward", dict(batch)), ("encode_image", {"pixel_values": pixels})):
+                found, expected = (getattr(m.eval(), encode)(**inputs).sentence_embedding for m in (half, model))
+                assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_retriever_knows_the_tied_weights_and_the_whole_blocks_of_its_towers(backbone, tmp_path):
+    """T5 has its word embeddings under two names, of which a file holds one."""
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    T5EncoderModel(T5Config(vocab_size=61, **sizes)).save_pretrained(tmp_path / "t5")
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    tokenizer.save_pretrained(tmp_path / "t5")
+    texts = SentenceTransformer(modules=[Transformer(str(tmp_path / "t5")), Pooling(16, "mean")], device="cpu")
+    texts.save_pretrained(str(tmp_path / "texts"))
+    vision = tiny_vision(tmp_path / "vision")
+    dual = DualEncoderModel.from_encoder(str(tmp_path / "texts"), vision=str(vision), projection_dim=12)
+    for part in (dual, tokenizer):
+        part.save_pretrained(tmp_path / "dual")
+    made = Dense2SparseForRetrieval.from_encoder(str(tmp_path / "dual"), average_length=3.0).eval()
+    made.save_pretrained(tmp_path / "sparse")
+    opened = Dense2SparseForRetrieval.from_pretrained(tmp_path / "sparse").eval()
+    assert "T5Block" in opened._no_split_modules  # what device_map="auto" keeps on one device
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        found, expected = (model(**batch, task="query").sentence_embedding for model in (opened, made))
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_text_encoder_alone_is_no_image_model(backbone, tmp_path):

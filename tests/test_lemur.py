@@ -211,6 +211,24 @@ def test_a_changed_head_is_solved_anew():
     assert np.abs(pooled(model, rows, "document")).max() < np.abs(before).max()
 
 
+def test_a_head_is_solved_anew_after_steps_of_an_optimizer_that_no_weight_knows_of():
+    model, rows = head(), texts([4])
+    before = pooled(model, rows, "document")
+    optimizer, versions = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True), [model.linear.weight._version]
+    model.train()
+    for _ in range(2):
+        model(torch.stack(rows), task="query").sentence_embedding.sum().backward()
+        optimizer.step()
+        in_training = model(torch.stack(rows), task="document").sentence_embedding.detach()
+    assert [model.linear.weight._version] == versions, "fused AdamW counts its changes now"
+    fresh = LemurModel(model.config).eval()
+    fresh.load_state_dict(model.state_dict())
+    expected = pooled(fresh, rows, "document")
+    assert np.abs(expected - before).max() > 1e-3
+    np.testing.assert_allclose(in_training.numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(pooled(model.eval(), rows, "document"), expected, atol=1e-5)
+
+
 def test_no_cast_rounds_the_head(tmp_path):
     model, rows = head(), texts([4, 6])
     before = pooled(model, rows, "document")

@@ -240,6 +240,17 @@ def test_the_test_would_notice_other_vectors(examples):
         assert any(differ), "queries and documents must differ for task to be tested"
 
 
+def test_the_task_of_a_batch_counts_as_that_of_the_call(examples):
+    """Trainers of sentence-transformers put it there, by their ``router_mapping``."""
+    for room, kind, model in kinds(examples):
+        output = "token_embeddings" if isinstance(model, MultiVectorEncoder) else "sentence_embedding"
+        for task in ("query", "document"):
+            with torch.no_grad():
+                expected = model(model.preprocess(TEXTS, task=task), task=task)[output]
+                found = model(model.preprocess(TEXTS, task=task) | {"task": task})[output]
+            torch.testing.assert_close(found, expected, msg=lambda said, of=f"{room}/{kind} {task}": f"{of}: {said}")
+
+
 def test_automodel_gives_the_methods_class_in_both_worlds_or_refuses_what_is_modules(saved, opened):
     for name, folder in saved.items():
         if (folder / "0_Backbone").exists():

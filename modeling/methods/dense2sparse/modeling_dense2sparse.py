@@ -52,7 +52,6 @@ from .polyrep_towers import (
     MAPS,
     ImageInputs,
     TwoTowers,
-    initialize_projections,
     open_both_towers,
     shared_width,
     tower_configs,
@@ -584,10 +583,6 @@ class Dense2SparseForRetrieval(WholeWeights, Trunk, PreTrainedModel):
             self.add_trunk(config)
         self.head = Dense2SparseModel(config)
         self.post_init()
-
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        initialize_projections(module)
 
     @classmethod
     def from_encoder(cls, backbone: str, head: Dense2SparseModel | None = None, **config) -> Dense2SparseForRetrieval:

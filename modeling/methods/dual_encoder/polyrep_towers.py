@@ -148,6 +148,12 @@ class Towers:
 
     def add_towers(self, config: PretrainedConfig) -> None:
         """Make the encoders of a config with ``encoder_config``, or ``text_config`` and ``vision_config``."""
+        parts = [config]
+        for part in parts if config.dtype is not None else ():  # transformers says it to the parts of a model's config
+            inner = [value for name in part.sub_configs if (value := getattr(part, name, None)) is not None]
+            for value in inner:  # and not to theirs
+                value.dtype = config.dtype
+            parts += inner
         if config.encoder_config is not None:
             self.encoder = BOTH_TOWERS[config.encoder_config.model_type](config.encoder_config)
         else:
@@ -199,20 +205,21 @@ class _Maps(Projections, nn.Module):
         self.add_projections(config)
 
 
-class TwoTowers(Towers, nn.Module):
-    """The towers as a part of another model."""
+class TwoTowers(Towers, PreTrainedModel):
+    """The towers as a part of another model, which asks them for tied weights and for modules not to be split."""
+
+    _supports_sdpa = _supports_flash_attn = True
 
     def __init__(self, config: PretrainedConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.add_towers(config)
         if config.encoder_config is None:
             self.head = _Maps(config)
+        self.post_init()
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights."""
-        return next(self.parameters()).dtype
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        initialize_projections(module)
 
 
 class ImageInputs:

@@ -205,6 +205,12 @@ class LemurModel(WholeWeights, PreTrainedModel):
 
         return super()._apply(moved, recurse)
 
+    def train(self, mode=True):
+        """Forget what was solved for: not every optimizer lets a weight know that it changed it (fused AdamW)."""
+        if mode != self.training:
+            self._solved = None
+        return super().train(mode)
+
     @classmethod
     def from_backbone(cls, model, **config) -> LemurModel:
         """A head that is not fitted yet, for the token vectors of a MultiVectorEncoder."""
@@ -322,7 +328,7 @@ class LemurModel(WholeWeights, PreTrainedModel):
             maps = [self.document_map, self.document_mean] if self.config.rank else []
             state = [(t.data_ptr(), t.device, 0 if t.is_inference() else t._version) for t in of + maps]
             key = (state, self.config.ridge, self.config.embedding_dim)
-            if self._solved is None or self._solved[0] != key:
+            if self.training or self._solved is None or self._solved[0] != key:
                 with torch.inference_mode(False), torch.no_grad():  # to be used outside it, too
                     self._solved = (key, self._solve())
         elif self._solved is None:
@@ -419,13 +425,13 @@ class LemurForRetrieval(WholeWeights, Trunk, PreTrainedModel):
 
     config_class = LemurForRetrievalConfig
     _supports_sdpa = _supports_flash_attn = True
-    _keep_in_fp32_modules_strict = {"head"}
 
     def __init__(self, config):
         super().__init__(config)
         self.add_trunk(config)
         self.head = LemurModel(config)
         self.post_init()
+        self._keep_in_fp32_modules_strict = {"head"}  # not the head's own words for it, which an encoder has, too
 
     @classmethod
     def from_encoder(cls, backbone: str, head: LemurModel | None = None, **config) -> LemurForRetrieval:
