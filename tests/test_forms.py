@@ -106,6 +106,11 @@ def test_one_folder_gives_the_vectors_of_its_modules_to_the_bit(backbone, tmp_pa
     model = attached(late_interaction(backbone, kind), method)
     folder = polyrep.save(model, tmp_path / "folder")
     opened = polyrep.load(folder)
+    with torch.no_grad():  # as trainers of sentence-transformers tell it, by their router_mapping
+        batch = opened.preprocess(ASKED, task="query")
+        told, asked = (opened(dict(batch), task="query"), opened({**batch, "task": "query"}))
+    for name in {"sentence_embedding", "token_embeddings"} & told.keys():
+        assert torch.equal(told[name], asked[name])
     assert len(opened) == 1 and opened.prompts == model.prompts and type(opened) is type(model)
     assert opened.get_embedding_dimension() == model.get_embedding_dimension()
     assert_alike(opened, model)

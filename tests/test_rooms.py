@@ -22,6 +22,7 @@ from conftest import QUERIES, run_python
 from huggingface_hub import constants
 from room_examples import EXAMPLES
 from safetensors.torch import load_file, save_file
+from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Transformer
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel
 from transformers.dynamic_module_utils import get_imports, get_relative_imports

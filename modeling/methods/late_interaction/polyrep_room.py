@@ -163,6 +163,10 @@ class HeadModule:
         super().__init__()
         self.model = self.head_class(self.head_class.config_class(**config)) if model is None else model
 
+    def __call__(self, features, task=None, **kwargs):
+        """Run the head for the task that it is told, or else that of the batch, where trainers put it."""
+        return super().__call__(features, task=task or features.get("task"), **kwargs)
+
     def on_model_ready(self, model):
         """Check the backbone, as soon as there is one."""
         self.check_backbone(model)

@@ -463,7 +463,10 @@ class TrunkTransformer(Transformer):
 
     def forward(self, features, task=None, **kwargs):
         """Add what the model gives: ``sentence_embedding``, or ``token_embeddings`` and their ``attention_mask``."""
-        output = self.model(**{**features, **kwargs, "task": task})
+        given = {**features, **kwargs}
+        if task is not None:  # trainers put it into the batch, by their router_mapping
+            given["task"] = task
+        output = self.model(**given)
         features.update({name: output[field] for field, name in _FEATURES.items() if output.get(field) is not None})
         return features
 
