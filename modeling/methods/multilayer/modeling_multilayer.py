@@ -40,6 +40,7 @@ from .polyrep_room import (
     Module,
     SentenceTransformer,
     Transformer,
+    keep_states,
     new_encoder,
     pool_tokens,
     pooling_of,
@@ -345,7 +346,11 @@ class MultiLayerModel(WholeWeights, PreTrainedModel):
         layers = config.layers[:1] if alone else config.layers
         encoder = self.query_encoder if task == "query" and not config.tied else self.encoder
         deep = not all(config.is_last(layer) for layer in layers)
+        if deep:
+            keep_states(encoder)
         output = encoder(input_ids=input_ids, output_hidden_states=deep, **inputs)
+        if deep:
+            keep_states(encoder)
         if deep and output.hidden_states is None:
             raise ValueError(
                 f"MultiLayerModel: {type(encoder).__name__} returned no hidden states, so layers {layers} cannot be "
@@ -503,7 +508,8 @@ class MultiLayerPooling(HeadModule, Module):
     def on_model_ready(self, model):
         """Check encoder and family, and let the encoder keep its hidden states if encoding needs them."""
         config, modules = self.model.config, list(model)
-        encoder = getattr(modules[modules.index(self) - 1], "model", None) if modules.index(self) else None
+        before = modules[modules.index(self) - 1] if modules.index(self) else None
+        encoder = getattr(before, "model", None)
         if not isinstance(encoder, PreTrainedModel):
             names = " + ".join(type(module).__name__ for module in modules)
             raise ValueError(
@@ -525,6 +531,9 @@ class MultiLayerPooling(HeadModule, Module):
             )
         config.fit(depth, width)
         self.check_backbone(model)
+        if keep_states not in before._forward_hooks.values():
+            before.register_forward_pre_hook(keep_states)
+            before.register_forward_hook(keep_states)
         if config.pools or not config.is_last(config.layers[0]):
             encoder.config.output_hidden_states = True
         if not config.normalize and wanted == "SentenceTransformer" and model._similarity_fn_name is None:
