@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import logging
 import re
 import shutil
 from collections.abc import Iterator
@@ -13,13 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CLI, run_two_processes, write_beir
+from conftest import CLI, DOCUMENTS, QUERIES, ROOT, run_two_processes, write_beir
+from datasets import Dataset
 from room_examples import EXAMPLES, RUNS, behind
 from safetensors.torch import load_file
 from sentence_transformers.sentence_transformer.modules import Pooling
+from torch.nn import functional as F
 
 from polyrep.cli import main
 from polyrep.hub.example import TinyRun
+from polyrep.hub.polyrep_room import SIDES
+from polyrep.training.arguments import TRAINERS
 
 SMALL = "--max_steps 4 --save_steps 2 --save_total_limit 5 --logging_steps 1 --disable_tqdm true".split()
 
@@ -116,3 +122,55 @@ def test_two_processes_train_what_one_does(trained, tmp_path):
     ours, theirs = two.weights, one.weights
     for name in theirs.keys() - set(trained.tiny.solved):
         torch.testing.assert_close(ours[name], theirs[name], atol=2e-4, rtol=1e-3, msg=name)
+
+
+MAPPING = {"query": "query", "positive": "document"}
+PAIRS = {"query": list(QUERIES.values()), "positive": list(DOCUMENTS.values())[: len(QUERIES)]}
+
+
+def stock_loss(model: Any, folder: Path, mapping: dict[str, str]) -> float:
+    """Mean over three steps of one batch in the library's own trainer, at a rate that learns nothing."""
+    family = type(model).__name__
+    trainer, arguments, module = TRAINERS[family]
+    losses = importlib.import_module(module)
+    if family == "SentenceTransformer":
+        loss = losses.MultipleNegativesRankingLoss(model, scale=1, similarity_fct=model.similarity)
+    elif family == "SparseEncoder":
+        inner = losses.SparseMultipleNegativesRankingLoss(model)
+        loss = losses.SpladeLoss(model, inner, document_regularizer_weight=0)
+    else:
+        loss = losses.MultiVectorMultipleNegativesRankingLoss(model)
+    settings = {"learning_rate": 0.0, "max_steps": 3, "per_device_train_batch_size": len(QUERIES)}
+    quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    args = arguments(output_dir=str(folder), router_mapping=mapping, **settings, **quiet)
+    return trainer(model=model, args=args, train_dataset=Dataset.from_dict(PAIRS), loss=loss).train().training_loss
+
+
+@pytest.mark.parametrize("room", EXAMPLES)
+def test_the_librarys_own_trainer_encodes_each_column_as_its_side(room, backbone, tmp_path):
+    assert SIDES == f"router_mapping={MAPPING}" and SIDES in (ROOT / "model_cards" / "_doors.md").read_text()
+    for kind, model in EXAMPLES[room](backbone, tmp_path / "example").models.items():
+        queries, documents = model.encode_query(PAIRS["query"]), model.encode_document(PAIRS["positive"])
+        scores = model.similarity(queries, documents)
+        expected = F.cross_entropy(scores, torch.arange(len(scores))).item()
+        found = stock_loss(model, tmp_path / kind, MAPPING)
+        np.testing.assert_allclose(found, expected, rtol=2e-4, err_msg=kind)
+
+
+@pytest.mark.parametrize("room", [name for name in EXAMPLES if "lemur" not in name and "toy" not in name])
+def test_the_librarys_own_trainer_that_is_told_no_side_says_what_becomes_of_queries(room, backbone, tmp_path, caplog):
+    for kind, model in EXAMPLES[room](backbone, tmp_path / "example").models.items():
+        as_query, as_document = model.encode_query(PAIRS["query"]), model.encode_document(PAIRS["query"])
+        differ = not torch.equal(model.similarity(as_query, as_query), model.similarity(as_query, as_document))
+        caplog.clear()
+        logging.Logger.warning_once.cache_clear()
+        with caplog.at_level(logging.WARNING):
+            stock_loss(model, tmp_path / kind, {})
+        told = "say in its arguments which column holds which" in caplog.text
+        assert told == (differ and type(model).__name__ != "MultiVectorEncoder"), kind
+
+
+def test_the_librarys_own_trainer_that_is_told_no_side_is_refused_where_there_is_none(backbone, tmp_path):
+    model = EXAMPLES["polyrep_lemur"](backbone, tmp_path / "example").models["pipeline"]
+    with pytest.raises(ValueError, match=re.escape(SIDES)):
+        stock_loss(model, tmp_path / "out", {})

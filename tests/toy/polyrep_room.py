@@ -38,6 +38,9 @@ except ImportError:  # AutoModel works without sentence-transformers
 
 logger = logging.getLogger(__name__)
 
+SIDES = "router_mapping={'query': 'query', 'positive': 'document'}"
+"""How the trainers of sentence-transformers are told the side of a score that each column of their data is."""
+
 
 def new_encoder(config: PretrainedConfig, reads: str = "input_ids") -> PreTrainedModel:
     """An encoder of a config's kind, without the decoder where there is one (T5).
@@ -174,6 +177,15 @@ def keep_states(model: nn.Module, *_) -> None:
         setattr(part, _HOOKED, _Hooked(True))
 
 
+def warn_of_no_task(model: nn.Module, task: str | None) -> None:
+    """Say once that a training tells no queries from documents, for a model that encodes them in different ways."""
+    if task is None and model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        logger.warning_once(
+            f"{type(model).__name__}: training with task=None, so every text is encoded as a document, queries too. "
+            f"With a trainer of sentence-transformers, say in its arguments which column holds which: {SIDES}."
+        )
+
+
 def check_score(model, owner: str, because: str, cut: str) -> None:
     """Let a model score by the inner product where nothing is said; ValueError for what would rank otherwise.
 
@@ -216,6 +228,11 @@ class HeadModule:
     def __init__(self, model: PreTrainedModel | None = None, **config):
         super().__init__()
         self.model = self.head_class(self.head_class.config_class(**config)) if model is None else model
+
+    @staticmethod
+    def task_of(features: dict, task: str | None) -> str | None:
+        """The task of a batch: what the call says, else what a trainer of sentence-transformers wrote into it."""
+        return features.get("task") if task is None else task
 
     def on_model_ready(self, model):
         """Check the backbone, as soon as there is one."""

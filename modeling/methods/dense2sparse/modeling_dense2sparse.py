@@ -48,6 +48,7 @@ from .polyrep_room import (
     pool_tokens,
     pooling_of,
     text_inputs,
+    warn_of_no_task,
 )
 from .polyrep_towers import (
     BOTH_TOWERS,
@@ -333,6 +334,8 @@ class Dense2SparseModel(WholeWeights, PreTrainedModel):
         config, image = self.config, modality == "image"
         owned = not image and (config.own_tokens == "learned" or gate is not None or not expand)
         self._check(sentence_embedding, task, expand, image, missing=owned and input_ids is None)
+        if config.expansion != "both" or config.own_tokens == "learned" or config.query_top_k != config.document_top_k:
+            warn_of_no_task(self, task)
         weights = self._expansion(sentence_embedding, task, compact)
         if owned:
             gate = gate if expand else sentence_embedding.new_zeros(1, 1)
@@ -695,7 +698,7 @@ class Dense2SparsePooling(HeadModule, Module):
 
     def forward(self, features, task=None, expand=True):
         """Replace the batch's ``sentence_embedding`` by sparse vectors, ``(batch, vocab_size)``."""
-        vectors, ids = features["sentence_embedding"], features.get("input_ids")
+        vectors, ids, task = features["sentence_embedding"], features.get("input_ids"), self.task_of(features, task)
         if ids is not None and len(ids) != len(vectors):
             raise ValueError(
                 f"Dense2SparsePooling: {len(vectors)} vectors but input_ids of shape {tuple(ids.shape)}: the encoder "

@@ -54,6 +54,7 @@ from .polyrep_room import (
     pooling_of,
     text_inputs,
     text_limit,
+    warn_of_no_task,
 )
 
 _CHOICES = {
@@ -267,6 +268,7 @@ class GaussianHead(WholeWeights, PreTrainedModel):
                 mean = F.normalize(mean, dim=-1)
             if config.divergence == "dot":
                 return GaussianOutput(sentence_embedding=mean, mean=mean)
+            warn_of_no_task(self, task)
             own = task == "query" and config.separate_variance
             linear = F.linear(wide, (self.query_variance_map if own else self.variance_map).to(exact))
             variance = F.softplus(linear, config.beta) + config.variance_floor
@@ -511,7 +513,7 @@ class GaussianPooling(HeadModule, Module):
 
     def forward(self, features, task=None):
         """Replace ``sentence_embedding`` by the index vector, beside ``mean``, ``variance`` and ``uncertainty``."""
-        features.update(self.model(features["sentence_embedding"], task=task))
+        features.update(self.model(features["sentence_embedding"], task=self.task_of(features, task)))
         return features
 
     def on_model_ready(self, model):

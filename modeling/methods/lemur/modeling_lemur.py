@@ -32,7 +32,7 @@ from transformers.utils import ModelOutput
 
 from .polyrep_fields import WIDTH, check_weight, checked, keep
 from .polyrep_folder import WholeWeights
-from .polyrep_room import HeadModule, Module, check_score
+from .polyrep_room import SIDES, HeadModule, Module, check_score
 
 _BLOCK = 2**25
 """Numbers in the largest intermediate of documents, 128 MiB; of queries, whose features are wider, twice that."""
@@ -356,7 +356,8 @@ class LemurModel(WholeWeights, PreTrainedModel):
         if task not in ("query", "document"):
             raise ValueError(
                 f"{name}: task={task!r}, but queries and documents are encoded in different ways. Use task='query' or "
-                "'document'; in sentence-transformers encode_query and encode_document, which pass it."
+                "'document'; in sentence-transformers encode_query and encode_document, which pass it, and in the "
+                f"arguments of its trainer {SIDES}."
             )
         if tokens.ndim != 3 or tokens.shape[-1] != config.token_dim:
             raise ValueError(
@@ -404,6 +405,7 @@ class LemurPooling(HeadModule, Module):
 
     def forward(self, features, task=None):
         """Add ``sentence_embedding`` to what the encoder gives for a batch."""
+        task = self.task_of(features, task)
         output = self.model(features["token_embeddings"], features["attention_mask"], task=task)
         features["sentence_embedding"] = output.sentence_embedding
         return features

@@ -45,6 +45,7 @@ from .polyrep_room import (
     pool_tokens,
     pooling_of,
     text_inputs,
+    warn_of_no_task,
 )
 
 try:
@@ -224,6 +225,8 @@ class MultiLayerHead(WholeWeights, PreTrainedModel):
             kwargs: Ignored.
         """
         pooling, alone = self.config.pooling, task == "query" and not self.config.pool_queries
+        if self.config.pools and pooling != "linear" and not self.config.pool_queries:
+            warn_of_no_task(self, task)
         states = self.map(layer_embeddings) if self.config.projection else layer_embeddings
         if pooling == "linear":
             vectors = self.map(states.flatten(1))
@@ -344,6 +347,8 @@ class MultiLayerModel(WholeWeights, PreTrainedModel):
         queries_too = config.pool_queries or config.pooling == "linear"
         alone = not shown and (not config.pools or task == "query" and not queries_too)
         layers = config.layers[:1] if alone else config.layers
+        if not config.tied:
+            warn_of_no_task(self, task)
         encoder = self.query_encoder if task == "query" and not config.tied else self.encoder
         deep = not all(config.is_last(layer) for layer in layers)
         if deep:
@@ -494,7 +499,7 @@ class MultiLayerPooling(HeadModule, Module):
             )
         chosen = [states[layer] for layer in config.layers] if deep else [features["token_embeddings"]]
         pooled = torch.stack([pool_tokens(s, features["attention_mask"], config.token) for s in chosen], 1)
-        output = self.model(pooled, task=task, output_hidden_states=deep)
+        output = self.model(pooled, task=self.task_of(features, task), output_hidden_states=deep)
         if config.pooling == "multi":
             vectors = output.token_embeddings  # (batch, vectors, dim), all of which count
             features["attention_mask"] = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)

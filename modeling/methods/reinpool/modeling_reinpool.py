@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput
 
 from .polyrep_fields import LAYERS, WIDTH, check_weight, checked, keep
 from .polyrep_folder import WholeWeights
-from .polyrep_room import HeadModule, check_score
+from .polyrep_room import HeadModule, check_score, warn_of_no_task
 
 try:
     from sentence_transformers.multi_vector_encoder.modules.token_pooling import BaseTokenPooling
@@ -443,7 +443,9 @@ class ReinPoolPooling(HeadModule, BaseTokenPooling):
     def forward(self, features, task=None):
         """Replace a batch's token vectors by pooled ones, or sum those of a query."""
         tokens, mask = features["token_embeddings"], features["attention_mask"].bool()
-        single = self.model.config.output == "sentence_embedding"
+        single, task = self.model.config.output == "sentence_embedding", self.task_of(features, task)
+        if not self.applies_to("query"):
+            warn_of_no_task(self, task)
         if not self.applies_to(task):
             if single:
                 features["sentence_embedding"] = torch.where(mask[..., None], tokens, 0).sum(1)
