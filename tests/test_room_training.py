@@ -111,6 +111,17 @@ def test_a_run_interrupted_after_its_last_step_is_written_without_another(traine
     assert all(torch.equal(resumed.weights[name], value) for name, value in trained.weights.items())
 
 
+def test_a_finished_run_keeps_every_byte_and_a_longer_one_goes_on_from_its_end(trained, tmp_path, capsys):
+    shutil.copytree(trained.folder, tmp_path / "whole")
+    before = {path: path.read_bytes() for path in (tmp_path / "whole").rglob("*") if path.is_file()}
+    trained.again(tmp_path / "whole", "--resume_from_checkpoint", "last")
+    assert "nothing is left to do" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in (tmp_path / "whole").rglob("*") if path.is_file()}
+    longer = trained.again(tmp_path / "whole", "--resume_from_checkpoint", "last", "--max_steps", "5")
+    assert "Going on from step 4 of 5" in capsys.readouterr().out
+    assert longer.losses[:4] == trained.losses and len(longer.losses) == longer.record["steps"] == 5
+
+
 def test_two_processes_train_what_one_does(trained, tmp_path):
     """With half a batch each: what is compared across a batch is gathered from both, negatives included."""
     one = trained.again(tmp_path / "one", *TOGETHER, *trained.tiny.together.split())
