@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 import warm
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 from setuptools import find_packages
 from world import write_world
 
@@ -183,7 +183,7 @@ def run(copy: Path, *arguments: str, installed: bool = True) -> str:
     environment["PYTHONPATH"] = str(copy / ".site") if installed else ""
     command, nothing = [warm.python(), *arguments], subprocess.DEVNULL
     ran = subprocess.run(
-        command, cwd=copy, env=environment, stdin=nothing, capture_output=True, text=True, timeout=600
+        command, cwd=copy, env=environment, stdin=nothing, capture_output=True, text=True, timeout=PATIENCE
     )
     assert ran.returncode == 0, (ran.stdout + ran.stderr)[-5000:]
     return ran.stdout

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import CLI, DOCUMENTS, IMPORTABLE, write_beir
+from conftest import CLI, DOCUMENTS, IMPORTABLE, PATIENCE, write_beir
 from sentence_transformers import SentenceTransformer
 from test_encode import write_lines
 
@@ -93,7 +93,7 @@ def test_a_full_disk_behind_the_output_is_said(unbuffered, folder, printed, tmp_
 
 def run(command: list[str], **options: object) -> subprocess.CompletedProcess[bytes]:
     environment = os.environ | IMPORTABLE | {"PYTHONIOENCODING": "ascii"}
-    return subprocess.run([sys.executable, CLI, *command], env=environment, timeout=300, **options)
+    return subprocess.run([sys.executable, CLI, *command], env=environment, timeout=PATIENCE, **options)
 
 
 def test_a_reader_that_has_gone_ends_a_command_without_a_word(folder):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CLI, DOCUMENTS, QRELS, QUERIES, run_python, run_two_processes, write_beir
+from conftest import CLI, DOCUMENTS, PATIENCE, QRELS, QUERIES, run_python, run_two_processes, write_beir
 from safetensors.torch import load_file
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Normalize, Transformer
@@ -240,7 +240,7 @@ def test_a_pool_of_processes_encodes_what_one_does_after_a_first_text(backbone, 
     polyrep.save(MultiVectorEncoder(modules=modules, device="cpu"), tmp_path / "several")
     (tmp_path / "pool.py").write_text(POOL)
     command = [sys.executable, "pool.py", "one", "several"]  # no warm one, which its own processes could not start
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert run.stdout.splitlines() == ["4 [True, True, True, True]"] * 4 + ["False"], run.stderr[-3000:]
 
 
