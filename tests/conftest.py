@@ -33,7 +33,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hub-")  # nor on what its user has downloaded
 if "PYTEST_XDIST_WORKER" not in os.environ:  # one for all workers, since reading python_docs takes a while
     os.environ["POLYREP_CACHE"] = tempfile.mkdtemp(prefix="polyrep-")
-    atexit.register(shutil.rmtree, os.environ["POLYREP_CACHE"], ignore_errors=True)
+    os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="matplotlib-")  # a home that cannot be written has none
+    for _name in ("POLYREP_CACHE", "MPLCONFIGDIR"):
+        atexit.register(shutil.rmtree, os.environ[_name], ignore_errors=True)
 
 ROOT = Path(__file__).parent.parent
 
