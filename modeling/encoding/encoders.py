@@ -68,6 +68,7 @@ def _encode_sparse(model: Encoder, texts: list[str], task: str, batch_size: int)
 @torch.inference_mode()
 def _encode_layers(model: Encoder, texts: list[str], task: str, batch_size: int, cls: bool = False) -> _Encoded:
     transformer: Any = model[0].eval()
+    keep_states(transformer.model)
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     pooled: list[torch.Tensor] = []
     prompt = model.prompts.get(task) or None
