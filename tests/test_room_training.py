@@ -168,7 +168,7 @@ def test_the_librarys_own_trainer_encodes_each_column_as_its_side(room, backbone
         np.testing.assert_allclose(found, expected, rtol=2e-4, err_msg=kind)
 
 
-@pytest.mark.parametrize("room", [name for name in EXAMPLES if "lemur" not in name and "toy" not in name])
+@pytest.mark.parametrize("room", sorted(EXAMPLES.keys() - {"polyrep_toy"}))
 def test_the_librarys_own_trainer_that_is_told_no_side_says_what_becomes_of_queries(room, backbone, tmp_path, caplog):
     for kind, model in EXAMPLES[room](backbone, tmp_path / "example").models.items():
         as_query, as_document = model.encode_query(PAIRS["query"]), model.encode_document(PAIRS["query"])
@@ -176,12 +176,9 @@ def test_the_librarys_own_trainer_that_is_told_no_side_says_what_becomes_of_quer
         caplog.clear()
         logging.Logger.warning_once.cache_clear()
         with caplog.at_level(logging.WARNING):
-            stock_loss(model, tmp_path / kind, {})
-        told = "say in its arguments which column holds which" in caplog.text
-        assert told == (differ and type(model).__name__ != "MultiVectorEncoder"), kind
-
-
-def test_the_librarys_own_trainer_that_is_told_no_side_is_refused_where_there_is_none(backbone, tmp_path):
-    model = EXAMPLES["polyrep_lemur"](backbone, tmp_path / "example").models["pipeline"]
-    with pytest.raises(ValueError, match=re.escape(SIDES)):
-        stock_loss(model, tmp_path / "out", {})
+            try:
+                stock_loss(model, tmp_path / kind, {})
+                said = caplog.text
+            except ValueError as refusal:
+                said = str(refusal)
+        assert (SIDES in said) == (differ and type(model).__name__ != "MultiVectorEncoder"), kind
