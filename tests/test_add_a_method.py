@@ -230,7 +230,7 @@ def test_the_new_room_passes_the_checks_of_the_page(copy, page, room, tmp_path):
     assert of_file.count("test_room_training") == 7
     named = [case.get("name") for case in cases if room in case.get("name")]
     assert f"test_shipped_files_import_only_what_every_machine_has[modeling_{room}.py]" in named
-    assert sum(f"[polyrep_{room}]" in name for name in named) == 4, "compiled, in bfloat16, and twice in the trainer of others"
+    assert sum(f"[polyrep_{room}]" in name for name in named) == 4, "compiled, in bfloat16, twice in stock trainers"
 
 
 def test_the_new_room_trains_is_measured_and_published_as_on_the_page(copy, page, room):
