@@ -4,6 +4,7 @@
 
 :func:`pack` writes such a folder, :func:`unpack` makes the ordinary model folder of it again, which anything opens.
 The result is the same to the byte on every machine: a head knows the model that it belongs to by a hash of weights.
+A packed file of weights has a name of its own, so that nothing takes it for the model.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from transformers import AutoTokenizer
 from polyrep.errors import InputError
 from polyrep.files import staged_folder
 from polyrep.hub.code import code_of
-from polyrep.hub.folder import packaged_minilm
+from polyrep.hub.folder import PACKED, packaged_minilm
 from polyrep.registry import ROOMS
 
 SCALE = ".scale"
@@ -53,7 +54,7 @@ def pack(folder: Path, target: Path) -> Path:
         ``target``.
 
     Raises:
-        InputError: ``target`` exists, or the folder has a vocabulary of its own.
+        InputError: ``target`` exists, or the folder is packed already or has a vocabulary of its own.
     """
     if target.exists():
         raise InputError(f"{target}: exists already, and packing would mix two models. Remove it first.")
@@ -64,6 +65,8 @@ def pack(folder: Path, target: Path) -> Path:
                 f"{folder}: its vocabulary of {len(own):,} tokens is not all-MiniLM-L6-v2's, which unpacking would "
                 "put in its place. Ship this model as it is."
             )
+    if packed := next(folder.rglob(f"*{PACKED}"), None):
+        raise InputError(f"{packed}: is packed already. Unpack its folder first, with --unpack.")
     known = {_digest(tensor): name for name, tensor in _minilm().items() if tensor.numel() > SMALL}
     with staged_folder(target) as staged:
         for file, written in _weights_beside_copies(folder, staged):
@@ -72,7 +75,8 @@ def pack(folder: Path, target: Path) -> Path:
                 name: known[digest] for name, tensor in tensors.items() if (digest := _digest(tensor)) in known
             }
             own = {name: tensor for name, tensor in tensors.items() if name not in borrowed}
-            save_file(_to_bytes(own), written, metadata={BORROWED: json.dumps(borrowed, sort_keys=True)})
+            metadata = {BORROWED: json.dumps(borrowed, sort_keys=True)}
+            save_file(_to_bytes(own), written.with_suffix(PACKED), metadata=metadata)
     return target
 
 
@@ -98,10 +102,11 @@ def unpack(folder: Path, target: Path) -> Path:
         for file, written in _weights_beside_copies(folder, staged):
             with safe_open(file, "pt") as opened:
                 metadata = opened.metadata() or {}
-            if BORROWED not in metadata:
+            if BORROWED not in metadata or not file.name.endswith(PACKED):
                 raise InputError(f"{file}: says nothing of what it borrows, so it is no packed file. Pack the model.")
             borrowed = {name: minilm[source].clone() for name, source in json.loads(metadata[BORROWED]).items()}
-            save_file(_from_bytes(load_file(file)) | borrowed, written, metadata={"format": "pt"})
+            name = written.name.removesuffix(PACKED) + ".safetensors"
+            save_file(_from_bytes(load_file(file)) | borrowed, written.with_name(name), metadata={"format": "pt"})
         _copy_code(staged)
     return target
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .console import console
-from .errors import HALF, InputError, first_line
+from .console import console, say_below_launcher
+from .errors import HALF, InputError, UsageError, first_line
 from .files import disk_error, is_memory_error
 
 COMMANDS = {
@@ -38,36 +38,39 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
             run = getattr(importlib.import_module(f".{module}", __package__), function)
             run(arguments[1:], prog=prog or f"polyrep {verb}")
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
+    except UsageError as error:
+        say_below_launcher(error.message)
+        raise
     except UnicodeEncodeError as error:
         if not any(HALF.search(word) for word in arguments):
             raise
-        print(
-            f"error: {error.object!r}: holds half of a surrogate pair, as bytes become that are not UTF-8, and a "
-            "library takes UTF-8 alone. Write the text, or rename the file, in UTF-8.",
-            file=sys.stderr,
+        return _refuse(
+            f"{error.object!r}: holds half of a surrogate pair, as bytes become that are not UTF-8, and a library "
+            "takes UTF-8 alone. Write the text, or rename the file, in UTF-8."
         )
-        return 2
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         if is_memory_error(error):
-            print(
-                f"error: {verb}: not enough memory ({first_line(error)}), so the work stops here. What was finished "
-                "is kept. Take less at a time, e.g. with a smaller batch size or --max_length, or give it more.",
-                file=sys.stderr,
+            return _refuse(
+                f"{verb}: not enough memory ({first_line(error)}), so the work stops here. What was finished is kept. "
+                "Take less at a time, e.g. with a smaller batch size or --max_length, or give it more."
             )
-            return 2
         if (refused := disk_error(error)) is None:
             raise
-        print(
-            f"error: {refused.filename or verb}: {refused.strerror}, so the work stops here. What was finished is "
-            "kept. Make room there or name another place, then give the command again.",
-            file=sys.stderr,
+        return _refuse(
+            f"{refused.filename or verb}: {refused.strerror}, so the work stops here. What was finished is kept. Make "
+            "room there or name another place, then give the command again."
         )
-        return 2
     return 0
+
+
+def _refuse(message: str) -> int:
+    """Say why a command does no work; return its exit status."""
+    print(f"error: {message}", file=sys.stderr)
+    say_below_launcher(f"error: {message}")
+    return 2
 
 
 # Verbs of several parts, each imported only when its turn comes: a table need not wait for all that trains.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TextIO
 
 from .errors import InputError
@@ -61,3 +63,32 @@ def _lost(stream: TextIO, failed: bool) -> OSError | None:
         os.close(nowhere)
         return error
     return None
+
+
+def say_below_launcher(message: str) -> None:
+    """Print a refusal once more, when the launcher that started this program has ended.
+
+    ``accelerate launch`` prints a traceback of its own below the last words of a program that ended with a status,
+    unless it is asked not to (``--quiet``), and who reads the end of it finds no reason there. Only Linux tells when a
+    process ends that is not one's own child; elsewhere nothing is printed again.
+    """
+    if os.environ.get("RANK", "0") != "0":  # one of several processes says it for all
+        return
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
+        launcher = os.pidfd_open(os.getppid())
+    except (AttributeError, OSError):
+        return
+    names = [os.path.basename(word) for word in words]
+    launched = (b"accelerate", b"launch") in zip(names, names[1:], strict=False) or b"accelerate-launch" in names
+    if not launched or {b"-q", b"--quiet"} & set(words):
+        return
+    sys.stderr.flush()
+    if os.fork():
+        return
+    try:
+        os.setsid()  # what ends the launcher does not end this
+        if select.select([launcher], [], [], 60)[0]:
+            os.write(2, f"{message}\n".encode(errors="backslashreplace"))
+    finally:
+        os._exit(0)

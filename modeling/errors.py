@@ -14,6 +14,14 @@ class InputError(ValueError):
     """Input that cannot be used as given; the message names subject, observed value, consequence and remedy."""
 
 
+class UsageError(SystemExit):
+    """A command line that a parser has refused, which it has said; the argument is what it said last."""
+
+    def __init__(self, message: str):
+        super().__init__(2)
+        self.message = message
+
+
 class NoSplit(InputError):
     """A data set that is whole, and lacks the split that is asked for, or judges nothing in it."""
 

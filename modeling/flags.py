@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import shlex
+import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, NoReturn
 
-from .errors import InputError
+from .errors import InputError, UsageError
 
 _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     (
@@ -83,6 +85,7 @@ def parse(
     from transformers import HfArgumentParser  # which takes seconds, that a mistyped verb need not wait for
 
     parser = HfArgumentParser([arguments], prog=prog, allow_abbrev=False, description=about)  # type: ignore[list-item]
+    say_usage(parser)
     parser.add_argument("given", metavar=metavar, help=wanted, **options)
     flags, named, unknown = parser.parse_args_into_dataclasses(
         list(argv), look_for_args_file=False, return_remaining_strings=True
@@ -91,6 +94,18 @@ def parse(
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     refuse_out_of_range(vars(flags))
     return flags, named.given
+
+
+def say_usage(parser: ArgumentParser) -> None:
+    """Let a parser end the program by UsageError, with the words that argparse has for it."""
+
+    def error(message: str) -> NoReturn:
+        said = f"{parser.prog}: error: {message}"
+        parser.print_usage(sys.stderr)
+        print(said, file=sys.stderr)
+        raise UsageError(said)
+
+    parser.error = error  # type: ignore[method-assign]
 
 
 def command_line(prog: str, words: Sequence[str], launcher: str = "python") -> str:

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -19,17 +20,23 @@ from pathlib import Path
 import pytest
 import warm
 
+# Whoever starts the tests may be a terminal of any width, a launcher, or somebody with settings of their own.
+_THEIRS = ("ACCELERATE_", "GRADIO_", "HF_", "HUGGINGFACE_", "MASTER_", "SENTENCE_TRANSFORMERS_", "TRANSFORMERS_")
+_THEIRS += ("COLUMNS", "FORCE_COLOR", "GROUP_RANK", "LOCAL_", "MTEB_CACHE", "POLYREP_DATA", "RANK", "WORLD_SIZE")
+for _name in [name for name in os.environ if name.startswith(_THEIRS) and name != "HF_HUB_OFFLINE"]:
+    del os.environ[_name]
+
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers on every machine
 os.environ["OMP_NUM_THREADS"] = "1"  # several workers share the cores, and threads that wait for a core burn it
 os.environ["OMP_WAIT_POLICY"] = "passive"  # nor may those that a training takes for itself
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hub-")  # nor on what its user has downloaded
-os.environ.pop("HF_HUB_CACHE", None)  # which would go before it
-os.environ.pop("POLYREP_DATA", None)
 if "PYTEST_XDIST_WORKER" not in os.environ:  # one for all workers, since reading python_docs takes a while
     os.environ["POLYREP_CACHE"] = tempfile.mkdtemp(prefix="polyrep-")
-    atexit.register(shutil.rmtree, os.environ["POLYREP_CACHE"], ignore_errors=True)
+    os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="matplotlib-")  # a home that cannot be written has none
+    for _name in ("POLYREP_CACHE", "MPLCONFIGDIR"):
+        atexit.register(shutil.rmtree, os.environ[_name], ignore_errors=True)
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,7 +46,17 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Import the models where tests run: in this process, unless it has workers for them."""
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        as_if_started_by_hand()
         config.pluginmanager.import_plugin("small_models")
+
+
+def as_if_started_by_hand() -> None:
+    """Undo what a process takes over from those that start it in the background: signals ignored, and a umask."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM, signal.SIGCHLD):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    os.umask(0o022)
 
 
 def pytest_collection_finish() -> None:
@@ -52,6 +69,9 @@ needs_seismic = pytest.mark.skipif(
     reason="Seismic is not installed: see README.md for where it has a wheel",
 )
 
+
+PATIENCE = 1200
+"""Seconds after which a test no longer waits for what has to come: a machine that does much else takes long."""
 
 DOCUMENTS = {
     "d1": "tar: archive files into one file",
@@ -92,7 +112,7 @@ IMPORTABLE = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "tests"), o
 
 def run_python(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     """Run Python with the tests importable; the caller looks at returncode, stdout and stderr."""
-    options = {"env": os.environ | IMPORTABLE, "timeout": 300} | options
+    options = {"env": os.environ | IMPORTABLE, "timeout": PATIENCE} | options
     return subprocess.run([warm.python(), *arguments], capture_output=True, text=True, **options)
 
 

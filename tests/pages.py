@@ -35,7 +35,7 @@ import torch
 import warm
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from conftest import DOCUMENTS, QRELS, QUERIES
+from conftest import DOCUMENTS, PATIENCE, QRELS, QUERIES
 from datasets import Dataset
 from hub_server import running_hub
 from huggingface_hub import constants
@@ -254,13 +254,13 @@ class Reader:
             assert set(extras.split(",")) <= set(known), f"extras are {', '.join(known)}"
         options = ["--dry-run", "--no-index", "--no-build-isolation", "--no-deps", "--disable-pip-version-check"]
         ran = subprocess.run(
-            [sys.executable, "-m", "pip", *words, *options], capture_output=True, text=True, timeout=300
+            [sys.executable, "-m", "pip", *words, *options], capture_output=True, text=True, timeout=PATIENCE
         )
         assert ran.returncode == 0, ran.stdout + ran.stderr
 
     def _curl(self, words: list[str]) -> None:
         assert shutil.which("curl"), "install curl"
-        ran = subprocess.run(["curl", "--fail-with-body", *words], capture_output=True, text=True, timeout=60)
+        ran = subprocess.run(["curl", "--fail-with-body", *words], capture_output=True, text=True, timeout=PATIENCE)
         assert ran.returncode == 0, ran.stdout + ran.stderr
         asked = json.loads(flag(words, "-d"))
         for hits in json.loads(ran.stdout)["hits"]:
@@ -284,7 +284,7 @@ class Reader:
 
         def end() -> None:
             server.should_exit = True
-            thread.join(60)
+            thread.join(PATIENCE)
 
         self.left.callback(end)
 

@@ -54,6 +54,13 @@ def test_blocks_have_a_language_and_what_is_not_code_can_be_read(page: Path) -> 
     check_languages(blocks_of(page))
 
 
+@pytest.mark.parametrize("page", [*PAGES, *(ROOT / "model_cards").glob("*.md")], ids=name_of)
+def test_what_opens_our_folders_by_transformers_asks_the_reader_nothing(page: Path) -> None:
+    """Also a tokenizer is found by the config of its model, whose class is in the folder's code."""
+    calls = re.findall(r"\bAuto\w+\.from_pretrained\(([^\n]*)", page.read_text(encoding="utf-8"))
+    assert not [call for call in calls if "trust_remote_code=True" not in call and call != "backbone)"]
+
+
 BROKEN = {
     "```python\nlen(nothing)\n```": "name 'nothing' is not defined",
     "```python\nimport numpy as np\n\nvector = np.zeros((1, 3))  # (1, 4)\n```": r"\(1, 4\)",

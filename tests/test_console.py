@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import CLI, DOCUMENTS, IMPORTABLE, write_beir
+from conftest import CLI, DOCUMENTS, IMPORTABLE, PATIENCE, ROOT, write_beir
 from sentence_transformers import SentenceTransformer
 from test_encode import write_lines
 
@@ -93,7 +93,7 @@ def test_a_full_disk_behind_the_output_is_said(unbuffered, folder, printed, tmp_
 
 def run(command: list[str], **options: object) -> subprocess.CompletedProcess[bytes]:
     environment = os.environ | IMPORTABLE | {"PYTHONIOENCODING": "ascii"}
-    return subprocess.run([sys.executable, CLI, *command], env=environment, timeout=300, **options)
+    return subprocess.run([sys.executable, CLI, *command], env=environment, timeout=PATIENCE, **options)
 
 
 def test_a_reader_that_has_gone_ends_a_command_without_a_word(folder):
@@ -168,3 +168,23 @@ def test_no_text_is_refused_by_its_place(where, static_model, monkeypatch):
     with pytest.raises(InputError, match=f"{place}: holds .* half of a surrogate pair"):
         embed(static_model, texts, task="document", show_progress=False)
     assert not HALF.search("😀 é")
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="only Linux tells when another process ends")
+def test_a_refusal_is_the_last_that_is_read_below_a_launcher(tmp_path):
+    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", "1", "--cpu"]
+    command = [*launch, str(ROOT / "train.py"), "lemur-minilm", "--no_such_flag", "3"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+    said = "train.py: error: unrecognized arguments: --no_such_flag 3"
+    assert ran.returncode != 0 and ran.stderr.splitlines()[-1] == said, ran.stderr
+    assert "CalledProcessError" in ran.stderr and ran.stderr.count(said) == 2
+
+
+def test_every_refusal_is_said_below_a_launcher(monkeypatch, capsys):
+    below: list[str] = []
+    monkeypatch.setattr("polyrep.cli.say_below_launcher", below.append)
+    assert main(["train", "lemur-minilm", "--seed", "-1"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate"])
+    assert capsys.readouterr().err.splitlines()[-1] == below[1]
+    assert below[0].startswith("error: --seed -1: is out of its range") and below[1].endswith("are required: MODEL")

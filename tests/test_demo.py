@@ -29,7 +29,7 @@ import torch
 import views
 import warm
 import yaml
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 from matplotlib.cbook import get_sample_data
 from matplotlib.figure import Figure
 from PIL import Image
@@ -509,19 +509,19 @@ def test_the_staged_space_starts_by_itself(tmp_path, sets, monkeypatch):
             page = awaited(f"http://127.0.0.1:{env['GRADIO_SERVER_PORT']}/config", server)
         finally:
             server.terminate()
-            server.wait(30)
+            server.wait(PATIENCE)
         log.seek(0)
         assert page is not None, log.read()
     assert "MultiLayer" in page and str(ROOT) not in page and str(tmp_path) not in page
     assert len(list((folder / "encoded").glob("*/manifest.json"))) == 9
 
 
-def awaited(url: str, server: subprocess.Popen[Any], seconds: float = 240) -> str | None:
+def awaited(url: str, server: subprocess.Popen[Any], seconds: float = PATIENCE) -> str | None:
     """What a server answers once it does; None if it ends before."""
     stop = time.monotonic() + seconds
     while time.monotonic() < stop and server.poll() is None:
         try:
-            with urllib.request.urlopen(url, timeout=10) as answer:
+            with urllib.request.urlopen(url, timeout=60) as answer:
                 return answer.read().decode()
         except OSError:
             time.sleep(0.2)

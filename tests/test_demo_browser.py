@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import warm
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 from PIL import Image
 from test_demo import awaited, free_port
 
@@ -24,7 +24,7 @@ CHROMIUM = os.environ.get("POLYREP_CHROMIUM") or shutil.which("chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 TABS = ("Search", "Words", "Kept tokens", "Uncertainty", "Layers", "Frontier")
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
-SLOW = 60_000
+SLOW = 300_000
 """Milliseconds for a step, on a machine that does much else."""
 
 
@@ -65,7 +65,7 @@ def address(browser: Any, sets: Path, vision: Path, tmp_path_factory: pytest.Tem
             yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()
-            server.wait(30)
+            server.wait(PATIENCE)
 
 
 @pytest.fixture

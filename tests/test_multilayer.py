@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CLI, DOCUMENTS, QRELS, QUERIES, run_python, run_two_processes, write_beir
+from conftest import CLI, DOCUMENTS, PATIENCE, QRELS, QUERIES, run_python, run_two_processes, write_beir
 from safetensors.torch import load_file
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Normalize, Transformer
@@ -203,6 +208,64 @@ def test_untied_towers_are_chosen_by_task(backbone, tmp_path):
     again = one_folder(model, backbone, tmp_path / "untied")
     expected = model(**batch, task="query").sentence_embedding
     torch.testing.assert_close(again.encode_query(TEXTS, convert_to_tensor=True), expected)
+
+
+POOL = """
+import sys
+import numpy as np
+import sentence_transformers
+
+if __name__ == "__main__":
+    texts, opened = ["show open ports", "make an archive of a folder", "file", "list"], []
+    for family, folder in zip(("SentenceTransformer", "MultiVectorEncoder"), sys.argv[1:]):
+        model = getattr(sentence_transformers, family)(folder, trust_remote_code=True, device="cpu")
+        # One process gets it before its first text, and one after.
+        early = model.start_multi_process_pool(["cpu"])
+        expected = [*model.encode_document(texts[:2]), *model.encode_document(texts[2:])]
+        late = model.start_multi_process_pool(["cpu"])
+        opened += [(model, expected, early), (model, expected, late)]
+    for model, expected, pool in opened:
+        found = model.encode_document(texts, pool=pool, chunk_size=2)
+        model.stop_multi_process_pool(pool)
+        print(len(found), [np.array_equal(one, other) for one, other in zip(found, expected)])
+    print("polyrep" in sys.modules)
+"""
+
+
+def test_a_pool_of_processes_encodes_what_one_does_after_a_first_text(backbone, tmp_path):
+    layers = {"layers": [-1, 1], "projection": True, "hidden_size": 32}
+    model = MultiLayerModel.from_encoder(str(backbone), layers=[-1, 1], pooling="mean")
+    polyrep.save(one_folder(model, backbone, tmp_path / "init"), tmp_path / "one")
+    modules = [Transformer(str(backbone)), MultiLayerPooling(pooling="multi", **layers)]
+    polyrep.save(MultiVectorEncoder(modules=modules, device="cpu"), tmp_path / "several")
+    (tmp_path / "pool.py").write_text(POOL)
+    command = [sys.executable, "pool.py", "one", "several"]  # no warm one, which its own processes could not start
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+    assert run.stdout.splitlines() == ["4 [True, True, True, True]"] * 4 + ["False"], run.stderr[-3000:]
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_copies_of_an_encoder_that_gave_its_states_give_the_same(encoders, kind):
+    modules = [Transformer(str(encoders[kind])), MultiLayerPooling(layers=[-1, 0, 1], pooling="mean")]
+    behind = SentenceTransformer(modules=modules, device="cpu")
+    states = behind.encode(TEXTS)
+    hooks = [len(module._forward_hooks) for module in behind.modules()]
+    again = behind
+    for _ in range(3):  # copies of copies hold no more hooks, and may be copied themselves
+        again = pickle.loads(pickle.dumps(copy.deepcopy(again)))
+        np.testing.assert_array_equal(again.encode(TEXTS), states)
+        assert [len(module._forward_hooks) for module in again.modules()] == hooks
+    np.testing.assert_array_equal(behind.encode(TEXTS), states)
+
+
+def test_threads_may_encode_first_at_the_same_time(encoders):
+    modules = [Transformer(str(encoders["bert"])), MultiLayerPooling(layers=[-1, 0, 1], pooling="mean")]
+    behind = SentenceTransformer(modules=modules, device="cpu")
+    expected = copy.deepcopy(behind).encode(TEXTS)
+    with ThreadPoolExecutor(8) as threads:
+        for found in threads.map(lambda _: behind.encode(TEXTS), range(32)):
+            np.testing.assert_array_equal(found, expected)
+    pickle.dumps(behind)
 
 
 def test_multi_scores_the_best_layer(backbone, tmp_path):

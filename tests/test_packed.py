@@ -9,10 +9,12 @@ from pathlib import Path
 import packed
 import pytest
 import torch
+from conftest import write_beir
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 import polyrep
+from polyrep.cli import main
 from polyrep.errors import InputError
 from polyrep.hub.fingerprint import fingerprint, fingerprints
 from polyrep.hub.folder import packaged_minilm
@@ -54,10 +56,11 @@ def test_what_is_unpacked_differs_by_half_a_step_of_a_row_at_most(folder, tmp_pa
         off = (before[name].double() - after[name].double()).abs().flatten(1).amax(1)
         assert (off <= step / 2 * 1.001).all() and off.max() > 0
     assert json.loads((back / "config.json").read_text()) == {"a": 1} and not (back / "README.md").exists()
-    kept = (
-        100 * 50 + 32 * 16 * 9 + 100 * 100 + 5000 * 4 + 5000 * 8
-    )  # a byte a weight, vectors and whole numbers as they are
-    assert (small / file).stat().st_size < kept + 5_000  # scales, the small one and the header
+    assert not (small / file).exists()
+    # A byte a weight; vectors and whole numbers as they are.
+    kept = 100 * 50 + 32 * 16 * 9 + 100 * 100 + 5000 * 4 + 5000 * 8
+    size = (small / "1_Module" / "model.packed.safetensors").stat().st_size
+    assert size < kept + 5_000  # scales, the small one and the header
 
 
 def test_unpacking_again_is_the_same_to_the_byte(folder, tmp_path):
@@ -81,6 +84,24 @@ def test_packing_over_something_and_unpacking_something_else_is_refused(folder, 
     with pytest.raises(InputError, match="no packed file"):
         packed.unpack(folder, tmp_path / "back")
     assert not (tmp_path / "back").exists()
+    with pytest.raises(InputError, match="packed already"):
+        packed.pack(packed.pack(folder, tmp_path / "small"), tmp_path / "smaller")
+    assert not (tmp_path / "smaller").exists()
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in SHIPPED.iterdir()))
+def test_a_packed_folder_is_opened_by_no_door_and_ours_say_what_it_is(name, tmp_path, capsys):
+    with pytest.raises(InputError, match=rf"packed for the demo.*--unpack \S*{name} --output"):
+        polyrep.load(SHIPPED / name, trust_remote_code=True)
+    model = str(SHIPPED / name)
+    for words in (
+        ["train", "reinpool-minilm", "--output_dir", str(tmp_path / "run"), "--backbone", model],
+        ["evaluate", model, "--dataset", str(write_beir(tmp_path / "tiny"))],
+    ):
+        assert main(words) == 2
+        assert "packed for the demo" in capsys.readouterr().err
+    with pytest.raises(OSError, match="model.safetensors"):
+        AutoModel.from_pretrained(SHIPPED / name)
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in SHIPPED.iterdir()))

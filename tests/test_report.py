@@ -264,7 +264,7 @@ def test_provenance_has_every_field_that_results_need():
     assert set(found) == {"command", "created", "commit", "hardware", "versions"}
     assert found["command"] == "polyrep evaluate 'a b'"
     age = datetime.now(UTC) - datetime.strptime(found["created"], "%Y-%m-%dT%H:%M:%S%z")
-    assert -1 <= age.total_seconds() < 60
+    assert -1 <= age.total_seconds() < 3600
     assert torch.__version__.startswith(found["versions"]["torch"])  # without +cpu
     assert found["versions"]["polyrep"] == polyrep.__version__
     assert {"python", "transformers", "sentence-transformers", "datasets", "accelerate"} < set(found["versions"])

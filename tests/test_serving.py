@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import warm
-from conftest import DOCUMENTS, ROOT
+from conftest import DOCUMENTS, PATIENCE, ROOT
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 
 import polyrep
@@ -35,7 +35,6 @@ pytest.importorskip("uvicorn")
 
 TEXTS = [f"{word} {text}" for word in ("show", "list", "print", "make") for text in DOCUMENTS.values()]
 WAITING = 20
-MINUTES = 5 * 60  # long enough for a machine that does much else
 
 WRAPPER = f"""
 import functools, os, time
@@ -63,7 +62,7 @@ def example() -> str:
 
 def until(condition: Callable[[], bool]) -> None:
     """Poll; what is awaited has to come, however slow the machine."""
-    deadline = time.monotonic() + MINUTES
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -82,7 +81,7 @@ class Server:
         self.gate.touch()
 
     def raw(self, method: str, path: str, body: Any = None) -> http.client.HTTPResponse:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=MINUTES)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         connection.request(method, path, body, {"Content-Type": "application/json"})
         return connection.getresponse()
 
@@ -144,8 +143,8 @@ def server(
         process.send_signal(signal.SIGTERM)
         until(lambda: "Shutting down" in log.read_text())
         found.gate.touch()
-        assert {one.result(MINUTES)[0] for one in (answer, *waiting)} == {200}
-        process.wait(MINUTES)
+        assert {one.result(PATIENCE)[0] for one in (answer, *waiting)} == {200}
+        process.wait(PATIENCE)
         assert process.returncode in (0, -signal.SIGTERM)  # uvicorn's newer versions end by the signal
         assert "Finished server process" in log.read_text() and "Traceback" not in log.read_text().split("Shutting")[1]
     finally:
@@ -242,9 +241,9 @@ def test_concurrent_requests_are_encoded_together(server: Server, sentence_model
     found = [server.later("/search", query=text, k=1 + number) for number, text in enumerate(texts)]
     until(lambda: server.health()["waiting"] == len(texts))
     server.gate.touch()
-    check_hits(sentence_model, "busy", *first.result(MINUTES)[1]["hits"], k=10)
+    check_hits(sentence_model, "busy", *first.result(PATIENCE)[1]["hits"], k=10)
     for number, (text, answer) in enumerate(zip(texts, found, strict=True)):
-        check_hits(sentence_model, text, *answer.result(MINUTES)[1]["hits"], k=1 + number)
+        check_hits(sentence_model, text, *answer.result(PATIENCE)[1]["hits"], k=1 + number)
     assert server.health()["batches"] == before + 1
 
 
@@ -255,8 +254,8 @@ def test_full_queue_refuses_and_recovers(server: Server, sentence_model: Sentenc
     refused = server.raw("POST", "/search", json.dumps({"query": "one more"}))
     assert (refused.status, refused.headers["Retry-After"], json.load(refused)) == (503, "1", {"detail": "busy"})
     server.gate.touch()
-    assert first.result(MINUTES)[0] == 200
-    assert len(waiting.result(MINUTES)[1]["hits"]) == WAITING
+    assert first.result(PATIENCE)[0] == 200
+    assert len(waiting.result(PATIENCE)[1]["hits"]) == WAITING
     assert server.post("/search", query="one more")[0] == 200
 
 
@@ -267,9 +266,9 @@ def test_error_is_told_to_the_log_alone_and_fails_its_own_request(
     found = [server.later("/search", query=query) for query in ("poison", "make an archive")]
     until(lambda: server.health()["waiting"] == 2)
     server.gate.touch()
-    assert first.result(MINUTES)[0] == 200
-    assert found[0].result(MINUTES) == (500, {"detail": "internal error"})
-    check_hits(sentence_model, "make an archive", *found[1].result(MINUTES)[1]["hits"], k=10)
+    assert first.result(PATIENCE)[0] == 200
+    assert found[0].result(PATIENCE) == (500, {"detail": "internal error"})
+    check_hits(sentence_model, "make an archive", *found[1].result(PATIENCE)[1]["hits"], k=10)
     until(lambda: "RuntimeError: secret of" in server.log.read_text())
     assert server.post("/search", query="show open ports")[0] == 200
     assert server.health()["ready"]
@@ -282,7 +281,7 @@ def header(path: str, length: int) -> bytes:
 
 def half_a_request(server: Server) -> socket.socket:
     """A connection over which a header and a part of its body have come."""
-    connection = socket.create_connection(("127.0.0.1", server.port), MINUTES)
+    connection = socket.create_connection(("127.0.0.1", server.port), PATIENCE)
     connection.sendall(
         b"POST /search HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
     )
@@ -293,7 +292,7 @@ def test_slow_and_vanishing_clients_hold_up_nobody(server: Server, sentence_mode
     slow = [half_a_request(server) for _ in range(40)]
     deaf = []
     for _ in range(20):  # asks for more than a socket holds, and reads nothing
-        deaf.append(socket.create_connection(("127.0.0.1", server.port), MINUTES))
+        deaf.append(socket.create_connection(("127.0.0.1", server.port), PATIENCE))
         body = json.dumps({"texts": ["a file"] * 64, "task": "document"}).encode()
         deaf[-1].sendall(header("/encode", len(body)) + body)
     status, found = server.post("/search", query="make an archive")
@@ -309,14 +308,14 @@ def test_a_client_that_goes_while_its_query_is_encoded_costs_no_other(
     server: Server, sentence_model: SentenceTransformer
 ) -> None:
     first = server.occupy()
-    gone = http.client.HTTPConnection("127.0.0.1", server.port, timeout=MINUTES)
+    gone = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
     gone.request("POST", "/search", json.dumps({"query": "gone"}), {"Content-Type": "application/json"})
     kept = server.later("/search", query="make an archive")
     until(lambda: server.health()["waiting"] == 2)
     gone.close()
     server.gate.touch()
-    assert first.result(MINUTES)[0] == 200
-    check_hits(sentence_model, "make an archive", *kept.result(MINUTES)[1]["hits"], k=10)
+    assert first.result(PATIENCE)[0] == 200
+    check_hits(sentence_model, "make an archive", *kept.result(PATIENCE)[1]["hits"], k=10)
     until(lambda: server.health()["waiting"] == 0)
 
 
@@ -355,14 +354,14 @@ def test_a_body_that_comes_too_slowly_is_refused() -> None:
     assert sent[0]["status"] == 408 and (b"connection", b"close") in sent[0]["headers"] and len(sent) == 2
     sent.clear()
     parts += [{"type": "http.request", "body": b"}", "more_body": False}]
-    asyncio.run(Deadline(app, MINUTES)({"type": "http"}, receive, send))
+    asyncio.run(Deadline(app, PATIENCE)({"type": "http"}, receive, send))
     assert [message["status"] for message in sent] == [200]
 
     async def broken(scope: Any, receive: Any, send: Any) -> None:
         raise RuntimeError("not the client's fault")
 
     with pytest.raises(RuntimeError, match="not the client's fault"):
-        asyncio.run(Deadline(broken, MINUTES)({"type": "http"}, receive, send))
+        asyncio.run(Deadline(broken, PATIENCE)({"type": "http"}, receive, send))
 
 
 def answers(model: Any, index: Any, call: Callable[[Service], Any], **options: Any) -> Any:

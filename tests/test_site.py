@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import warm
+from conftest import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 METHODS = sorted(file.parent.name for file in (ROOT / "modeling" / "methods").glob("*/__init__.py"))
@@ -64,7 +65,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env=os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert run.returncode == 0 and "WARNING" not in run.stderr, run.stderr
     return folder / "html"

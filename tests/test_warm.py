@@ -10,7 +10,7 @@ import time
 
 import pytest
 import warm
-from conftest import run_python
+from conftest import PATIENCE, run_python
 
 PROGRAMS = {
     "what it is told": "import os, sys; print(sys.argv, os.getcwd(), os.environ['GIVEN'], __name__, sys.path[0])",
@@ -33,7 +33,9 @@ def test_programs_cannot_tell(tmp_path, program, how):
     ended = []
     for python in (warm.python(), sys.executable):
         options = {"cwd": tmp_path, "env": os.environ | {"GIVEN": "x"}, "input": "words\n"}
-        ran = subprocess.run([python, *start, "one", "-c"], capture_output=True, text=True, timeout=60, **options)
+        ran = subprocess.run(
+            [python, *start, "one", "-c"], capture_output=True, text=True, timeout=PATIENCE, **options
+        )
         ended.append((ran.returncode, ran.stdout, ran.stderr.splitlines()[-1:]))
     assert ended[0] == ended[1]
 
@@ -58,7 +60,7 @@ def test_a_signal_reaches_the_program_and_nothing_outlives_its_client(number):
     with subprocess.Popen([warm.python(), "-c", code], **options) as client:
         pid = int(client.stdout.readline())
         client.send_signal(number)
-        said = client.communicate(timeout=60)[1]
+        said = client.communicate(timeout=PATIENCE)[1]
     assert client.returncode == -number and ("KeyboardInterrupt" in said) == (number == signal.SIGINT)
     while os.path.exists(f"/proc/{pid}"):
         time.sleep(0.01)

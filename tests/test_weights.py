@@ -132,10 +132,10 @@ LAYER = "encoder.layer.1.output.dense.weight"
 )
 def test_weights_that_are_not_the_models_are_refused_by_name(folder, damage, words):
     damage(folder)
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(InputError, match=f"(?s){words}"):
         polyrep.load(folder, device="cpu")
-    assert time.perf_counter() - started < 5, "a model of these sizes was built"
+    assert time.process_time() - started < 60, "a model of these sizes was built"
 
 
 def renamed(names: Callable[[str], str]) -> Callable[[Path], None]:
@@ -247,10 +247,10 @@ def test_a_head_is_read_from_safetensors_alone_and_from_memory(tmp_path):
 def test_a_config_of_a_larger_head_is_refused_before_it_takes_memory(tmp_path, door):
     GaussianHead(GaussianHeadConfig(input_dim=4, mean_dim=4)).save_pretrained(tmp_path)
     edit_json(tmp_path / "config.json", input_dim=60_000, mean_dim=60_000, projection_dim=None)  # 14 GB a map
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ValueError, match=r"has mean_map of \[4, 4\], and the config asks for \[60000, 60000\]"):
         door(str(tmp_path))
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 60
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from sentence_transformers import MultiVectorEncoder, SparseEncoder
 
 from ..errors import InputError, refuse_no_text
 from ..hub.folder import Encoder
+from ..hub.polyrep_room import keep_states
 from .embeddings import Kind
 
 
@@ -67,6 +68,7 @@ def _encode_sparse(model: Encoder, texts: list[str], task: str, batch_size: int)
 @torch.inference_mode()
 def _encode_layers(model: Encoder, texts: list[str], task: str, batch_size: int, cls: bool = False) -> _Encoded:
     transformer: Any = model[0].eval()
+    keep_states(transformer.model)
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     pooled: list[torch.Tensor] = []
     prompt = model.prompts.get(task) or None
@@ -82,6 +84,7 @@ def _encode_layers(model: Encoder, texts: list[str], task: str, batch_size: int,
             weights = mask[:, None, :, None].to(states.dtype)  # (batch, 1, tokens, 1)
             layers = (states * weights).sum(2, dtype=torch.float32) / weights.sum(2, dtype=torch.float32).clamp(min=1)
         pooled.append(layers.float().cpu())  # (batch, layers + 1, dim)
+    keep_states(transformer.model)
     values = torch.cat(pooled)[torch.tensor(np.argsort(order))].numpy()
     return values, None, None, values.shape[2]
 

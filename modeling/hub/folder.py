@@ -44,6 +44,9 @@ MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """Hash of its ``model.safetensors`` on the Hub."""
 
+PACKED = ".packed.safetensors"
+"""Ends the name of weights that ``demo/packed.py`` has made small, which nothing opens as they are."""
+
 _READABLE = ["*.json", "artifact.metadata", "*.safetensors", "*.txt", "*.model", "*.py", "*.md", "*.jinja"]
 _FIELDS: dict[str, Any] = {
     "config.json": {"model_type": str, "architectures": list, "auto_map": dict},
@@ -174,11 +177,16 @@ def check_folder(folder: Path) -> None:
 
 
 def check_files(folder: Path) -> None:
-    """Refuse files of a folder that no library should be given: adapters alone, damaged configs and weights, pickles.
+    """Refuse files that no library should be given: packed weights, adapters alone, damaged configs, pickles.
 
     Raises:
         InputError: The file, what is wrong with it, and the remedy.
     """
+    if packed := next(iter(sorted(folder.rglob(f"*{PACKED}"))), None):
+        raise InputError(
+            f"{packed}: the weights are packed for the demo, a byte each and without those of all-MiniLM-L6-v2, so "
+            f"this is no model yet. Make one of it: python demo/packed.py --unpack {folder} --output models/demo"
+        )
     refuse_adapters(*module_folders(folder))
     for file in sorted(path for name in _FIELDS for path in folder.rglob(name)):
         read_json(file, **_FIELDS[file.name])

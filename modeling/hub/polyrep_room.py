@@ -16,6 +16,7 @@ import logging
 import shutil
 from difflib import get_close_matches
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,9 @@ except ImportError:  # AutoModel works without sentence-transformers
     Module = Transformer = nn.Module
 
 logger = logging.getLogger(__name__)
+
+SIDES = "router_mapping={'query': 'query', 'positive': 'document'}"
+"""How the trainers of sentence-transformers are told the side of a score that each column of their data is."""
 
 
 def new_encoder(config: PretrainedConfig, reads: str = "input_ids") -> PreTrainedModel:
@@ -117,6 +121,70 @@ def pooling_of(model, owner: str, poolings: tuple, remedy: str, prompts: bool = 
             f"{'' if prompts else ', and no prompt'}. {remedy}"
         )
     return pooling, names[2:] == ["Normalize"]
+
+
+_HOOKED = "_output_capturing_hooks_installed"
+"""Where transformers marks a model that has hooks to take its hidden states."""
+
+_KNOWN = WeakSet()
+"""Models whose classes transformers knows in this process as ones that have hidden states."""
+
+
+class _Hooked(int):
+    """That mark, which no copy of a model has, so that transformers makes hooks for it anew."""
+
+    def __reduce__(self):
+        return bool, ()
+
+
+class _Hook:
+    """A hook of transformers. It is a local function, which cannot be pickled, so in a copy this does nothing."""
+
+    def __init__(self, hook=None):
+        self.hook = hook
+
+    def __call__(self, *args):
+        return None if self.hook is None else self.hook(*args)
+
+    def __reduce__(self):
+        return type(self), ()
+
+
+def keep_states(model: nn.Module, *_) -> None:
+    """Let an encoder that gives hidden states be copied and pickled, as for a pool of processes.
+
+    transformers takes states by hooks that cannot be pickled, and only of classes of which it has made a model in the
+    process. Call this before it gives some and after, or make it a module's hook on both sides; all but the first
+    calls do nothing.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if model not in _KNOWN:
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):
+                PreTrainedModel.__init__(type(part).__new__(type(part)), part.config)
+        _KNOWN.add(model)
+    marks = (vars(part)[_HOOKED] for part in model.modules() if vars(part).get(_HOOKED))
+    if next(marks, None) is not True:  # no hooks, or ours
+        return
+    hooked = [part for part in model.modules() if vars(part).get(_HOOKED) is True]
+    for hooks in (module._forward_hooks for part in hooked for module in part.modules()):
+        for number, hook in list(hooks.items()):
+            if isinstance(hook, _Hook) and hook.hook is None:  # of the model that this is a copy of
+                hooks.pop(number, None)
+            elif getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
+                hooks[number] = _Hook(hook)
+    for part in reversed(hooked):
+        setattr(part, _HOOKED, _Hooked(True))
+
+
+def warn_of_no_task(model: nn.Module, task: str | None) -> None:
+    """Say once that a training tells no queries from documents, for a model that encodes them in different ways."""
+    if task is None and model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        logger.warning_once(
+            f"{type(model).__name__}: training with task=None, so every text is encoded as a document, queries too. "
+            f"With a trainer of sentence-transformers, say in its arguments which column holds which: {SIDES}."
+        )
 
 
 def check_score(model, owner: str, because: str, cut: str) -> None:

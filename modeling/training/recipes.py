@@ -24,7 +24,7 @@ from transformers import HfArgumentParser
 
 from ..errors import InputError, first_line, refusals
 from ..files import read_json, shipped_folder
-from ..flags import as_flags, command_line, refuse_out_of_range
+from ..flags import as_flags, command_line, refuse_out_of_range, say_usage
 from ..hub.cards import check_template
 from ..hub.folder import family_of
 from ..registry import ROOMS, Room
@@ -258,7 +258,7 @@ def _method_flags(run: _Run, on_cache: bool) -> list[type]:
 
 def _parser(groups: list[type], prog: str) -> HfArgumentParser:
     try:
-        return HfArgumentParser(
+        parser = HfArgumentParser(
             groups,  # type: ignore[arg-type]
             prog=prog,
             usage=f"{prog} RUN [--flag value ...]",
@@ -268,6 +268,8 @@ def _parser(groups: list[type], prog: str) -> HfArgumentParser:
         )
     except argparse.ArgumentError as error:
         raise InputError(f"two parts of this run have a flag of one name: {error}. Rename one argument.") from None
+    say_usage(parser)
+    return parser
 
 
 def _refuse_unknown(values: Mapping[str, Any], known: Mapping[str, argparse.Action], where: str) -> None:

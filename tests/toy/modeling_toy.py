@@ -93,7 +93,8 @@ class ToyPooling(HeadModule, Module):
     forward_kwargs = {"task"}
 
     def forward(self, features, task=None):
-        return features | {"sentence_embedding": self.model(features["sentence_embedding"], task)}
+        vectors = self.model(features["sentence_embedding"], task)
+        return features | {"sentence_embedding": vectors}
 
 
 for config, model in ((ToyHeadConfig, ToyHead), (ToyConfig, ToyModel)):

@@ -46,6 +46,7 @@ from .polyrep_room import (
     Transformer,
     pool_tokens,
     text_inputs,
+    warn_of_no_task,
 )
 from .polyrep_towers import (
     BOTH_TOWERS,
@@ -338,6 +339,8 @@ class Dense2SparseModel(WholeWeights, PreTrainedModel):
         config, image = self.config, modality == "image"
         owned = not image and (config.own_tokens == "learned" or gate is not None or not expand)
         self._check(sentence_embedding, task, expand, image, missing=owned and input_ids is None)
+        if config.expansion != "both" or config.own_tokens == "learned" or config.query_top_k != config.document_top_k:
+            warn_of_no_task(self, task)
         weights = self._expansion(sentence_embedding, task, compact)
         if owned:
             gate = gate if expand else sentence_embedding.new_zeros(1, 1)

@@ -52,6 +52,7 @@ from .polyrep_room import (
     pool_tokens,
     text_inputs,
     text_limit,
+    warn_of_no_task,
 )
 from .polyrep_trunk import OF_VECTORS, Trunk, keep_trunk, pooled_parts, stock_parts
 
@@ -272,6 +273,7 @@ class GaussianHead(WholeWeights, PreTrainedModel):
                 mean = F.normalize(mean, dim=-1)
             if config.divergence == "dot":
                 return GaussianOutput(sentence_embedding=mean, mean=mean)
+            warn_of_no_task(self, task)
             own = task == "query" and config.separate_variance
             linear = F.linear(wide, (self.query_variance_map if own else self.variance_map).to(exact))
             variance = F.softplus(linear, config.beta) + config.variance_floor

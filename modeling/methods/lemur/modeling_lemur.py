@@ -32,7 +32,7 @@ from transformers.utils import ModelOutput
 
 from .polyrep_fields import WIDTH, check_weight, checked, fields_of, keep
 from .polyrep_folder import BESIDE_A_HEAD, WholeWeights
-from .polyrep_room import HeadModule, Module, MultiVectorEncoder, check_score
+from .polyrep_room import SIDES, HeadModule, Module, MultiVectorEncoder, check_score
 from .polyrep_trunk import Trunk, TrunkTransformer, keep_trunk, stock_parts, trunk_parts
 
 _BLOCK = 2**25
@@ -364,7 +364,8 @@ class LemurModel(WholeWeights, PreTrainedModel):
         if task not in ("query", "document"):
             raise ValueError(
                 f"{name}: task={task!r}, but queries and documents are encoded in different ways. Use task='query' or "
-                "'document'; in sentence-transformers encode_query and encode_document, which pass it."
+                "'document'; in sentence-transformers encode_query and encode_document, which pass it, and in the "
+                f"arguments of its trainer {SIDES}."
             )
         if tokens.ndim != 3 or tokens.shape[-1] != config.token_dim:
             raise ValueError(

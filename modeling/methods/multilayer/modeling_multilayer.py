@@ -40,10 +40,12 @@ from .polyrep_room import (
     Module,
     SentenceTransformer,
     Transformer,
+    keep_states,
     new_encoder,
     pool_tokens,
     pooling_of,
     text_inputs,
+    warn_of_no_task,
 )
 from .polyrep_trunk import TrunkTransformer
 
@@ -227,6 +229,8 @@ class MultiLayerHead(WholeWeights, PreTrainedModel):
             kwargs: Ignored.
         """
         pooling, alone = self.config.pooling, task == "query" and not self.config.pool_queries
+        if self.config.pools and pooling != "linear" and not self.config.pool_queries:
+            warn_of_no_task(self, task)
         states = self.map(layer_embeddings) if self.config.projection else layer_embeddings
         if pooling == "linear":
             vectors = self.map(states.flatten(1))
@@ -351,9 +355,15 @@ class MultiLayerModel(WholeWeights, PreTrainedModel):
         queries_too = config.pool_queries or config.pooling == "linear"
         alone = not shown and (not config.pools or task == "query" and not queries_too)
         layers = config.layers[:1] if alone else config.layers
+        if not config.tied:
+            warn_of_no_task(self, task)
         encoder = self.query_encoder if task == "query" and not config.tied else self.encoder
         deep = not all(config.is_last(layer) for layer in layers)
+        if deep:
+            keep_states(encoder)
         output = encoder(input_ids=input_ids, output_hidden_states=deep, **inputs)
+        if deep:
+            keep_states(encoder)
         if deep and output.hidden_states is None:
             raise ValueError(
                 f"MultiLayerModel: {type(encoder).__name__} returned no hidden states, so layers {layers} cannot be "
@@ -532,7 +542,8 @@ class MultiLayerPooling(HeadModule, Module):
     def on_model_ready(self, model):
         """Check encoder and family, and let the encoder keep its hidden states if encoding needs them."""
         config, modules = self.model.config, list(model)
-        encoder = getattr(modules[modules.index(self) - 1], "model", None) if modules.index(self) else None
+        before = modules[modules.index(self) - 1] if modules.index(self) else None
+        encoder = getattr(before, "model", None)
         if not isinstance(encoder, PreTrainedModel):
             names = " + ".join(type(module).__name__ for module in modules)
             raise ValueError(
@@ -549,6 +560,9 @@ class MultiLayerPooling(HeadModule, Module):
             )
         config.fit(depth, width)
         self.check_backbone(model)
+        if keep_states not in before._forward_hooks.values():
+            before.register_forward_pre_hook(keep_states)
+            before.register_forward_hook(keep_states)
         if config.pools or not config.is_last(config.layers[0]):
             encoder.config.output_hidden_states = True
         if not config.normalize and wanted == "SentenceTransformer" and model._similarity_fn_name is None:

@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput
 
 from .polyrep_fields import LAYERS, WIDTH, check_weight, checked, fields_of, keep
 from .polyrep_folder import BESIDE_A_HEAD, WholeWeights
-from .polyrep_room import HeadModule, MultiVectorEncoder, check_score
+from .polyrep_room import HeadModule, MultiVectorEncoder, check_score, warn_of_no_task
 from .polyrep_trunk import Trunk, TrunkTransformer, keep_trunk, stock_parts, trunk_parts
 
 try:
@@ -535,6 +535,8 @@ class ReinPoolForRetrieval(WholeWeights, Trunk, PreTrainedModel):
         Raises:
             ValueError: See ``ReinPoolModel``.
         """
+        if "query" not in self.config.tasks:
+            warn_of_no_task(self, task)
         tokens, mask = self.token_vectors(input_ids, attention_mask, task, **kwargs)
         single = self.config.output == "sentence_embedding"
         if (task or "document") not in self.config.tasks:
@@ -580,6 +582,8 @@ class ReinPoolPooling(HeadModule, BaseTokenPooling):
         """Replace a batch's token vectors by pooled ones, or sum those of a query."""
         tokens, mask = features["token_embeddings"], features["attention_mask"].bool()
         single = self.model.config.output == "sentence_embedding"
+        if not self.applies_to("query"):
+            warn_of_no_task(self, task)
         if not self.applies_to(task):
             if single:
                 features["sentence_embedding"] = torch.where(mask[..., None], tokens, 0).sum(1)
