@@ -2,14 +2,13 @@
 
     python benchmarks/equal_norms.py --output results
 
-One head a method and set. Its vectors are searched as they are, and without their last number, which is what a head
-with ``--equal_norms false`` would give but for one dimension; that head is fitted too. Nothing is chosen here.
+One head a method and set, of the shipped run. Its vectors are searched as they are, and without their last number,
+which is what a head with ``--equal_norms false`` gives but for one dimension; that head is measured too. Nothing is
+chosen here. `make results-sets` fits the heads.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shlex
 import sys
 from collections.abc import Iterator
@@ -20,45 +19,41 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
-from bench import ROOT, code_of
 from sentence_transformers.util import quantize_embeddings
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from polyrep.cli import train as train_run
 from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.encoding import Embeddings, embed
 from polyrep.encoding.embeddings import in_memory
 from polyrep.evaluation.frontier.rows import Encoded, quantized
-from polyrep.evaluation.systems import Ranking, costs_of
+from polyrep.evaluation.systems import Ranking
 from polyrep.evaluation.table import table_rows
 from polyrep.hub import fetch, fingerprint, load
 from polyrep.hub.folder import fastest_dtype
-from polyrep.methods import GaussianHead, LemurModel
+from polyrep.hub.polyrep_room import HEADROOM
+from polyrep.methods import GaussianHead, LemurModel, LemurPooling
 from polyrep.report import provenance, write_results
 from polyrep.search import exact_search
 from polyrep.search.ranking import tie_ranks
 
-HEADS: dict[str, tuple[str, Any]] = {
-    "Gaussian": ("gaussian-minilm-frozen", GaussianHead),
-    "LEMUR": ("lemur-minilm", LemurModel),
-}
+RUNS = {"Gaussian": "gaussian-minilm-frozen", "LEMUR": "lemur-minilm"}
 FORMS = ("plain", "equal norms")
-CODE = code_of("methods/gaussian", "methods/lemur", "training", "data")
 
 
 @dataclass
 class Arguments:
-    """What to fit and measure."""
+    """What to measure."""
 
     datasets: list[str] = field(
         default_factory=lambda: ["tldr_pages", "scifact"], metadata={"help": "Names or BEIR folders."}
     )
+    models: str = field(
+        default="models/norms", metadata={"help": "Folder with <set>/<run>/head, and <run>-plain of Gaussian."}
+    )
     backbone: str = field(default="minilm", metadata={"help": "Backbone of Gaussian."})
     late: str = field(default="models/four/late-interaction-minilm/final", metadata={"help": "Backbone of LEMUR."})
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds of the fits."})
-    flags: str = field(default="", metadata={"help": "Flags of the runs for every fit, e.g. '--max_steps 2'."})
-    cache_dir: str = field(default=".cache", metadata={"help": "Embeddings and fitted heads."})
+    cache_dir: str = field(default=".cache", metadata={"help": "Embeddings."})
     output: str | None = field(default=None, metadata={"help": "Folder for the JSON and Markdown."})
     name: str = field(default="equal-norms", metadata={"help": "Name of the files."})
 
@@ -71,26 +66,14 @@ class Sides:
     documents: np.ndarray
 
 
-def fit(args: Arguments, method: str, source: str, seed: int, *flags: str) -> Any:
-    """A head of the shipped run, kept under a hash of what it is made of."""
-    run, backbone = HEADS[method][0], args.backbone if method == "Gaussian" else args.late
-    depends = {
-        "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in CODE],
-        "recipe": {file.name: file.read_text() for file in sorted((ROOT / "hub_configs" / run).iterdir())},
-        "flags": [*flags, *shlex.split(args.flags)],
-        "backbone": fingerprint(fetch(backbone)),
-        "source": source,
-        "seed": seed,
-    }
-    digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
-    folder = Path(args.cache_dir) / "heads" / f"{Path(source).name}-{run}-{digest}"
-    if not (folder / "training.json").is_file():
-        where = ["--output_dir", str(folder), "--overwrite", "--cache_dir", f"{args.cache_dir}/embeddings"]
-        what = ["--backbone", backbone, "--datasets", source, "--seed", str(seed), "--head_only", "true"]
-        threads = torch.get_num_threads()
-        train_run([run, *what, *where, "--save_strategy", "no", *depends["flags"]], prog="train.py")
-        torch.set_num_threads(threads)
-    return HEADS[method][1].from_pretrained(folder / "head").eval()
+def heads(args: Arguments, method: str, source: str) -> tuple[Path, Any, Any]:
+    """Folder of a head of the shipped run, that head, and one without the number, which has one dimension more."""
+    folder = Path(args.models) / Path(source).name / RUNS[method] / "head"
+    if method == "LEMUR":
+        plain = LemurPooling.from_pretrained(str(folder), equal_norms=False).model
+        return folder, LemurModel.from_pretrained(folder).eval(), plain.eval()
+    plain = GaussianHead.from_pretrained(folder.parent.with_name(f"{RUNS[method]}-plain") / "head")
+    return folder, GaussianHead.from_pretrained(folder).eval(), plain.eval()
 
 
 @torch.inference_mode()
@@ -128,9 +111,14 @@ def codes(vectors: np.ndarray, precision: Any = "int8") -> np.ndarray:
     return np.asarray(quantize_embeddings(vectors, precision), np.float32)
 
 
-def in_one_range(vectors: np.ndarray) -> np.ndarray:
-    """One byte a number and one range for all, of 99 % of the numbers, which is what engines do by themselves."""
-    low, high = np.quantile(vectors, [0.005, 0.995])
+def in_one_range(vectors: np.ndarray, left_out: float) -> np.ndarray:
+    """One byte a number and one range for all, which is what engines do by themselves.
+
+    Args:
+        vectors: Documents.
+        left_out: Share of the numbers that are cut to the range.
+    """
+    low, high = np.quantile(vectors, [left_out / 2, 1 - left_out / 2])
     step = (high - low) / 255
     return low + np.round((vectors.clip(low, high) - low) / step).astype(np.float32) * np.float32(step)
 
@@ -143,7 +131,11 @@ def searched(sides: Sides) -> Iterator[tuple[str, Encoded]]:
     yield "L2", Encoded(in_memory(queries), in_memory(documents), "euclidean")
     whole = Encoded(in_memory(queries), in_memory(documents), "dot")
     yield "int8 documents", quantized(whole, "int8")
-    yield "int8 documents in one range", Encoded(in_memory(queries), in_memory(in_one_range(documents)), "dot")
+    for name, left_out in (("one range", 0.0), ("one range of 99 %", 0.01)):
+        yield (
+            f"int8 documents in {name}",
+            Encoded(in_memory(queries), in_memory(in_one_range(documents, left_out)), "dot"),
+        )
     yield "int8 of both sides", Encoded(in_memory(codes(queries)), in_memory(codes(documents)), "dot")
     both = (in_memory(codes(side, "uint8")) for side in (queries, documents))
     yield "uint8 of both sides", Encoded(*both, "dot")
@@ -164,11 +156,6 @@ def graph_recall(sides: Sides, metric: int) -> float:
     return float((found[0][:, :, None] == found[1][:, None]).any(1).mean())
 
 
-def clipped(lengths: np.ndarray, most: float) -> float:
-    """Share of documents beyond ``max_norm``."""
-    return float((lengths > most).mean())
-
-
 def measure(args: Arguments, method: str, model: Any, source: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Rows of a method on one set, and what its claims need."""
     dataset: RetrievalDataset = load_retrieval_dataset(source, "test")
@@ -176,44 +163,38 @@ def measure(args: Arguments, method: str, model: Any, source: str) -> tuple[list
     documents = embed(model, dict(dataset.corpus), task="document", name=dataset.name, **options)
     queries = embed(model, dataset.queries, task="query", name=f"{dataset.name}-test", **options)
     ranks = tie_ranks(list(dataset.corpus))
-    rankings, extra, seen = [], [], {"same": [], "half": [], "spread": [], "below": []}
+    rankings: list[Ranking] = []
+    graphs: list[dict[str, Any]] = []
 
     def ranked(system: str, encoded: Encoded) -> np.ndarray:
         sides = encoded.queries, encoded.documents
         found = exact_search(*sides, ranks, similarity=encoded.similarity, k=100, left_out=dataset.own)
-        costs = encoded.costs or costs_of(encoded.queries, encoded.documents)
-        if not encoded.costs:  # stored in two bytes a number, or in one where they are codes
-            costs = {"bytes_per_document": encoded.documents.dim * (1 if "int8" in system else 2)}
-        if "one bit" in system:
-            costs = {"bytes_per_document": float(-(-encoded.documents.dim // 8))}
+        bits = 1 if "one bit" in system else 8 if "int8" in system else 16
+        costs = {"bytes_per_document": float(-(-encoded.documents.dim * bits // 8))}
         rankings.append(Ranking(system, *found, costs))
         return found[0][:, :10]
 
-    for seed in args.seeds:
-        sides = encode(fit(args, method, source, seed), queries, documents)
-        lengths = np.linalg.norm(sides.documents[:, :-1], axis=1)
-        most = float(np.linalg.norm(sides.documents[0]))
-        half = np.random.default_rng(seed).permutation(len(lengths))[: len(lengths) // 2]
-        seen["half"].append(clipped(np.delete(lengths, half), lengths[half].max() * most / lengths.max()))
-        seen["below"].append(clipped(lengths, most * 0.999999))
-        seen["spread"].append(float(lengths.std() / lengths.mean()))
-        for form, part in forms(sides):
-            best = {how: ranked(f"{method}, {form}, {how}", encoded) for how, encoded in searched(part)}
-            if form != FORMS[0]:
-                same = (best["unit length"] == best["inner product"]) & (best["L2"] == best["inner product"])
-                seen["same"].append(float(same.all(1).mean()))
-            for name, metric in (("inner product", faiss.METRIC_INNER_PRODUCT), ("L2", faiss.METRIC_L2)):
-                if form != FORMS[0] or name != "L2":
-                    row = {"system": f"{method}, {form}, graph by {name}", "dataset": dataset.name, "split": "test"}
-                    row |= {"metric": "recall@10 of exact search", "value": graph_recall(part, metric)}
-                    extra.append(row)
-        other = encode(fit(args, method, source, seed, "--equal_norms", "false"), queries, documents)
-        ranked(
-            f"{method}, one dimension more, inner product",
-            Encoded(in_memory(other.queries), in_memory(other.documents), "dot"),
-        )
-    rows = table_rows(dataset, rankings, f"{method}, {FORMS[0]}, inner product")
-    return rows + extra, {name: float(np.mean(values)) for name, values in seen.items()}
+    _, head, plain = heads(args, method, source)
+    sides = encode(head, queries, documents)
+    lengths = np.linalg.norm(sides.documents[:, :-1], axis=1)
+    half = np.random.default_rng(0).permutation(len(lengths))[: len(lengths) // 2]
+    seen = {
+        "beyond": float((lengths > head.config.max_norm * 0.999999).mean()),
+        "half": float((np.delete(lengths, half) > HEADROOM * lengths[half].max()).mean()),
+        "spread": float(lengths.std() / lengths.mean()),
+    }
+    for form, part in forms(sides):
+        best = {how: ranked(f"{method}, {form}, {how}", encoded) for how, encoded in searched(part)}
+        same = (best["unit length"] == best["inner product"]) & (best["L2"] == best["inner product"])
+        seen[form] = float(same.all(1).mean())
+        for name, metric in (("inner product", faiss.METRIC_INNER_PRODUCT), ("L2", faiss.METRIC_L2)):
+            if form != FORMS[0] or name != "L2":
+                row = {"system": f"{method}, {form}, graph by {name}", "dataset": dataset.name, "split": "test"}
+                graphs.append(row | {"metric": "recall@10 of exact search", "value": graph_recall(part, metric)})
+    other = encode(plain, queries, documents)
+    whole = Encoded(in_memory(other.queries), in_memory(other.documents), "dot")
+    ranked(f"{method}, one dimension more, inner product", whole)
+    return table_rows(dataset, rankings, f"{method}, {FORMS[0]}, inner product") + graphs, seen
 
 
 def main() -> None:
@@ -222,17 +203,19 @@ def main() -> None:
     made_by = provenance(shlex.join(["python", *sys.argv]))
     rows, claims, models = [], [], {}
     for method, backbone in (("Gaussian", args.backbone), ("LEMUR", args.late)):
-        folder = fetch(backbone)
-        models[backbone] = fingerprint(folder)
-        model = load(folder, dtype=fastest_dtype("auto"))
+        model = load(fetch(backbone), dtype=fastest_dtype("auto"))
+        for source in args.datasets:
+            folder = heads(args, method, source)[0]
+            models[folder.parent.as_posix()] = fingerprint(folder)
         by_dataset: dict[str, dict[str, float]] = {}
         for source in tqdm(args.datasets, desc=method):
             found, by_dataset[Path(source).name] = measure(args, method, model, source)
             rows += found
         for name, claim in (
-            ("same", "share of queries whose ten best are the same by inner product, unit length and L2"),
-            ("below", "share of documents beyond max_norm"),
-            ("half", "share beyond it, of the half of a corpus that it was not measured on"),
+            (FORMS[0], "queries with the same ten best by inner product, unit length and L2, plain"),
+            (FORMS[1], "queries with the same ten best by inner product, unit length and L2, equal norms"),
+            ("beyond", "documents beyond max_norm"),
+            ("half", "documents of one half of a corpus beyond a max_norm measured on the other"),
             ("spread", "deviation of documents' lengths over their mean"),
         ):
             values = {dataset: seen[name] for dataset, seen in by_dataset.items()}
@@ -248,7 +231,7 @@ def main() -> None:
             )
     results = made_by | {
         "name": args.name,
-        "seeds": args.seeds,
+        "seeds": [0],
         "models": models,
         "settings_tried": 1,
         "drawn": [],
