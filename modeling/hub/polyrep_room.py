@@ -203,10 +203,9 @@ class EqualNorms:
             before, self.clipped = self.clipped, self.clipped + longer
         if not before or len(str(self.clipped)) > len(str(before)):
             logger.warning(
-                f"{type(self).__name__}: {self.clipped} documents so far are longer than max_norm="
-                f"{self.config.max_norm:g} (the longest of this batch: {float(lengths.max()):g}) and were scaled back "
-                "to it, so they score lower than they should. If there are many, train the head again on documents "
-                "like these."
+                f"{type(self).__name__}: documents longer than max_norm={self.config.max_norm:g} were scaled back to it "
+                f"and score lower than they should: {self.clipped} so far, the longest of this batch of length "
+                f"{float(lengths.max()):g}. If there are many, train the head again on documents like these."
             )
 
 
