@@ -66,14 +66,9 @@ class Sides:
     documents: np.ndarray
 
 
-def heads(args: Arguments, method: str, source: str) -> tuple[Path, Any, Any]:
-    """Folder of a head of the shipped run, that head, and one without the number, which has one dimension more."""
-    folder = Path(args.models) / Path(source).name / RUNS[method] / "head"
-    if method == "LEMUR":
-        plain = LemurPooling.from_pretrained(str(folder), equal_norms=False).model
-        return folder, LemurModel.from_pretrained(folder).eval(), plain.eval()
-    plain = GaussianHead.from_pretrained(folder.parent.with_name(f"{RUNS[method]}-plain") / "head")
-    return folder, GaussianHead.from_pretrained(folder).eval(), plain.eval()
+def head_of(args: Arguments, method: str, source: str, more: str = "") -> Path:
+    """Folder of the head of the shipped run, or of one beside it."""
+    return Path(args.models) / Path(source).name / f"{RUNS[method]}{more}" / "head"
 
 
 @torch.inference_mode()
@@ -174,8 +169,17 @@ def measure(args: Arguments, method: str, model: Any, source: str) -> tuple[list
         rankings.append(Ranking(system, *found, costs))
         return found[0][:, :10]
 
-    _, head, plain = heads(args, method, source)
-    sides = encode(head, queries, documents)
+    if method == "LEMUR":  # the last of its directions makes room for the number
+        head = LemurModel.from_pretrained(head_of(args, method, source)).eval()
+        plain = LemurPooling.from_pretrained(str(head_of(args, method, source)), equal_norms=False).model
+        other = encode(plain.eval(), queries, documents)
+        made = ((other.queries, True), (other.documents, False))
+        sides = Sides(*(head.with_equal_norms(torch.from_numpy(s[:, :-1]), query).numpy() for s, query in made))
+    else:
+        head = GaussianHead.from_pretrained(head_of(args, method, source)).eval()
+        sides = encode(head, queries, documents)
+        plain = GaussianHead.from_pretrained(head_of(args, method, source, "-plain")).eval()
+        other = encode(plain, queries, documents)
     lengths = np.linalg.norm(sides.documents[:, :-1], axis=1)
     half = np.random.default_rng(0).permutation(len(lengths))[: len(lengths) // 2]
     seen = {
@@ -191,7 +195,6 @@ def measure(args: Arguments, method: str, model: Any, source: str) -> tuple[list
             if form != FORMS[0] or name != "L2":
                 row = {"system": f"{method}, {form}, graph by {name}", "dataset": dataset.name, "split": "test"}
                 graphs.append(row | {"metric": "recall@10 of exact search", "value": graph_recall(part, metric)})
-    other = encode(plain, queries, documents)
     whole = Encoded(in_memory(other.queries), in_memory(other.documents), "dot")
     ranked(f"{method}, one dimension more, inner product", whole)
     return table_rows(dataset, rankings, f"{method}, {FORMS[0]}, inner product") + graphs, seen
@@ -205,7 +208,7 @@ def main() -> None:
     for method, backbone in (("Gaussian", args.backbone), ("LEMUR", args.late)):
         model = load(fetch(backbone), dtype=fastest_dtype("auto"))
         for source in args.datasets:
-            folder = heads(args, method, source)[0]
+            folder = head_of(args, method, source)
             models[folder.parent.as_posix()] = fingerprint(folder)
         by_dataset: dict[str, dict[str, float]] = {}
         for source in tqdm(args.datasets, desc=method):

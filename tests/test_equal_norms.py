@@ -117,7 +117,7 @@ def test_the_number_is_the_root_of_what_is_left_with_room_for_longer_documents()
     head = gaussian(equal_norms=True)
     head.measure_norms(vectors(head, "document", 20, seed=seed) for seed in (2, 3))
     longest = max(float(vectors(gaussian(), "document", 20, seed=seed).norm(dim=1).max()) for seed in (2, 3))
-    assert head.config.max_norm == pytest.approx(1.1 * longest, rel=1e-5)
+    assert head.config.max_norm == pytest.approx(1.25 * longest, rel=1e-5)
     documents = vectors(head, "document", 20, seed=2).double()
     left = head.config.max_norm**2 - documents[:, :-1].square().sum(1)
     torch.testing.assert_close(documents[:, -1], left.sqrt(), rtol=1e-5, atol=0)
@@ -389,7 +389,7 @@ def test_training_measures_the_documents(run, more, plain, late, tmp_path):
     lengths = np.linalg.norm(documents[:, :-1], axis=1)
     if run == "gaussian-minilm":  # the documents of the pairs
         lengths = lengths[[TEXTS.index(text) for text in TEXTS if text in _asked_for(data)]]
-    assert head.clipped == 0 and 1.05 * lengths.max() < most < 1.15 * lengths.max()
+    assert head.clipped == 0 and 1.2 * lengths.max() < most < 1.3 * lengths.max()
     again = train([*flags, *more, "--resume_from_checkpoint", "last"])
     assert again == final
 

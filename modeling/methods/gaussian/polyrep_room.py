@@ -39,7 +39,7 @@ except ImportError:  # AutoModel works without sentence-transformers
 
 logger = logging.getLogger(__name__)
 
-HEADROOM = 1.1
+HEADROOM = 1.25
 """How much longer than the longest document of training a document may be."""
 
 _COUNTING = threading.Lock()
@@ -203,8 +203,8 @@ class EqualNorms:
             before, self.clipped = self.clipped, self.clipped + longer
         if not before or len(str(self.clipped)) > len(str(before)):
             logger.warning(
-                f"{type(self).__name__}: documents longer than max_norm={self.config.max_norm:g} were scaled back to it "
-                f"and score lower than they should: {self.clipped} so far, the longest of this batch of length "
+                f"{type(self).__name__}: documents longer than max_norm={self.config.max_norm:g} were scaled back to "
+                f"it and score lower than they should: {self.clipped} so far, the longest of this batch of length "
                 f"{float(lengths.max()):g}. If there are many, train the head again on documents like these."
             )
 
