@@ -111,6 +111,16 @@ results-sets: $(VENV)/.dev
 	$(BIN)/python benchmarks/gaussian.py --output results
 	$(BIN)/python benchmarks/gaussian_frozen.py --output results
 	$(BIN)/python benchmarks/gaussian_pictures.py --output results
+	for set in tldr_pages scifact; do \
+		$(BIN)/accelerate launch train.py hub_configs/gaussian-minilm-frozen --datasets $$set --head_only true \
+			--output_dir models/norms/$$set/gaussian-minilm-frozen --overwrite || exit 1; \
+		$(BIN)/accelerate launch train.py hub_configs/gaussian-minilm-frozen --datasets $$set --head_only true \
+			--equal_norms false --output_dir models/norms/$$set/gaussian-minilm-frozen-plain --overwrite || exit 1; \
+		$(BIN)/accelerate launch train.py hub_configs/lemur-minilm --datasets $$set --head_only true \
+			--backbone models/four/late-interaction-minilm/final --output_dir models/norms/$$set/lemur-minilm \
+			--overwrite || exit 1; \
+	done
+	$(BIN)/python benchmarks/equal_norms.py --output results
 
 # Images with captions: a folder of image features or images that is yours, see modeling/data/captions.py.
 results-images: $(VENV)/.dev

@@ -51,7 +51,7 @@ CONTROL_TRIES = [f"{rate} --tau {tau}" for rate in ("3e-4", "6e-4", "1e-3", "2e-
 """The control is tuned harder than any setting, since there are many of them and one of it."""
 
 
-PLAIN = ["--projection_dim", str(DIMS), "--separate_variance", "false"]
+PLAIN = ["--projection_dim", str(DIMS), "--equal_norms", "false", "--separate_variance", "false"]
 PLAIN += ["--inclusion_weight", "0", "--difficulty_weight", "0"]
 """Nothing of what the shipped run has beyond the paper."""
 
@@ -61,7 +61,7 @@ def _setting(*flags: str, divergence: str = "kl", groups: int = 1, prior: float 
     return [*found, "--variance_groups", str(groups), "--prior_weight", str(prior), *flags]
 
 
-VECTOR = ["--divergence", "dot", "--projection_dim", str(DIMS)]
+VECTOR = ["--divergence", "dot", "--projection_dim", str(DIMS), "--equal_norms", "false"]
 SURE = ["--separate_variance", "true", "--variance_rate", "1"]
 TAUGHT = ["--distill_weight", "0.3"]
 

@@ -198,7 +198,7 @@ def fit(args: Arguments, sources: list[str], seed: int, flags: list[str], docume
 
 def opened(folder: Path) -> LemurModel:
     """A head that gives its features, from which all its widths follow."""
-    return LemurPooling.from_pretrained(str(folder), embedding_dim=DIMS[0]).model.eval()
+    return LemurPooling.from_pretrained(str(folder), embedding_dim=DIMS[0], equal_norms=False).model.eval()
 
 
 def encode(head: LemurModel, bench: Bench) -> tuple[torch.Tensor, torch.Tensor, float]:

@@ -798,7 +798,7 @@ def test_the_published_runs_say_what_they_train(plain, tmp_path, capsys):
 
 def test_index_dims_that_do_not_fit_are_refused_by_train(plain, tmp_path):
     data = write_beir(tmp_path / "tiny", split="train")
-    with pytest.raises(InputError, match="k . 1 . 1 = 11 dimensions, not projection_dim=20"):
+    with pytest.raises(InputError, match="k . 1 . 1 . 1 = 12 dimensions, not projection_dim=20"):
         train(["gaussian-minilm", *flags(plain, data, tmp_path / "x", "--mean_dim", "9", "--projection_dim", "20")])
 
 

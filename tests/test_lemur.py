@@ -487,7 +487,7 @@ def test_small_corpora_shrink_what_was_asked_for_and_say_so(run, tmp_path, caplo
     said = " ".join(record.message for record in caplog.records)
     assert "500 anchors were asked for" in said and "20 directions were asked for" in said
     config = LemurModel.from_pretrained(tmp_path / "out" / "head").config
-    assert config.num_anchors < 60 and config.rank == config.embedding_dim == len(DOCUMENTS) - 1
+    assert config.num_anchors < 60 and config.rank == config.directions == len(DOCUMENTS) - 1
     with pytest.raises(InputError, match="--num_tokens 1"):
         train([*flags, "--output_dir", str(tmp_path / "no"), "--num_tokens", "1"], prog="train.py")
 

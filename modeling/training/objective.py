@@ -91,6 +91,13 @@ class Objective(nn.Module):
             pairs: Data set -> its pairs, with columns ``query``, ``positive`` and perhaps ``negative_1`` and so on.
         """
 
+    def complete(self, pairs: Mapping[str, Dataset]) -> None:
+        """Set what follows from the trained weights; once, by the first process, before the trained model is saved.
+
+        Args:
+            pairs: As for :meth:`initialize`.
+        """
+
     # Of a head
 
     trains_on: ClassVar[Literal["sentence", "tokens", "layers"] | None] = None

@@ -52,7 +52,8 @@ class WholeTraining:
         freeze(plan.recipe.freeze, self.model)
         with refusals():
             loss = plan.objective(self.model, **plan.objective_arguments)
-        objective = contract(loss)
+        self.objective = objective = contract(loss)
+        self.pairs = data
         if not plan.recipe.dry_run and not plan.args.resume_from_checkpoint:
             objective.initialize(data)
         if plan.args.learning_rate_mapping == {}:
@@ -88,12 +89,14 @@ class WholeTraining:
     def restore(self, checkpoint: Path) -> None:
         """Take the model and the state of a checkpoint, without a step."""
         self.model = load(checkpoint, trust_remote_code=self.model.trust_remote_code)  # adapters are merged there
+        self.objective.model = self.model
         restore_state(self.trainer, checkpoint)
 
     def save(self, output: Path, context: dict[str, Any]) -> dict[str, Path]:
         """Write the trained model and its card as ``final``; return that name -> folder."""
         if self.plan.recipe.lora_rank and self.model is self.trainer.model:
             merge_adapters(self.model)
+        self.objective.complete(self.pairs)
         card = self.plan.card
         readme = str(render_card(self.model, card, recipe=context)) if card else None
         return {"final": save(self.model, output / "final", readme=readme)}

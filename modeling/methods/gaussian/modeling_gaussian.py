@@ -41,9 +41,10 @@ from torch.nn import functional as F
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
-from .polyrep_fields import WIDTH, check_weight, checked, config_of, fields_of, keep, unless_given
+from .polyrep_fields import NORM, WIDTH, check_weight, checked, config_of, fields_of, keep, unless_given
 from .polyrep_folder import BESIDE_A_HEAD, WholeWeights, whole_encoder
 from .polyrep_room import (
+    EqualNorms,
     HeadModule,
     Module,
     SentenceTransformer,
@@ -87,21 +88,26 @@ class GaussianHeadConfig(PretrainedConfig):
         normalize_input (bool): Bring what is read to unit length first. Default: as the backbone does, else not.
         normalize_mean (bool): Bring means to unit length. Default: as the backbone does (``from_encoder``,
             ``from_backbone``, ``train``), else yes.
+        equal_norms (bool): One more number of an index vector, by which all documents are equally long, so that cosine
+            and L2 rank as the inner product does; see :class:`EqualNorms`. It counts in ``projection_dim``. Not with
+            dot of means of unit length, which are that already.
+        max_norm (float): The length that documents then have, which training measures. Longer ones are scaled back.
     """
 
     model_type = "polyrep_gaussian_head"
-    # What follows from the backbone, and is nobody's choice.
-    derived = ("input_dim",)
+    # What follows from the backbone or from training, and is nobody's choice.
+    derived = ("input_dim", "max_norm")
     similarity_fn_name = "dot"
 
     @checked(
         input_dim=WIDTH,
         mean_dim=WIDTH,
-        projection_dim=(1, 2 * WIDTH[1] + 1),
+        projection_dim=(1, 2 * WIDTH[1] + 2),
         variance_groups=(0, WIDTH[1]),
         beta=(1e-6, 1e6),
         variance_floor=(1e-9, 1e6),
         divergence=_CHOICES["divergence"],
+        max_norm=NORM,
     )
     def __init__(
         self,
@@ -115,6 +121,8 @@ class GaussianHeadConfig(PretrainedConfig):
         separate_variance: bool = False,
         normalize_input: bool | None = None,
         normalize_mean: bool | None = None,
+        equal_norms: bool = False,
+        max_norm: float | None = None,
         **kwargs,
     ):
         variance_groups = variance_groups or None
@@ -122,6 +130,7 @@ class GaussianHeadConfig(PretrainedConfig):
         name = keep(self, locals())
         if divergence == "dot":
             self.variance_groups, self.separate_variance = None, False
+            self.equal_norms = equal_norms and not normalize_mean
         self.mean_dim = self._mean_dim(mean_dim, projection_dim)
         check_weight(name, input_dim=input_dim, mean_dim=self.mean_dim)
         self.projection_dim = self._index_dim(self.mean_dim)
@@ -139,9 +148,10 @@ class GaussianHeadConfig(PretrainedConfig):
 
     def _index_dim(self, mean_dim: int) -> int:
         """Width of an index vector of a distribution of so many dimensions."""
+        own = mean_dim + self.equal_norms
         if self.divergence in ("dot", "csd"):
-            return mean_dim + (self.divergence == "csd")
-        return mean_dim + (self.variance_groups or mean_dim) + 1
+            return own + (self.divergence == "csd")
+        return own + (self.variance_groups or mean_dim) + 1
 
     def _mean_dim(self, mean_dim: int | None, projection_dim: int | None) -> int:
         """The number of dimensions that was asked for, by itself or by the width of the index."""
@@ -149,6 +159,7 @@ class GaussianHeadConfig(PretrainedConfig):
         step = groups or 1
         possible = range(step, min(self.input_dim, 2**31) + 1, step)
         rule = {"dot": "k", "csd": "k + 1"}.get(self.divergence, f"k + {groups} + 1" if groups else "2 k + 1")
+        rule += " + 1" * self.equal_norms
         if mean_dim is None:
             wanted = self.input_dim if projection_dim is None else projection_dim
             fitting = bisect.bisect_right(possible, wanted, key=self._index_dim)
@@ -197,7 +208,7 @@ class GaussianOutput(ModelOutput):
     uncertainty: Tensor | None = None
 
 
-class GaussianHead(WholeWeights, PreTrainedModel):
+class GaussianHead(EqualNorms, WholeWeights, PreTrainedModel):
     """The head: a linear map to the mean, and one to the variance, without bias (section 3.1 of the paper)."""
 
     config_class = GaussianHeadConfig
@@ -272,7 +283,7 @@ class GaussianHead(WholeWeights, PreTrainedModel):
             if config.normalize_mean:
                 mean = F.normalize(mean, dim=-1)
             if config.divergence == "dot":
-                return GaussianOutput(sentence_embedding=mean, mean=mean)
+                return GaussianOutput(sentence_embedding=self.with_equal_norms(mean, task == "query"), mean=mean)
             warn_of_no_task(self, task)
             own = task == "query" and config.separate_variance
             linear = F.linear(wide, (self.query_variance_map if own else self.variance_map).to(exact))
@@ -281,14 +292,14 @@ class GaussianHead(WholeWeights, PreTrainedModel):
             if self.training:  # every map takes part in every pass, as sharing gradients between processes asks for
                 index = index + 0 * sum(parameter.sum() for parameter in self.parameters())
             return GaussianOutput(
-                sentence_embedding=index,
+                sentence_embedding=self.with_equal_norms(index, task == "query"),
                 mean=mean,
                 variance=variance,
                 uncertainty=variance.log().sum(-1) * (config.mean_dim // config.groups / 2),
             )
 
     def _index(self, mean: Tensor, variance: Tensor, query: bool) -> Tensor:
-        """Vectors ``(batch, projection_dim)`` whose inner product is the score, less what depends on a query alone."""
+        """Vectors ``(batch, dim)`` whose inner product is the score, less what depends on a query alone."""
         config, start = self.config, self.config.initial_variance
         size = config.mean_dim // config.groups
 
@@ -521,7 +532,7 @@ class GaussianTransformer(Transformer):
 
     def on_model_ready(self, model):
         """Refuse a score other than the inner product, and leave room for [VAR]."""
-        _check_score(model, type(self).__name__)
+        _check_score(model, type(self).__name__, self.model.config)
         limit = self.model.config.max_position_embeddings
         if limit > -1:  # the backbone's own length may be all that its encoder takes
             self.max_seq_length = min(self.max_seq_length or limit, limit)
@@ -533,7 +544,7 @@ class GaussianPooling(HeadModule, Module):
     Args:
         model: A head; default: a new one of these fields of GaussianHeadConfig.
         config: ``input_dim, mean_dim, projection_dim, variance_groups, beta, variance_floor, divergence,
-            separate_variance, normalize_input, normalize_mean``.
+            separate_variance, normalize_input, normalize_mean, equal_norms, max_norm``.
     """
 
     head_class, inside = GaussianHead, GaussianConfig.model_type
@@ -548,12 +559,14 @@ class GaussianPooling(HeadModule, Module):
         """Check what stands before and how the model scores; the inner product is set where nothing is."""
         self.check_backbone(model)
         self.check_last(model, "their product is no divergence")
-        _check_score(model, type(self).__name__)
+        _check_score(model, type(self).__name__, self.model.config)
 
 
-def _check_score(model, owner: str) -> None:
+def _check_score(model, owner: str, config: GaussianHeadConfig) -> None:
     because = "a divergence is the inner product of its index vectors and of nothing else"
-    check_score(model, owner, because, "cut terms out of the divergence. Train a head with a smaller mean_dim.")
+    check_score(
+        model, owner, because, "cut terms out of the divergence. Train a head with a smaller mean_dim.", config
+    )
 
 
 def _refuse_not_finite(*embeddings: Tensor) -> None:

@@ -26,7 +26,7 @@ Output = Any
 """A GaussianOutput; to a type checker each of its fields may be None."""
 
 ALIGNED = 4096
-"""Texts whose vectors decide where the mean of a whole model starts."""
+"""Texts whose vectors decide where the mean of a whole model starts; and documents that are measured in the end."""
 
 
 class _GaussianContrast(Objective):
@@ -255,10 +255,7 @@ class GaussianObjective(_GaussianContrast):
         """Start the mean at the principal axes of the backbone's vectors of some training texts."""
         if self.head.config.mean_dim == self.head.config.input_dim:
             return
-        texts: list[str] = []
-        for rows in pairs.values():
-            take = range(0, len(rows), max(1, len(rows) * len(pairs) * 2 // ALIGNED))
-            texts += [row[side] for row in rows.select(take) for side in ("query", "positive")]
+        texts = _some_texts(pairs, ("query", "positive"))
         seen: list[Tensor] = []
         hook = self.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
         try:
@@ -268,6 +265,14 @@ class GaussianObjective(_GaussianContrast):
             hook.remove()
         vectors = torch.cat(seen).cpu().double()
         self.head.align(vectors.T @ vectors)
+
+    def complete(self, pairs: Mapping[str, Any]) -> None:
+        """Measure how long index vectors of documents are, by some training texts."""
+        model: Any = unwrapped(self.model)
+        options: dict[str, Any] = {"convert_to_tensor": True, "show_progress_bar": False}
+        if self.head.config.equal_norms:
+            texts = [_some_texts(pairs, ("positive",))]
+            self.head.measure_norms(model.encode_document(some, **options) for some in texts)
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> dict[str, Tensor]:
         """Parts of the loss of a batch: columns of queries, their documents, and hard negatives."""
@@ -312,6 +317,7 @@ class GaussianHeadObjective(_GaussianContrast):
     trains_on = "sentence"
     needs_labels = True
     model: GaussianHead
+    data: HeadData | None = None
 
     @property
     def head(self) -> GaussianHead:
@@ -332,7 +338,14 @@ class GaussianHeadObjective(_GaussianContrast):
                 vectors = features["sentence_embedding"].double()
                 moments += vectors.T @ vectors
         self.head.align(moments)
+        self.data = data
         return data
+
+    def finish(self) -> None:
+        """Measure how long index vectors of documents are."""
+        if self.data is not None:
+            batches = self.data.batches("document")
+            self.head.measure_norms(self.mining_vectors(features, "document") for features in batches)
 
     def mining_vectors(self, features: Features, task: str) -> Tensor:
         """Index vectors of texts."""
@@ -363,6 +376,15 @@ class GaussianHeadObjective(_GaussianContrast):
 
 
 _TASKS = ("query", "document")
+
+
+def _some_texts(pairs: Mapping[str, Any], sides: tuple[str, ...]) -> list[str]:
+    """About :data:`ALIGNED` texts of some columns, spread over all data sets."""
+    texts: list[str] = []
+    for rows in pairs.values():
+        take = range(0, len(rows), max(1, len(rows) * len(pairs) * len(sides) // ALIGNED))
+        texts += [row[side] for row in rows.select(take) for side in sides]
+    return texts
 
 
 def shortened(features: Features) -> Features:

@@ -24,6 +24,7 @@ WIDTH = (1, 65_536)
 """Smallest and largest width of a vector, so that no config asks for more memory than any model has."""
 LAYERS = (0, 1_000)
 WORDS = (1, 2**24)
+NORM = (1e-6, 1e15)
 _NUMBERS = 2**32
 """Most numbers of one weight: of 262,144 words times a width of 16,384."""
 

@@ -27,7 +27,8 @@ def rows(full: FullModel) -> Iterator[Candidate]:
         # MaxSim is its teacher, so that a corpus without queries of its own needs no sentences taken from it.
         values: dict[str, Any] = {} if full.fit_data.has_queries else {"queries": "texts"}
         folder = fit_run(full, METHOD.run, METHOD.fit_digest(), **values)
-        head = LemurPooling.from_pretrained(str(folder), embedding_dim=LEMUR_DIMS[0]).model.eval()
+        options = {"embedding_dim": LEMUR_DIMS[0], "equal_norms": False}  # rows are searched by the inner product
+        head = LemurPooling.from_pretrained(str(folder), **options).model.eval()
         sides = {
             "query": head.encode_query_tokens(full.queries.values, full.queries.offsets),
             "document": head.encode_document_tokens(full.documents.values, full.documents.offsets),

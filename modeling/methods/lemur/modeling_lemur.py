@@ -30,9 +30,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
-from .polyrep_fields import WIDTH, check_weight, checked, fields_of, keep
+from .polyrep_fields import NORM, WIDTH, check_weight, checked, fields_of, keep
 from .polyrep_folder import BESIDE_A_HEAD, WholeWeights
-from .polyrep_room import SIDES, HeadModule, Module, MultiVectorEncoder, check_score
+from .polyrep_room import SIDES, EqualNorms, HeadModule, Module, MultiVectorEncoder, check_score
 from .polyrep_trunk import Trunk, TrunkTransformer, keep_trunk, stock_parts, trunk_parts
 
 _BLOCK = 2**25
@@ -59,10 +59,13 @@ class LemurConfig(PretrainedConfig):
         embedding_dim (int): Numbers of a vector: up to rank, the first of those directions; or latent_dim, the
             features as they are, which is the default.
         seed (int): Of the fit.
+        equal_norms (bool): The last of these numbers makes all documents equally long, so that cosine and L2 rank as
+            the inner product does; see :class:`EqualNorms`. Not with the features as they are, all of which count.
+        max_norm (float): The length that documents then have, which the fit measures. Longer ones are scaled back.
     """
 
     model_type = "polyrep_lemur"
-    derived = ("token_dim", "seed")
+    derived = ("token_dim", "seed", "max_norm")
 
     @checked(
         token_dim=WIDTH,
@@ -74,6 +77,7 @@ class LemurConfig(PretrainedConfig):
         rank=(0, WIDTH[1]),
         embedding_dim=WIDTH,
         seed=(0, 2**32 - 1),
+        max_norm=NORM,
     )
     def __init__(
         self,
@@ -86,6 +90,8 @@ class LemurConfig(PretrainedConfig):
         rank: int = 512,
         embedding_dim: int | None = None,
         seed: int = 0,
+        equal_norms: bool = False,
+        max_norm: float | None = None,
         **kwargs,
     ):
         embedding_dim = latent_dim if embedding_dim is None else embedding_dim
@@ -96,12 +102,22 @@ class LemurConfig(PretrainedConfig):
             raise ValueError(
                 f"{name}: rank={rank} directions of a space of latent_dim={latent_dim}. Use {latent_dim} or fewer."
             )
-        if embedding_dim != latent_dim and embedding_dim > rank:
+        if equal_norms and embedding_dim in (1, latent_dim):
+            raise ValueError(
+                f"{name}: embedding_dim={embedding_dim} has no number to spare for equal_norms=True. Use 2 to {rank}, "
+                "or equal_norms=False."
+            )
+        if embedding_dim != latent_dim and self.directions > rank:
             raise ValueError(
                 f"{name}: embedding_dim={embedding_dim}, but only rank={rank} directions are kept. Use up to {rank}, "
                 f"or latent_dim={latent_dim} for the features themselves."
             )
         super().__init__(**kwargs)
+
+    @property
+    def directions(self) -> int:
+        """How many of a vector's numbers stand for directions, or features."""
+        return self.embedding_dim - self.equal_norms
 
 
 @dataclass
@@ -168,7 +184,7 @@ def ridge_solution(features: Tensor, ridge: float) -> Tensor:
     return torch.cholesky_solve(features.T, factor).T
 
 
-class LemurModel(WholeWeights, PreTrainedModel):
+class LemurModel(EqualNorms, WholeWeights, PreTrainedModel):
     """The head: token vectors of a query or of a document become one vector."""
 
     config_class = LemurConfig
@@ -292,17 +308,18 @@ class LemurModel(WholeWeights, PreTrainedModel):
             if task == "query":
                 seen = self.features(tokens)
                 made = (seen if mask is None else seen * mask[..., None]).sum(1) / self.config.query_scale
-                made = self.reduce(made, task, self.config.embedding_dim)
+                made = self.reduce(made, task, self.config.directions)
             else:
                 solution, constant = self._solution()
                 values = (token_maxima(self.anchors, tokens, mask) - self.target_mean) / self.target_std
                 made = values @ solution - constant
+            made = self.with_equal_norms(made, task == "query")
         return LemurOutput(sentence_embedding=made)
 
     def reduce(self, vectors: Tensor, task: str, embedding_dim: int) -> Tensor:
         """Vectors of all features as the first of the directions that matter.
 
-        A head with that ``embedding_dim`` gives the same at once.
+        A head with that ``embedding_dim``, and without ``equal_norms``, gives the same at once.
 
         Args:
             vectors: ``(texts, latent_dim)`` of queries or of documents.
@@ -327,7 +344,7 @@ class LemurModel(WholeWeights, PreTrainedModel):
             of = [self.linear.weight, self.linear.bias, self.norm.weight, self.norm.bias, self.anchors]
             maps = [self.document_map, self.document_mean] if self.config.rank else []
             state = [(t.data_ptr(), t.device, 0 if t.is_inference() else t._version) for t in of + maps]
-            key = (state, self.config.ridge, self.config.embedding_dim)
+            key = (state, self.config.ridge, self.config.directions)
             if self.training or self._solved is None or self._solved[0] != key:
                 with torch.inference_mode(False), torch.no_grad():  # to be used outside it, too
                     self._solved = (key, self._solve())
@@ -336,7 +353,7 @@ class LemurModel(WholeWeights, PreTrainedModel):
         return self._solved[1]
 
     def _solve(self) -> tuple[Tensor, Tensor]:
-        solution, size = self.solve(), self.config.embedding_dim
+        solution, size = self.solve(), self.config.directions
         constant = solution.new_zeros(size)
         if size < self.config.latent_dim:
             onto = self.document_map[:, :size].to(solution)
@@ -497,8 +514,8 @@ class LemurTransformer(TrunkTransformer):
     """The stock Transformer around a LemurForRetrieval, in a model that must not score its vectors otherwise."""
 
     def on_model_ready(self, model):
-        """Set the inner product where nothing is, and refuse any other score."""
-        _check_score(model, type(self).__name__)
+        """Set the inner product where nothing is, and refuse a score that ranks otherwise."""
+        _check_score(model, self.model.config, type(self).__name__)
 
 
 class LemurPooling(HeadModule, Module):
@@ -509,7 +526,7 @@ class LemurPooling(HeadModule, Module):
 
     head_class, inside = LemurModel, LemurForRetrievalConfig.model_type
     reads, gives = "token_dim", "embedding_dim"
-    changeable = {"embedding_dim", "ridge"} | HeadModule.changeable
+    changeable = {"embedding_dim", "ridge", "equal_norms", "max_norm"} | HeadModule.changeable
     made = "fitted"
     forward_kwargs = {"task"}
 
@@ -572,13 +589,13 @@ class LemurPooling(HeadModule, Module):
                 f"LemurPooling: gives one vector a text, which a {type(model).__name__} does not read. Use "
                 "SentenceTransformer(modules=[*encoder.children(), LemurPooling.from_pretrained(head)])."
             )
-        _check_score(model, type(self).__name__)
+        _check_score(model, self.model.config, type(self).__name__)
 
 
-def _check_score(model, owner: str) -> None:
+def _check_score(model, config: LemurConfig, owner: str) -> None:
     because = "the inner product is what stands for MaxSim, and cosine loses quality"
     instead = f"Open the head with embedding_dim={model.truncate_dim}, which keeps the directions that matter."
-    check_score(model, owner, because, f"cut features off at random. {instead}")
+    check_score(model, owner, because, f"cut features off at random. {instead}", config)
 
 
 for config, model in ((LemurConfig, LemurModel), (LemurForRetrievalConfig, LemurForRetrieval)):

@@ -120,10 +120,10 @@ class LemurObjective(Objective):
                 config.rank,
                 len(documents),
                 rank,
-                ", and are the vectors" if rank < config.embedding_dim < config.latent_dim else "",
+                ", and are the vectors" if rank < config.directions < config.latent_dim else "",
             )
             if config.embedding_dim < config.latent_dim:
-                config.embedding_dim = min(config.embedding_dim, rank)
+                config.embedding_dim = min(config.directions, rank) + config.equal_norms
         self._resize(len(anchors), rank)
         model = self.model
         model.anchors.copy_(tokens[anchors])
@@ -193,6 +193,8 @@ class LemurObjective(Objective):
         model.document_mean.copy_(mean)
         model.document_map.copy_((vectors * root) @ (vectors.T @ directions) / share)
         model.query_map.copy_((vectors / root) @ (vectors.T @ directions) * share)
+        # In all directions, since a head may be opened with more of them.
+        model.measure_norms([(weights - mean) @ model.document_map.cpu().double()])
 
     def get_config_dict(self) -> dict[str, Any]:
         """Settings, for the card."""
