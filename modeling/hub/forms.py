@@ -8,6 +8,7 @@ root that refuses to be opened in part.
 from __future__ import annotations
 
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,38 @@ def fold(model: Encoder, room: Room) -> PreTrainedModel:
     if not room.module:
         return retriever.from_modules(model)
     *modules, last = model.children()
-    several = type(model) is MultiVectorEncoder or any(isinstance(part, MultiVectorMask) for part in modules)
+    several = type(model) is MultiVectorEncoder or any(map(_of_several, modules))
     family: Any = MultiVectorEncoder if several else SentenceTransformer
     backbone = family(modules=modules, prompts=model.prompts, device=str(model.device))
     return retriever.from_modules(backbone, head=last.model)
+
+
+def _of_several(module: Any) -> bool:
+    """Whether a module shows that a backbone has several vectors a text."""
+    config = getattr(getattr(module, "model", None), "config", None)
+    room = room_of(getattr(config, "model_type", None))
+    return isinstance(module, MultiVectorMask) or bool(room and room.transformer and not room.module)
+
+
+def own_form(model: Encoder) -> Room | None:
+    """The method whose own model :func:`~polyrep.hub.folder.save` writes of a model; None where modules stay."""
+    room = room_behind(model)
+    if room is None:
+        return own_room(model)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():  # no second copy, and torch remarks on each weight
+            warnings.simplefilter("ignore")
+            fold(model, room)
+    except ValueError:
+        return None
+    return room
+
+
+def place_of_backbone(model: Encoder) -> str:
+    """Folder of a pipeline's first module in what :func:`save_pipeline` writes; empty for the root."""
+    first: Any = model[0]
+    kind = Backbone if type(first) is Transformer else type(first)
+    return "" if kind.save_in_root else f"0_{kind.__name__}"
 
 
 def write_folder(model: Encoder, whole: PreTrainedModel, room: Room, folder: Path) -> None:
@@ -125,7 +154,7 @@ def unfold(model: Encoder, room: Room) -> Encoder:
     with refusals():
         behind = whole.stock_modules(first.tokenizer)
     if room.head and room.module:
-        behind.append(room.module(_head_of(whole, room.head)))
+        behind.append(room.module(head_of(whole, room.head)))
     read = first.get_config_dict()
     output = "embeddings" if first.transformer_task == "retrieval" else "last_hidden_state"
     with tempfile.TemporaryDirectory() as scratch:
@@ -147,7 +176,7 @@ def unfold(model: Encoder, room: Room) -> Encoder:
     )
 
 
-def _head_of(whole: Any, kind: type[PreTrainedModel]) -> PreTrainedModel:
+def head_of(whole: Any, kind: type[PreTrainedModel]) -> PreTrainedModel:
     """The head of a whole model, with a config of its own."""
     config: Any = kind.config_class
     names = config().to_dict().keys() - PretrainedConfig().to_dict().keys()

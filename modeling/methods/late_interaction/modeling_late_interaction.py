@@ -132,11 +132,12 @@ class LateInteractionModel(WholeWeights, Trunk, PreTrainedModel):
 
 
 class LateInteractionTransformer(TrunkTransformer):
-    """The stock Transformer around a LateInteractionModel, which only a MultiVectorEncoder reads."""
+    """The stock Transformer around a LateInteractionModel, which a MultiVectorEncoder or a head behind it reads."""
 
     def on_model_ready(self, model):
-        """Refuse a model of one vector a text."""
-        if type(model).__name__ != MultiVectorEncoder.__name__:
+        """Refuse a model of one vector a text, unless a head makes that of the token vectors."""
+        head = hasattr(list(model)[-1], "head_class")
+        if type(model).__name__ != MultiVectorEncoder.__name__ and not head:
             raise ValueError(
                 f"LateInteractionTransformer: gives a vector a token, which a {type(model).__name__} does not read. "
                 "Open it as MultiVectorEncoder."
