@@ -24,7 +24,7 @@ import yaml
 from conftest import CLI, IMPORTABLE, QUERIES, run_python, write_beir
 from hub_server import HubServer, Repository, running_hub
 from huggingface_hub import ModelCard
-from room_examples import EXAMPLES
+from room_examples import EXAMPLES, no_folder_holds
 from transformers import PreTrainedModel
 
 import polyrep
@@ -101,7 +101,8 @@ def warm_doors(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def models(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     scratch = tmp_path_factory.mktemp("examples")
-    gaussian, reinpool = (EXAMPLES[f"polyrep_{name}"](backbone, scratch) for name in ("gaussian", "reinpool"))
+    rooms = ("gaussian", "reinpool_for_retrieval")
+    gaussian, reinpool = (EXAMPLES[f"polyrep_{name}"](backbone, scratch) for name in rooms)
     gaussian.models["retriever"].prompts = {"query": "port: ", "document": "file: "}
     return {"gaussian": gaussian.models["retriever"], "reinpool": reinpool.models["pipeline"]}
 
@@ -170,9 +171,14 @@ for name, (family, repo, revision) in jobs.items():
             output = AutoModel.from_pretrained(repo, **pinned)(**tokens, task="query")
         report["auto query"] = output.sentence_embedding.tolist()
     else:
-        head = AutoModel.from_pretrained(repo, subfolder="4_ReinPoolPooling", **pinned)
+        whole = AutoModel.from_pretrained(repo, **pinned)
+        tokens = AutoTokenizer.from_pretrained(repo, **pinned)(texts, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            output = whole(**tokens, task="document")
+        pooled = [vectors[there].tolist() for vectors, there in zip(output.token_embeddings, output.mask)]
+        report["auto document"], head = pooled, whole.head
         module = get_class_from_dynamic_module("modeling_reinpool.ReinPoolPooling", repo, revision=revision)
-        pooling = module.from_pretrained(repo, subfolder="4_ReinPoolPooling", revision=revision)
+        pooling = module.from_pretrained(repo, revision=revision)
         parts = [{k: v.tolist() for k, v in part.state_dict().items()} for part in (head, pooling.model)]
         report["heads agree"] = parts[0] == parts[1] and bool(parts[0])
 print("REPORT" + json.dumps(report))
@@ -245,7 +251,7 @@ def test_a_repository_is_complete_and_made_in_one_commit(published, hub):
     assert commit in published["first"][2], "the printed lines name the commit"
     assert set(files) == {
         *(".gitattributes", "README.md", "results.png"),
-        *("modeling_gaussian.py", "polyrep_fields.py", "polyrep_folder.py", "polyrep_room.py"),
+        *("modeling_gaussian.py", "polyrep_fields.py", "polyrep_folder.py", "polyrep_room.py", "polyrep_trunk.py"),
         *(".eval_results/someone--tiny.yaml", ".eval_results/mteb--nano.yaml"),
         *("config.json", "config_sentence_transformers.json", "modules.json", "sentence_bert_config.json"),
         *("model.safetensors", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"),
@@ -321,6 +327,8 @@ def test_others_open_it_at_that_commit_without_polyrep(published, hub, models, t
             for ours, theirs in zip(encode(TEXTS), report[f"{name} {task}"], strict=True):
                 np.testing.assert_allclose(np.asarray(ours), theirs, atol=1e-5)
     np.testing.assert_allclose(models["gaussian"].encode_query(TEXTS), report["auto query"], atol=1e-5)
+    for ours, theirs in zip(models["reinpool"].encode_document(TEXTS), report["auto document"], strict=True):
+        np.testing.assert_allclose(np.asarray(ours), theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -596,7 +604,7 @@ def test_a_folder_that_others_would_open_as_another_model_is_not_uploaded(models
     folder = polyrep.save(models["reinpool"], tmp_path / "reinpool")
     model = load(folder, trust_remote_code=True, device="cpu")
     with torch.no_grad():
-        model[-1].model.project.weight.add_(0.5)  # as if the folder held other weights than what was measured
+        model[-1].model.head.project.weight.add_(0.5)  # as if the folder held other weights than what was measured
     with pytest.raises(InputError, match="family MultiVectorEncoder: opened without polyrep, document/text/0 differs"):
         verify(folder, model)
 
@@ -666,7 +674,9 @@ def examples(backbone: Path, multi_vector_model: Any, tmp_path_factory: pytest.T
             last = model[len(model) - 1].model
             if len(model) > 1:
                 found[f"{template}/head of {kind}"] = last
-            elif isinstance(last.head, PreTrainedModel):
+                if len(model) > 2:  # else the head reads the encoder itself, behind which nothing may stand
+                    found[f"{template}/modules of {kind}"] = no_folder_holds(model)
+            elif isinstance(getattr(last, "head", None), PreTrainedModel):
                 found[f"{template}{images}/head in {kind}"] = last.head
     return found
 
@@ -693,9 +703,23 @@ def test_cards_of_every_kind_of_model_show_code_that_fits_it(recipe, model_id, e
             )
             assert not (kind.startswith("head") and family), (name, snippet)
             assert "path/to/head" not in snippet, (name, snippet)
-            assert not re.search(r"\b(opened|opened_head|head_alone|pipeline|backbone_id)\b", snippet), (name, snippet)
-        if kind.startswith("head of") or kind in ("pipeline", "single", "multi"):
-            assert re.search(r"\w+Pooling\.from_pretrained\(\"(someone|path/to/this)", "".join(snippets)), name
+            assert not re.search(r"\b(opened|opened_head|head_alone|backbone_id)\b", snippet), (name, snippet)
+        own = rf"\(\"{model_id or 'path/to/this/folder'}\""  # the folder, or the repository
+        head = re.search(rf"\w+Pooling\.from_pretrained{own}", text)
+        assert bool(head) == (template not in ("late_interaction", "dual_encoder")), name
+        # AutoModel opens the root of every folder but where only modules hold the model: there it refuses.
+        root = re.search(rf"AutoModel\.from_pretrained{own}(, revision=\S+)?, trust", text)
+        assert bool(root) == (not kind.startswith(("modules", "stock"))), name
+        assert ("AutoModel and AutoTokenizer refuse the root" in text) == kind.startswith("modules"), name
+        assert ("is in `0_Backbone` and the head in `" in text) == kind.startswith("modules"), name
+        assert ("serves it or refuses it" in text) == (not kind.startswith(("modules", "stock", "head"))), name
+        assert ("opens the first alone" in text) == (kind == "stock"), name
+        rows = re.findall(r"^\| (.+?) \| `", text.partition("### Every way to open it")[2].partition("\n## ")[0], re.M)
+        of_head = ["transformers", "the head alone"][: 1 + bool(head)]
+        whole = ["transformers", "sentence-transformers", "the head alone"][: 2 + (template != "late_interaction")]
+        modules = ["sentence-transformers", "the head alone", "the head alone"]
+        expected = {"head": of_head, "modules": modules, "stock": ["sentence-transformers"]}
+        assert [row.partition(",")[0] for row in rows] == expected.get(kind.split()[0], whole), name
 
 
 def test_a_card_says_what_stands_before_texts(models):
