@@ -50,7 +50,7 @@ VARIABLES = {
     "config": "config of the room's part of the model; empty for stock modules",
     "output": "field of AutoModel's output that is the representation",
     "reading": "what sentence-transformers does to the length of queries and documents, where it does something",
-    "pipeline": "of modules that no folder of the method holds as one model: their folders, backbone first; else empty",
+    "pipeline": "folders of backbone and head of modules that no one folder of the method holds; empty for others",
     "opened": "function: what to call -> the line of code that opens the model with it",
     "opened_head": "function: the room's sentence-transformers module -> the line that opens its head, where it is",
     "head_alone": "whether the model is a head, to be attached to its backbone",
