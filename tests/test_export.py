@@ -124,10 +124,8 @@ def exported(examples, shallow_backbone, tmp_path_factory) -> dict[tuple[str, st
         for kind in kinds:
             own, name = OWN.get((room, kind)), kind.rpartition(" of ")[2]
             model = own(shallow_backbone, folder / f"{kind}-own") if own else examples[room].models[name]
-            form = "pipeline" if kind.startswith("modules") else None
-            saved = polyrep.save(
-                model[-1].model if kind.startswith("head") else model, folder / room / kind, form=form
-            )
+            part = model[-1].model if kind.startswith("head") else model
+            saved = polyrep.save(part, folder / room / kind, form="pipeline" if kind.startswith("modules") else None)
             for file in saved.rglob("*.py"):
                 file.write_text("raise SystemExit('the code of a folder was run')")
             made[room, kind] = Exported(model, saved)

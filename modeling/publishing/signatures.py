@@ -70,9 +70,8 @@ def signatures_of(model: PreTrainedModel, part: Path) -> list[Signature]:
     found = []
     for name, entry in modalities.items():
         output = entry.get("method_output_name") or "sentence_embedding"
-        graph = graphs.get(name) or Graph(
-            outputs=("token_embeddings", "mask") if output == "token_embeddings" else (output,)
-        )
+        outputs = (output, "mask") if output == "token_embeddings" else (output,)
+        graph = graphs.get(name) or Graph(outputs=outputs)
         method = entry.get("method") or "forward"
         if name not in ("model", "image"):
             raise InputError(f"{part}: reads {name}, and only texts and images can be exported. Save it without.")
@@ -105,9 +104,9 @@ def _refuse_lengthened(settings: Mapping[str, Any], part: Path) -> None:
     """InputError for queries that are lengthened before they are encoded, which no tokenizer does by itself."""
     if expansion := settings.get("query_expansion"):
         raise InputError(
-            f"{part}: its queries are lengthened to {expansion['length']} tokens, whose places the model is told beside "
-            "the tokens, and a graph that reads a tokenizer's output alone would give others. Serve the folder with "
-            "torch, or train a model without query_expansion."
+            f"{part}: its queries are lengthened to {expansion['length']} tokens, whose places the model is told "
+            "beside the tokens, and a graph that reads a tokenizer's output alone would give others. Serve the folder "
+            "with torch, or train a model without query_expansion."
         )
 
 
