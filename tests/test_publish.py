@@ -25,12 +25,13 @@ from conftest import CLI, IMPORTABLE, QUERIES, run_python, write_beir
 from hub_server import HubServer, Repository, running_hub
 from huggingface_hub import ModelCard
 from room_examples import EXAMPLES, no_folder_holds
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 import polyrep
 from polyrep import InputError
 from polyrep.cli import main
-from polyrep.hub import cards, fingerprint, load
+from polyrep.hub import cards, fingerprint, load, localize
+from polyrep.hub.forms import own_form
 from polyrep.publishing import after_training, doors, inspection, publish, signatures, upload
 from polyrep.publishing.inspection import refuse_secrets, verify
 from polyrep.report import provenance, write_results
@@ -642,6 +643,72 @@ def test_vectors_agree_but_for_rounding(theirs, words):
         inspection._compare("a door", found, {"x": torch.tensor([1.0, 2.0])})
 
 
+@pytest.fixture
+def old_pipeline(models: dict[str, Any], tmp_path: Path) -> Path:
+    """A finished folder as older versions wrote it: the modules of sentence-transformers, the backbone in the root."""
+    folder = tmp_path / "old" / "final"
+    models["reinpool"].save_pretrained(str(folder), create_model_card=False)
+    localize(folder)
+    results_of(tmp_path / "old" / "results", fingerprint(folder))
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "bert"
+    return folder
+
+
+def test_modules_of_an_older_version_are_published_as_one_folder(old_pipeline, models, tmp_path, capsys):
+    (old_pipeline / "LICENSE").write_text("all may use it")
+    target = tmp_path / "hub"
+    arguments = ["publish", str(old_pipeline), "--repo", "someone/model", "--dry_run", "--output", str(target)]
+    before = {path: path.read_bytes() for path in old_pipeline.rglob("*") if path.is_file()}
+    assert main(arguments) == 0, capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+    said = capsys.readouterr().out
+    assert "published is the same model in one folder" in said and fingerprint(target)[:14] in said
+    opened = AutoModel.from_pretrained(target)
+    assert type(opened).__name__ == "ReinPoolForRetrieval" and not list(target.glob("[0-9]_*/"))
+    tokens = models["reinpool"].tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        output = opened(**tokens, task="document")
+    for ours, vectors, there in zip(
+        models["reinpool"].encode_document(TEXTS), output.token_embeddings, output.mask, strict=True
+    ):
+        np.testing.assert_allclose(np.asarray(ours), vectors[there], atol=1e-5)
+    assert (target / "LICENSE").read_text() == "all may use it"
+    card = (target / "README.md").read_text()
+    assert "| model | 0.612 |" in card and "refuse the root" not in card, "what the modules scored, it scores"
+    # Its users may replace it by a newer one: the two are the same method.
+    assert upload.model_kind(old_pipeline) == upload.model_kind(target) != upload.model_kind(old_pipeline / "0_X")
+
+
+def test_an_export_of_the_head_of_such_modules_is_not_taken_for_the_whole(old_pipeline, capsys):
+    (old_pipeline / "onnx").mkdir()
+    (old_pipeline / "onnx" / "export.json").write_text(json.dumps({"fingerprint": fingerprint(old_pipeline)}))
+    assert "is an export of the head, and what is published is the whole model" in refused(old_pipeline, capsys)
+
+
+def test_modules_that_no_folder_holds_are_published_as_they_are(models, tmp_path, capsys):
+    folder = finish(no_folder_holds(models["reinpool"]), tmp_path / "modules")
+    target = tmp_path / "hub"
+    assert main(["publish", str(folder), "--repo", "someone/model", "--dry_run", "--output", str(target)]) == 0
+    assert "one folder" not in capsys.readouterr().out
+    assert "AutoModel and AutoTokenizer refuse the root" in (target / "README.md").read_text()
+    with pytest.raises(ValueError, match="is a pipeline of"):
+        AutoModel.from_pretrained(target, trust_remote_code=True)
+
+
+def test_queries_that_are_lengthened_are_compared_through_sentence_transformers(models, tmp_path, capsys):
+    model = no_folder_holds(models["reinpool"])
+    *modules, cnn, head = model.children()
+    modules[0].query_expansion = {"strategy": "fixed", "length": 24}
+    try:
+        folder = finish(type(model)(modules=[*modules, head], device="cpu"), tmp_path / "lengthened")
+        arguments = ["--repo", "someone/model", "--dry_run", "--output", str(tmp_path / "hub")]
+        assert main(["publish", str(folder), *arguments]) == 0, capsys.readouterr().err
+    finally:
+        modules[0].query_expansion = None
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "Queries are lengthened to 24 tokens by\n`[MASK]`" in card and "Documents are cut" not in card
+
+
 def test_a_head_alone_is_published_by_the_whole_models_results(models, tmp_path, capsys):
     head = models["reinpool"][-1].model
     whole = finish(models["reinpool"], tmp_path / "run")
@@ -704,22 +771,33 @@ def test_cards_of_every_kind_of_model_show_code_that_fits_it(recipe, model_id, e
             assert not (kind.startswith("head") and family), (name, snippet)
             assert "path/to/head" not in snippet, (name, snippet)
             assert not re.search(r"\b(opened|opened_head|head_alone|backbone_id)\b", snippet), (name, snippet)
-        own = rf"\(\"{model_id or 'path/to/this/folder'}\""  # the folder, or the repository
-        head = re.search(rf"\w+Pooling\.from_pretrained{own}", text)
-        assert bool(head) == (template not in ("late_interaction", "dual_encoder")), name
-        # AutoModel opens the root of every folder but where only modules hold the model: there it refuses.
-        root = re.search(rf"AutoModel\.from_pretrained{own}(, revision=\S+)?, trust", text)
-        assert bool(root) == (not kind.startswith(("modules", "stock"))), name
-        assert ("AutoModel and AutoTokenizer refuse the root" in text) == kind.startswith("modules"), name
-        assert ("is in `0_Backbone` and the head in `" in text) == kind.startswith("modules"), name
-        assert ("serves it or refuses it" in text) == (not kind.startswith(("modules", "stock", "head"))), name
-        assert ("opens the first alone" in text) == (kind == "stock"), name
-        rows = re.findall(r"^\| (.+?) \| `", text.partition("### Every way to open it")[2].partition("\n## ")[0], re.M)
-        of_head = ["transformers", "the head alone"][: 1 + bool(head)]
-        whole = ["transformers", "sentence-transformers", "the head alone"][: 2 + (template != "late_interaction")]
-        modules = ["sentence-transformers", "the head alone", "the head alone"]
-        expected = {"head": of_head, "modules": modules, "stock": ["sentence-transformers"]}
-        assert [row.partition(",")[0] for row in rows] == expected.get(kind.split()[0], whole), name
+        check_ways(name, model, text, model_id or "path/to/this/folder")
+
+
+def check_ways(name: str, model: Any, text: str, place: str) -> None:
+    """A card names what opens the model in the form that ``save`` gives it, and says what its root is."""
+    room = polyrep.registry.room_of(model.config.model_type) if isinstance(model, PreTrainedModel) else own_form(model)
+    form = "head" if isinstance(model, PreTrainedModel) else "folder" if room else "modules"
+    form = "stock" if name == "late_interaction/stock" else form
+    module = room.module if room else None
+    by_module = form == "modules" or bool(getattr(module, "inside", None) if form == "folder" else module)
+    assert bool(re.search(rf"\w+Pooling\.from_pretrained\(\"{place}\"", text)) == by_module, name
+    root = re.search(rf"AutoModel\.from_pretrained\(\"{place}\"(, revision=\S+)?, trust", text)
+    assert bool(root) == (form in ("folder", "head")), name
+    assert ("AutoModel and AutoTokenizer refuse the root" in text) == (form == "modules"), name
+    assert ("is in `0_Backbone` and the head in `" in text) == (form == "modules"), name
+    assert ("serves it or refuses it" in text) == (form == "folder"), name
+    assert ("opens the first alone" in text) == (form == "stock"), name
+    table = text.partition("### Every way to open it")[2].partition("\n## ")[0]
+    rows = [row.partition(",")[0] for row in re.findall(r"^\| (.+?) \| `", table, re.M)]
+    head = form == "folder" and (len(model) > 1 or hasattr(model[0].model, "head"))
+    wanted = {
+        "folder": ["transformers", "sentence-transformers", *["the head alone"] * head],
+        "head": ["transformers", *["the head alone"] * by_module],
+        "modules": ["sentence-transformers", "the head alone", "the head alone"],
+        "stock": ["sentence-transformers"],
+    }
+    assert rows == wanted[form], name
 
 
 def test_a_card_says_what_stands_before_texts(models):

@@ -214,7 +214,8 @@ def _opened_head(heads: Mapping[str, str], model_id: str | None, name: str, sett
 def _reading(model: Encoder | PreTrainedModel) -> dict[str, Any]:
     first: Any = None if isinstance(model, PreTrainedModel) else model[0]
     names = ("query_length", "document_length", "query_expansion")
-    return {name: value for name in names if (value := getattr(first, name, None))}
+    read = {name: getattr(first, name, None) for name in names}
+    return read if any(read.values()) else {}
 
 
 def _prompts(model: Encoder | PreTrainedModel) -> dict[str, str]:
