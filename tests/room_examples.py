@@ -6,6 +6,7 @@ from typing import Any
 import toy  # noqa: F401  registers the test room
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+from sentence_transformers.sentence_transformer.modules import CNN, Dropout
 
 from polyrep.registry import ROOMS
 
@@ -25,3 +26,11 @@ def behind(pipeline: Any) -> SentenceTransformer | MultiVectorEncoder:
     modules = [module for name, module in pipeline.named_children()][:-1]
     several = any(isinstance(module, MultiVectorMask) for module in modules)
     return (MultiVectorEncoder if several else SentenceTransformer)(modules=modules, device="cpu")
+
+
+def no_folder_holds(pipeline: Any) -> SentenceTransformer | MultiVectorEncoder:
+    """A pipeline with one module more before its head, of a class that no method's own model has."""
+    *modules, head = pipeline.children()
+    several = any(isinstance(module, MultiVectorMask) for module in modules)
+    more = CNN(16, out_channels=16, kernel_sizes=[1]) if several else Dropout()
+    return type(pipeline)(modules=[*modules, more, head], prompts=pipeline.prompts, device="cpu")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from pages import read_card
-from room_examples import EXAMPLES, behind
+from room_examples import EXAMPLES, behind, no_folder_holds
 from sentence_transformers import MultiVectorEncoder
 from small_world import SmallWorld
 from transformers import PreTrainedModel
@@ -36,7 +36,10 @@ def kinds_of(room_type: str | None, backbone: Path, stock: Any, scratch: Path) -
         found[f"{name}/{kind}"] = model, before
         if len(model) > 1:
             found[f"{name}/head of {kind}"] = last, before
-        elif isinstance(last.head, PreTrainedModel):
+            if len(model) > 2:  # else the head reads the encoder itself, behind which nothing may stand
+                stays = no_folder_holds(model)
+                found[f"{name}/modules of {kind}"] = stays, behind(stays)
+        elif isinstance(getattr(last, "head", None), PreTrainedModel):
             found[f"{name}/head in {kind}"] = by_itself(last.head), before
     return found
 

@@ -28,11 +28,13 @@ from polyrep.methods import (
     Dense2SparseForRetrieval,
     Dense2SparseForRetrievalConfig,
     GaussianConfig,
+    LateInteractionConfig,
+    LemurForRetrievalConfig,
     MultiLayerConfig,
     MultiLayerHead,
     MultiLayerHeadConfig,
     MultiLayerModel,
-    ReinPoolConfig,
+    ReinPoolForRetrievalConfig,
 )
 from polyrep.methods.dual_encoder.backbone import load_processor
 from polyrep.methods.dual_encoder.example import dual_encoder, image_text_folder, tiny_vision
@@ -42,14 +44,16 @@ SHORT = ["x"]
 MIXED = ["show open ports", "make an archive of a file", "q", "list a port file: a port file list a port"]
 SIZES = ((1, 1), (1, 6), (2, 9), (4, 40))
 
-# Of each room the folders whose graphs differ in kind: whole models, and heads of pipelines.
+# Of each room the folders whose graphs differ in kind: whole models, heads alone, and modules with a head behind them.
 KINDS = {
     GaussianConfig.model_type: ["retriever"],
-    MultiLayerConfig.model_type: ["retriever", "multi"],
-    Dense2SparseForRetrievalConfig.model_type: ["images", "pipeline"],
-    ReinPoolConfig.model_type: ["single"],
+    MultiLayerConfig.model_type: ["retriever", "head of multi"],
+    Dense2SparseForRetrievalConfig.model_type: ["images", "modules of pipeline"],
+    ReinPoolForRetrievalConfig.model_type: ["pipeline", "single", "head of single"],
+    LemurForRetrievalConfig.model_type: ["pipeline"],
+    LateInteractionConfig.model_type: ["retriever"],
 }
-RETRIEVERS = [(room, kind) for room, kinds in KINDS.items() for kind in kinds if kind in ("retriever", "images")]
+RETRIEVERS = [(room, kind) for room, kinds in KINDS.items() for kind in kinds if " of " not in kind]
 
 
 class Exported:
@@ -118,9 +122,10 @@ def exported(examples, shallow_backbone, tmp_path_factory) -> dict[tuple[str, st
     folder, made = tmp_path_factory.mktemp("exported"), {}
     for room, kinds in KINDS.items():
         for kind in kinds:
-            own = OWN.get((room, kind))
-            model = own(shallow_backbone, folder / f"{kind}-own") if own else examples[room].models[kind]
-            saved = polyrep.save(model, folder / room / kind)
+            own, name = OWN.get((room, kind)), kind.rpartition(" of ")[2]
+            model = own(shallow_backbone, folder / f"{kind}-own") if own else examples[room].models[name]
+            part = model[-1].model if kind.startswith("head") else model
+            saved = polyrep.save(part, folder / room / kind, form="pipeline" if kind.startswith("modules") else None)
             for file in saved.rglob("*.py"):
                 file.write_text("raise SystemExit('the code of a folder was run')")
             made[room, kind] = Exported(model, saved)
@@ -136,6 +141,11 @@ def vectors(model: Any, task: str, texts: list[Any]) -> np.ndarray:
     return (found.to_dense() if found.is_sparse else found).cpu().numpy()
 
 
+def in_order(found: np.ndarray) -> np.ndarray:
+    """Vectors of a text, which are a set, in the order of their sums."""
+    return found[found.sum(1).argsort()]
+
+
 @pytest.mark.parametrize(("room", "kind"), RETRIEVERS)
 def test_graphs_of_a_retriever_give_the_vectors_of_encode(exported, room, kind):
     it = exported[room, kind]
@@ -143,12 +153,19 @@ def test_graphs_of_a_retriever_give_the_vectors_of_encode(exported, room, kind):
     for texts in (SHORT, MIXED, [" ".join(MIXED), *MIXED, *SHORT]):
         tokens = tokenizer(texts, padding=True, return_tensors="pt")
         for task in ("query", "document"):
-            close(it.run(task, **tokens)["sentence_embedding"], vectors(it.model, task, texts), f"{task} {texts}")
+            found = it.run(task, **tokens)
+            if "mask" not in found:
+                close(found["sentence_embedding"], vectors(it.model, task, texts), f"{task} {texts}")
+                continue
+            expected = getattr(it.model, f"encode_{task}")(texts, convert_to_numpy=True)
+            for row, there, ours in zip(found["token_embeddings"], found["mask"], expected, strict=True):
+                assert there.sum() == len(ours), "what is padded or skipped does not count"
+                close(in_order(row[there]), in_order(ours), f"{task} {texts}")
 
 
 def test_queries_and_documents_are_two_graphs_unless_they_are_the_same(exported):
     for (room, kind), it in exported.items():
-        alike = room == ReinPoolConfig.model_type
+        alike = kind == "head of single"
         assert ("model" in it.graphs) == alike and ({"query", "document"} <= it.graphs.keys()) != alike, (room, kind)
 
 
@@ -173,12 +190,12 @@ def test_images_have_a_graph_of_their_own(exported):
 
 
 @pytest.mark.parametrize(("batch", "tokens"), SIZES)
-def test_heads_of_pipelines_give_torchs_numbers_at_any_size(exported, batch, tokens):
+def test_heads_give_torchs_numbers_at_any_size(exported, batch, tokens):
     generator = torch.Generator().manual_seed(batch * 100 + tokens)
     lengths = torch.randint(1, tokens + 1, (batch,), generator=generator)
     mask = (torch.arange(tokens) < lengths[:, None]).long()
 
-    head = exported[ReinPoolConfig.model_type, "single"]
+    head = exported[ReinPoolForRetrievalConfig.model_type, "head of single"]
     states = F.normalize(torch.randn(batch, tokens, 16, generator=generator), dim=-1)  # padding, too, is no zero
     with torch.no_grad():
         expected = head.model[-1].model(states, mask)
@@ -189,7 +206,7 @@ def test_heads_of_pipelines_give_torchs_numbers_at_any_size(exported, batch, tok
     close(pooled["embeddings"], expected.embeddings)
     assert (pooled["mask"] == expected.mask.numpy()).all()
 
-    head = exported[MultiLayerConfig.model_type, "multi"]
+    head = exported[MultiLayerConfig.model_type, "head of multi"]
     states = torch.randn(batch, 2, 32, generator=generator)
     for task, count in (("query", 1), ("document", 2)):
         with torch.no_grad():
@@ -198,7 +215,7 @@ def test_heads_of_pipelines_give_torchs_numbers_at_any_size(exported, batch, tok
         assert found.shape == (batch, count, 32)
         close(found, expected)
 
-    head = exported[Dense2SparseForRetrievalConfig.model_type, "pipeline"]
+    head = exported[Dense2SparseForRetrievalConfig.model_type, "modules of pipeline"]
     states = F.normalize(torch.randn(batch, 32, generator=generator), dim=-1)
     ids = torch.randint(5, head.model[-1].model.config.vocab_size, (batch, tokens), generator=generator)
     for task in ("query", "document"):
@@ -214,7 +231,7 @@ def test_the_manifest_says_what_was_made_of_what(exported):
         part = it.folder / it.manifest["part"]
         assert json.loads((part / "config.json").read_text())["architectures"] == [it.manifest["model"]]
         assert list(it.folder.glob("modeling_*.py")), "a folder that carries code"
-        assert (part == it.folder) == (kind in ("retriever", "images")), room
+        assert (part == it.folder) == (not kind.startswith("modules")), room
         assert it.manifest["versions"]["onnx"] == onnx.__version__
         assert it.manifest["versions"]["torch"] == torch.__version__
         assert {f.name for f in (it.folder / "onnx").iterdir()} == {"export.json", *it.manifest["graphs"]}
@@ -307,6 +324,14 @@ def test_an_export_is_replaced_only_on_request_and_leaves_no_stale_graph(head, c
     monkeypatch.undo()
     assert main(["export-onnx", str(head), "--overwrite"]) == 0
     assert {f.name for f in (head / "onnx").iterdir()} == {"export.json", "model.onnx", "notes.txt"}
+
+
+def test_queries_that_are_lengthened_have_no_graph(examples, capsys, tmp_path):
+    folder = polyrep.save(examples[LateInteractionConfig.model_type].models["retriever"], tmp_path / "late")
+    settings = json.loads((folder / "sentence_bert_config.json").read_text())
+    settings["query_expansion"] = {"strategy": "fixed", "length": 16}
+    (folder / "sentence_bert_config.json").write_text(json.dumps(settings))
+    assert "its queries are lengthened to 16 tokens" in refused(capsys, folder)
 
 
 def test_folders_that_hold_nothing_to_export_are_refused(

@@ -24,13 +24,14 @@ import yaml
 from conftest import CLI, IMPORTABLE, QUERIES, run_python, write_beir
 from hub_server import HubServer, Repository, running_hub
 from huggingface_hub import ModelCard
-from room_examples import EXAMPLES
-from transformers import PreTrainedModel
+from room_examples import EXAMPLES, no_folder_holds
+from transformers import AutoModel, PreTrainedModel
 
 import polyrep
 from polyrep import InputError
 from polyrep.cli import main
-from polyrep.hub import cards, fingerprint, load
+from polyrep.hub import cards, fingerprint, load, localize
+from polyrep.hub.forms import own_form
 from polyrep.publishing import after_training, doors, inspection, publish, signatures, upload
 from polyrep.publishing.inspection import refuse_secrets, verify
 from polyrep.report import provenance, write_results
@@ -101,7 +102,8 @@ def warm_doors(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def models(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     scratch = tmp_path_factory.mktemp("examples")
-    gaussian, reinpool = (EXAMPLES[f"polyrep_{name}"](backbone, scratch) for name in ("gaussian", "reinpool"))
+    rooms = ("gaussian", "reinpool_for_retrieval")
+    gaussian, reinpool = (EXAMPLES[f"polyrep_{name}"](backbone, scratch) for name in rooms)
     gaussian.models["retriever"].prompts = {"query": "port: ", "document": "file: "}
     return {"gaussian": gaussian.models["retriever"], "reinpool": reinpool.models["pipeline"]}
 
@@ -170,9 +172,14 @@ for name, (family, repo, revision) in jobs.items():
             output = AutoModel.from_pretrained(repo, **pinned)(**tokens, task="query")
         report["auto query"] = output.sentence_embedding.tolist()
     else:
-        head = AutoModel.from_pretrained(repo, subfolder="4_ReinPoolPooling", **pinned)
+        whole = AutoModel.from_pretrained(repo, **pinned)
+        tokens = AutoTokenizer.from_pretrained(repo, **pinned)(texts, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            output = whole(**tokens, task="document")
+        pooled = [vectors[there].tolist() for vectors, there in zip(output.token_embeddings, output.mask)]
+        report["auto document"], head = pooled, whole.head
         module = get_class_from_dynamic_module("modeling_reinpool.ReinPoolPooling", repo, revision=revision)
-        pooling = module.from_pretrained(repo, subfolder="4_ReinPoolPooling", revision=revision)
+        pooling = module.from_pretrained(repo, revision=revision)
         parts = [{k: v.tolist() for k, v in part.state_dict().items()} for part in (head, pooling.model)]
         report["heads agree"] = parts[0] == parts[1] and bool(parts[0])
 print("REPORT" + json.dumps(report))
@@ -245,7 +252,7 @@ def test_a_repository_is_complete_and_made_in_one_commit(published, hub):
     assert commit in published["first"][2], "the printed lines name the commit"
     assert set(files) == {
         *(".gitattributes", "README.md", "results.png"),
-        *("modeling_gaussian.py", "polyrep_fields.py", "polyrep_folder.py", "polyrep_room.py"),
+        *("modeling_gaussian.py", "polyrep_fields.py", "polyrep_folder.py", "polyrep_room.py", "polyrep_trunk.py"),
         *(".eval_results/someone--tiny.yaml", ".eval_results/mteb--nano.yaml"),
         *("config.json", "config_sentence_transformers.json", "modules.json", "sentence_bert_config.json"),
         *("model.safetensors", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"),
@@ -321,6 +328,8 @@ def test_others_open_it_at_that_commit_without_polyrep(published, hub, models, t
             for ours, theirs in zip(encode(TEXTS), report[f"{name} {task}"], strict=True):
                 np.testing.assert_allclose(np.asarray(ours), theirs, atol=1e-5)
     np.testing.assert_allclose(models["gaussian"].encode_query(TEXTS), report["auto query"], atol=1e-5)
+    for ours, theirs in zip(models["reinpool"].encode_document(TEXTS), report["auto document"], strict=True):
+        np.testing.assert_allclose(np.asarray(ours), theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -596,7 +605,7 @@ def test_a_folder_that_others_would_open_as_another_model_is_not_uploaded(models
     folder = polyrep.save(models["reinpool"], tmp_path / "reinpool")
     model = load(folder, trust_remote_code=True, device="cpu")
     with torch.no_grad():
-        model[-1].model.project.weight.add_(0.5)  # as if the folder held other weights than what was measured
+        model[-1].model.head.project.weight.add_(0.5)  # as if the folder held other weights than what was measured
     with pytest.raises(InputError, match="family MultiVectorEncoder: opened without polyrep, document/text/0 differs"):
         verify(folder, model)
 
@@ -634,6 +643,72 @@ def test_vectors_agree_but_for_rounding(theirs, words):
         inspection._compare("a door", found, {"x": torch.tensor([1.0, 2.0])})
 
 
+@pytest.fixture
+def old_pipeline(models: dict[str, Any], tmp_path: Path) -> Path:
+    """A finished folder as older versions wrote it: the modules of sentence-transformers, the backbone in the root."""
+    folder = tmp_path / "old" / "final"
+    models["reinpool"].save_pretrained(str(folder), create_model_card=False)
+    localize(folder)
+    results_of(tmp_path / "old" / "results", fingerprint(folder))
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "bert"
+    return folder
+
+
+def test_modules_of_an_older_version_are_published_as_one_folder(old_pipeline, models, tmp_path, capsys):
+    (old_pipeline / "LICENSE").write_text("all may use it")
+    target = tmp_path / "hub"
+    arguments = ["publish", str(old_pipeline), "--repo", "someone/model", "--dry_run", "--output", str(target)]
+    before = {path: path.read_bytes() for path in old_pipeline.rglob("*") if path.is_file()}
+    assert main(arguments) == 0, capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+    said = capsys.readouterr().out
+    assert "published is the same model in one folder" in said and fingerprint(target)[:14] in said
+    opened = AutoModel.from_pretrained(target)
+    assert type(opened).__name__ == "ReinPoolForRetrieval" and not list(target.glob("[0-9]_*/"))
+    tokens = models["reinpool"].tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        output = opened(**tokens, task="document")
+    for ours, vectors, there in zip(
+        models["reinpool"].encode_document(TEXTS), output.token_embeddings, output.mask, strict=True
+    ):
+        np.testing.assert_allclose(np.asarray(ours), vectors[there], atol=1e-5)
+    assert (target / "LICENSE").read_text() == "all may use it"
+    card = (target / "README.md").read_text()
+    assert "| model | 0.612 |" in card and "refuse the root" not in card, "what the modules scored, it scores"
+    # Its users may replace it by a newer one: the two are the same method.
+    assert upload.model_kind(old_pipeline) == upload.model_kind(target) != upload.model_kind(old_pipeline / "0_X")
+
+
+def test_an_export_of_the_head_of_such_modules_is_not_taken_for_the_whole(old_pipeline, capsys):
+    (old_pipeline / "onnx").mkdir()
+    (old_pipeline / "onnx" / "export.json").write_text(json.dumps({"fingerprint": fingerprint(old_pipeline)}))
+    assert "is an export of the head, and what is published is the whole model" in refused(old_pipeline, capsys)
+
+
+def test_modules_that_no_folder_holds_are_published_as_they_are(models, tmp_path, capsys):
+    folder = finish(no_folder_holds(models["reinpool"]), tmp_path / "modules")
+    target = tmp_path / "hub"
+    assert main(["publish", str(folder), "--repo", "someone/model", "--dry_run", "--output", str(target)]) == 0
+    assert "one folder" not in capsys.readouterr().out
+    assert "AutoModel and AutoTokenizer refuse the root" in (target / "README.md").read_text()
+    with pytest.raises(ValueError, match="is a pipeline of"):
+        AutoModel.from_pretrained(target, trust_remote_code=True)
+
+
+def test_queries_that_are_lengthened_are_compared_through_sentence_transformers(models, tmp_path, capsys):
+    model = no_folder_holds(models["reinpool"])
+    *modules, cnn, head = model.children()
+    modules[0].query_expansion = {"strategy": "fixed", "length": 24}
+    try:
+        folder = finish(type(model)(modules=[*modules, head], device="cpu"), tmp_path / "lengthened")
+        arguments = ["--repo", "someone/model", "--dry_run", "--output", str(tmp_path / "hub")]
+        assert main(["publish", str(folder), *arguments]) == 0, capsys.readouterr().err
+    finally:
+        modules[0].query_expansion = None
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "Queries are lengthened to 24 tokens by\n`[MASK]`" in card and "Documents are cut" not in card
+
+
 def test_a_head_alone_is_published_by_the_whole_models_results(models, tmp_path, capsys):
     head = models["reinpool"][-1].model
     whole = finish(models["reinpool"], tmp_path / "run")
@@ -666,7 +741,9 @@ def examples(backbone: Path, multi_vector_model: Any, tmp_path_factory: pytest.T
             last = model[len(model) - 1].model
             if len(model) > 1:
                 found[f"{template}/head of {kind}"] = last
-            elif isinstance(last.head, PreTrainedModel):
+                if len(model) > 2:  # else the head reads the encoder itself, behind which nothing may stand
+                    found[f"{template}/modules of {kind}"] = no_folder_holds(model)
+            elif isinstance(getattr(last, "head", None), PreTrainedModel):
                 found[f"{template}{images}/head in {kind}"] = last.head
     return found
 
@@ -693,9 +770,34 @@ def test_cards_of_every_kind_of_model_show_code_that_fits_it(recipe, model_id, e
             )
             assert not (kind.startswith("head") and family), (name, snippet)
             assert "path/to/head" not in snippet, (name, snippet)
-            assert not re.search(r"\b(opened|opened_head|head_alone|pipeline|backbone_id)\b", snippet), (name, snippet)
-        if kind.startswith("head of") or kind in ("pipeline", "single", "multi"):
-            assert re.search(r"\w+Pooling\.from_pretrained\(\"(someone|path/to/this)", "".join(snippets)), name
+            assert not re.search(r"\b(opened|opened_head|head_alone|backbone_id)\b", snippet), (name, snippet)
+        check_ways(name, model, text, model_id or "path/to/this/folder")
+
+
+def check_ways(name: str, model: Any, text: str, place: str) -> None:
+    """A card names what opens the model in the form that ``save`` gives it, and says what its root is."""
+    room = polyrep.registry.room_of(model.config.model_type) if isinstance(model, PreTrainedModel) else own_form(model)
+    form = "head" if isinstance(model, PreTrainedModel) else "folder" if room else "modules"
+    form = "stock" if name == "late_interaction/stock" else form
+    module = room.module if room else None
+    by_module = form == "modules" or bool(getattr(module, "inside", None) if form == "folder" else module)
+    assert bool(re.search(rf"\w+Pooling\.from_pretrained\(\"{place}\"", text)) == by_module, name
+    root = re.search(rf"AutoModel\.from_pretrained\(\"{place}\"(, revision=\S+)?, trust", text)
+    assert bool(root) == (form in ("folder", "head")), name
+    assert ("AutoModel and AutoTokenizer refuse the root" in text) == (form == "modules"), name
+    assert ("is in `0_Backbone` and the head in `" in text) == (form == "modules"), name
+    assert ("serves it or refuses it" in text) == (form == "folder"), name
+    assert ("opens the first alone" in text) == (form == "stock"), name
+    table = text.partition("### Every way to open it")[2].partition("\n## ")[0]
+    rows = [row.partition(",")[0] for row in re.findall(r"^\| (.+?) \| `", table, re.M)]
+    head = form == "folder" and (len(model) > 1 or hasattr(model[0].model, "head"))
+    wanted = {
+        "folder": ["transformers", "sentence-transformers", *["the head alone"] * head],
+        "head": ["transformers", *["the head alone"] * by_module],
+        "modules": ["sentence-transformers", "the head alone", "the head alone"],
+        "stock": ["sentence-transformers"],
+    }
+    assert rows == wanted[form], name
 
 
 def test_a_card_says_what_stands_before_texts(models):

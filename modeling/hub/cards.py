@@ -22,6 +22,7 @@ import jinja2.meta
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
+from sentence_transformers import MultiVectorEncoder
 from transformers import PreTrainedModel
 
 from ..errors import InputError
@@ -29,6 +30,7 @@ from ..files import shipped_folder
 from ..registry import room_of
 from ..report import METRIC_NAMES, to_markdown
 from .folder import PREFIX, Encoder, is_hub_id, prompts_of
+from .forms import own_form, place_of_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +48,13 @@ VARIABLES = {
     "prompts": "what sentence-transformers puts before queries and documents, where it puts something",
     "recipe": "what train recorded (command, pairs, licences, ...), or None",
     "config": "config of the room's part of the model; empty for stock modules",
-    "pipeline": "whether the room's part is a module behind the backbone's own",
+    "output": "field of AutoModel's output that is the representation",
+    "reading": "what sentence-transformers does to the length of queries and documents, where it does something",
+    "pipeline": "folders of backbone and head of modules that no one folder of the method holds; empty for others",
     "opened": "function: what to call -> the line of code that opens the model with it",
     "opened_head": "function: the room's sentence-transformers module -> the line that opens its head, where it is",
     "head_alone": "whether the model is a head, to be attached to its backbone",
-    "doors": "what opens the model: (name, line of code) for each",
+    "doors": "what opens the model, and its head: (name, line of code) for each",
     "results": "tables of what was measured on these weights, as Markdown; may be empty",
     "picture": "file name of their picture, or None",
     "licences": "(what, licence) for code, backbone and each data set",
@@ -96,7 +100,7 @@ def render_card(
         InputError: There is no such template, or it asks for a variable that no card has.
     """
     environment = check_template(template)
-    results = list(results)
+    results, heads = list(results), places_of_heads(model)
     context = {
         "card_data": _metadata(
             model, template, model_id, recipe, results, fingerprints, hub_ids or {}, licence
@@ -107,11 +111,13 @@ def render_card(
         "prompts": _prompts(model),
         "recipe": recipe,
         "config": _config_of(model),
-        "pipeline": not isinstance(model, PreTrainedModel) and bool(head_folders(model)),
+        "output": "token_embeddings" if isinstance(model, MultiVectorEncoder) else "sentence_embedding",
+        "reading": _reading(model),
+        "pipeline": [place_of_backbone(model), *heads] if any(heads) else [],  # type: ignore[arg-type]
         "opened": partial(opened, model_id),
-        "opened_head": partial(_opened_head, model, model_id),
+        "opened_head": partial(_opened_head, heads, model_id),
         "head_alone": isinstance(model, PreTrainedModel),
-        "doors": ways_to_open(model, model_id),
+        "doors": _ways(model, model_id, heads),
         "results": "\n".join(_tables(result) for result in results),
         "picture": picture,
         "licences": [(what, name or "not stated") for what, name in licences_of(model, recipe, licence)],
@@ -147,30 +153,49 @@ def opened(
 
 
 def ways_to_open(model: Encoder | PreTrainedModel, model_id: str | None = None) -> list[tuple[str, str]]:
-    """Every way to open a model, each as a name and a line of code."""
+    """What opens a model, in the form that :func:`~polyrep.hub.folder.save` gives it, and what its head alone.
+
+    Returns:
+        A name and a line of code for each.
+    """
+    return _ways(model, model_id, places_of_heads(model))
+
+
+def _ways(model: Encoder | PreTrainedModel, model_id: str | None, heads: Mapping[str, str]) -> list[tuple[str, str]]:
     line = partial(opened, model_id)
+    alone = [
+        (f"the head alone, {name} of polyrep", line(f"{name}.from_pretrained", place, code=False))
+        for place, name in heads.items()
+    ]
     if isinstance(model, PreTrainedModel):
-        room = room_of(model.config.model_type)
-        module = room.module if room else None
-        ways = [("transformers", line("AutoModel.from_pretrained"))]
-        if module:
-            ways.append((f"{module.__name__} of polyrep", line(f"{module.__name__}.from_pretrained", code=False)))
-        return ways + [("polyrep", line("polyrep.load"))]
+        return [("transformers", line("AutoModel.from_pretrained")), *alone]
     code = any(_is_ours(getattr(module, "model", None)) for module in model)
     ways = [("sentence-transformers", line(type(model).__name__, code=code))]
-    if _is_ours(getattr(model[0], "model", None)):
-        ways.append(("transformers", line("AutoModel.from_pretrained")))
-        inputs = "AutoProcessor" if "image" in _modalities(model) else "AutoTokenizer"
-        ways.append(("its inputs", line(f"{inputs}.from_pretrained")))
-    for subfolder, name in head_folders(model).items():
-        ways.append(("the head alone", line("AutoModel.from_pretrained", subfolder)))
-        ways.append((f"{name} of polyrep", line(f"{name}.from_pretrained", subfolder, code=False)))
-    return ways + [("polyrep", line("polyrep.load", code=code))]
+    if any(heads):
+        return [*ways, *(("the head alone", line("AutoModel.from_pretrained", place)) for place in heads), *alone]
+    if code:
+        ways.insert(0, ("transformers", line("AutoModel.from_pretrained")))
+        whole: Any = model[0]
+        if not alone and isinstance(getattr(whole.model, "head", None), PreTrainedModel):
+            alone = [("the head alone", f"{line('AutoModel.from_pretrained')}.head")]
+    return ways + alone
+
+
+def places_of_heads(model: Encoder | PreTrainedModel) -> dict[str, str]:
+    """Where a module of ours opens a head: its folder, empty for the root -> name of the module's class."""
+    if isinstance(model, PreTrainedModel):
+        room = room_of(model.config.model_type)
+        return {"": room.module.__name__} if room and room.module else {}
+    room = own_form(model)
+    if room is None:
+        return head_folders(model)
+    inside = getattr(room.module, "inside", None)  # what it takes a head out of
+    return {"": room.module.__name__} if room.module and inside == room.config.model_type else {}
 
 
 def head_folders(model: Encoder) -> dict[str, str]:
     """Module folders of a pipeline that hold a head of ours -> name of the module's class."""
-    modules = list(model.named_children())[1:]  # the first is the root, which is the encoder
+    modules = list(model.named_children())[1:]  # the first is the backbone
     return {
         f"{name}_{type(module).__name__}": type(module).__name__
         for name, module in modules
@@ -178,23 +203,23 @@ def head_folders(model: Encoder) -> dict[str, str]:
     }
 
 
-def _opened_head(model: Encoder | PreTrainedModel, model_id: str | None, name: str, settings: str = "") -> str:
-    """The head by its module: of the repository, of a pipeline's folder, or of what was trained beside the folder."""
-    if isinstance(model, PreTrainedModel):
-        return opened(model_id, f"{name}.from_pretrained", code=False, settings=settings)
-    for subfolder, module in head_folders(model).items():
+def _opened_head(heads: Mapping[str, str], model_id: str | None, name: str, settings: str = "") -> str:
+    """The head by its module, where it is, or else what was trained beside the folder."""
+    for place, module in heads.items():
         if module == name:
-            return opened(model_id, f"{name}.from_pretrained", subfolder, code=False, settings=settings)
+            return opened(model_id, f"{name}.from_pretrained", place, code=False, settings=settings)
     return f'{name}.from_pretrained("path/to/head"{", " + settings if settings else ""})'
+
+
+def _reading(model: Encoder | PreTrainedModel) -> dict[str, Any]:
+    first: Any = None if isinstance(model, PreTrainedModel) else model[0]
+    names = ("query_length", "document_length", "query_expansion")
+    read = {name: getattr(first, name, None) for name in names}
+    return read if any(read.values()) else {}
 
 
 def _prompts(model: Encoder | PreTrainedModel) -> dict[str, str]:
     return {} if isinstance(model, PreTrainedModel) else {t: p for t, p in prompts_of(model).items() if p}
-
-
-def _modalities(model: Encoder) -> list[str]:
-    first: Any = model[0]
-    return first.modalities
 
 
 def _config_of(model: Encoder | PreTrainedModel) -> dict[str, Any]:

@@ -8,6 +8,7 @@ root that refuses to be opened in part.
 from __future__ import annotations
 
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,27 @@ def fold(model: Encoder, room: Room) -> PreTrainedModel:
     return retriever.from_modules(backbone, head=last.model)
 
 
+def own_form(model: Encoder) -> Room | None:
+    """The method whose own model :func:`~polyrep.hub.folder.save` writes of a model; None where modules stay."""
+    room = room_behind(model)
+    if room is None:
+        return own_room(model)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():  # no second copy, and torch remarks on each weight
+            warnings.simplefilter("ignore")
+            fold(model, room)
+    except ValueError:
+        return None
+    return room
+
+
+def place_of_backbone(model: Encoder) -> str:
+    """Folder of a pipeline's first module in what :func:`save_pipeline` writes; empty for the root."""
+    first: Any = model[0]
+    kind = Backbone if type(first) is Transformer else type(first)
+    return "" if kind.save_in_root else f"0_{kind.__name__}"
+
+
 def write_folder(model: Encoder, whole: PreTrainedModel, room: Room, folder: Path) -> None:
     """Write a method's own model with the inputs, prompts and score of the pipeline that it was made of."""
     assert room.transformer
@@ -125,7 +147,7 @@ def unfold(model: Encoder, room: Room) -> Encoder:
     with refusals():
         behind = whole.stock_modules(first.tokenizer)
     if room.head and room.module:
-        behind.append(room.module(_head_of(whole, room.head)))
+        behind.append(room.module(head_of(whole, room.head)))
     read = first.get_config_dict()
     output = "embeddings" if first.transformer_task == "retrieval" else "last_hidden_state"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # as weights may be mapped
@@ -148,7 +170,7 @@ def unfold(model: Encoder, room: Room) -> Encoder:
     )
 
 
-def _head_of(whole: Any, kind: type[PreTrainedModel]) -> PreTrainedModel:
+def head_of(whole: Any, kind: type[PreTrainedModel]) -> PreTrainedModel:
     """The head of a whole model, with a config of its own."""
     config: Any = kind.config_class
     names = config().to_dict().keys() - PretrainedConfig().to_dict().keys()

@@ -59,15 +59,19 @@ def encoded(model: Any) -> dict[str, Any]:
 
 
 def through_transformers(folder: Path, prompts: dict[str, str]) -> dict[str, Any]:
-    """The same by AutoModel and the tokenizer or processor alone, as the folder's own settings say to call them."""
+    """The same by AutoModel and the tokenizer or processor alone, as the folder's own settings say to call them.
+
+    Without queries where sentence-transformers lengthens them, which a tokenizer does not.
+    """
     import torch
     from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
     model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
-    calls = json.loads((folder / "sentence_bert_config.json").read_text(encoding="utf-8"))["modality_config"]
+    settings = json.loads((folder / "sentence_bert_config.json").read_text(encoding="utf-8"))
+    calls = settings["modality_config"]
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     found = {}
-    for task in ("query", "document"):
+    for task in ("document",) if settings.get("query_expansion") else ("query", "document"):
         inputs = {"text": tokenizer([prompts[task] + text for text in TEXTS], padding=True, return_tensors="pt")}
         if task == "document" and "image" in calls:
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -75,8 +79,10 @@ def through_transformers(folder: Path, prompts: dict[str, str]) -> dict[str, Any
         for kind, features in inputs.items():
             with torch.no_grad():
                 output = getattr(model, calls[kind]["method"])(**features, task=task)
-            for number, vector in enumerate(output[calls[kind]["method_output_name"]]):
-                found[f"{task}/{kind}/{number}"] = vector.float().clone()
+            name = calls[kind]["method_output_name"]
+            there = output.mask if name == "token_embeddings" else [...] * len(output[name])
+            for number, vector in enumerate(output[name]):
+                found[f"{task}/{kind}/{number}"] = vector[there[number]].float().clone()
     return found
 
 

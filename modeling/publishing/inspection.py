@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError
 from ..files import read_json, shipped_folder, write_json
-from ..hub.cards import ABSOLUTE_PATH, head_folders
+from ..hub.cards import ABSOLUTE_PATH, places_of_heads
 from ..hub.folder import PREFIX, Encoder
+from ..hub.forms import head_of, own_form
 from ..registry import room_of
 from . import doors
 from .signatures import trials
@@ -149,12 +150,15 @@ def verify(folder: Path, model: Encoder | PreTrainedModel, trusted: bool = True)
         vectors = doors.encoded(model)
         wanted.append((["family", type(model).__name__], vectors))
         if (read_json(folder / "config.json", model_type=str).get("model_type") or "").startswith(PREFIX):
-            wanted.append((["transformers"], vectors))
+            lengthened = read_json(folder / "sentence_bert_config.json").get("query_expansion")
+            alike = {name: v for name, v in vectors.items() if not (lengthened and name.startswith("query/"))}
+            wanted.append((["transformers"], alike))
     with tempfile.TemporaryDirectory() as scratch:
         calls: dict[str, list[dict[str, Any]]] = {}
         for subfolder, (head, owner) in _heads(model).items():
             calls[subfolder], expected = _called(head, Path(scratch), subfolder)
-            wanted.append((["head", subfolder], expected))
+            if subfolder or head is model:  # else AutoModel opens the whole
+                wanted.append((["head", subfolder], expected))
             if owner:
                 wanted.append((["module", subfolder, _reference(owner)], expected))
         job = {"folder": str(folder.resolve()), "trusted": trusted, "doors": [door for door, _ in wanted]}
@@ -170,13 +174,19 @@ def verify(folder: Path, model: Encoder | PreTrainedModel, trusted: bool = True)
 
 
 def _heads(model: Encoder | PreTrainedModel) -> dict[str, tuple[PreTrainedModel, type | None]]:
-    """Subfolder -> the head in it, and the class of its module; a model that is a head is in the root."""
+    """Subfolder -> the head that is opened there, and the class of its module; the root is an empty name."""
     if isinstance(model, PreTrainedModel):
         room = room_of(model.config.model_type)
         return {"": (model, room.module if room else None)}
     modules: dict[str, Any] = dict(model.named_children())
-    owners = {subfolder: modules[subfolder.partition("_")[0]] for subfolder in head_folders(model)}
-    return {subfolder: (module.model, type(module)) for subfolder, module in owners.items()}
+    found: dict[str, tuple[PreTrainedModel, type | None]] = {}
+    for place in places_of_heads(model):
+        owner = modules[place.partition("_")[0] or str(len(modules) - 1)]
+        if len(modules) > 1:
+            found[place] = owner.model, type(owner)
+        elif (room := own_form(model)) and room.head:
+            found[place] = head_of(owner.model, room.head), room.module
+    return found
 
 
 def _called(

@@ -26,8 +26,9 @@ from ..files import read_json, refuse_unwritable, staged_folder, write_text
 from ..flags import parse
 from ..hub.cards import PINNED, HubId, hub_place, own_rows, render_card, ways_to_open
 from ..hub.code import localize, may_run, refuse_foreign_code
-from ..hub.fingerprint import fingerprints
-from ..hub.folder import Encoder, is_hub_id, load
+from ..hub.fingerprint import fingerprint, fingerprints, told
+from ..hub.folder import Encoder, is_hub_id, load, save
+from ..hub.forms import own_form, room_behind
 from .finished import Finished, collect
 from .inspection import refuse_secrets, verify
 from .upload import check_repo_name, head_of, is_carried, model_kind, source_of, upload
@@ -105,8 +106,16 @@ def publish_folder(folder: Path, args: PublishArguments) -> str | None:
             refuse_secrets(staged, args.repo)
             verify(staged, model, trusted)
             lines = ways_to_open(model, args.repo)
+            converted = _to_convert(model)
             del model
-        for note in _what_is_missing(finished, args):
+        notes = _what_is_missing(finished, args)
+        if converted:
+            notes.append(
+                f"{finished.folder} is modules with a head behind them; published is the same model in one folder, "
+                f"which AutoModel opens, too. Its fingerprint is {told(fingerprint(target))}: an index made with the "
+                "folder itself is refused with it."
+            )
+        for note in notes:
             print(f"Note: {note}")
         files = sorted(path for path in target.rglob("*") if path.is_file())
         size = sum(path.stat().st_size for path in files)
@@ -168,17 +177,24 @@ def _stage(
 ) -> None:
     """Copy what belongs into the repository, and add what a folder does not hold by itself."""
     source = finished.folder
-    for file in sorted(path for path in source.rglob("*") if path.is_file()):
-        name = file.relative_to(source)
-        if any(fnmatch.fnmatch(part, pattern) for part in name.parts for pattern in _LEFT_BEHIND):
-            continue
-        if not is_carried(name.as_posix()):
-            continue
-        (staged / name).parent.mkdir(parents=True, exist_ok=True)
-        if file.suffix == ".safetensors":
-            _link(file, staged / name)  # never written to, and large
-        else:
-            shutil.copyfile(file, staged / name)
+    with tempfile.TemporaryDirectory() as scratch:
+        carried = _carried(source)
+        if _to_convert(model):
+            assert isinstance(model, Encoder)
+            if "onnx" in {name.parts[0] for name in carried}:
+                raise InputError(
+                    f"{source / 'onnx'}: is an export of the head, and what is published is the whole model in one "
+                    f"folder. Save that with `polyrep.save(polyrep.load({str(source)!r}), NEW)` and export NEW, or "
+                    "remove the folder."
+                )
+            licences = {name: file for name, file in carried.items() if name.match("LICENSE*")}
+            carried = licences | _carried(save(model, Path(scratch) / "model", form="folder"))
+        for name, file in carried.items():
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            if file.suffix == ".safetensors":
+                _link(file, staged / name)  # never written to, and large
+            else:
+                shutil.copyfile(file, staged / name)
     localize(staged)
     exported_from = read_json(staged / "onnx" / "export.json").get("fingerprint")
     if any(staged.glob("onnx/*")) and exported_from not in fingerprints(source):
@@ -204,6 +220,22 @@ def _stage(
     write_text(staged / "README.md", str(card))
     for dataset, entries in _eval_results(finished, hub_ids, args.repo).items():
         write_text(staged / ".eval_results" / f"{dataset}.yaml", yaml.safe_dump(entries, sort_keys=False))
+
+
+def _carried(folder: Path) -> dict[Path, Path]:
+    """What of a folder belongs into a repository: name relative to the folder -> file."""
+    return {
+        name: file
+        for file in sorted(path for path in folder.rglob("*") if path.is_file())
+        for name in [file.relative_to(folder)]
+        if is_carried(name.as_posix())
+        and not any(fnmatch.fnmatch(part, pattern) for part in name.parts for pattern in _LEFT_BEHIND)
+    }
+
+
+def _to_convert(model: Encoder | PreTrainedModel) -> bool:
+    """Whether a folder holds modules with a head behind them that the method's own model can hold."""
+    return isinstance(model, Encoder) and bool(room_behind(model) and own_form(model))
 
 
 def _eval_results(finished: Finished, hub_ids: Mapping[str, HubId], repo: str) -> dict[str, list[dict[str, Any]]]:

@@ -63,15 +63,21 @@ def signatures_of(model: PreTrainedModel, part: Path) -> list[Signature]:
     graphs = _graphs(model)
     settings: dict[str, Any] = {}
     if not any(graph.inputs for graph in graphs.values()) and "input_ids" in arguments_of(model, "forward"):
-        settings = read_json(part / "sentence_bert_config.json").get("modality_config") or {"text": {}}
+        told = read_json(part / "sentence_bert_config.json")
+        _refuse_lengthened(told, part)
+        settings = told.get("modality_config") or {"text": {}}
     modalities = {"model" if kind == "text" else kind: entry for kind, entry in settings.items()}
     found = []
     for name, entry in modalities.items():
-        graph = graphs.get(name) or Graph(outputs=(entry.get("method_output_name") or "sentence_embedding",))
+        output = entry.get("method_output_name") or "sentence_embedding"
+        outputs = (output, "mask") if output == "token_embeddings" else (output,)
+        graph = graphs.get(name) or Graph(outputs=outputs)
         method = entry.get("method") or "forward"
         if name not in ("model", "image"):
             raise InputError(f"{part}: reads {name}, and only texts and images can be exported. Save it without.")
         taken = arguments_of(model, method)
+        if hasattr(model, "token_vectors"):  # of a trunk, which hands on what its encoder reads
+            taken += arguments_of(model.encoder, "forward")  # type: ignore[arg-type]
         example = _images(part) if name == "image" else _texts(model, part)
         axes: dict[str, Axes] = {
             key: ("batch", *(None,) * (value.ndim - 1)) if name == "image" else ("batch", "tokens")
@@ -92,6 +98,16 @@ def signatures_of(model: PreTrainedModel, part: Path) -> list[Signature]:
             "in Room(graphs={...}); see polyrep.Graph."
         )
     return found
+
+
+def _refuse_lengthened(settings: Mapping[str, Any], part: Path) -> None:
+    """InputError for queries that are lengthened before they are encoded, which no tokenizer does by itself."""
+    if expansion := settings.get("query_expansion"):
+        raise InputError(
+            f"{part}: its queries are lengthened to {expansion['length']} tokens, whose places the model is told "
+            "beside the tokens, and a graph that reads a tokenizer's output alone would give others. Serve the folder "
+            "with torch, or train a model without query_expansion."
+        )
 
 
 def arguments_of(model: PreTrainedModel, method: str) -> list[str]:

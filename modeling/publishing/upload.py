@@ -23,6 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import InputError
 from ..files import read_json
+from ..registry import ROOMS, room_of
 
 _CARRIED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "onnx/*.onnx", "onnx/*.data")
 """What of a folder belongs to a model, at any depth; nothing else is uploaded."""
@@ -153,10 +154,16 @@ def source_of(repo: str) -> str:
 
 
 def model_kind(folder: Path) -> str:
-    """Model type, family and own modules of a folder: what a repository's users rely on to stay the same."""
+    """What a repository's users rely on to stay the same: method and family, or model type, family and modules.
+
+    Whether a method's model is one folder or modules is the same to them.
+    """
     family = read_json(folder / "config_sentence_transformers.json").get("model_type")
     modules = [module["type"].rpartition(".")[2] for module in read_json(folder / "modules.json", list, type=str)]
-    parts = [read_json(folder / "config.json").get("model_type"), family, " + ".join(modules)]
+    own = read_json(folder / "config.json", model_type=str).get("model_type")
+    heads = {room.module.__name__: room for room in ROOMS.values() if room.module}
+    room = heads.get(modules[-1]) if len(modules) > 1 else room_of(own) if modules else None
+    parts = [room.config.model_type, family] if room else [own, family, " + ".join(modules)]
     return ", ".join(part for part in parts if part) or "none that can be told"
 
 

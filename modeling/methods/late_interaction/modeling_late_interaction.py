@@ -129,7 +129,7 @@ class LateInteractionModel(WholeWeights, Trunk, PreTrainedModel):
 
 
 class LateInteractionTransformer(TrunkTransformer):
-    """The stock Transformer around a LateInteractionModel, which only a MultiVectorEncoder reads."""
+    """The stock Transformer around a LateInteractionModel, which a MultiVectorEncoder or a head behind it reads."""
 
     def on_model_ready(self, model):
         """Refuse a model of one vector a text, unless something behind makes one."""

@@ -438,10 +438,18 @@ def _scored(part: dict, input_ids: Tensor, mask: Tensor, task: str | None, expan
     if task == "query" and expansion is not None:
         mask = mask | expansion.bool()
     if part["skiplist_ids"] and (task or "document") in part["skiplist_tasks"]:
-        mask = mask & ~torch.isin(input_ids, torch.tensor(part["skiplist_ids"], device=input_ids.device))
+        mask = mask & ~_among(input_ids, part["skiplist_ids"])
     if task != "query" and part["keep_only_token_ids"]:
-        mask = mask & torch.isin(input_ids, torch.tensor(part["keep_only_token_ids"], device=input_ids.device))
+        mask = mask & _among(input_ids, part["keep_only_token_ids"])
     return mask
+
+
+def _among(input_ids: Tensor, listed: list[int]) -> Tensor:
+    """Tokens that a list has: ``(batch, tokens)``."""
+    ids = torch.tensor(listed, device=input_ids.device)
+    if torch.compiler.is_compiling():  # ONNX has no search for isin to become
+        return (input_ids[..., None] == ids).any(-1)
+    return torch.isin(input_ids, ids)
 
 
 _FEATURES = {
