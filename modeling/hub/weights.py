@@ -212,7 +212,8 @@ def check_loaded(folder: Path, model: nn.Module, reads: str = "") -> None:
     listed = (folder / "modules.json").is_file()
     for part, module in _modules(folder, model):
         inner = next((m for m in module.modules() if isinstance(m, PreTrainedModel)), None)
-        stock = type(module).__module__.startswith(("sentence_transformers.", "transformers."))
+        kind = type(module)
+        stock = kind.__module__.startswith(("sentence_transformers.", "transformers.")) or kind.__name__ == "Backbone"
         ours = isinstance(inner, PreTrainedModel) and (inner.config.model_type or "").startswith(PREFIX)
         stored = stored_weights(part)
         if inner is not None and (stock or ours):

@@ -72,7 +72,11 @@ def _kinds(folder: Path) -> tuple[list[Kind], list[Path]]:
     for name, room in ROOMS.items():
         (folder / name).mkdir()
         models = EXAMPLES[name](backbone, folder / name).models
-        parts = [part for whole in models.values() for part in whole.modules() if isinstance(part, PreTrainedModel)]
+        made = [
+            polyrep.save(model, folder / "saved" / f"{name}-{kind}", readme="a card") for kind, model in models.items()
+        ]
+        opened = [*models.values(), *map(polyrep.load, made)]  # heads by themselves, and inside of whole models
+        parts = [part for whole in opened for part in whole.modules() if isinstance(part, PreTrainedModel)]
         for model in filter(None, (room.model, room.head)):
             graphs = [(dict(graph.inputs), dict(graph.fixed)) for graph in room.graphs.get(model, {}).values()]
             whole = next((part.config for part in parts if type(part) is model), room_config(parts, room))
@@ -80,8 +84,7 @@ def _kinds(folder: Path) -> tuple[list[Kind], list[Path]]:
             own = config().to_dict().keys() - PretrainedConfig().to_dict().keys()
             fields = {field: value for field, value in json.loads(whole.to_json_string(False)).items() if field in own}
             found[config] = Kind(config, model, fields | {"model_type": config.model_type}, graphs)
-        for kind, whole in models.items():
-            saved.append(polyrep.save(whole, folder / "saved" / f"{name}-{kind}", readme="a card"))
+        saved += made
     return list(found.values()), saved
 
 
