@@ -38,9 +38,12 @@ def build(backbone: Path, scratch: Path) -> Example:
                 model.get_parameter(name).add_(torch.randn_like(model.get_parameter(name)) * 0.3)
         return model
 
-    retriever = GaussianModel.from_encoder(str(backbone), mean_dim=12, variance_groups=3)
+    retriever = GaussianModel.from_encoder(
+        str(backbone), mean_dim=12, variance_groups=3, equal_norms=True, max_norm=40.0
+    )
     retriever = stirred(retriever, "head.variance_map", "var_embedding")
-    pooling = stirred(GaussianPooling(input_dim=32, mean_dim=15), "model.mean_map", "model.variance_map")
+    pooling = GaussianPooling(input_dim=32, mean_dim=15, equal_norms=True, max_norm=1000.0)
+    pooling = stirred(pooling, "model.mean_map", "model.variance_map")
     modules = [Transformer(str(backbone)), Pooling(32, "mean"), pooling]
     folder = scratch / "gaussian-retriever"
     return Example(

@@ -28,7 +28,8 @@ def build(backbone: Path, scratch: Path) -> Example:
     torch.manual_seed(8)
     names: Any = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
     narrow = Dense(32, 16, bias=False, activation_function=torch.nn.Identity(), **names)
-    head: Any = LemurModel(LemurConfig(token_dim=16, latent_dim=24, num_anchors=40, rank=12, embedding_dim=10))
+    shape = {"token_dim": 16, "latent_dim": 24, "num_anchors": 40, "rank": 12, "embedding_dim": 10}
+    head: Any = LemurModel(LemurConfig(**shape, equal_norms=True, max_norm=20.0))
     with torch.no_grad():
         head.anchors.copy_(torch.nn.functional.normalize(torch.randn(40, 16), dim=-1))
         for map_ in (head.query_map, head.document_map):

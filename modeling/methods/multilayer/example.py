@@ -33,7 +33,7 @@ def build(backbone: Path, scratch: Path) -> Example:
 
     retriever = stirred(MultiLayerModel.from_encoder(str(backbone), layers=[-1, 0], pooling="scalar_mix", tied=False))
     mixed = MultiLayerPooling(layers=[-1, 0, 1], pooling="scalar_mix", normalize=True)
-    several = MultiLayerPooling(layers=[-1, 1], pooling="multi", projection=True, hidden_size=32)
+    several = MultiLayerPooling(layers=[-1, 1], pooling="multi", projection=True, hidden_size=32, normalize=True)
     return Example(
         {
             "retriever": one_folder(retriever, backbone, scratch / "multilayer-retriever"),
