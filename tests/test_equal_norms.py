@@ -263,9 +263,15 @@ def test_a_head_of_before_opens_as_it_was(tmp_path):
             assert line in content
             content = content.replace(line, "")
         file.write_text(content)
+        before = fingerprint(tmp_path / kind.__name__)
         opened = kind.from_pretrained(tmp_path / kind.__name__)
         assert not opened.config.equal_norms
         torch.testing.assert_close(vectors(opened, "document", 5), vectors(head, "document", 5), rtol=0, atol=0)
+        opened.save_pretrained(tmp_path / "again" / kind.__name__)
+        assert fingerprint(tmp_path / "again" / kind.__name__) == before
+        opened.config.max_norm = 2.0
+        opened.save_pretrained(tmp_path / "other" / kind.__name__)
+        assert fingerprint(tmp_path / "other" / kind.__name__) != before
 
 
 def test_a_lemur_head_opens_in_any_width_with_it_and_without(tmp_path):
