@@ -349,7 +349,7 @@ class ReinPoolModel(EqualNorms, WholeWeights, PreTrainedModel):
         )
 
     def one_vector(self, vectors: Tensor, mask: Tensor, task: str | None) -> Tensor:
-        """The sum of a text's vectors ``(batch, vectors, dim)`` as dense indexes hold it: ``(batch, embedding_dim)``."""
+        """Sum of a text's vectors ``(batch, vectors, dim)`` as dense indexes hold it: ``(batch, embedding_dim)``."""
         return self.with_equal_norms(torch.where(mask[..., None], vectors, 0).sum(1), task == "query")
 
     def _check(self, tokens: Tensor, mask: Tensor, num_vectors: int) -> None:
