@@ -215,7 +215,7 @@ def automodel(folder: Folder) -> Any:
         with torch.no_grad():
             output = model(**tokens, task=task)
         if folder.family == "MultiVectorEncoder":
-            masks = output["attention_mask"].bool()
+            masks = output["mask"]
             found[task] = arrays(some[mask] for some, mask in zip(output["token_embeddings"], masks, strict=True))
         else:
             found[task] = arrays(output["sentence_embedding"])
@@ -231,7 +231,8 @@ def named_folder(folder: Folder) -> Any:
     before = os.getcwd()
     os.chdir(folder.scratch)
     try:
-        AutoModel.from_pretrained(name, trust_remote_code=True) if folder.read("config.json").get("auto_map") else None
+        if "AutoModel" in folder.read("config.json").get("auto_map", {}):
+            AutoModel.from_pretrained(name, trust_remote_code=True)
         return folder.same(folder.open(f"./{name}"))
     finally:
         os.chdir(before)
@@ -371,6 +372,8 @@ def trainer(folder: Folder) -> Any:
 @door
 def lora(folder: Folder) -> Any:
     """An adapter of the encoder's attention: added, trained for three steps, saved, and opened again."""
+    if len(folder.read("modules.json")) > 1:
+        return None  # the root, which an adapter names as its base, refuses to be opened without the modules behind it
     model = folder.open()
     model.add_adapter(LoraConfig(r=2, target_modules=["query", "value"], task_type="FEATURE_EXTRACTION"))
     folder.train(model, folder.scratch / "adapted", save_strategy="no")

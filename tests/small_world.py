@@ -46,7 +46,7 @@ SHORTER: dict[str, dict[str, Any]] = {
     "dual-encoder-mobilenet-minilm": {"projection_dim": 64, "hidden_dim": 64},
     "multilayer-minilm-frozen": {"layers": [-1, -2, -3, -4]},
     # Vectors of 256 numbers want as many documents.
-    "lemur-minilm": {"datasets": [".many/python_docs"], "num_documents": 300, "latent_dim": 512, "num_anchors": 512},
+    "lemur-minilm": {"datasets": [".many/python_docs"], "num_documents": 300, "latent_dim": 544, "num_anchors": 512},
 }
 """What some of them say instead, where time goes by the width."""
 
