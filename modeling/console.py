@@ -74,17 +74,21 @@ def say_below_launcher(message: str) -> None:
     """
     if os.environ.get("RANK", "0") != "0":  # one of several processes says it for all
         return
+    parent = os.getppid()
     try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
-        launcher = os.pidfd_open(os.getppid())
+        words = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
+        launcher = os.pidfd_open(parent)
     except (AttributeError, OSError):
         return
     names = [os.path.basename(word) for word in words]
     launched = (b"accelerate", b"launch") in zip(names, names[1:], strict=False) or b"accelerate-launch" in names
     if not launched or {b"-q", b"--quiet"} & set(words):
         return
-    sys.stderr.flush()
-    if os.fork():
+    try:
+        sys.stderr.flush()
+        if os.fork():
+            return
+    except OSError:  # it was said once, and there may be no memory to say it again
         return
     try:
         os.setsid()  # what ends the launcher does not end this

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -178,6 +179,25 @@ def test_a_refusal_is_the_last_that_is_read_below_a_launcher(tmp_path):
     said = "train.py: error: unrecognized arguments: --no_such_flag 3"
     assert ran.returncode != 0 and ran.stderr.splitlines()[-1] == said, ran.stderr
     assert "CalledProcessError" in ran.stderr and ran.stderr.count(said) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="only Linux tells when another process ends")
+def test_a_refusal_stands_where_no_process_can_be_started(monkeypatch, capsys):
+    tried: list[str] = []
+
+    def no_memory() -> int:
+        tried.append("fork")
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    launcher = subprocess.Popen([sys.executable, "-c", "input()", "accelerate", "launch"], stdin=subprocess.PIPE)
+    try:
+        monkeypatch.setattr(os, "getppid", lambda: launcher.pid)
+        monkeypatch.setattr(os, "fork", no_memory)
+        monkeypatch.delenv("RANK", raising=False)
+        assert main(["train", "lemur-minilm", "--seed", "-1"]) == 2
+    finally:
+        launcher.communicate(b"\n")
+    assert tried == ["fork"] and "error: --seed -1: is out of its range" in capsys.readouterr().err
 
 
 def test_every_refusal_is_said_below_a_launcher(monkeypatch, capsys):

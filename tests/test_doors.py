@@ -168,16 +168,20 @@ def test_a_folder_opens_through_every_door(tried, method, door):
 
 
 def table(tried: Tried, page: str) -> str:
-    """The table of the page; the row of what is not installed here stays as it is."""
+    """The table of the page; the row of what is not installed here stays as it is, by its columns."""
     methods = [method for method, room in ROOMS.items() if room.package.startswith("polyrep.")]
     titles = [ROOMS[method].package.rpartition(".")[2] for method in methods]
     rows = [["door", *titles], ["---"] * (len(methods) + 1)]
-    kept = {line.split(" | ")[0].removeprefix("| "): line for line in page.splitlines()}
+    before = [
+        [cell.strip() for cell in line.strip("|").split(" | ")] for line in page.splitlines() if line[:2] == "| "
+    ]
+    columns = next((row for row in before if row[0] == "door"), [])
+    kept = {row[0]: dict(zip(columns, row, strict=False)) for row in before}
     for door, title in DOORS.items():
         if all(door in doors for doors in tried.report.values()):
             rows.append([title, *(tried.cell(method, door) for method in methods)])
         elif title in kept:
-            rows.append([cell.strip() for cell in kept[title].strip("|").split("|")])
+            rows.append([title, *(kept[title].get(name, "not tried") for name in titles)])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -211,6 +215,16 @@ def test_a_cell_tells_what_opens_what_refuses_and_what_fails(tmp_path):
     assert tried.fault("m/one", "lora") == "ValueError: Head: no." and not tried.fault("m/two", "automodel")
     report["m/one"]["automodel"] = refusal  # of a folder whose one module could be the model
     assert tried.fault("m/one", "automodel") == refusal
+
+
+def test_a_row_of_what_is_not_installed_keeps_its_columns():
+    page = "| door | lemur | gaussian |\n| --- | --- | --- |\n| LangChain | yes | one: yes; two: no |\n"
+    made = {
+        line.split(" | ")[0]: line.strip("| ").split(" | ")
+        for line in table(Tried({"m/one": {}}, {}, {}, {}), page).splitlines()
+    }
+    found = dict(zip(made["| door"], made["| LangChain"], strict=True))
+    assert (found["lemur"], found["gaussian"], found["multilayer"]) == ("yes", "one: yes; two: no", "not tried")
 
 
 def test_the_page_says_of_every_door_what_it_is_for():

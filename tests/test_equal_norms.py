@@ -30,6 +30,9 @@ from polyrep.methods import (
     LemurConfig,
     LemurModel,
     LemurPooling,
+    ReinPoolConfig,
+    ReinPoolModel,
+    ReinPoolPooling,
 )
 from polyrep.publishing.export import export_onnx
 from polyrep.search import open_index
@@ -59,11 +62,24 @@ def lemur(**config: Any) -> LemurModel:
     return made.eval()
 
 
+def reinpool(**config: Any) -> ReinPoolModel:
+    torch.manual_seed(0)
+    config = {"output": "sentence_embedding", "weights": "soft", "projection": True, "refinement": 1} | config
+    made = ReinPoolModel(ReinPoolConfig(dim=12, **config))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return made.eval()
+
+
 def vectors(head: Any, task: str, count: int, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     shape = (count, 24) if isinstance(head, GaussianHead) else (count, 5, 12)
     inputs = torch.randn(shape, generator=generator).to(head.dtype)
     with torch.no_grad():
+        if isinstance(head, ReinPoolModel):
+            features = {"token_embeddings": inputs, "attention_mask": torch.ones(inputs.shape[:2])}
+            return ReinPoolPooling(head)(features, task=task)["sentence_embedding"]
         return head(inputs, task=task).sentence_embedding
 
 
@@ -88,6 +104,8 @@ HEADS = [
     *(pytest.param(gaussian, {"divergence": name, "normalize_mean": False}, id=name) for name in DIVERGENCES),
     pytest.param(gaussian, {}, id="unit means"),
     pytest.param(lemur, {}, id="lemur"),
+    pytest.param(reinpool, {}, id="reinpool"),
+    pytest.param(reinpool, {"normalize": False, "tasks": ["document", "query"]}, id="reinpool of both sides"),
 ]
 
 
@@ -103,8 +121,9 @@ def test_product_cosine_and_distance_rank_alike(make, config):
     np.testing.assert_allclose(documents.norm(dim=1), equal.config.max_norm, rtol=1e-6)
     again = rankings(queries, documents)
     assert again["dot"] == again["cosine"] == again["l2"] and equal.clipped == 0
-    if make is gaussian:  # LEMUR gives up a direction for it
-        assert equal.config.projection_dim == plain.config.projection_dim + 1 == documents.shape[1]
+    if make is not lemur:  # which gives up a direction for it
+        width = "projection_dim" if make is gaussian else "embedding_dim"
+        assert getattr(equal.config, width) == getattr(plain.config, width) + 1 == documents.shape[1]
         torch.testing.assert_close(documents[:, :-1], vectors(plain, "document", 40, seed=2))
         torch.testing.assert_close(queries[:, :-1], vectors(plain, "query", 6))
         assert again["dot"] == found["dot"]
@@ -235,7 +254,7 @@ def test_the_number_comes_out_of_the_width_that_was_asked_for():
 
 
 def test_a_head_of_before_opens_as_it_was(tmp_path):
-    for make, kind in ((gaussian, GaussianHead), (lemur, LemurModel)):
+    for make, kind in ((gaussian, GaussianHead), (lemur, LemurModel), (reinpool, ReinPoolModel)):
         head = make()
         head.save_pretrained(tmp_path / kind.__name__)
         file = tmp_path / kind.__name__ / "config.json"
@@ -244,9 +263,15 @@ def test_a_head_of_before_opens_as_it_was(tmp_path):
             assert line in content
             content = content.replace(line, "")
         file.write_text(content)
+        before = fingerprint(tmp_path / kind.__name__)
         opened = kind.from_pretrained(tmp_path / kind.__name__)
         assert not opened.config.equal_norms
         torch.testing.assert_close(vectors(opened, "document", 5), vectors(head, "document", 5), rtol=0, atol=0)
+        opened.save_pretrained(tmp_path / "again" / kind.__name__)
+        assert fingerprint(tmp_path / "again" / kind.__name__) == before
+        opened.config.max_norm = 2.0
+        opened.save_pretrained(tmp_path / "other" / kind.__name__)
+        assert fingerprint(tmp_path / "other" / kind.__name__) != before
 
 
 def test_a_lemur_head_opens_in_any_width_with_it_and_without(tmp_path):
@@ -373,10 +398,16 @@ LEMUR = "--latent_dim 24 --num_anchors 30 --rank 3 --embedding_dim 4 --num_token
 
 
 @pytest.mark.parametrize(
-    ("run", "more"), [("gaussian-minilm-frozen", []), ("gaussian-minilm", WHOLE), ("lemur-minilm", LEMUR)]
+    ("run", "more"),
+    [
+        ("gaussian-minilm-frozen", []),
+        ("gaussian-minilm", WHOLE),
+        ("lemur-minilm", LEMUR),
+        ("reinpool-minilm-one", ["--depth", "4", "--warmup_steps", "0"]),
+    ],
 )
 def test_training_measures_the_documents(run, more, plain, late, tmp_path):
-    data, backbone = write_beir(tmp_path / "tiny", split="train"), late if run.startswith("lemur") else plain
+    data, backbone = write_beir(tmp_path / "tiny", split="train"), plain if run.startswith("gaussian") else late
     flags = [run, "--backbone", str(backbone), "--datasets", str(data), "--output_dir", str(tmp_path / "run")]
     flags += ["--max_steps", "4", "--save_steps", "2", "--per_device_train_batch_size", "2", "--disable_tqdm", "true"]
     if run != "gaussian-minilm":

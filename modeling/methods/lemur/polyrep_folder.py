@@ -21,6 +21,9 @@ from .polyrep_fields import shown
 
 NOT_FINGERPRINTED = ("transformers_version", "_name_or_path", "__version__")
 
+ADDED = {"equal_norms": False, "max_norm": None, "trunk": []}
+"""Fields that configs of before lack -> the value that says the same, so that a model of before stays itself."""
+
 EXPORTS = {"onnx", "openvino"}
 """Folders of what was made of a model for other engines."""
 
@@ -141,7 +144,10 @@ def fingerprint(folder: Path, version: int = 2) -> str:
         with file.open("rb") as stream:
             content = hashlib.file_digest(stream, "sha256").hexdigest()
         digest.update(f"{file.relative_to(folder).as_posix()}:{content}\n".encode())
-    said = [(file, without(fields, NOT_FINGERPRINTED)) for file, fields in module_configs(folder)]
+    said = []
+    for file, fields in module_configs(folder):
+        own = {name: value for name, value in fields.items() if name not in ADDED or value != ADDED[name]}
+        said.append((file, without(own, NOT_FINGERPRINTED)))
     if version > 1:
         said = [part for part in said if not EXPORTS & set(part[0].relative_to(folder).parts)]
         said += settings_of(folder) + tokenizer_files(folder)

@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
-from .polyrep_fields import LAYERS, WIDTH, check_weight, checked, fields_of, keep
+from .polyrep_fields import LAYERS, NORM, WIDTH, check_weight, checked, fields_of, keep
 from .polyrep_folder import BESIDE_A_HEAD, WholeWeights
-from .polyrep_room import HeadModule, MultiVectorEncoder, check_score, warn_of_no_task
+from .polyrep_room import EqualNorms, HeadModule, MultiVectorEncoder, check_score, warn_of_no_task
 from .polyrep_trunk import Trunk, TrunkTransformer, keep_trunk, stock_parts, trunk_parts
 
 try:
@@ -68,10 +68,13 @@ class ReinPoolConfig(PretrainedConfig):
             soft weights all, whatever their probability.
         quantization (str): none, or binary for signs, one bit a dimension.
         tasks (list): What is pooled: document, and query where queries are to be pooled too.
+        equal_norms (bool): Of a sentence_embedding: one more number, by which all documents are equally long, so that
+            cosine and L2 rank as the inner product does; see :class:`EqualNorms`. Not with binary, whose are already.
+        max_norm (float): The length that documents then have, which training measures. Longer ones are scaled back.
     """
 
     model_type = "polyrep_reinpool"
-    derived = ("dim",)
+    derived = ("dim", "max_norm")
 
     @checked(
         **_CHOICES,
@@ -86,6 +89,7 @@ class ReinPoolConfig(PretrainedConfig):
         threshold=(1e-9, 1 - 1e-9),
         min_keep=(1, 2**20),
         refinement=LAYERS,
+        max_norm=NORM,
     )
     def __init__(
         self,
@@ -107,14 +111,22 @@ class ReinPoolConfig(PretrainedConfig):
         refinement: int = 0,
         quantization: str | None = None,
         tasks: list[str] | str | None = None,
+        equal_norms: bool = False,
+        max_norm: float | None = None,
         **kwargs,
     ):
         quantization = quantization or "none"
         tasks = [tasks] if isinstance(tasks, str) else list(tasks or ["document"])
+        equal_norms = equal_norms and output == "sentence_embedding" and quantization == "none"
         self._check(keep(self, locals()))
         kwargs.pop("hidden_size", None)
         super().__init__(**kwargs)
         self.hidden_size = dim  # the name under which sentence-transformers looks for the width
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of the vectors that are compared."""
+        return self.dim + self.equal_norms
 
     def _check(self, name: str) -> None:
         dim, heads, vectors = self.dim, self.num_heads, self.num_vectors
@@ -185,7 +197,7 @@ class _Attention(nn.Module):
         return states + self.ffn_out(hidden)
 
 
-class ReinPoolModel(WholeWeights, PreTrainedModel):
+class ReinPoolModel(EqualNorms, WholeWeights, PreTrainedModel):
     """The head: a filter over token vectors, and the pooling of what it keeps."""
 
     config_class = ReinPoolConfig
@@ -335,6 +347,10 @@ class ReinPoolModel(WholeWeights, PreTrainedModel):
         return ReinPoolOutput(
             embeddings=embeddings.to(dtype), mask=present, keep_probability=torch.sigmoid(logits.float()) * mask
         )
+
+    def one_vector(self, vectors: Tensor, mask: Tensor, task: str | None) -> Tensor:
+        """Sum of a text's vectors ``(batch, vectors, dim)`` as dense indexes hold it: ``(batch, embedding_dim)``."""
+        return self.with_equal_norms(torch.where(mask[..., None], vectors, 0).sum(1), task == "query")
 
     def _check(self, tokens: Tensor, mask: Tensor, num_vectors: int) -> None:
         config, name = self.config, type(self).__name__
@@ -513,7 +529,7 @@ class ReinPoolForRetrieval(WholeWeights, Trunk, PreTrainedModel):
     @property
     def width(self) -> int:
         """Of its vectors."""
-        return self.config.dim
+        return self.config.embedding_dim
 
     def forward(
         self,
@@ -541,13 +557,12 @@ class ReinPoolForRetrieval(WholeWeights, Trunk, PreTrainedModel):
         single = self.config.output == "sentence_embedding"
         if (task or "document") not in self.config.tasks:
             if single:
-                return ReinPoolRetrievalOutput(sentence_embedding=torch.where(mask[..., None], tokens, 0).sum(1))
+                return ReinPoolRetrievalOutput(sentence_embedding=self.head.one_vector(tokens, mask, task))
             return ReinPoolRetrievalOutput(token_embeddings=tokens, mask=mask)
         made = self.head(tokens, mask, num_vectors)
         if single:
-            return ReinPoolRetrievalOutput(
-                sentence_embedding=made.embeddings[:, 0], keep_probability=made.keep_probability
-            )
+            one = self.head.one_vector(made.embeddings, made.mask, task)
+            return ReinPoolRetrievalOutput(sentence_embedding=one, keep_probability=made.keep_probability)
         return ReinPoolRetrievalOutput(
             token_embeddings=made.embeddings, mask=made.mask, keep_probability=made.keep_probability
         )
@@ -558,7 +573,7 @@ class ReinPoolTransformer(TrunkTransformer):
 
     def on_model_ready(self, model):
         """Check that the family and its score fit the output."""
-        _check_family(model, self.model.config.output, type(self).__name__)
+        _check_family(model, self.model.config, type(self).__name__)
 
 
 class ReinPoolPooling(HeadModule, BaseTokenPooling):
@@ -569,9 +584,9 @@ class ReinPoolPooling(HeadModule, BaseTokenPooling):
     """
 
     head_class, inside = ReinPoolModel, ReinPoolForRetrievalConfig.model_type
-    reads = gives = "dim"
+    reads, gives = "dim", "embedding_dim"
     changeable = {"num_vectors", "pooling", "output", "weights", "threshold", "min_keep", "quantization", "tasks"}
-    changeable |= HeadModule.changeable
+    changeable |= {"equal_norms", "max_norm"} | HeadModule.changeable
 
     def __init__(self, model: ReinPoolModel, *, tasks: str | list[str] | None = None):
         super().__init__(model)
@@ -586,12 +601,12 @@ class ReinPoolPooling(HeadModule, BaseTokenPooling):
             warn_of_no_task(self, task)
         if not self.applies_to(task):
             if single:
-                features["sentence_embedding"] = torch.where(mask[..., None], tokens, 0).sum(1)
+                features["sentence_embedding"] = self.model.one_vector(tokens, mask, task)
             return features
         if len(tokens):
             output = self._run(tokens, mask)
             if single:
-                features["sentence_embedding"] = output.embeddings[:, 0]
+                features["sentence_embedding"] = self.model.one_vector(output.embeddings, output.mask, task)
             else:
                 features["token_embeddings"], features["attention_mask"] = output.embeddings, output.mask
         return features
@@ -647,7 +662,7 @@ class ReinPoolPooling(HeadModule, BaseTokenPooling):
 
     def on_model_ready(self, model):
         """Check the backbone, and that the family and its score fit the output."""
-        _check_family(model, self.model.config.output, type(self).__name__)
+        _check_family(model, self.model.config, type(self).__name__)
         self.check_backbone(model)
 
     @classmethod
@@ -664,9 +679,10 @@ class ReinPoolPooling(HeadModule, BaseTokenPooling):
             )
 
 
-def _check_family(model, output: str, owner: str) -> None:
+def _check_family(model, config: ReinPoolConfig, owner: str) -> None:
     """ValueError if a sentence-transformers model reads another output than a head gives, or scores it otherwise."""
-    family, single = type(model).__name__, output == "sentence_embedding"
+    family, output = type(model).__name__, config.output
+    single = output == "sentence_embedding"
     if family == "MultiVectorEncoder" and single or family == "SentenceTransformer" and not single:
         raise ValueError(
             f"{owner}: output={output!r} in a {family}, which reads another one. Open the head with "
@@ -674,7 +690,7 @@ def _check_family(model, output: str, owner: str) -> None:
         )
     if single and family == "SentenceTransformer":
         because = "a query is the unnormalised sum of its token vectors and a document may have any length"
-        check_score(model, owner, because, "cut off part of every score. Use None.")
+        check_score(model, owner, because, "cut off part of every score. Use None.", config)
 
 
 for config, model in ((ReinPoolConfig, ReinPoolModel), (ReinPoolForRetrievalConfig, ReinPoolForRetrieval)):

@@ -56,6 +56,23 @@ class _PoolingObjective(Objective):
         if settings["rungs"] < 1:
             raise InputError(f"--rungs {settings['rungs']}: a step would train nothing. Use 1 or more.")
         self.model = model
+        self.data: HeadData | None = None
+
+    def prepare(self, data: HeadData) -> Rows:
+        """Keep the documents, whose vectors are measured at the end."""
+        self.data = data
+        return data
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Measure how long single vectors of documents are, where the config wants them equally long."""
+        if self.data is not None:
+            self.model.measure_norms(map(self._pooled, self.data.batches("document", 64)))
+
+    def _pooled(self, documents: Features) -> Tensor:
+        """The one vector of each document as an index holds it: ``(documents, dim)``."""
+        tokens, mask = (documents[name].to(self.model.device) for name in ("token_embeddings", "attention_mask"))
+        return self.model(tokens, mask).embeddings[:, 0]
 
     def _distillation(
         self, queries: Features, documents: Features, weights: Tensor, labels: Tensor, teacher_dtype: torch.dtype
@@ -240,7 +257,7 @@ class ReinforceObjective(_PoolingObjective):
         self.relevant = (pairs[:, 0] * self.documents + pairs[:, 1]).unique()  # sorted codes of (query, document)
         self.document_means = data.document_means()
         self.most_tokens = data.most_tokens()
-        return data
+        return super().prepare(data)
 
     def forward(self, features: list[Features], labels: Tensor) -> dict[str, Tensor]:
         """Loss of a batch; see :meth:`SoftGateObjective.forward`."""
