@@ -39,7 +39,7 @@ def build(backbone: Path, scratch: Path) -> Example:
         return model
 
     retriever = GaussianModel.from_encoder(
-        str(backbone), mean_dim=12, variance_groups=3, equal_norms=True, max_norm=40.0
+        str(backbone), mean_dim=12, variance_groups=3, equal_norms=True, max_norm=80.0
     )
     retriever = stirred(retriever, "head.variance_map", "var_embedding")
     pooling = GaussianPooling(input_dim=32, mean_dim=15, equal_norms=True, max_norm=1000.0)

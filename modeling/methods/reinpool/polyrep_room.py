@@ -246,8 +246,9 @@ class EqualNorms:
         if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
             self._count_clipped(lengths)
         vectors = vectors * (most / lengths.clamp(min=most))
-        # Not quite 0 for the longest: the slope of a root is infinite there.
-        rest = (most**2 - vectors.square().sum(-1, keepdim=True)).clamp(min=1e-12 * most**2).sqrt()
+        lengths = lengths.clamp(max=most)
+        # As a product it cancels no digits. Not quite 0 for the longest: the slope of a root is infinite there.
+        rest = ((most - lengths) * (most + lengths)).clamp(min=1e-12 * most**2).sqrt()
         return torch.cat([vectors, rest], -1)
 
     @torch.no_grad()
