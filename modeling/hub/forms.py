@@ -12,9 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import sentence_transformers
 import torch
-import transformers
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
@@ -119,15 +117,8 @@ def write_folder(model: Encoder, whole: PreTrainedModel, room: Room, folder: Pat
     told = room.module.forward_kwargs if room.module else {"task"}
     entry = {"idx": 0, "name": "0", "path": "", "type": name, "kwargs": sorted(told)}
     write_json(folder / "modules.json", [entry])
-    versions = {"sentence_transformers": sentence_transformers, "transformers": transformers, "pytorch": torch}
     score = model.similarity_fn_name
-    said = {
-        "model_type": type(model).__name__,
-        "__version__": {name: package.__version__ for name, package in versions.items()},
-        "prompts": model.prompts,
-        "default_prompt_name": model.default_prompt_name,
-        "similarity_fn_name": None if score is None else str(score),
-    }
+    said = model._get_model_config() | {"similarity_fn_name": None if score is None else str(score)}
     write_json(folder / "config_sentence_transformers.json", said)
 
 
@@ -162,11 +153,14 @@ def unfold(model: Encoder, room: Room) -> Encoder:
             **{key: read[key] for key in _KEPT if read.get(key)},
         )
     family: Any = type(model)
+    cut = {name: getattr(model, name) for name in ("truncate_dim", "max_active_dims") if hasattr(model, name)}
     return family(
         modules=[transformer, *behind],
         prompts=model.prompts,
+        default_prompt_name=model.default_prompt_name,
         similarity_fn_name=model.similarity_fn_name,
         device=str(model.device),
+        **cut,
     )
 
 
