@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import polyrep
 from polyrep import InputError
+from polyrep.hub.cards import render_card
 from polyrep.hub.forms import own_form
 from polyrep.methods import (
     Dense2SparseModel,
@@ -154,13 +155,23 @@ def test_stock_modules_of_late_interaction_become_one_folder_and_are_stock_again
     ]
 
 
-def test_a_head_stands_on_late_interaction_in_one_folder(backbone, tmp_path):
+@pytest.mark.parametrize("method", ["lemur", "reinpool"])
+def test_a_head_stands_on_late_interaction_in_one_folder(backbone, tmp_path, method):
     model = late_interaction(backbone, "narrow")
-    folder = polyrep.load(polyrep.save(model, tmp_path / "late", form="folder"))
-    ours, theirs = attached(folder, "lemur"), attached(model, "lemur")
-    opened = polyrep.load(polyrep.save(ours, tmp_path / "whole"))
-    assert type(opened[0].model).__name__ == "LemurForRetrieval"
-    assert_alike(opened, theirs)
+    late = polyrep.save(model, tmp_path / "late", form="folder")
+    ours, theirs = attached(polyrep.load(late), method), attached(model, method)
+    ours[-1].model.config.base_fingerprint = polyrep.hub.fingerprint(late)
+    card: Any = ROOMS[ours[-1].inside].card
+    assert str(render_card(ours, card)) == str(render_card(theirs, card))
+    whole = polyrep.save(ours, tmp_path / "whole")
+    modules = polyrep.save(polyrep.load(whole), tmp_path / "modules", form="pipeline")
+    at_once = polyrep.save(ours, tmp_path / "at once", form="pipeline")
+    assert polyrep.hub.fingerprint(at_once) == polyrep.hub.fingerprint(modules)
+    for folder in (modules, at_once):  # whose backbone alone would else be what AutoModel opens
+        with pytest.raises(ValueError, match="is a pipeline of Backbone, Dense"):
+            AutoModel.from_pretrained(folder, trust_remote_code=True)
+    for folder in (whole, modules, at_once):
+        assert_alike(polyrep.load(folder), theirs)
 
 
 SENTENCE: Any = {"module_input_name": "sentence_embedding"}

@@ -29,7 +29,18 @@ from ..errors import InputError, refusals
 from ..files import file_sha256, read_json, staged_folder, write_text
 from .code import localize, may_run
 from .fingerprint import weight_files
-from .forms import FORMS, Encoder, fold, own_room, plain_room, room_behind, save_pipeline, unfold, write_folder
+from .forms import (
+    FORMS,
+    Encoder,
+    first_room,
+    fold,
+    own_room,
+    plain_room,
+    room_behind,
+    save_pipeline,
+    unfold,
+    write_folder,
+)
 from .reading import ready_to_read
 from .weights import INDEX, PREFIX, check_loaded, check_sizes, check_weight_files, module_folders, projection
 
@@ -312,7 +323,7 @@ def _write(model: Encoder | PreTrainedModel, folder: Path, form: str | None, opt
         model.save_pretrained(str(folder))
         return
     room = room_behind(model) or (plain_room(model) if form == "folder" else None)
-    if form == "pipeline" and (own := own_room(model)):
+    if form == "pipeline" and (own := first_room(model)) and (room is None or hasattr(own.model, "stock_modules")):
         model = unfold(model, own)
     elif room and form != "pipeline":
         try:

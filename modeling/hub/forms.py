@@ -46,9 +46,13 @@ def room_behind(model: Encoder) -> Room | None:
 
 def own_room(model: Encoder) -> Room | None:
     """The method whose own model the only module holds; None for any other."""
-    modules: list[Any] = list(model.children())
-    whole = getattr(modules[0], "model", None)
-    return room_of(whole.config.model_type) if len(modules) == 1 and isinstance(whole, PreTrainedModel) else None
+    return first_room(model) if len(model) == 1 else None
+
+
+def first_room(model: Encoder) -> Room | None:
+    """The method whose own model the first module holds, whatever stands behind it; None for any other."""
+    whole = getattr(model[0], "model", None)
+    return room_of(whole.config.model_type) if isinstance(whole, PreTrainedModel) else None
 
 
 def plain_room(model: Encoder) -> Room | None:
@@ -123,7 +127,7 @@ def write_folder(model: Encoder, whole: PreTrainedModel, room: Room, folder: Pat
 
 
 def unfold(model: Encoder, room: Room) -> Encoder:
-    """A method's own model as stock modules and its head behind them.
+    """A method's own model, the first module, as stock modules and its head; and what stands behind it.
 
     Raises:
         InputError: What it does between encoder and head is no stock module.
@@ -139,6 +143,7 @@ def unfold(model: Encoder, room: Room) -> Encoder:
         behind = whole.stock_modules(first.tokenizer)
     if room.head and room.module:
         behind.append(room.module(head_of(whole, room.head)))
+    behind += list(model)[1:]
     read = first.get_config_dict()
     output = "embeddings" if first.transformer_task == "retrieval" else "last_hidden_state"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # as weights may be mapped
