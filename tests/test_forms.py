@@ -19,6 +19,8 @@ from transformers import AutoModel, AutoTokenizer
 
 import polyrep
 from polyrep import InputError
+from polyrep.hub.cards import render_card
+from polyrep.hub.forms import own_form
 from polyrep.methods import (
     Dense2SparseModel,
     Dense2SparsePooling,
@@ -27,6 +29,7 @@ from polyrep.methods import (
     LemurConfig,
     LemurModel,
     LemurPooling,
+    MultiLayerPooling,
     ReinPoolConfig,
     ReinPoolModel,
     ReinPoolPooling,
@@ -152,13 +155,23 @@ def test_stock_modules_of_late_interaction_become_one_folder_and_are_stock_again
     ]
 
 
-def test_a_head_stands_on_late_interaction_in_one_folder(backbone, tmp_path):
+@pytest.mark.parametrize("method", ["lemur", "reinpool"])
+def test_a_head_stands_on_late_interaction_in_one_folder(backbone, tmp_path, method):
     model = late_interaction(backbone, "narrow")
-    folder = polyrep.load(polyrep.save(model, tmp_path / "late", form="folder"))
-    ours, theirs = attached(folder, "lemur"), attached(model, "lemur")
-    opened = polyrep.load(polyrep.save(ours, tmp_path / "whole"))
-    assert type(opened[0].model).__name__ == "LemurForRetrieval"
-    assert_alike(opened, theirs)
+    late = polyrep.save(model, tmp_path / "late", form="folder")
+    ours, theirs = attached(polyrep.load(late), method), attached(model, method)
+    ours[-1].model.config.base_fingerprint = polyrep.hub.fingerprint(late)
+    card: Any = ROOMS[ours[-1].inside].card
+    assert str(render_card(ours, card)) == str(render_card(theirs, card))
+    whole = polyrep.save(ours, tmp_path / "whole")
+    modules = polyrep.save(polyrep.load(whole), tmp_path / "modules", form="pipeline")
+    at_once = polyrep.save(ours, tmp_path / "at once", form="pipeline")
+    assert polyrep.hub.fingerprint(at_once) == polyrep.hub.fingerprint(modules)
+    for folder in (modules, at_once):  # whose backbone alone would else be what AutoModel opens
+        with pytest.raises(ValueError, match="is a pipeline of Backbone, Dense"):
+            AutoModel.from_pretrained(folder, trust_remote_code=True)
+    for folder in (whole, modules, at_once):
+        assert_alike(polyrep.load(folder), theirs)
 
 
 SENTENCE: Any = {"module_input_name": "sentence_embedding"}
@@ -196,6 +209,9 @@ def test_heads_on_pooled_vectors_take_what_stands_behind_the_pooling(backbone, t
         for task in ("query", "document"):  # the head may normalise what a module did before it
             for one, other in zip(vectors(ours, task), vectors(whole, task), strict=True):
                 np.testing.assert_allclose(one, other, atol=2e-5, rtol=1e-4)
+    again = polyrep.load(polyrep.save(modules, tmp_path / "again"))
+    assert len(again) == 1
+    assert_alike(again, opened)
 
 
 def other_module(backbone: Path) -> Any:
@@ -312,3 +328,68 @@ def test_a_head_of_another_width_is_refused_by_the_whole_models_config(backbone,
     (folder / "config.json").write_text(json.dumps(config | {"dim": 8, "num_heads": 2}))
     with pytest.raises(ValueError, match="dim=8, but encoder and trunk give token vectors of width 16"):
         AutoModel.from_pretrained(folder, trust_remote_code=True)
+
+
+def files_of(folder: Path) -> set[str]:
+    return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("method", ["reinpool", "lemur"])
+@pytest.mark.parametrize("before", ["older version", "pipeline", "shards"])
+def test_of_a_model_in_the_same_place_nothing_stays(backbone, tmp_path, before, method):
+    model, folder = attached(late_interaction(backbone, "narrow"), method), tmp_path / "model"
+    if before == "older version":  # the backbone in the root
+        model.save_pretrained(str(folder))
+        polyrep.hub.localize(folder)
+    else:
+        polyrep.save(model, folder, form="pipeline" if before == "pipeline" else "folder")
+    if before == "shards":
+        polyrep.load(folder)[0].model.save_pretrained(folder, max_shard_size="10KB")
+        assert len(list(folder.glob("model-*.safetensors"))) > 1
+    for name in ("notes.txt", "results.json", "1_Dense/mine.csv"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    opened = polyrep.load(folder)
+    for form in ("folder", "folder", "pipeline", "folder"):  # the second time over what it was opened from
+        polyrep.save(opened, folder, form=form, readme="")
+        alone = polyrep.save(opened, tmp_path / "alone" / form, form=form, readme="")
+        added = files_of(folder) - files_of(alone) - {file for file in files_of(folder) if file.endswith(".py")}
+        assert added == {"notes.txt", "results.json", "1_Dense/mine.csv"}
+        assert polyrep.hub.fingerprint(folder) == polyrep.hub.fingerprint(alone)
+        assert_alike(polyrep.load(folder), model)
+
+
+def test_a_model_alone_takes_the_place_of_weights_and_leaves_the_rest(backbone, tmp_path):
+    folder = polyrep.save(attached(late_interaction(backbone, "narrow"), "lemur"), tmp_path / "model")
+    before, whole = files_of(folder), polyrep.load(folder)
+    whole[0].model.save_pretrained(folder, max_shard_size="10KB")
+    polyrep.save(whole[0].model, folder)
+    assert files_of(folder) == before
+    assert_alike(polyrep.load(folder), whole)
+
+
+def cut(backbone: Path, method: str) -> Any:
+    usual: dict[str, Any]
+    first, usual = Transformer(str(backbone)), {"prompts": {"x": ""}, "default_prompt_name": "x"}
+    if method == "multilayer":
+        head = MultiLayerPooling(layers=[-1, 1], pooling="scalar_mix", num_hidden_layers=2, hidden_size=32)
+        return SentenceTransformer(modules=[first, head], truncate_dim=8, device="cpu", **usual)
+    model = SentenceTransformer(modules=[first, Pooling(32, "mean")], device="cpu")
+    head = Dense2SparseModel.from_backbone(model, average_length=5.0)
+    modules = [*model.children(), Dense2SparsePooling(head)]
+    return SparseEncoder(modules=modules, max_active_dims=7, device="cpu", **usual)
+
+
+@pytest.mark.parametrize("method", ["multilayer", "dense2sparse"])
+def test_each_form_keeps_how_many_numbers_count_and_the_usual_prompt(backbone, tmp_path, method):
+    model = cut(backbone, method)
+    for form in ("folder", "pipeline", "folder"):
+        model = polyrep.load(polyrep.save(model, tmp_path / form, form=form))
+        assert model.default_prompt_name == "x"
+        for vector in vectors(model, "document"):
+            assert vector.shape == (8,) if method == "multilayer" else 0 < np.count_nonzero(vector) <= 7
+
+
+def test_a_form_is_told_of_layers_that_end_early(backbone):
+    head = MultiLayerPooling(layers=[1], pooling="last", num_hidden_layers=2, hidden_size=32)
+    assert own_form(SentenceTransformer(modules=[Transformer(str(backbone)), head], device="cpu")) is not None

@@ -224,6 +224,7 @@ def _prompts(model: Encoder | PreTrainedModel) -> dict[str, str]:
 
 def _config_of(model: Encoder | PreTrainedModel) -> dict[str, Any]:
     parts = [model] if isinstance(model, PreTrainedModel) else [getattr(module, "model", None) for module in model]
+    parts.reverse()  # a head may stand behind another model of ours
     return next((part.config.to_dict() for part in parts if part is not None and _is_ours(part)), {})
 
 

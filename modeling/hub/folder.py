@@ -11,7 +11,7 @@ import importlib.resources
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,20 @@ from ..errors import InputError, refusals
 from ..files import file_sha256, read_json, staged_folder, write_text
 from .code import localize, may_run
 from .fingerprint import weight_files
-from .forms import FORMS, Encoder, fold, own_room, plain_room, room_behind, save_pipeline, unfold, write_folder
+from .forms import (
+    FORMS,
+    Encoder,
+    first_room,
+    fold,
+    own_room,
+    plain_room,
+    room_behind,
+    save_pipeline,
+    unfold,
+    write_folder,
+)
 from .reading import ready_to_read
-from .weights import PREFIX, check_loaded, check_sizes, check_weight_files, module_folders, projection
+from .weights import INDEX, PREFIX, check_loaded, check_sizes, check_weight_files, module_folders, projection
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +87,8 @@ _TOKENIZERS = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
+_OF_ROOT = ("added_tokens.json", "chat_template.jinja", "merges.txt", "modules.json", "video_preprocessor_config.json")
+"""What else a model has in the root of its folder."""
 
 
 def load(
@@ -253,12 +266,14 @@ def save(
 ) -> Path:
     """Write a model as a folder that opens in one line, also where polyrep is not installed.
 
-    Files appear under their final names only once all of them are written; other files in ``folder`` stay.
+    Files appear under their final names only once all of them are written. Of a model that was there, what is no part
+    of the new one is removed; other files in ``folder`` stay.
 
     Args:
         model: A sentence-transformers model of any family, or a PreTrainedModel.
         folder: Where to write.
-        readme: Text of the card, see :func:`polyrep.hub.cards.render_card`; default: the model's own card.
+        readme: Text of the card, see :func:`polyrep.hub.cards.render_card`; default: the library's own, for
+            a model that is written as it is.
         form: ``folder``: a head of ours and the modules before it become the method's own model, which AutoModel
             opens, too. ``pipeline``: they stay modules, and AutoModel refuses the root. Default: one folder where it
             can hold them.
@@ -277,7 +292,29 @@ def save(
         localize(staged)
         if readme is not None:
             write_text(staged / "README.md", readme)
+        written = {folder / file.relative_to(staged) for file in staged.rglob("*")}
+        replaced = _files_of_model(folder, isinstance(model, Encoder)) - written
+    for file in replaced:
+        file.unlink(missing_ok=True)
+    for part in sorted({file.parent for file in replaced} - {folder}, reverse=True):
+        with suppress(OSError):  # something else lies there
+            part.rmdir()
     return folder
+
+
+def _files_of_model(folder: Path, whole: bool) -> set[Path]:
+    """Weights in a folder, and with ``whole`` all files of the modules that it lists; left there they would count."""
+    found = {*folder.glob("model*.safetensors"), *folder.glob(INDEX)}
+    try:
+        parts = module_folders(folder) if whole and (folder / "modules.json").is_file() else []
+    except InputError:  # damaged, hence no model
+        parts = []
+    for part in parts:
+        if part.resolve() == folder.resolve():
+            found |= {part / name for name in (*_FIELDS, *_TOKENIZERS, *_OF_ROOT) if (part / name).is_file()}
+        else:
+            found |= {file for pattern in _READABLE for file in part.glob(pattern)}
+    return found
 
 
 def _write(model: Encoder | PreTrainedModel, folder: Path, form: str | None, options: dict[str, Any]) -> None:
@@ -286,7 +323,7 @@ def _write(model: Encoder | PreTrainedModel, folder: Path, form: str | None, opt
         model.save_pretrained(str(folder))
         return
     room = room_behind(model) or (plain_room(model) if form == "folder" else None)
-    if form == "pipeline" and (own := own_room(model)):
+    if form == "pipeline" and (own := first_room(model)) and (room is None or hasattr(own.model, "stock_modules")):
         model = unfold(model, own)
     elif room and form != "pipeline":
         try:

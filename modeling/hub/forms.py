@@ -12,9 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import sentence_transformers
 import torch
-import transformers
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
@@ -48,9 +46,13 @@ def room_behind(model: Encoder) -> Room | None:
 
 def own_room(model: Encoder) -> Room | None:
     """The method whose own model the only module holds; None for any other."""
-    modules: list[Any] = list(model.children())
-    whole = getattr(modules[0], "model", None)
-    return room_of(whole.config.model_type) if len(modules) == 1 and isinstance(whole, PreTrainedModel) else None
+    return first_room(model) if len(model) == 1 else None
+
+
+def first_room(model: Encoder) -> Room | None:
+    """The method whose own model the first module holds, whatever stands behind it; None for any other."""
+    whole = getattr(model[0], "model", None)
+    return room_of(whole.config.model_type) if isinstance(whole, PreTrainedModel) else None
 
 
 def plain_room(model: Encoder) -> Room | None:
@@ -119,20 +121,13 @@ def write_folder(model: Encoder, whole: PreTrainedModel, room: Room, folder: Pat
     told = room.module.forward_kwargs if room.module else {"task"}
     entry = {"idx": 0, "name": "0", "path": "", "type": name, "kwargs": sorted(told)}
     write_json(folder / "modules.json", [entry])
-    versions = {"sentence_transformers": sentence_transformers, "transformers": transformers, "pytorch": torch}
     score = model.similarity_fn_name
-    said = {
-        "model_type": type(model).__name__,
-        "__version__": {name: package.__version__ for name, package in versions.items()},
-        "prompts": model.prompts,
-        "default_prompt_name": model.default_prompt_name,
-        "similarity_fn_name": None if score is None else str(score),
-    }
+    said = model._get_model_config() | {"similarity_fn_name": None if score is None else str(score)}
     write_json(folder / "config_sentence_transformers.json", said)
 
 
 def unfold(model: Encoder, room: Room) -> Encoder:
-    """A method's own model as stock modules and its head behind them.
+    """A method's own model, the first module, as stock modules and its head; and what stands behind it.
 
     Raises:
         InputError: What it does between encoder and head is no stock module.
@@ -148,6 +143,7 @@ def unfold(model: Encoder, room: Room) -> Encoder:
         behind = whole.stock_modules(first.tokenizer)
     if room.head and room.module:
         behind.append(room.module(head_of(whole, room.head)))
+    behind += list(model)[1:]
     read = first.get_config_dict()
     output = "embeddings" if first.transformer_task == "retrieval" else "last_hidden_state"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # as weights may be mapped
@@ -162,11 +158,14 @@ def unfold(model: Encoder, room: Room) -> Encoder:
             **{key: read[key] for key in _KEPT if read.get(key)},
         )
     family: Any = type(model)
+    cut = {name: getattr(model, name) for name in ("truncate_dim", "max_active_dims") if hasattr(model, name)}
     return family(
         modules=[transformer, *behind],
         prompts=model.prompts,
+        default_prompt_name=model.default_prompt_name,
         similarity_fn_name=model.similarity_fn_name,
         device=str(model.device),
+        **cut,
     )
 
 

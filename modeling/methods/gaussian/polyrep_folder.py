@@ -8,6 +8,7 @@ Beside ``polyrep_room.py``, and renewed like it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -280,10 +281,11 @@ def whole_encoder(encoder: nn.Module, owner: str) -> nn.Module:
     if not source:  # put together in memory, or no encoder of transformers, which others refuse
         return encoder
     options = {"config": encoder.config, "output_loading_info": True, "device_map": "meta"}  # takes no memory
-    try:
-        _, found = type(encoder).from_pretrained(source, **options)
-    except OSError:  # it lies in a folder inside that one
-        found = {"missing_keys": ()}
+    found = {"missing_keys": ()}
+    with contextlib.suppress(OSError):  # it lies in a folder inside that one
+        there, _ = PretrainedConfig.get_config_dict(source)
+        if not str(there.get("model_type")).startswith("polyrep_"):  # which has been saved over it since
+            _, found = type(encoder).from_pretrained(source, **options)
     if missing := sorted(name for name in found["missing_keys"] if "pooler" not in name.split(".")):
         raise ValueError(
             f"{owner}: {source} lacks {', '.join(missing[:3])} ({len(missing)} in all), which would be random "

@@ -117,7 +117,7 @@ def pooling_of(model, owner: str, poolings: tuple, remedy: str, prompts: bool = 
         prompts: Whether it may put words before a text.
     """
     names = [type(module).__name__ for module in model]
-    pooled = names[:2] == ["Transformer", "Pooling"]
+    pooled = names[:2] in (["Transformer", "Pooling"], ["Backbone", "Pooling"])
     pooling = model[1].pooling_mode if pooled else None
     plain = pooled and model[1].include_prompt and not getattr(model[0], "do_lower_case", False)
     plain = plain and (prompts or not any((model.prompts or {}).values()))

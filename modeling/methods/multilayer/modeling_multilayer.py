@@ -318,7 +318,8 @@ class MultiLayerModel(WholeWeights, PreTrainedModel):
         if head is not None:
             whole.head.load_state_dict(head.state_dict())
         whole = whole.to(encoder.dtype)
-        if whole.config.deepest() < whole.config.num_hidden_layers:
+        asked = whole.head.mix.is_meta  # whether there is such a model, which has no weights then
+        if whole.config.deepest() < whole.config.num_hidden_layers and not asked:
             with contextlib.suppress(ValueError):  # what cannot be left out costs time and changes no vector
                 whole = whole.truncate()
         return whole
