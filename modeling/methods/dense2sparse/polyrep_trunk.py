@@ -23,9 +23,9 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import cached_file
 
-from .polyrep_fields import WIDTH, WORDS, check_weight, part_config, shown
+from .polyrep_fields import WIDTH, WORDS, check_weight, fields_of, part_config, shown
 from .polyrep_folder import read_settings, whole_encoder
-from .polyrep_room import Transformer, new_encoder, pooling_of
+from .polyrep_room import MultiVectorEncoder, Transformer, new_encoder, pooling_of
 
 try:
     from sentence_transformers.base import modules
@@ -300,7 +300,46 @@ _OF_NO_ENCODER = {
 
 
 class Trunk:
-    """Texts or pages to token vectors and the mask of those that are scored; beside PreTrainedModel."""
+    """Texts or pages to token vectors and the mask of those that are scored; beside PreTrainedModel.
+
+    Attributes:
+        otherwise: What to do with a backbone that has other modules than a trunk.
+    """
+
+    otherwise = "Keep the modules: form='pipeline'."
+
+    @classmethod
+    def from_encoder(cls, backbone: str, head=None, **config) -> Trunk:
+        """A model from any late-interaction model of sentence-transformers whose modules one folder can hold.
+
+        Args:
+            backbone: Folder or Hub id of a MultiVectorEncoder.
+            head: A trained head; default: an untrained one.
+            config: Fields of the untrained one's config.
+
+        Raises:
+            ValueError: The backbone has other modules.
+        """
+        return cls.from_modules(MultiVectorEncoder(str(backbone), device="cpu"), head, **config)
+
+    @classmethod
+    def from_modules(cls, model, head=None, **config) -> Trunk:
+        """Likewise of an opened model, or of its modules."""
+        encoder, trunk, maps = cls.check_backbone(model)
+        if head is not None:
+            config = fields_of(head.config) | config
+        return cls.of_parts(
+            cls.config_class(encoder_config=encoder.config, trunk=trunk, **config), encoder, maps, head
+        )
+
+    @classmethod
+    def check_backbone(cls, model):
+        """See :func:`trunk_parts`."""
+        return trunk_parts(model, cls.__name__, cls.otherwise)
+
+    def stock_modules(self, tokenizer) -> list:
+        """What stands between encoder and head, as modules of sentence-transformers."""
+        return stock_parts(self, tokenizer)
 
     def add_trunk(self, config: PretrainedConfig) -> None:
         """Make encoder and modules, in the constructor."""

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from .polyrep_fields import WIDTH, checked, keep
 from .polyrep_folder import WholeWeights
 from .polyrep_room import SentenceTransformer
-from .polyrep_trunk import Trunk, TrunkTransformer, keep_trunk, stock_parts, trunk_parts
+from .polyrep_trunk import Trunk, TrunkTransformer, keep_trunk, trunk_parts
 
 
 class LateInteractionConfig(PretrainedConfig):
@@ -95,14 +95,7 @@ class LateInteractionModel(WholeWeights, Trunk, PreTrainedModel):
         Raises:
             ValueError: It has modules that one folder of this kind cannot hold.
         """
-        encoder, trunk, maps = trunk_parts(model, cls.__name__, "Keep the modules: form='pipeline'.")
-        dim = model.get_embedding_dimension()
-        own = LateInteractionConfig(**{"encoder_config": encoder.config, "trunk": trunk, "dim": dim} | config)
-        return cls.of_parts(own, encoder, maps)
-
-    def stock_modules(self, tokenizer) -> list:
-        """What stands behind the encoder, as modules of sentence-transformers."""
-        return stock_parts(self, tokenizer)
+        return super().from_modules(model, **{"dim": model.get_embedding_dimension()} | config)
 
     @property
     def width(self) -> int:

@@ -30,10 +30,10 @@ from torch.nn import functional as F
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
-from .polyrep_fields import NORM, WIDTH, check_weight, checked, fields_of, keep
+from .polyrep_fields import NORM, WIDTH, check_weight, checked, keep
 from .polyrep_folder import BESIDE_A_HEAD, WholeWeights
-from .polyrep_room import SIDES, EqualNorms, HeadModule, Module, MultiVectorEncoder, check_score
-from .polyrep_trunk import Trunk, TrunkTransformer, keep_trunk, stock_parts, trunk_parts
+from .polyrep_room import SIDES, EqualNorms, HeadModule, Module, check_score
+from .polyrep_trunk import Trunk, TrunkTransformer, keep_trunk
 
 _BLOCK = 2**25
 """Numbers in the largest intermediate of documents, 128 MiB; of queries, whose features are wider, twice that."""
@@ -442,6 +442,10 @@ class LemurForRetrieval(WholeWeights, Trunk, PreTrainedModel):
     """A late-interaction model and the head in one state dict."""
 
     config_class = LemurForRetrievalConfig
+    otherwise = (
+        "Put the head behind it: SentenceTransformer(modules=[*backbone.children(), LemurPooling(head)]), "
+        "or --pipeline true."
+    )
     _supports_sdpa = _supports_flash_attn = True
 
     def __init__(self, config):
@@ -450,39 +454,6 @@ class LemurForRetrieval(WholeWeights, Trunk, PreTrainedModel):
         self.head = LemurModel(config)
         self.post_init()
         self._keep_in_fp32_modules_strict = {"head"}  # not the head's own words for it, which an encoder has, too
-
-    @classmethod
-    def from_encoder(cls, backbone: str, head: LemurModel | None = None, **config) -> LemurForRetrieval:
-        """A model from any late-interaction model of sentence-transformers whose modules one folder can hold.
-
-        Args:
-            backbone: Folder or Hub id of a MultiVectorEncoder.
-            head: A fitted head; default: one that is not fitted yet.
-            config: Fields of LemurConfig for that.
-
-        Raises:
-            ValueError: The backbone has other modules.
-        """
-        return cls.from_modules(MultiVectorEncoder(str(backbone), device="cpu"), head, **config)
-
-    @classmethod
-    def from_modules(cls, model, head: LemurModel | None = None, **config) -> LemurForRetrieval:
-        """Likewise of an opened model, or of its modules."""
-        encoder, trunk, maps = cls.check_backbone(model)
-        if head is not None:
-            config = fields_of(head.config) | config
-        own = LemurForRetrievalConfig(encoder_config=encoder.config, trunk=trunk, **config)
-        return cls.of_parts(own, encoder, maps, head)
-
-    @staticmethod
-    def check_backbone(model):
-        """See :func:`trunk_parts`."""
-        remedy = "Put the head behind it: SentenceTransformer(modules=[*backbone.children(), LemurPooling(head)]), "
-        return trunk_parts(model, "LemurForRetrieval", remedy + "or --pipeline true.")
-
-    def stock_modules(self, tokenizer) -> list:
-        """What stands between encoder and head, as modules of sentence-transformers."""
-        return stock_parts(self, tokenizer)
 
     @property
     def width(self) -> int:

@@ -25,10 +25,10 @@ from torch.nn import functional as F
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
-from .polyrep_fields import LAYERS, NORM, WIDTH, check_weight, checked, fields_of, keep
+from .polyrep_fields import LAYERS, NORM, WIDTH, check_weight, checked, keep
 from .polyrep_folder import BESIDE_A_HEAD, WholeWeights
-from .polyrep_room import EqualNorms, HeadModule, MultiVectorEncoder, check_score, warn_of_no_task
-from .polyrep_trunk import Trunk, TrunkTransformer, keep_trunk, stock_parts, trunk_parts
+from .polyrep_room import EqualNorms, HeadModule, check_score, warn_of_no_task
+from .polyrep_trunk import Trunk, TrunkTransformer, keep_trunk
 
 try:
     from sentence_transformers.multi_vector_encoder.modules.token_pooling import BaseTokenPooling
@@ -484,6 +484,10 @@ class ReinPoolForRetrieval(WholeWeights, Trunk, PreTrainedModel):
     """A late-interaction model and the head in one state dict."""
 
     config_class = ReinPoolForRetrievalConfig
+    otherwise = (
+        "Put the head behind it: MultiVectorEncoder(modules=[*backbone.children(), ReinPoolPooling(...)]), "
+        "or --pipeline true."
+    )
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = True
 
@@ -492,39 +496,6 @@ class ReinPoolForRetrieval(WholeWeights, Trunk, PreTrainedModel):
         self.add_trunk(config)
         self.head = ReinPoolModel(config)
         self.post_init()
-
-    @classmethod
-    def from_encoder(cls, backbone: str, head: ReinPoolModel | None = None, **config) -> ReinPoolForRetrieval:
-        """A model from any late-interaction model of sentence-transformers whose modules one folder can hold.
-
-        Args:
-            backbone: Folder or Hub id of a MultiVectorEncoder.
-            head: A trained head; default: an untrained one.
-            config: Fields of ReinPoolConfig for the untrained one.
-
-        Raises:
-            ValueError: The backbone has other modules.
-        """
-        return cls.from_modules(MultiVectorEncoder(str(backbone), device="cpu"), head, **config)
-
-    @classmethod
-    def from_modules(cls, model, head: ReinPoolModel | None = None, **config) -> ReinPoolForRetrieval:
-        """Likewise of an opened model, or of its modules."""
-        encoder, trunk, maps = cls.check_backbone(model)
-        if head is not None:
-            config = fields_of(head.config) | config
-        own = ReinPoolForRetrievalConfig(encoder_config=encoder.config, trunk=trunk, **config)
-        return cls.of_parts(own, encoder, maps, head)
-
-    @staticmethod
-    def check_backbone(model):
-        """See :func:`trunk_parts`."""
-        remedy = "Put the head behind it: MultiVectorEncoder(modules=[*backbone.children(), ReinPoolPooling(...)]), "
-        return trunk_parts(model, "ReinPoolForRetrieval", remedy + "or --pipeline true.")
-
-    def stock_modules(self, tokenizer) -> list:
-        """What stands between encoder and head, as modules of sentence-transformers."""
-        return stock_parts(self, tokenizer)
 
     @property
     def width(self) -> int:
