@@ -304,6 +304,16 @@ def test_a_head_is_taken_out_of_a_whole_models_folder(backbone, tmp_path):
     assert taken >= 8
 
 
+def test_a_head_is_taken_out_of_a_folder_of_before(backbone, tmp_path):
+    """Whose config lacks the fields that have come since."""
+    folder = polyrep.save(EXAMPLES["polyrep_gaussian"](backbone, tmp_path).models["retriever"], tmp_path / "whole")
+    config = json.loads((folder / "config.json").read_text())
+    lacking = {name: value for name, value in config.items() if name not in ("equal_norms", "max_norm", "trunk")}
+    (folder / "config.json").write_text(json.dumps(lacking | {"projection_dim": config["projection_dim"] - 1}))
+    head = GaussianPooling.from_pretrained(str(folder)).model
+    assert not head.config.equal_norms and head.config.projection_dim == config["projection_dim"] - 1
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -321,11 +321,8 @@ def _record(output: Path, number: int) -> dict[str, Any]:
 def _finish(output: Path, shards: int) -> dict[str, Any]:
     """Declare the corpus complete if it is, whoever wrote the last shard."""
     summary = dict.fromkeys(("done", "documents", "bytes", "errors"), 0)
-    options: dict[str, Any] = {
-        "encoding": "utf-8",
-        "errors": "backslashreplace",
-        "newline": "\n",
-    }  # names of files may be any bytes
+    # Names of files may be any bytes.
+    options: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
     with staged_file(output / "errors.jsonl") as partial, partial.open("w", **options) as errors:
         for number in range(shards):
             if record := _record(output, number):

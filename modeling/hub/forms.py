@@ -16,11 +16,12 @@ import torch
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
-from transformers import AutoProcessor, PretrainedConfig, PreTrainedModel
+from transformers import AutoProcessor, PreTrainedModel
 
 from ..errors import InputError, refusals
 from ..files import write_json
 from ..registry import ROOMS, Room, room_of
+from .polyrep_fields import fields_of
 from .polyrep_trunk import Backbone
 
 Encoder = SentenceTransformer | SparseEncoder | MultiVectorEncoder
@@ -172,8 +173,7 @@ def unfold(model: Encoder, room: Room) -> Encoder:
 def head_of(whole: Any, kind: type[PreTrainedModel]) -> PreTrainedModel:
     """The head of a whole model, with a config of its own."""
     config: Any = kind.config_class
-    names = config().to_dict().keys() - PretrainedConfig().to_dict().keys()
-    head = kind(config(**{name: getattr(whole.config, name) for name in names}))
+    head = kind(config(**fields_of(whole.config, config)))
     head.load_state_dict(whole.head.state_dict())
     return head.to(next(whole.head.parameters()).dtype).eval()
 

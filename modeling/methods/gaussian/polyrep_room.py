@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from .polyrep_fields import fields_of
 from .polyrep_folder import fingerprints_of
 
 try:
@@ -106,7 +107,9 @@ def pool_tokens(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
     return states[torch.arange(states.shape[0], device=states.device), ranks.to(torch.int32).argmax(1)]
 
 
-def pooling_of(model, owner: str, poolings: tuple, remedy: str, prompts: bool = True) -> tuple[str, bool]:
+def pooling_of(
+    model, owner: str, poolings: tuple, remedy: str, prompts: bool = True, more: bool = False
+) -> tuple[str, bool]:
     """Pooling of a SentenceTransformer and whether it normalises; ValueError if it does more than that.
 
     Args:
@@ -115,13 +118,14 @@ def pooling_of(model, owner: str, poolings: tuple, remedy: str, prompts: bool = 
         poolings: Those that it may have.
         remedy: What to do else.
         prompts: Whether it may put words before a text.
+        more: Whether any modules may stand behind the pooling.
     """
     names = [type(module).__name__ for module in model]
     pooled = names[:2] in (["Transformer", "Pooling"], ["Backbone", "Pooling"])
     pooling = model[1].pooling_mode if pooled else None
     plain = pooled and model[1].include_prompt and not getattr(model[0], "do_lower_case", False)
     plain = plain and (prompts or not any((model.prompts or {}).values()))
-    if not plain or pooling not in poolings or names[2:] not in ([], ["Normalize"]):
+    if not plain or pooling not in poolings or not more and names[2:] not in ([], ["Normalize"]):
         raise ValueError(
             f"{owner}: the backbone is {' + '.join(names)} with pooling {pooling!r} and prompts {model.prompts}, and "
             f"one folder of this kind holds a transformer and one pooling, {' or '.join(poolings)}"
@@ -380,8 +384,7 @@ class HeadModule:
         content, _ = PretrainedConfig.get_config_dict(model_name_or_path, subfolder=subfolder, **kept)
         expected = cls.head_class.config_class
         if content.get("model_type") == cls.inside is not None:  # of the whole model, the head's weights alone
-            own = {name: content[name] for name in expected().to_dict().keys() - PretrainedConfig().to_dict().keys()}
-            kept |= {"config": expected(**own), "key_mapping": {r"^head\.": ""}}
+            kept |= {"config": expected(**fields_of(content, expected)), "key_mapping": {r"^head\.": ""}}
         elif content.get("model_type") != expected.model_type:
             raise ValueError(
                 f"{cls.__name__}: {model_name_or_path} holds a model of type {content.get('model_type')!r}, not a "

@@ -263,9 +263,16 @@ def unless_given(config: dict, **values) -> dict:
     return config | {name: value for name, value in values.items() if config.get(name) is None}
 
 
-def fields_of(config: PretrainedConfig) -> dict:
-    """What a head's config says of the head, for the config of a model that holds it."""
-    own = type(config)().to_dict().keys() - PretrainedConfig().to_dict().keys()
+def fields_of(config: PretrainedConfig | dict, kind: type | None = None) -> dict:
+    """What a config says of a head, for that of a model that holds it, or the other way round.
+
+    Args:
+        config: Of a head, or of a whole model; or its fields, of which a folder of before may lack some.
+        kind: The head's config class; default: that of the config.
+    """
+    own = (kind or type(config))().to_dict().keys() - PretrainedConfig().to_dict().keys()
+    if isinstance(config, dict):
+        return {name: config[name] for name in own & config.keys()}
     return {name: getattr(config, name) for name in own}
 
 

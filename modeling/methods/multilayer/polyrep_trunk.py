@@ -195,9 +195,10 @@ def trunk_parts(model, owner: str, remedy: str) -> tuple[PreTrainedModel, list[d
     parts = list(model)
     names = " + ".join(type(module).__name__ for module in parts)
     first = parts[0]
-    found = getattr(first, "model", None)
-    if len(parts) == 1 and hasattr(found, "trunk") and not hasattr(found, "head"):  # of whichever method's file
-        return found.encoder, found.config.trunk, [part for part in found.trunk if hasattr(part, "linear")]
+    encoder = getattr(first, "model", None)
+    if len(parts) == 1 and hasattr(encoder, "trunk") and not hasattr(encoder, "head"):  # of whichever method's file
+        maps = [part for part in encoder.trunk if hasattr(part, "linear")]
+        return encoder.encoder, encoder.config.trunk, maps
 
     def refuse(why: str):
         raise ValueError(
@@ -205,7 +206,6 @@ def trunk_parts(model, owner: str, remedy: str) -> tuple[PreTrainedModel, list[d
             f"{', '.join(_FIELDS)}. {remedy}"
         )
 
-    encoder = getattr(first, "model", None)
     if type(first).__name__ not in ("Transformer", "Backbone") or not isinstance(encoder, PreTrainedModel):
         refuse(f"{type(first).__name__} is no transformer")
     if getattr(first, "do_lower_case", False):
@@ -248,16 +248,8 @@ def pooled_parts(model, owner: str, poolings: tuple, remedy: str, prompts: bool 
         )
 
     trunk, maps = _parts_of(modules[2:], None, refuse, OF_VECTORS, "sentence_embedding")
-    pooling, _ = pooling_of(_Alike(modules[:2], model.prompts), owner, poolings, remedy, prompts)
+    pooling, _ = pooling_of(model, owner, poolings, remedy, prompts, more=True)
     return pooling, False, trunk, maps
-
-
-class _Alike(list):
-    """Modules with the prompts of the model that they are of."""
-
-    def __init__(self, modules, prompts):
-        super().__init__(modules)
-        self.prompts = prompts
 
 
 def _parts_of(stock: list, tokenizer, refuse, kinds: tuple = tuple(_FIELDS), place: str = "token_embeddings") -> tuple:
@@ -368,10 +360,7 @@ class Trunk:
             whole.head = type(whole.head)(config)
         if head is not None:
             whole.head.load_state_dict(head.state_dict())
-        if maps is None:
-            whole.encoder = encoder
-        else:
-            whole.take_trunk(encoder, maps)
+        whole.take_trunk(encoder, maps)
         return whole.to(encoder.dtype)
 
     def _init_weights(self, module):
@@ -383,9 +372,11 @@ class Trunk:
                     bound = module.in_features**-0.5
                     initialization.uniform_(module.bias, -bound, bound)
 
-    def take_trunk(self, encoder: PreTrainedModel, maps: list[nn.Module]) -> None:
-        """Take the encoder of a model, and the weights of its Dense modules."""
+    def take_trunk(self, encoder: PreTrainedModel, maps: list[nn.Module] | None) -> None:
+        """Take the encoder of a model, and the weights of its Dense modules where there are some."""
         self.encoder = encoder
+        if maps is None:
+            return
         for ours, theirs in zip((part for part in self.trunk if isinstance(part, Dense)), maps, strict=True):
             ours.linear.load_state_dict(theirs.linear.state_dict())
             if ours.residual is not None:
