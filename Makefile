@@ -57,7 +57,7 @@ test-min: $(VENV)/.dev
 		transformers==5.17.0 sentence-transformers==6.0.1 huggingface-hub==1.33.0
 	PYTHONPATH=$(abspath $(LOWEST)) $(BIN)/python -m pip check
 	PYTHONPATH=$(abspath $(LOWEST)) $(PYTEST) tests/test_lowest.py tests/test_rooms.py tests/test_room_training.py \
-		tests/test_training.py tests/test_hub.py tests/test_lemur.py tests/test_publish.py tests/test_encode.py
+		tests/test_training.py tests/test_retrievers.py tests/test_hub.py tests/test_lemur.py tests/test_publish.py tests/test_encode.py
 
 # Everything in results/ that a CPU can make again, about ten hours on 2 cores. Sets come by name: `polyrep data list`.
 results: results-docs results-sets

@@ -156,7 +156,7 @@ def language_of(texts: Sequence[str]) -> str | None:
     return best if sure and own >= max(10, counts.total() / 10) else None
 
 
-def analyzer_of(dataset: RetrievalDataset, language: str) -> Analyzer:
+def analyzer_of(dataset: RetrievalDataset, language: str | Analyzer) -> Analyzer:
     """The :func:`analyzer` by which BM25 finds documents of a data set.
 
     Raises:
@@ -168,7 +168,7 @@ def analyzer_of(dataset: RetrievalDataset, language: str) -> Analyzer:
             f"{dataset.name}: documents are images, in which BM25 finds no words. Leave it out (--baselines none)."
         )
     if any(map(words_of, texts)):
-        made = analyzer(language, texts)
+        made = language if isinstance(language, Analyzer) else analyzer(language, texts)
         if any(made.words([text])[0] for text in texts):
             return made
     raise InputError(
@@ -177,13 +177,13 @@ def analyzer_of(dataset: RetrievalDataset, language: str) -> Analyzer:
     )
 
 
-def rank_with_bm25(dataset: RetrievalDataset, depth: int | None = None, *, language: str = "en") -> Ranking:
+def rank_with_bm25(dataset: RetrievalDataset, depth: int | None = None, *, language: str | Analyzer = "en") -> Ranking:
     """BM25 (Lucene's variant, k1 = 1.5, b = 0.75) over stems without stop words, by ``bm25s``.
 
     Args:
         dataset: Corpus and queries.
         depth: Documents of a query; default: :data:`polyrep.evaluation.systems.DEPTH`.
-        language: See :func:`analyzer`.
+        language: See :func:`analyzer`; or one made by hand.
 
     Raises:
         InputError: See :func:`analyzer_of`.
