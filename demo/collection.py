@@ -356,7 +356,7 @@ class Collection:
             ),
             (FULL, "one vector a token", late, self.tokens, lambda asked: asked.tokens, "maxsim", "MaxSim"),
         ]
-        found = [Representation("BM25", "the words as they are", "", bm25.size, bm25.ask, bm25.search, "BM25")]
+        found = [Representation("BM25", "the words by their stems", "", bm25.size, bm25.ask, bm25.search, "BM25")]
         for name, idea, backbone, documents, ask, similarity, unit in table:
             index = full if documents is self.tokens else ReadyIndex(documents, self.ranks, similarity)
             size = costs_of(documents, documents)["bytes_per_document"]

@@ -78,7 +78,7 @@ def test_queries_that_are_documents_are_measured_without_themselves(tmp_path, fo
     texts = {
         "a": "print a file",
         "b": "show open ports",
-        "c": "archive files",
+        "c": "pack a folder",
         "a2": "show a file",
         "b2": "list ports",
     }
