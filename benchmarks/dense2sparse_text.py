@@ -33,9 +33,10 @@ from polyrep.cli import train as train_run
 from polyrep.data import RetrievalDataset
 from polyrep.data.named import made_here
 from polyrep.encoding import Embeddings
+from polyrep.evaluation.bm25 import rank_with_bm25
 from polyrep.evaluation.frontier.csr import CSR_BATCH, CSR_RATE, CSR_SIZES, CSR_STEPS, csr, fit_module, with_csr
 from polyrep.evaluation.metrics import per_query_metrics
-from polyrep.evaluation.systems import Ranking, rank_embeddings, rank_with_bm25
+from polyrep.evaluation.systems import Ranking, rank_embeddings
 from polyrep.evaluation.table import table_rows
 from polyrep.files import read_json
 from polyrep.hub import fetch, fingerprint, load

@@ -315,6 +315,7 @@ def test_without_the_full_model_there_is_no_table(tmp_path, monkeypatch, pages, 
         ("late", ["--split", "train"], "learn from it"),
         ("late", ["--fit_seconds", "0"], "no time"),
         ("late", ["--frontier", "false"], "ordinary table"),
+        ("late", ["--language", "xx"], "--language xx: PyStemmer knows no"),
     ],
 )
 def test_what_cannot_be_used_is_refused_before_anything_is_encoded(tmp_path, pages, models, model, flags, message):
@@ -565,9 +566,11 @@ def test_two_data_sets_have_rows_of_their_own(tmp_path, pages, models):
     (other / "qrels").mkdir(parents=True)
     for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv", "qrels/train.tsv"):
         (other / name).write_bytes((pages / name).read_bytes())
-    results = run(tmp_path, models["late"], "--dataset", pages, other, "--methods", "mean", "--budget", "bytes=99")
+    flags = ["--methods", "mean", "--budget", "bytes=99", "--language", "none"]
+    results = run(tmp_path, models["late"], "--dataset", pages, other, *flags)
     assert {row["dataset"] for row in results["rows"]} == {"pages", "others"}
     assert [entry["dataset"] for entry in results["recommendations"]] == ["pages", "others"]
+    assert [row["settings"]["language"] for row in results["rows"] if "settings" in row] == ["none", "none"]
     assert results["name"] == "frontier-pages-others"
 
 

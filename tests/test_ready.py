@@ -142,12 +142,13 @@ def test_a_kept_ranking_is_made_once_and_again_if_its_file_is_damaged(tmp_path, 
 
     def make() -> Ranking:
         made.append(1)
-        return Ranking("x", np.arange(6).reshape(2, 3), np.ones((2, 3), np.float32), {"a": 1.5}, np.array([1, np.nan]))
+        seconds, settings = np.array([1, np.nan]), {"language": "en"}
+        return Ranking("x", np.arange(6).reshape(2, 3), np.ones((2, 3), np.float32), {"a": 1.5}, seconds, settings)
 
     path = tmp_path / "rows" / "x.safetensors"
     for _ in range(2):
         ranking = keep_ranking(path, "name", make, 2)
-        assert (ranking.system, ranking.costs) == ("name", {"a": 1.5})
+        assert (ranking.system, ranking.costs, ranking.settings) == ("name", {"a": 1.5}, {"language": "en"})
         np.testing.assert_array_equal(ranking.positions, [[0, 1], [3, 4]])
         np.testing.assert_array_equal(ranking.seconds, [1, np.nan])
     assert len(made) == 1 and [p.name for p in path.parent.iterdir()] == ["x.safetensors"]

@@ -26,8 +26,9 @@ from ..hub.fingerprint import fingerprint
 from ..hub.folder import Encoder, family_of, fastest_dtype, fetch, load
 from ..hub.reading import set_length
 from ..report import print_and_write, provenance, refuse_unwritable_results
+from .bm25 import analyzer_of, rank_with_bm25
 from .mteb import Suite, left_out, mteb_package, open_suites, refuse_unfit, run_suites
-from .systems import Ranking, rank_with_bm25, rank_with_model, refuse_wordless
+from .systems import Ranking, rank_with_model
 from .table import display_name, notes_on, refuse_doubles, refuse_unknown, table_rows
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class EvaluationArguments:
         default_factory=list,
         metadata={
             "help": "Benchmarks or tasks of MTEB by name, e.g. NanoBEIR. They have splits of their own, and neither "
-            "bm25 nor --token_pooling, --dtype, --reference have a part in them."
+            "bm25 and its --language nor --token_pooling, --dtype, --reference have a part in them."
         },
     )
     frontier: bool = field(
@@ -53,6 +54,13 @@ class EvaluationArguments:
     )
     split: str = field(default="test", metadata={"help": "Split of the judgments; choose settings on dev, not test."})
     baselines: str = field(default="bm25", metadata={"help": "Comma-separated: bm25, minilm, any model; or none."})
+    language: str = field(
+        default="en",
+        metadata={
+            "help": "Of bm25's stems and stop words: an ISO 639 code; auto for that of each corpus; none for words "
+            "as they are."
+        },
+    )
     token_pooling: list[str] = field(
         default_factory=list,
         metadata={"help": "Extra rows for multi-vector models: mean, or vectors kept (1 2 4 ...)."},
@@ -234,7 +242,7 @@ def _refuse_unfit(
             refuse_unwritable(Path(getattr(args, flag)), f"--{flag}")
     if any(system.folder is None for system in systems):
         for dataset in datasets:
-            refuse_wordless(dataset)
+            analyzer_of(dataset, args.language)
     folders = [system.folder for system in systems if system.folder]
     if args.token_pooling and MultiVectorEncoder not in map(family_of, folders):
         raise InputError(f"--token_pooling {' '.join(args.token_pooling)}: no model here has several vectors a text.")
@@ -251,7 +259,7 @@ def _measure(
     for system in systems:
         if not system.folder:
             for dataset in datasets:
-                found.rankings[dataset.name].append(rank_with_bm25(dataset))
+                found.rankings[dataset.name].append(rank_with_bm25(dataset, language=args.language))
             continue
         digest = found.fingerprints[system.name] = fingerprint(system.folder)
         model = system.open(args)

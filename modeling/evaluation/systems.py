@@ -1,4 +1,4 @@
-"""Systems to compare: a model through exact search, the same model with its vectors pooled, and BM25.
+"""Systems to compare: a model through exact search, and the same model with its vectors pooled.
 
 Each returns a :class:`Ranking`: what it found for every query, and what that cost in bytes, terms and seconds.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,13 @@ from sentence_transformers.multi_vector_encoder.modules import HierarchicalToken
 from tqdm import tqdm
 
 from ..data.dataset import RetrievalDataset
-from ..data.words import words_of
 from ..encoding.cache import embed
 from ..encoding.embeddings import Embeddings, mean_of_tokens, row_of, sum_of_tokens
 from ..encoding.encoders import kind_of
 from ..errors import InputError
 from ..files import staged_file
 from ..hub.folder import Encoder
-from ..search.ranking import deeper, exact_search, tie_ranks, without
+from ..search.ranking import exact_search, tie_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +49,7 @@ class Ranking:
         costs: Figures for the table; see :func:`costs_of`. ``search_ms`` is one query alone through exact search,
             reading the index from its memory map included; with ``encode_docs_per_s`` it depends on the machine.
         seconds: ``(queries,)`` what each query took alone, NaN where it was not timed; None where nobody asked.
+        settings: How the system was set, for a line below the table.
     """
 
     system: str
@@ -57,6 +57,7 @@ class Ranking:
     scores: np.ndarray
     costs: dict[str, float] = field(default_factory=dict)
     seconds: np.ndarray | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def bytes_per_document(
@@ -180,77 +181,6 @@ def rank_embeddings(
     return Ranking(system, positions, scores, costs_of(queries, documents) | latency(timed))
 
 
-def bm25_words(texts: Iterable[str]) -> list[list[str]]:
-    """Words of each text as BM25 counts them: :func:`polyrep.data.words.words_of` without English stop words.
-
-    Raises:
-        InputError: ``bm25s``, which knows those, is not installed.
-    """
-    try:
-        from bm25s.stopwords import STOPWORDS_EN
-    except ModuleNotFoundError:
-        raise InputError(
-            'bm25: the package bm25s is not installed. Run `pip install "polyrep[quickstart]"`.'
-        ) from None
-    return [[word for word in words_of(text) if word not in STOPWORDS_EN] for text in texts]
-
-
-def refuse_wordless(dataset: RetrievalDataset) -> None:
-    """InputError if BM25 has nothing to find the documents by: no word in any, or images."""
-    texts = dataset.corpus.values() if isinstance(dataset.corpus, dict) else [None]
-    for text in texts:
-        if not isinstance(text, str):
-            raise InputError(
-                f"{dataset.name}: documents are images, in which BM25 finds no words. Leave it out (--baselines none)."
-            )
-        if bm25_words([text])[0]:
-            return
-    raise InputError(
-        f"{dataset.name}: no document has a word of two letters that is no stop word, so BM25 would find nothing. "
-        "Leave it out (--baselines none)."
-    )
-
-
-def rank_with_bm25(dataset: RetrievalDataset, depth: int | None = None) -> Ranking:
-    """BM25 (Lucene's variant, k1 = 1.5, b = 0.75) with English stop words and no stemming, by ``bm25s``.
-
-    Raises:
-        InputError: ``bm25s`` is not installed, or no document has a word.
-    """
-    refuse_wordless(dataset)
-    import bm25s
-
-    started = time.perf_counter()
-    index = bm25s.BM25(method="lucene")
-    index.index(bm25_words(dataset.corpus.values()), show_progress=False)
-    seconds = time.perf_counter() - started
-    queries = bm25_words(dataset.queries.values())
-    # Ties must fall as everywhere else: put the documents in order of falling id, then sort stably.
-    by_id = sorted(range(len(dataset.corpus)), key=list(dataset.corpus).__getitem__, reverse=True)
-    positions, scores, timed = [], [], []
-    for query in tqdm(queries, desc="bm25", unit="query"):
-        begun = time.perf_counter()
-        found = index.get_scores(query) if query else np.zeros(len(by_id), np.float32)
-        order = np.argsort(-found[by_id], kind="stable")[: deeper(depth or DEPTH, dataset.own)]
-        timed.append(time.perf_counter() - begun)
-        positions.append(np.asarray(by_id)[order])
-        scores.append(found[positions[-1]])
-    # bm25s keeps one score per (term, document) pair, in float32.
-    nnz = len(index.scores["data"]) / len(dataset.corpus)
-    postings = np.diff(index.scores["indptr"])  # documents of each term
-    askings = np.zeros(len(postings))  # queries of each term
-    for query in queries:
-        askings[index.get_tokens_ids(query)] += 1  # a repeated term counts once
-    found, scored = without(dataset.own, np.stack(positions), np.stack(scores), depth or DEPTH)
-    costs = {
-        "bytes_per_document": bytes_per_document("sparse", "float32", nnz=nnz),
-        "active_dims": nnz,
-        "flops": flops(askings / len(queries), postings / len(dataset.corpus)),
-        "encode_docs_per_s": len(dataset.corpus) / seconds,
-    }
-    return Ranking("BM25", found, scored, costs | latency(timed), np.array(timed))
-
-
 def keep_ranking(path: Path, system: str, make: Callable[[], Ranking], depth: int) -> Ranking:
     """A ranking from the file ``path``, made and kept there first if it is missing or cannot be read.
 
@@ -264,8 +194,9 @@ def keep_ranking(path: Path, system: str, make: Callable[[], Ranking], depth: in
         try:
             with safe_open(path, framework="numpy") as stored:
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-                costs = json.loads(stored.metadata()["costs"])
-            return Ranking(system, tensors["positions"], tensors["scores"], costs, tensors.get("seconds"))
+                said = stored.metadata()
+                costs, settings = json.loads(said["costs"]), json.loads(said.get("settings", "{}"))
+            return Ranking(system, tensors["positions"], tensors["scores"], costs, tensors.get("seconds"), settings)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             logger.warning("%s is damaged (%s), so its row is made again.", path, error)
     made = make()
@@ -274,7 +205,8 @@ def keep_ranking(path: Path, system: str, make: Callable[[], Ranking], depth: in
     if made.seconds is not None:
         tensors["seconds"] = made.seconds
     with staged_file(path) as partial:
-        save_file(tensors, partial, metadata={"costs": json.dumps(made.costs, allow_nan=False)})
+        said = {"costs": made.costs, "settings": made.settings}
+        save_file(tensors, partial, metadata={name: json.dumps(of, allow_nan=False) for name, of in said.items()})
     return replace(made, system=system, positions=positions, scores=scores)
 
 
@@ -310,7 +242,8 @@ def _hierarchical(documents: Embeddings, vectors: int) -> Embeddings:
         tokens = torch.from_numpy(np.array(documents.values[start:stop], np.float32))
         # The library takes a factor and rounds down; half a vector more makes it land on the number asked for.
         factor = max(len(tokens) / (vectors + 0.5), 1.0)
-        pooled.append(HierarchicalTokenPooling(factor, num_protected_tokens=0).pool_one(tokens).numpy())
+        means = HierarchicalTokenPooling(factor, num_protected_tokens=0).pool_one(tokens)
+        pooled.append(torch.nn.functional.normalize(means, dim=-1).numpy())  # which sentence-transformers 6.0 leaves
     offsets = np.cumsum([0, *map(len, pooled)])
     return replace(documents, values=np.concatenate(pooled).astype(documents.values.dtype), offsets=offsets)
 

@@ -28,12 +28,14 @@ def table_rows(
     seeds: dict[str, list[Ranking]] = {}
     for ranking in rankings:
         seeds.setdefault(ranking.system, []).append(ranking)
-    values, costs = {}, {}
+    values: dict[str, dict[str, np.ndarray]] = {}
+    costs: dict[str, dict[str, Any]] = {}
     for system, repeated in seeds.items():
         measured = [per_query_metrics(dataset, ranking) for ranking in repeated]
         values[system] = {metric: np.stack([m[metric] for m in measured]) for metric in METRICS}
         known = [ranking.costs for ranking in repeated]
         costs[system] = {name: float(np.mean([cost[name] for cost in known])) for name in known[0]}
+        costs[system] |= settings_of(repeated[0])
     return metric_rows(dataset.name, dataset.split, values, costs, reference, seed)
 
 
@@ -41,7 +43,7 @@ def metric_rows(
     dataset: str,
     split: str,
     values: Mapping[str, Mapping[str, np.ndarray]],
-    costs: Mapping[str, Mapping[str, float]],
+    costs: Mapping[str, Mapping[str, Any]],
     reference: str,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
@@ -51,7 +53,7 @@ def metric_rows(
         dataset: Name of the data set.
         split: Its split.
         values: System -> metric -> ``(seeds, queries)``.
-        costs: System -> what goes beside its nDCG@10.
+        costs: System -> what goes beside its nDCG@10, such as :func:`settings_of`.
         reference: The system that the others are tested against.
         seed: Seed of the resampling.
 
@@ -86,6 +88,11 @@ def metric_rows(
                     row |= {"reference": reference} | tests[system]
             rows.append(row)
     return rows
+
+
+def settings_of(ranking: Ranking) -> dict[str, Any]:
+    """What a row says of how its system was set: nothing where there is nothing to set."""
+    return {"settings": ranking.settings} if ranking.settings else {}
 
 
 def notes_on(dataset: RetrievalDataset) -> list[str]:

@@ -28,9 +28,10 @@ from ...hub.folder import Encoder, fastest_dtype, fetch, load
 from ...hub.reading import set_length
 from ...registry import ROOMS
 from ...report import hardware, print_and_write, provenance, refuse_unwritable_results
+from ..bm25 import analyzer, rank_with_bm25
 from ..metrics import METRICS, per_query_metrics
-from ..systems import Ranking, costs_of, keep_ranking, latency, rank_with_bm25
-from ..table import display_name, metric_rows, notes_on, refuse_doubles
+from ..systems import Ranking, costs_of, keep_ranking, latency
+from ..table import display_name, metric_rows, notes_on, refuse_doubles, settings_of
 from .advice import Budget, fronts, learned_margins, parse_budget, recommend
 from .fit import code_digest
 from .fit_data import FitData, cloze_queries, judged_queries
@@ -78,6 +79,13 @@ class FrontierArguments:
         metadata={
             "help": "judged: learn from train, measure --split. inverse_cloze: sentences of the documents, removed "
             "from them, for a corpus without queries; a fifth is measured, the others are learned from."
+        },
+    )
+    language: str = field(
+        default="en",
+        metadata={
+            "help": "Of BM25's stems and stop words: an ISO 639 code; auto for that of each corpus; none for words "
+            "as they are."
         },
     )
     fit_seconds: float = field(default=90.0, metadata={"help": "Most seconds to fit a head, encoding left out."})
@@ -178,6 +186,10 @@ def _open(args: FrontierArguments, source: str) -> list[FullModel]:
     """
     parts = [_read(args, path) for path in args.dataset]
     refuse_doubles(args.dataset, [dataset.name for dataset, _ in parts])
+    for dataset, _ in parts:
+        texts = list(dataset.corpus.values())
+        if args.language != "en" and isinstance(texts[0], str):  # with the default, it is the row alone that may fail
+            analyzer(args.language, texts)
     folder = fetch(source, revision=args.revision, trust_remote_code=args.trust_remote_code)
     weights = fastest_dtype(args.model_dtype)
     model: Any = load(folder, trust_remote_code=args.trust_remote_code, dtype=weights)
@@ -196,6 +208,7 @@ def _open(args: FrontierArguments, source: str) -> list[FullModel]:
             weights=weights,
             batch_size=args.batch_size,
             trust_remote_code=args.trust_remote_code,
+            language=args.language,
         )
         for dataset, fit_data in parts
     ]
@@ -288,7 +301,8 @@ def _jobs(full: FullModel, methods: list[str], learned: Any) -> Iterator[Job]:
     whole = Candidate(FULL, lambda: Encoded(full.queries, full.documents, full.similarity))
     yield Job(FULL, code_digest(*COMMON), lambda: _ranked(full, whole))
     if isinstance(next(iter(full.dataset.corpus.values())), str):  # images have no words to find them by
-        yield Job(BM25, code_digest(*COMMON), lambda: _bm25(full), True)
+        code = code_digest(*COMMON, "evaluation/bm25.py", "data/words.py")
+        yield Job(BM25, [code, full.language], lambda: _bm25(full), True)
     known = all_methods()
     for name in methods:
         method = known[name]
@@ -306,7 +320,7 @@ def _ranked(full: FullModel, candidate: Candidate) -> Ranking:
 
 def _bm25(full: FullModel) -> Ranking:
     """BM25 with the time of the queries that every row is timed by."""
-    ranking = rank_with_bm25(full.dataset, RERANK_DEPTH)
+    ranking = rank_with_bm25(full.dataset, RERANK_DEPTH, language=full.language)
     assert ranking.seconds is not None
     rows = timed_rows(len(ranking.seconds))
     seconds = np.full(len(ranking.seconds), np.nan)
@@ -335,7 +349,7 @@ def tabulate(
     """Rows of one data set with intervals, tests against the full model and fronts; advice for each budget; claims."""
     values = {ranking.system: per_query_metrics(full.dataset, ranking) for ranking in rankings}
     stacked = {system: {metric: of[metric][None] for metric in METRICS} for system, of in values.items()}
-    costs = {ranking.system: ranking.costs for ranking in rankings}
+    costs = {ranking.system: ranking.costs | settings_of(ranking) for ranking in rankings}
     rows = metric_rows(full.dataset.name, full.dataset.split, stacked, costs, FULL, full.seed)
     main = [row for row in rows if row["metric"] == "nDCG@10"]
     for row, found in zip(main, fronts(main), strict=True):

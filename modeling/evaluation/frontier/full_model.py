@@ -40,6 +40,7 @@ class FullModel:
         weights: Type of the model's weights in memory.
         batch_size: Texts per forward pass.
         trust_remote_code: Whether the model's own code may run.
+        language: Of BM25's stems and stop words.
     """
 
     model: Encoder
@@ -53,6 +54,7 @@ class FullModel:
     weights: torch.dtype = torch.float32
     batch_size: int = 32
     trust_remote_code: bool = False
+    language: str = "en"
 
     @property
     def kind(self) -> str:
