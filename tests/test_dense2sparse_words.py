@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer, SparseEncoder
@@ -18,7 +19,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTra
 from world import pages, write_world
 
 import polyrep
-from polyrep.cli import train
+from polyrep.cli import main, train
 from polyrep.methods import Dense2SparseForRetrieval, Dense2SparseModel, Dense2SparsePooling
 from polyrep.training.sides import SentenceSide
 
@@ -255,6 +256,20 @@ def test_training_reads_the_words_that_encoding_reads(encoder, head, tmp_path):
         torch.testing.assert_close(found > 0, own > 0)
         # Vectors are cached in half precision, and words of the text alone may differ by that.
         torch.testing.assert_close(found, own, atol=2e-3, rtol=2e-3)
+
+
+def test_an_exported_graph_knows_the_prompt_and_what_is_no_word(encoder, head, tmp_path):
+    dense = sentence_model_of(encoder[0], prompts=PROMPTS)
+    pipeline = SparseEncoder(modules=[*dense.children(), Dense2SparsePooling(head)], prompts=PROMPTS, device="cpu")
+    folder = polyrep.save(pipeline, tmp_path / "one")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    assert main(["export-onnx", str(folder)]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for task, encode in (("query", pipeline.encode_query), ("document", pipeline.encode_document)):
+        session = onnxruntime.InferenceSession(str(folder / "onnx" / f"{task}.onnx"))
+        batch = tokenizer([PROMPTS[task] + text for text in TEXTS], padding=True, return_tensors="np")
+        found = session.run(None, {node.name: batch[node.name] for node in session.get_inputs()})[0]
+        np.testing.assert_allclose(found, encode(TEXTS).to_dense(), atol=1e-4, rtol=1e-4)
 
 
 # --- from end to end ---

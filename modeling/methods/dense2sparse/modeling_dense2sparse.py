@@ -801,7 +801,8 @@ class Dense2SparseForRetrieval(WholeWeights, Trunk, PreTrainedModel):
             expected = torch.tensor([0, *ids], device=input_ids.device)[place.clamp(max=len(ids))]
             inside = mask.bool() & (place <= len(ids))
             there = ((input_ids == expected) | ~inside).all(1, keepdim=True) & (place[:, -1:] >= len(ids))
-            found = torch.where(there, inside, torch.zeros_like(inside) if found is None else found)
+            known = there & inside  # not by where: onnxruntime has none of booleans
+            found = known if found is None else known | (~there & found)
         return found
 
     def encode_image(self, pixel_values: Tensor, task: str | None = None) -> Dense2SparseOutput:
