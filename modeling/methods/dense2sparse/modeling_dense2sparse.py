@@ -626,6 +626,7 @@ class Dense2SparseForRetrievalConfig(Dense2SparseConfig):
     """
 
     model_type = "polyrep_dense2sparse_for_retrieval"
+    derived = (*Dense2SparseConfig.derived, "query_prompt_ids", "document_prompt_ids")
     sub_configs = {"encoder_config": AutoConfig}
 
     @checked(pooling=_CHOICES["pooling"], query_prompt_ids=(0, WORDS[1]), document_prompt_ids=(0, WORDS[1]))
