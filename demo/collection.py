@@ -510,8 +510,8 @@ class Collection:
             np.arange(1)
         )
         weights = self.dense2sparse(**features, task=task).sentence_embedding
-        vocabulary = self.dense2sparse.words
-        own = {vocabulary[token] for token in features["input_ids"][0].tolist()}
+        alone = self.dense2sparse(**features, task=task, expand=False).sentence_embedding
+        own = dict(self.dense2sparse.decode(alone)[0])
         return Words([(word, weight, word in own) for word, weight in self.dense2sparse.decode(weights)[0]])
 
     @torch.inference_mode()

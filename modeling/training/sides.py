@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..encoding.cache import embed
 from ..encoding.embeddings import Embeddings, in_memory, mean_of_tokens, sum_of_tokens
 from ..errors import InputError
+from ..hub.polyrep_room import begin_words, prompt_tokens
 
 Features = dict[str, Tensor]
 """Name -> tensor, whose first axis is that of the texts."""
@@ -168,6 +169,9 @@ def _tokenized(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of texts without the words of a prompt: ``(tokens of all texts,)``, and bounds ``(texts + 1,)``."""
     prompt = (model.prompts or {}).get(task) or None
+    if prompt and tokenizer is None:
+        size = max(model.tokenizer.get_vocab().values()) + 1
+        begin = begin_words(model.tokenizer.convert_ids_to_tokens(i) or "" for i in range(size))
     rows, lengths = [], []
     for start in range(0, len(texts), 1024):
         part = texts[start : start + 1024]
@@ -178,7 +182,9 @@ def _tokenized(
                 part, padding=True, truncation=True, max_length=model.max_seq_length, return_tensors="pt"
             )
         mask = batch["attention_mask"].bool()
-        mask[:, : int(torch.as_tensor(batch.get("prompt_length", 0)).max())] = False  # no words of the text
+        if "prompt_length" in batch:  # no words of the text; what stands before any text stays
+            ids, special = batch["input_ids"], torch.tensor(model.tokenizer.all_special_ids)
+            mask &= ~prompt_tokens(ids, mask, batch["prompt_length"], begin) | torch.isin(ids, special)
         rows.append(batch["input_ids"][mask].numpy().astype(np.int32))
         lengths.append(mask.sum(1).numpy())
     return np.concatenate(rows), np.cumsum(np.concatenate([[0], *lengths]))
