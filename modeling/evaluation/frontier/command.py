@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ...data.named import made_here, on_hub
 from ...encoding.embeddings import Embeddings
 from ...encoding.encoders import kind_of
+from ...encoding.windows import Windows, refuse_stride
 from ...errors import InputError
 from ...files import digest, refuse_unwritable
 from ...flags import command_line, parse
@@ -29,8 +30,8 @@ from ...hub.reading import set_length
 from ...registry import ROOMS
 from ...report import hardware, print_and_write, provenance, refuse_unwritable_results
 from ..metrics import METRICS, per_query_metrics
-from ..systems import Ranking, costs_of, keep_ranking, latency, rank_with_bm25
-from ..table import display_name, metric_rows, notes_on, refuse_doubles
+from ..systems import Ranking, costs_of, keep_ranking, latency, rank_with_bm25, refuse_uncut
+from ..table import display_name, metric_rows, notes_on, refuse_doubles, window_notes
 from .advice import Budget, fronts, learned_margins, parse_budget, recommend
 from .fit import code_digest
 from .fit_data import FitData, cloze_queries, judged_queries
@@ -51,6 +52,8 @@ NOTE = (
     "again, which bounds their Recall@100. Front: no other row is as good at as few bytes (or milliseconds) and "
     "better in one of the two."
 )
+
+WINDOWS_NOTE = "What is learned here is learned from the first of what the model reads of a document."
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +92,13 @@ class FrontierArguments:
     )
     keep_empty: bool = field(default=False, metadata={"help": "Accept empty texts instead of refusing the data set."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens per text; default: the model's own."})
+    window: int | None = field(
+        default=None,
+        metadata={"help": "Cut documents into windows of so many tokens; default: what is not read is dropped."},
+    )
+    stride: int | None = field(
+        default=None, metadata={"help": "Tokens from one window to the next; default: --window, no overlap."}
+    )
     model_dtype: str = field(
         default="auto", metadata={"help": "Weights in memory: float32, bfloat16, float16, or auto for the fastest."}
     )
@@ -154,6 +164,8 @@ def frontier(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
         "failures": [],
         "notes": [
             NOTE,
+            *window_notes(args.window, args.stride),
+            *([WINDOWS_NOTE] if args.window else ()),
             *(full.fit_data.note for full in models if full.fit_data.note),
             *(note for full in models for note in notes_on(full.dataset)),
         ],
@@ -177,12 +189,17 @@ def _open(args: FrontierArguments, source: str) -> list[FullModel]:
         InputError: It, or a data set, cannot be used.
     """
     parts = [_read(args, path) for path in args.dataset]
+    if args.window:
+        for dataset, _ in parts:
+            refuse_uncut(dataset, args.window)
     refuse_doubles(args.dataset, [dataset.name for dataset, _ in parts])
     folder = fetch(source, revision=args.revision, trust_remote_code=args.trust_remote_code)
     weights = fastest_dtype(args.model_dtype)
     model: Any = load(folder, trust_remote_code=args.trust_remote_code, dtype=weights)
+    windows = None
     if isinstance(model, Encoder):
         set_length(model, args.max_length, source)
+        windows = Windows.of(model, args.window, args.stride, source)
     return [
         FullModel(
             model,
@@ -196,6 +213,7 @@ def _open(args: FrontierArguments, source: str) -> list[FullModel]:
             weights=weights,
             batch_size=args.batch_size,
             trust_remote_code=args.trust_remote_code,
+            windows=windows,
         )
         for dataset, fit_data in parts
     ]
@@ -355,6 +373,7 @@ def _read(args: FrontierArguments, path: str) -> tuple[Any, FitData]:
 
 
 def _refuse_flags(args: FrontierArguments) -> None:
+    refuse_stride(args.window, args.stride)
     if not args.frontier:
         raise InputError("--frontier false: then it is the ordinary table. Leave the flag out.")
     if not args.dataset:

@@ -28,7 +28,7 @@ from ...search.ranking import (
     unpacked,
     without,
 )
-from ...search.scoring import maxsim_of_flat
+from ...search.scoring import best_windows, maxsim_of_flat
 from ..systems import TIMED_QUERIES, Ranking, costs_of, latency
 
 MEMORY = 4 * 2**30
@@ -89,7 +89,9 @@ class ReadyIndex:
             return exact_search(queries, self.documents, self.ranks, **options)
         found = []
         for start, stop in _batches(queries):
-            scores = self._scores(queries, start, stop).cpu()  # (queries, documents)
+            scores = self._scores(queries, start, stop).cpu()  # (queries, texts)
+            if self.documents.windows is not None:
+                scores = best_windows(scores, self.documents.windows)
             refuse_not_finite_scores(scores)
             found.append(sort_keys(scores, self.rank_of).topk(min(k, scores.shape[1]), dim=1).values)
         return unpacked(torch.cat(found), self.rank_of)
