@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from polyrep.encoding.encode import encode
 from polyrep.encoding.shards import Origin, Shard
 from polyrep.encoding.windows import Windows
 from polyrep.evaluation.evaluate import evaluate
-from polyrep.evaluation.frontier.command import frontier
 from polyrep.search import Hit, Index, exact_search, open_index
 from polyrep.search.ranking import rescore, tie_ranks
 
@@ -38,28 +38,25 @@ LONG = {
 QUERIES = {"q1": "port", "q2": "cat and dog", "q3": "file list of a dog"}
 
 
-def tokens_of(model: Any, text: str) -> list[str]:
-    return model.tokenizer.tokenize(text)
+def bare_tokens(model: Any, text: str) -> list[str]:
+    """Tokens that look alike at the start of a word and inside."""
+    return [token.removeprefix("##") for token in model.tokenizer.tokenize(text)]
 
 
 @pytest.mark.parametrize(("tokens", "stride"), [(12, None), (12, 6), (7, 1), (30, 29), (1, 1)])
 def test_windows_hold_all_tokens_of_a_text_and_no_more_than_they_may(sentence_model, tokens, stride):
-    windows = Windows.of(sentence_model, tokens, stride, "model")
-    for text in LONG.values():
-        whole, cuts = tokens_of(sentence_model, text), windows.cut(text)
-        places, reached = [], 0
-        for cut in cuts:
-            own = [token.removeprefix("##") for token in tokens_of(sentence_model, cut)]
-            assert len(own) <= tokens
-            start = places[-1] + 1 if places else 0
-            bare = [token.removeprefix("##") for token in whole]
-            # Texts repeat, so the first place from the last start on where these tokens stand:
-            place = next(i for i in range(start, len(bare)) if bare[i : i + len(own)] == own)
-            assert place <= reached, "a token between two windows is in none"
-            places.append(place)
-            reached = place + len(own)
-        assert reached == len(whole)
-    assert windows.cut("a cat") == ["a cat"] or tokens < 4
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), rng.integers(1, 14))) for _ in range(40)]
+    text = "  ".join([*words, "qwertyuiopasdfghjklzxcvbnm", "file:port list"])
+    whole = bare_tokens(sentence_model, text)
+    start, end = -1, 0
+    for cut in Windows.of(sentence_model, tokens, stride, "model").cut(text):
+        found = bare_tokens(sentence_model, cut)
+        assert len(found) <= tokens
+        # Windows start in order, and no token lies between two of them.
+        start = next(place for place in range(start + 1, end + 1) if whole[place : place + len(found)] == found)
+        end = max(end, start + len(found))
+    assert end == len(whole)
 
 
 def test_a_word_is_cut_only_if_it_is_longer_than_half_a_window(sentence_model):
@@ -141,7 +138,7 @@ ENGINES = [
     pytest.param(("seismic:{}", "sparse", "dot"), marks=needs_seismic, id="seismic"),
     ("qdrant:{}", "sentence", "dot"),
     ("qdrant:{}", "sparse", "dot"),
-    ("server", "sentence", "cosine"),
+    ("server", "sentence", "dot"),
 ]
 
 Cut = dict[str, list[np.ndarray]]  # id -> the vectors of its windows
@@ -175,7 +172,7 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
         yield lambda **more: open_index(uri.format(tmp_path / "index"), **more), kind, similarity
         return
     with StandIn() as server:
-        yield lambda **more: open_index(f"qdrant+{server.url}/windows", **more), kind, similarity
+        yield lambda **more: open_index(f"qdrant+http://{server.address}/windows", **more), kind, similarity
 
 
 def test_an_index_of_windows_finds_each_document_once_at_its_best_window(engine):
@@ -312,7 +309,7 @@ def test_windows_that_cannot_be_are_refused(model, flags, words, models, beir, t
     ):
         assert main([*command, *flags]) == 2
         error = capsys.readouterr().err
-        assert pytest.approx(1) == len([0 for _ in __import__("re").finditer(words, error, 16)]), error
+        assert re.search(words, error, re.DOTALL), error
     assert not (tmp_path / "out").exists()
 
 
@@ -376,28 +373,6 @@ def test_evaluate_finds_what_stands_beyond_the_first_window(models, static_model
         expected.append(brute_force({f"d{number}": 1}, ranked)["nDCG@10"])
     assert cut["bag"]["value"] == pytest.approx(np.mean(expected))
     assert "windows of 30 tokens, a new one every 15" in results["notes"][0]
-
-
-@pytest.mark.parametrize("model", ["one", "many"])
-def test_the_frontier_searches_windows_in_every_row(model, models, long_beir, tmp_path):
-    flags = [str(models[model]), "--frontier", "--dataset", str(long_beir), "--window", "30", "--fit_seconds", "1"]
-    methods = ["quantization", "csr"] if model == "one" else ["mean", "dense2sparse"]
-    flags += ["--methods", *methods, "--cache_dir", str(tmp_path / "cache"), "--model_dtype", "float32"]
-    results = frontier([*flags, "--frontier_cache", str(tmp_path / "frontier")])
-    assert results["failures"] == []
-    rows = rows_of(results)
-    full = rows["full model"]
-    if model == "one":
-        count = full["windows_per_document"]
-        assert count > 2 and full["bytes_per_document"] == pytest.approx(count * 32 * 2)
-        assert rows["full model, int8"]["bytes_per_document"] == pytest.approx(count * 32)
-        assert rows["full model, one-bit"]["bytes_per_document"] == pytest.approx(count * 4)
-        sparse = next(row for name, row in rows.items() if name.startswith("CSR"))
-        assert sparse["windows_per_document"] == count
-    else:
-        assert full["vectors_per_document"] > 90  # of 64 that the model reads at a time
-    assert rows["BM25, rerank 50"]["value"] == pytest.approx(full["value"])  # of all seven documents
-    assert any("windows of 30 tokens, side by side" in note for note in results["notes"])
 
 
 def test_images_are_not_cut(tmp_path, backbone, capsys):

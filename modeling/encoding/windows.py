@@ -54,15 +54,15 @@ class Windows:
                 f"--window {tokens}: {source} has no tokenizer that says where in a text its tokens stand (a fast one "
                 "of the package tokenizers), so nothing can be cut at them. Leave it out."
             )
-        tokenizer = Tokenizer.from_str(found.to_str())  # a copy, since the model's own is set to truncate
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        room = _room(model, tokenizer)
+        room = room_for_text(model)
         if tokens > room:
             raise InputError(
                 f"--window {tokens}: {source} reads {room} tokens of a text beside those that it adds, so the end of "
                 f"each window would be dropped. Use {room} or less."
             )
+        tokenizer = Tokenizer.from_str(found.to_str())  # a copy, since the model's own is set to truncate
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         return cls(tokens, stride or tokens, tokenizer)
 
     @property
@@ -109,7 +109,7 @@ def refuse_stride(tokens: int | None, stride: int | None) -> None:
         )
 
 
-def _room(model: Any, tokenizer: Tokenizer) -> float:
+def room_for_text(model: Any) -> float:
     """Tokens of a document that a model reads, beside its prompt and special tokens; infinite without a limit."""
     lengths = [getattr(part, name, None) for part, name in ((model, "max_seq_length"), (model[0], "document_length"))]
     length = min((one for one in lengths if one is not None), default=math.inf)
@@ -120,4 +120,4 @@ def _room(model: Any, tokenizer: Tokenizer) -> float:
     prompt = next((prompts[name] for name in names if name in prompts), None)
     probe = "a"
     mask = model.preprocess([probe], prompt=prompt, task="document")["attention_mask"]
-    return length - int(mask.sum()) + len(tokenizer.encode(probe, add_special_tokens=False))
+    return length - int(mask.sum()) + len(model.tokenizer(probe, add_special_tokens=False)["input_ids"])
