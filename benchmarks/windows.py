@@ -4,9 +4,10 @@
     python benchmarks/windows.py --output results
 
 Two sets of long documents: pages of tldr_pages joined four by four, and of python_docs those documents with more than
-``--longer_than`` tokens. Of both those are taken that queries of dev or test ask for, so that an hour is enough. Each model reads the beginning of a document alone, and
-windows of it. How the windows of a model with one vector a text are cut is chosen on dev; test is measured once. Several
-vectors a text are those of all windows together, so there they lie side by side, as long as the model reads.
+``--longer_than`` tokens. Of both those are taken that queries of dev or test ask for, so that an hour is enough. Each
+model reads the beginning of a document alone, and windows of it. How the windows of a model with one vector a text are
+cut is chosen on dev; test is measured once. Several vectors a text are those of all windows together, so there they
+lie side by side, as long as the model reads.
 """
 
 from __future__ import annotations
@@ -108,8 +109,8 @@ def main() -> None:
         scores = ", ".join(f"{said(setting)} {value:.3f}" for setting, value in dev.items())
         counts = [len(dense.tokenizer.tokenize(text)) for text in test.corpus.values()]
         notes.append(
-            f"{test.name}: {len(test.corpus):,} documents of {sum(counts) / len(counts):,.0f} tokens on average. nDCG@10 "
-            f"on dev ({len(splits['dev'].queries):,} queries): {scores}."
+            f"{test.name}: {len(test.corpus):,} documents of {sum(counts) / len(counts):,.0f} tokens on average. "
+            f"nDCG@10 on dev ({len(splits['dev'].queries):,} queries): {scores}."
         )
     results = {
         "name": args.name,

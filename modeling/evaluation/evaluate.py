@@ -28,6 +28,7 @@ from ..hub.folder import Encoder, family_of, fastest_dtype, fetch, load
 from ..hub.reading import set_length
 from ..report import print_and_write, provenance, refuse_unwritable_results
 from .mteb import Suite, left_out, mteb_package, open_suites, refuse_unfit, run_suites
+from .rerank import RERANK_NOTE, open_reranker, refuse_depths
 from .systems import Ranking, rank_with_bm25, rank_with_model, refuse_uncut, refuse_wordless
 from .table import display_name, notes_on, refuse_doubles, refuse_unknown, table_rows, window_notes
 
@@ -58,6 +59,16 @@ class EvaluationArguments:
         default_factory=list,
         metadata={"help": "Extra rows for multi-vector models: mean, or vectors kept (1 2 4 ...)."},
     )
+    rerank: str | None = field(
+        default=None,
+        metadata={
+            "help": "A cross-encoder or a late-interaction model that orders the best documents of each system, in rows of their own."
+        },
+    )
+    rerank_depth: list[int] = field(
+        default_factory=lambda: [50], metadata={"help": "Documents of a query that it orders, e.g. 50 200."}
+    )
+    rerank_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of it on the Hub."})
     output: str | None = field(default=None, metadata={"help": "Folder for <name>.json, <name>.md and <name>.png."})
     name: str = field(default="results", metadata={"help": "Name of the three files."})
     reference: str | None = field(
@@ -165,6 +176,7 @@ def evaluate_models(args: EvaluationArguments, models: Sequence[str], *, command
     refuse_unwritable_results(Path(args.output) if args.output else None, args.name)
     fastest_dtype(args.model_dtype)
     refuse_stride(args.window, args.stride)
+    refuse_depths(args.rerank, args.rerank_depth, args.rerank_revision)
     datasets, suites = _open_data(args)
     systems, reference = _open_systems(args, models, bool(datasets))
     _refuse_unfit(args, systems, datasets, suites)
@@ -187,7 +199,11 @@ def evaluate_models(args: EvaluationArguments, models: Sequence[str], *, command
         "rows": rows + found.benchmark_rows,
         "claims": [],
         "data": data,
-        "notes": [*window_notes(args.window, args.stride), *(note for d in datasets for note in notes_on(d))],
+        "notes": [
+            *window_notes(args.window, args.stride),
+            *([RERANK_NOTE] if args.rerank else ()),
+            *(note for d in datasets for note in notes_on(d)),
+        ],
     }
     _write(args, results, suites, found.unavailable)
     return results
@@ -222,12 +238,15 @@ def _open_systems(args: EvaluationArguments, models: Sequence[str], searches: bo
             )
         if args.token_pooling:
             raise InputError(f"--token_pooling {' '.join(args.token_pooling)}: rows of --dataset alone. Add one.")
+        if args.rerank:
+            raise InputError(f"--rerank {args.rerank}: orders what is found in --dataset alone. Add one.")
         if args.window:
             raise InputError(f"--window {args.window}: cuts documents of --dataset alone, not those of MTEB. Add one.")
         baselines = [name for name in baselines if name != "bm25"]
     sources = list(dict.fromkeys([*baselines, *models]))
     names = [display_name(source) for source in sources]
-    refuse_doubles(sources, names)
+    ordering = [args.rerank] if args.rerank and args.rerank not in sources else []
+    refuse_doubles([*sources, *ordering], [*names, *map(display_name, ordering)])
     reference = args.reference or display_name(baselines[-1] if baselines else sources[0])
     refuse_unknown(reference.partition(", ")[0], names)  # a comma and what follows name a pooling
     systems = []
@@ -253,9 +272,10 @@ def _refuse_unfit(
     folders = [system.folder for system in systems if system.folder]
     if args.token_pooling and MultiVectorEncoder not in map(family_of, folders):
         raise InputError(f"--token_pooling {' '.join(args.token_pooling)}: no model here has several vectors a text.")
-    if args.window:
-        for dataset in datasets:
+    for dataset in datasets:
+        if args.window:
             refuse_uncut(dataset, args.window)
+    open_reranker(args, datasets)
     for system in systems:
         if system.folder and (suites or args.window):  # only an opened model says what it takes
             model = system.open(args)
@@ -294,6 +314,11 @@ def _measure(
             )
             found.benchmark_rows += measured.rows
             found.unavailable = measured.unavailable
+    if reranker := open_reranker(args, datasets):
+        found.fingerprints[reranker.name] = reranker.fingerprint
+        for dataset in datasets:
+            first = list(found.rankings[dataset.name])
+            found.rankings[dataset.name] += [reranker.rank(r, dataset, d) for r in first for d in reranker.depths]
     return found
 
 

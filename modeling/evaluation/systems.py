@@ -176,12 +176,18 @@ def rank_embeddings(
     """
     options: dict[str, Any] = {"similarity": similarity, "k": DEPTH, "device": device}
     positions, scores = exact_search(queries, documents, ranks, left_out=left_out, show_progress=True, **options)
-    timed = []
-    for row in np.linspace(0, len(queries) - 1, min(TIMED_QUERIES, len(queries))).astype(int):
+    rows = timed_rows(len(queries))
+    seconds = np.full(len(queries), np.nan)
+    for row in rows:
         started = time.perf_counter()
         exact_search(row_of(queries, int(row)), documents, ranks, **options)
-        timed.append(time.perf_counter() - started)
-    return Ranking(system, positions, scores, costs_of(queries, documents) | latency(timed))
+        seconds[row] = time.perf_counter() - started
+    return Ranking(system, positions, scores, costs_of(queries, documents) | latency(seconds[rows].tolist()), seconds)
+
+
+def timed_rows(queries: int) -> np.ndarray:
+    """Places of the queries that are timed, spread over all of them."""
+    return np.unique(np.linspace(0, queries - 1, min(TIMED_QUERIES, queries)).astype(int))
 
 
 def bm25_words(texts: Iterable[str]) -> list[list[str]]:

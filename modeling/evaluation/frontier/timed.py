@@ -29,7 +29,7 @@ from ...search.ranking import (
     without,
 )
 from ...search.scoring import best_windows, maxsim_of_flat
-from ..systems import TIMED_QUERIES, Ranking, costs_of, latency
+from ..systems import Ranking, costs_of, latency, timed_rows
 
 MEMORY = 4 * 2**30
 """Bytes of float32 up to which an index is held in memory."""
@@ -125,11 +125,6 @@ class ReadyIndex:
 def _batches(queries: Embeddings) -> Iterator[tuple[int, int]]:
     size = 256 if queries.offsets is None else max(1, QUERY_VECTORS // max(1, int(queries.lengths.max())))
     return ((start, min(start + size, len(queries))) for start in range(0, len(queries), size))
-
-
-def timed_rows(queries: int) -> np.ndarray:
-    """Places of the queries that are timed, spread over all of them."""
-    return np.unique(np.linspace(0, queries - 1, min(TIMED_QUERIES, queries)).astype(int))
 
 
 def rank_when_ready(
