@@ -62,7 +62,7 @@ class EvaluationArguments:
     rerank: str | None = field(
         default=None,
         metadata={
-            "help": "A cross-encoder or a late-interaction model that orders the best documents of each system, in rows of their own."
+            "help": "A cross-encoder or a late-interaction model that orders the best of each system in further rows."
         },
     )
     rerank_depth: list[int] = field(

@@ -1,7 +1,6 @@
-"""A second model over the best documents of any system: a cross-encoder, which reads a query and a document together,
-or a model of several vectors a text.
+"""A second model that orders the best documents of any system: a cross-encoder, or late interaction.
 
-The first documents of a ranking are scored again and put in that order; those behind them are left out, as from an
+A cross-encoder reads a query and a document together, so it has nothing to find by. The first documents of a ranking are scored again and put in that order; those behind them are left out, as from an
 engine that passes on what it has ranked.
 """
 
@@ -32,7 +31,6 @@ from ..search.ranking import refuse_not_finite_scores, rescore, scores_of, sort_
 from ..training.teachers import Teacher, open_teacher
 from .systems import DEPTH, Ranking, costs_of, keep_ranking, latency, timed_rows
 from .table import display_name
-
 
 THEN = ", then "
 """What stands behind the first stage in the name of a row."""
@@ -161,19 +159,17 @@ class Reranker:
         found = np.ascontiguousarray(first.positions[:, :depth])
         texts = list(dataset.corpus.values())
         data = [list(dataset.corpus), dataset.queries, [texts[place] for place in np.unique(found)], found.tolist()]
-        # Times are of the machine, and those of both stages are added.
-        timed = [None if first.seconds is None else np.nan_to_num(first.seconds, nan=-1).tolist(), hardware()]
-        key = digest([self._settings, data, timed, first.costs, str(self.model.device)])
+        key = digest([self._settings, data, hardware(), str(self.model.device)])  # times are of the machine
         place = self.cache_dir / "reranked" / f"{dataset.name}-{dataset.split}-{key}.safetensors"
         how = self._by_pairs if isinstance(self.model, CrossEncoder) else self._by_vectors
-        return keep_ranking(place, system, lambda: how(system, first, found, dataset), depth)
+        return _of_both(first, keep_ranking(place, system, lambda: how(system, found, dataset), depth))
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
         """What scores depend on beside the texts."""
         return cache_key(self.model, {}, task="rerank", kind="scores", dtype="float32")  # type: ignore[arg-type]
 
-    def _by_pairs(self, system: str, first: Ranking, found: np.ndarray, dataset: RetrievalDataset) -> Ranking:
+    def _by_pairs(self, system: str, found: np.ndarray, dataset: RetrievalDataset) -> Ranking:
         queries, documents = list(dataset.queries.values()), list(dataset.corpus.values())
 
         def scored(row: int) -> Any:
@@ -194,9 +190,9 @@ class Reranker:
         keys = sort_keys(scores, torch.from_numpy(tie_ranks(list(dataset.corpus))[found]))
         keys, order = keys.sort(dim=1, descending=True)
         positions = np.take_along_axis(found, order.numpy(), 1)
-        return _with_costs(Ranking(system, positions, scores_of(keys).numpy()), first, taken, 0.0)
+        return Ranking(system, positions, scores_of(keys).numpy(), {"bytes_per_document": 0.0}, taken)
 
-    def _by_vectors(self, system: str, first: Ranking, found: np.ndarray, dataset: RetrievalDataset) -> Ranking:
+    def _by_vectors(self, system: str, found: np.ndarray, dataset: RetrievalDataset) -> Ranking:
         options: dict[str, Any] = {"cache_dir": self.cache_dir, "batch_size": self.batch_size}
         queries = embed(self.model, dataset.queries, task="query", name=f"{dataset.name}-{dataset.split}", **options)
         documents = embed(self.model, dataset.corpus, task="document", name=dataset.name, **options)
@@ -209,15 +205,12 @@ class Reranker:
             started = time.perf_counter()
             rescore(query, documents, found[row : row + 1], ranks, **how)
             taken[row] = time.perf_counter() - started
-        size = costs_of(queries, documents)["bytes_per_document"]
-        return _with_costs(Ranking(system, positions, scores), first, taken, size)
+        return Ranking(system, positions, scores, costs_of(queries, documents), taken)
 
 
-def _with_costs(ranking: Ranking, first: Ranking, taken: np.ndarray, size: float) -> Ranking:
-    """The costs of both stages, from the seconds ``(queries,)`` and the bytes of the second."""
-    own = first.costs["bytes_per_document"]
-    costs = {"first_stage_bytes": own, "bytes_per_document": own + size}
-    if first.seconds is None:
-        return replace(ranking, costs=costs)
-    seconds = first.seconds + taken
-    return replace(ranking, costs=costs | latency(seconds[~np.isnan(seconds)].tolist()), seconds=seconds)
+def _of_both(first: Ranking, second: Ranking) -> Ranking:
+    """A second stage with the bytes and the seconds of both."""
+    assert first.seconds is not None and second.seconds is not None
+    own, seconds = first.costs["bytes_per_document"], first.seconds + second.seconds
+    costs = {"first_stage_bytes": own, "bytes_per_document": own + second.costs["bytes_per_document"]}
+    return replace(second, costs=costs | latency(seconds[~np.isnan(seconds)].tolist()), seconds=seconds)

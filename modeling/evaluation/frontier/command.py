@@ -8,7 +8,7 @@ stages, whose documents the full model orders.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ...data.dataset import RetrievalDataset
 from ...data.named import made_here, on_hub
 from ...encoding.embeddings import Embeddings
 from ...encoding.encoders import kind_of
@@ -103,9 +102,7 @@ class FrontierArguments:
     )
     rerank: str | None = field(
         default=None,
-        metadata={
-            "help": "A cross-encoder or a late-interaction model that orders the best documents of each first stage and of the full model."
-        },
+        metadata={"help": "A cross-encoder or a late-interaction model that orders the best of each first stage."},
     )
     rerank_depth: list[int] = field(
         default_factory=lambda: [50], metadata={"help": "Documents of a query that it orders, e.g. 50 200."}
