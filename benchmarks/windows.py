@@ -35,7 +35,9 @@ from polyrep.report import print_and_write, provenance
 class Arguments:
     """What to measure."""
 
-    bundles: str = field(default=".cache/bundle4", metadata={"help": "Folder that benchmarks/bundle.py wrote."})
+    sources: list[str] = field(
+        default_factory=lambda: [".cache/bundle4", "python_docs"], metadata={"help": "Data sets with dev and test."}
+    )
     longer_than: int = field(default=1024, metadata={"help": "Tokens of the documents of python_docs that are taken."})
     dense: str = field(default="minilm", metadata={"help": "A model with one vector a text."})
     late: str | None = field(default=None, metadata={"help": "A model with several vectors a text."})
@@ -81,7 +83,8 @@ def main() -> None:
     dense = load(fetch(args.dense), dtype=fastest_dtype("auto"))
     late = load(fetch(args.late), dtype=fastest_dtype("auto")) if args.late else None
     rows, notes = [], []
-    for source, longer_than in ((args.bundles, 0), ("python_docs", args.longer_than)):
+    for source in args.sources:
+        longer_than = args.longer_than if source == "python_docs" else 0
         splits = asked_for(source, longer_than, dense)
         options: dict[str, Any] = {"cache_dir": args.cache_dir, "batch_size": 32}
 
@@ -120,7 +123,7 @@ def main() -> None:
         "models": {display_name(m): fingerprint(fetch(m)) for m in (args.dense, args.late) if m},
         "rows": rows,
         "claims": [],
-        "data": made_here("python_docs"),
+        "data": made_here(*args.sources),
         "notes": notes,
         "drawn": [],
     }

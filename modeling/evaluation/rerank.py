@@ -1,7 +1,8 @@
 """A second model that orders the best documents of any system: a cross-encoder, or late interaction.
 
-A cross-encoder reads a query and a document together, so it has nothing to find by. The first documents of a ranking are scored again and put in that order; those behind them are left out, as from an
-engine that passes on what it has ranked.
+A cross-encoder reads a query and a document together, so it has nothing to find by. The first documents of a ranking
+are scored again and put in that order; those behind them are left out, as from an engine that passes on what it has
+ranked.
 """
 
 from __future__ import annotations
