@@ -247,10 +247,10 @@ class _Work:
         origin, kind = self.origin, self.origin.kind
         dtype = "float32" if origin.precision == "float32" else "float16"
         images = bool(documents) and not isinstance(documents[0].content, str)
-        bounds = np.arange(len(documents) + 1)
+        ids, bounds = [document.id for document in documents], np.arange(len(documents) + 1)
         if self.windows:
             cuts = [[Document(d.id, piece) for piece in self.windows.cut(str(d.content))] for d in documents]
-            ids, bounds = [d.id for d in documents], np.cumsum([0, *map(len, cuts)], dtype=np.int64)
+            bounds = np.cumsum([0, *map(len, cuts)], dtype=np.int64)
             documents = list(itertools.chain.from_iterable(cuts))
         order = list(range(len(documents)))
         if not images:
@@ -280,7 +280,7 @@ class _Work:
         vectors = rows(joined(parts), np.argsort(kept))
         if self.windows:
             return ids, by_document(vectors, bounds), errors
-        return [documents[i].id for i in sorted(kept)], vectors, errors
+        return [ids[i] for i in sorted(kept)], vectors, errors
 
     @staticmethod
     def _pictures(
