@@ -194,11 +194,13 @@ class Reranker:
         return Ranking(system, positions, scores_of(keys).numpy(), {"bytes_per_document": 0.0}, taken)
 
     def _by_vectors(self, system: str, found: np.ndarray, dataset: RetrievalDataset) -> Ranking:
+        model = self.model
+        assert not isinstance(model, CrossEncoder)
         options: dict[str, Any] = {"cache_dir": self.cache_dir, "batch_size": self.batch_size}
-        queries = embed(self.model, dataset.queries, task="query", name=f"{dataset.name}-{dataset.split}", **options)
-        documents = embed(self.model, dataset.corpus, task="document", name=dataset.name, **options)
-        ranks, similarity = tie_ranks(list(dataset.corpus)), str(self.model.similarity_fn_name)
-        how: dict[str, Any] = {"similarity": similarity, "device": self.model.device}
+        queries = embed(model, dataset.queries, task="query", name=f"{dataset.name}-{dataset.split}", **options)
+        documents = embed(model, dataset.corpus, task="document", name=dataset.name, **options)
+        ranks, similarity = tie_ranks(list(dataset.corpus)), str(model.similarity_fn_name)
+        how: dict[str, Any] = {"similarity": similarity, "device": model.device}
         positions, scores = rescore(queries, documents, found, ranks, **how)
         taken = np.full(len(found), np.nan)
         for row in timed_rows(len(found)):
