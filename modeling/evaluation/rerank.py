@@ -29,7 +29,7 @@ from ..hub.folder import fastest_dtype, fetch
 from ..hub.reading import ready_to_read
 from ..report import hardware
 from ..search.ranking import refuse_not_finite_scores, rescore, scores_of, sort_keys, tie_ranks
-from ..training.teachers import Teacher, open_teacher
+from ..training.teachers import open_teacher
 from .systems import DEPTH, Ranking, costs_of, keep_ranking, latency, timed_rows
 from .table import display_name
 
@@ -120,7 +120,7 @@ class Reranker:
 
     source: str
     folder: Path
-    model: Teacher
+    model: Any
     depths: tuple[int, ...]
     cache_dir: Path
     batch_size: int = 16
@@ -195,7 +195,6 @@ class Reranker:
 
     def _by_vectors(self, system: str, found: np.ndarray, dataset: RetrievalDataset) -> Ranking:
         model = self.model
-        assert not isinstance(model, CrossEncoder)
         options: dict[str, Any] = {"cache_dir": self.cache_dir, "batch_size": self.batch_size}
         queries = embed(model, dataset.queries, task="query", name=f"{dataset.name}-{dataset.split}", **options)
         documents = embed(model, dataset.corpus, task="document", name=dataset.name, **options)
