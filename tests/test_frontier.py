@@ -24,6 +24,7 @@ from world import write_world
 
 from polyrep import InputError
 from polyrep.cli import main
+from polyrep.encoding.windows import Windows
 from polyrep.evaluation.frontier import command as frontier
 from polyrep.evaluation.frontier import fit
 from polyrep.evaluation.frontier import rows as candidates
@@ -559,6 +560,35 @@ def test_the_picture_joins_the_front_and_rings_its_rows(tmp_path, monkeypatch):
     across = [line.get_ydata()[0] for line in axis.lines if list(line.get_xdata()) == [0, 1]]
     assert across == [0.8, 0.4]  # the full model and BM25
     assert area(0.2) < area(2) < area(200)
+
+
+@pytest.mark.parametrize(
+    ("name", "methods"),
+    [("late", ["mean", "reinpool", "dense2sparse"]), ("dense", ["quantization", "dense2sparse", "csr"])],
+)
+def test_every_row_is_of_all_windows(tmp_path, pages, models, name, methods):
+    flags = ["--dataset", pages, "--window", 20, "--stride", 10, "--methods", *methods]
+    results = run(tmp_path, models[name], *flags)
+    rows, (dataset, _) = main_rows(results), judged_queries(str(pages), "test")
+    assert results["failures"] == [] and "windows of 20 tokens, a new one every 10" in " ".join(results["notes"])
+    model = load(models[name])
+    cuts = [Windows.of(model, 20, 10, name).cut(text) for text in dataset.corpus.values()]
+    mean = np.mean([len(several) for several in cuts])
+    assert mean > 1.5
+    if name == "late":
+        vectors = [len(vectors) for several in cuts for vectors in model.encode_document(several)]
+        assert rows["full model"]["vectors_per_document"] == pytest.approx(sum(vectors) / len(cuts))
+        assert rows["mean"]["bytes_per_document"] == 16 * 2
+        assert "windows_per_document" not in rows["Dense2Sparse, 48/128 words"]  # of the mean of all
+    else:
+        sizes = {"full model": 32 * 2, "full model, int8": 32, "full model, one-bit": 32 // 8}
+        for system, size in sizes.items():
+            assert rows[system]["bytes_per_document"] == pytest.approx(mean * size)
+        names = [name for name in rows if name.startswith(("CSR", "Dense2Sparse")) and "rerank" not in name]
+        learned = [rows[name] for name in names]
+        assert learned and all(row["windows_per_document"] == pytest.approx(mean) for row in learned)
+    # The second stage scores all documents of so small a corpus as the full model does.
+    assert rows["BM25, rerank 50"]["value"] == pytest.approx(rows["full model"]["value"])
 
 
 def test_two_data_sets_have_rows_of_their_own(tmp_path, pages, models):

@@ -108,7 +108,7 @@ def test_a_ranking_has_the_time_of_the_queries_that_were_timed(monkeypatch):
         return stock(self, asked, k)
 
     monkeypatch.setattr(ReadyIndex, "search", slow)
-    monkeypatch.setattr(ready, "TIMED_QUERIES", 2)
+    monkeypatch.setattr("polyrep.evaluation.systems.TIMED_QUERIES", 2)
     ranking = rank_when_ready("any", queries, documents, RANKS, similarity="maxsim")
     assert searched == [3, 1, 1, 1]  # all, one to warm up, and two that count
     assert np.isnan(ranking.seconds).tolist() == [False, True, False]

@@ -24,6 +24,7 @@ from ..data.dataset import RetrievalDataset
 from ..encoding.cache import embed
 from ..encoding.embeddings import Embeddings, mean_of_tokens, row_of, sum_of_tokens
 from ..encoding.encoders import kind_of
+from ..encoding.windows import Windows
 from ..errors import InputError
 from ..files import staged_file
 from ..hub.folder import Encoder
@@ -108,6 +109,7 @@ def rank_with_model(
     cache_dir: str | Path | None = None,
     dtype: str = "float16",
     batch_size: int = 16,
+    windows: Windows | None = None,
 ) -> list[Ranking]:
     """Encode through the cache and search exactly; one ranking, and one more for each pooling of token vectors.
 
@@ -119,6 +121,7 @@ def rank_with_model(
         cache_dir: See :func:`polyrep.encoding.cache.embed`.
         dtype: See :func:`polyrep.encoding.cache.embed`.
         batch_size: Texts per forward pass.
+        windows: How to cut documents; default: what the model does not read of one is dropped.
 
     Raises:
         InputError: ``pooling`` is malformed, or the model has one vector a text.
@@ -129,15 +132,16 @@ def rank_with_model(
     if pooling and kind_of(model) != "tokens":
         raise InputError(f"{name}: pooling {pooling} is for models with several vectors a text; this one has one.")
     options: dict[str, Any] = {"cache_dir": cache_dir, "dtype": dtype, "batch_size": batch_size}
-    documents = embed(model, dataset.corpus, task="document", name=dataset.name, **options)
+    documents = embed(model, dataset.corpus, task="document", name=dataset.name, windows=windows, **options)
     queries = embed(model, dataset.queries, task="query", name=f"{dataset.name}-{dataset.split}", **options)
     similarity = str(model.similarity_fn_name)
     ranks = tie_ranks(list(dataset.corpus))
     # A cache may be of another day, so speed is measured now, on documents spread over the corpus.
-    sample = list(dataset.corpus.values())[:: max(1, len(documents) // TIMED_DOCUMENTS)]
+    sample = list(dataset.corpus.values())[:: max(1, documents.documents // TIMED_DOCUMENTS)]
     model.encode_document(sample[:batch_size], batch_size=batch_size)  # the first call allocates
     started = time.perf_counter()
-    model.encode_document(sample, batch_size=batch_size)
+    pieces = [piece for text in sample for piece in windows.cut(text)] if windows else sample
+    model.encode_document(pieces, batch_size=batch_size)
     speed = {"encode_docs_per_s": len(sample) / (time.perf_counter() - started)}
 
     def ranked(system: str, q: Embeddings, d: Embeddings, similarity: str) -> Ranking:
@@ -173,12 +177,27 @@ def rank_embeddings(
     """
     options: dict[str, Any] = {"similarity": similarity, "k": DEPTH, "device": device}
     positions, scores = exact_search(queries, documents, ranks, left_out=left_out, show_progress=True, **options)
-    timed = []
-    for row in np.linspace(0, len(queries) - 1, min(TIMED_QUERIES, len(queries))).astype(int):
+    rows = timed_rows(len(queries))
+    seconds = np.full(len(queries), np.nan)
+    for row in rows:
         started = time.perf_counter()
         exact_search(row_of(queries, int(row)), documents, ranks, **options)
-        timed.append(time.perf_counter() - started)
-    return Ranking(system, positions, scores, costs_of(queries, documents) | latency(timed))
+        seconds[row] = time.perf_counter() - started
+    return Ranking(system, positions, scores, costs_of(queries, documents) | latency(seconds[rows].tolist()), seconds)
+
+
+def timed_rows(queries: int) -> np.ndarray:
+    """Places of the queries that are timed, spread over all of them."""
+    return np.unique(np.linspace(0, queries - 1, min(TIMED_QUERIES, queries)).astype(int))
+
+
+def refuse_uncut(dataset: RetrievalDataset, window: int) -> None:
+    """InputError if the documents are images, which no window cuts."""
+    if not isinstance(dataset.corpus, dict):
+        raise InputError(
+            f"--window {window}: the documents of {dataset.name} are images, which have no tokens to be cut at. Leave "
+            "it out."
+        )
 
 
 def keep_ranking(path: Path, system: str, make: Callable[[], Ranking], depth: int) -> Ranking:
@@ -211,8 +230,11 @@ def keep_ranking(path: Path, system: str, make: Callable[[], Ranking], depth: in
 
 
 def costs_of(queries: Embeddings, documents: Embeddings) -> dict[str, float]:
-    """Bytes per document; for sparse vectors also active dimensions of both sides and FLOPs."""
+    """Bytes per document; for sparse vectors also active dimensions of both sides and FLOPs; its windows, if any."""
     dtype = str(documents.values.dtype)
+    windows: dict[str, float] = {}
+    if documents.windows is not None:
+        windows["windows_per_document"] = len(documents) / documents.documents
     if documents.kind == "tokens":
         vectors = float(documents.lengths.mean())
         return {
@@ -221,16 +243,17 @@ def costs_of(queries: Embeddings, documents: Embeddings) -> dict[str, float]:
         }
     if documents.kind == "sparse":
         shares = [
-            np.bincount(np.asarray(side.indices), minlength=side.dim) / len(side) for side in (queries, documents)
+            np.bincount(np.asarray(side.indices), minlength=side.dim) / side.documents for side in (queries, documents)
         ]
-        nnz = float(documents.lengths.mean())
-        return {
+        nnz = float(documents.lengths.sum() / documents.documents)
+        return windows | {
             "bytes_per_document": bytes_per_document("sparse", dtype, nnz=nnz),
             "active_dims": nnz,
             "query_active_dims": float(queries.lengths.mean()),
             "flops": flops(*shares),
         }
-    return {"bytes_per_document": bytes_per_document("dense", dtype, dims=documents.dim)}
+    size = bytes_per_document("dense", dtype, dims=documents.dim) * windows.get("windows_per_document", 1)
+    return windows | {"bytes_per_document": size}
 
 
 def _hierarchical(documents: Embeddings, vectors: int) -> Embeddings:

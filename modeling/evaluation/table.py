@@ -106,6 +106,17 @@ def notes_on(dataset: RetrievalDataset) -> list[str]:
     ]
 
 
+def window_notes(window: int | None, stride: int | None) -> list[str]:
+    """What a reader should know of documents that were cut into windows."""
+    if window is None:
+        return []
+    every = f"a new one every {stride}" if stride and stride < window else "side by side"
+    return [
+        f"Models read documents in windows of {window:,} tokens, {every}: the best window of a document counts, with "
+        "several vectors a text those of all windows together. Bytes are those of all windows."
+    ]
+
+
 def refuse_doubles(sources: Sequence[str], names: Sequence[str]) -> None:
     """Refuse two sources of one name: rows are told apart by it, so both would show the numbers of one of them."""
     for name in names:
