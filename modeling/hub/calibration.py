@@ -182,8 +182,11 @@ def _fault(content: Mapping[str, Any]) -> str | None:
     for name, values in numbers.items():
         if not all(type(value) in (int, float) and abs(value) <= 1e300 for value in values):
             return f"{name} holds something that is no finite number"
-    if not all(type(count) is int and count >= 0 for count in content["counts"].values()):
-        return f"counts are {content['counts']!r:.80}"
+    counts = content["counts"]
+    if any(type(counts.get(name)) is not int or counts[name] < 0 for name in ("queries", "candidates", "relevant")):
+        return f"counts are {counts!r:.80}"
+    if "10" not in content["ece"]:
+        return f"ece is {content['ece']!r:.80}, without that of the ten best"
     if not weights or weights.keys() - set(INPUTS) or min(weights.get("score", 0), weights.get("lead", 0)) < 0:
         return f"weights are {weights!r:.80}, not of {', '.join(INPUTS)} with none below 0 of the first two"
     if not at or len(at) != len(probability):
