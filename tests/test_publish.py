@@ -663,7 +663,7 @@ def test_a_calibration_goes_with_the_model_and_the_card_says_so(finished, tmp_pa
     assert main(arguments) == 0
     assert (target / "calibration.json").read_bytes() == (finished / "calibration.json").read_bytes()
     card = (target / "README.md").read_text()
-    assert "40 queries of tiny (dev), with an expected calibration error of 0.012 for the ten best" in card
+    assert "40 queries of tiny (dev), with an expected calibration error of 0.013 for the ten best" in card
     write_calibration(finished, MADE)
     assert "made for model f, and this one is" in refused(finished, capsys)
 
