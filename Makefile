@@ -113,6 +113,7 @@ results-sets: $(VENV)/.dev
 	$(BIN)/python benchmarks/gaussian.py --output results
 	$(BIN)/python benchmarks/gaussian_frozen.py --output results
 	$(BIN)/python benchmarks/gaussian_pictures.py --output results
+	$(BIN)/python benchmarks/calibration.py --output results
 	for set in tldr_pages scifact; do \
 		$(BIN)/accelerate launch train.py hub_configs/gaussian-minilm-frozen --datasets $$set --head_only true \
 			--output_dir models/norms/$$set/gaussian-minilm-frozen --overwrite || exit 1; \

@@ -23,10 +23,18 @@ several; ``(queries, vocabulary)`` sparse, of torch or scipy; or :class:`polyrep
 
 
 class Hit(NamedTuple):
-    """A document that was found."""
+    """A document that was found.
+
+    Attributes:
+        id: Of the document.
+        score: Of the model.
+        probability: That the document is judged relevant, from 0 to 1, where the model is calibrated (``polyrep
+            calibrate``) and its :class:`~polyrep.search.Service` or ``polyrep search`` was asked; else None.
+    """
 
     id: str
     score: float
+    probability: float | None = None
 
 
 @dataclass(frozen=True)
