@@ -57,7 +57,8 @@ test-min: $(VENV)/.dev
 		transformers==5.17.0 sentence-transformers==6.0.1 huggingface-hub==1.33.0
 	PYTHONPATH=$(abspath $(LOWEST)) $(BIN)/python -m pip check
 	PYTHONPATH=$(abspath $(LOWEST)) $(PYTEST) tests/test_lowest.py tests/test_rooms.py tests/test_room_training.py \
-		tests/test_training.py tests/test_hub.py tests/test_lemur.py tests/test_publish.py tests/test_encode.py
+		tests/test_training.py tests/test_hub.py tests/test_lemur.py tests/test_publish.py tests/test_encode.py \
+		tests/test_retrievers.py tests/test_bm25.py
 
 # Everything in results/ that a CPU can make again, about ten hours on 2 cores. Sets come by name: `polyrep data list`.
 results: results-docs results-sets
@@ -81,6 +82,7 @@ results-sets: $(VENV)/.dev
 		--output_dir models/four/late-interaction-minilm --overwrite
 	$(BIN)/python evaluate.py models/four/late-interaction-minilm/final --dataset $(FOUR) --baselines bm25,minilm \
 		--token_pooling mean 1 2 4 8 16 32 --output results --name baselines
+	$(BIN)/python benchmarks/bm25.py --output results
 	$(BIN)/python benchmarks/cache_memory.py --output results
 	$(BIN)/python benchmarks/search_speed.py --output results
 	$(BIN)/python benchmarks/dense2sparse_text.py --ablation --flags '--max_steps 60' --output results
@@ -111,6 +113,7 @@ results-sets: $(VENV)/.dev
 	$(BIN)/python benchmarks/gaussian.py --output results
 	$(BIN)/python benchmarks/gaussian_frozen.py --output results
 	$(BIN)/python benchmarks/gaussian_pictures.py --output results
+	$(BIN)/python benchmarks/calibration.py --output results
 	for set in tldr_pages scifact; do \
 		$(BIN)/accelerate launch train.py hub_configs/gaussian-minilm-frozen --datasets $$set --head_only true \
 			--output_dir models/norms/$$set/gaussian-minilm-frozen --overwrite || exit 1; \

@@ -1,6 +1,6 @@
 """Join the documents of a data set to long ones of several topics, the case that pooling finds hardest.
 
-    python benchmarks/bundle.py tldr_pages .cache/bundle4        # 1,590 bundles of four pages
+    python benchmarks/bundle.py --source tldr_pages --output .cache/bundle4    # 1,590 bundles of four pages
 
 The documents of each split are shuffled and joined four by four, so that no bundle mixes splits and each document is
 in one bundle; documents that no query asks for go with train. A bundle is relevant if it holds a relevant document.

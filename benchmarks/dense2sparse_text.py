@@ -3,9 +3,10 @@
     python benchmarks/dense2sparse_text.py --quick                      # the quick start's table, terms and picture
     python benchmarks/dense2sparse_text.py --ablation --flags '--max_steps 60' --output results  # every lever, on dev
     python benchmarks/dense2sparse_text.py --output results             # the table on test, three seeds
+    python benchmarks/dense2sparse_text.py --output results --splade naver/splade-v3            # with a trained rival
 
-Fitted heads are kept under a hash of everything that they depend on, so a second run, or one that was interrupted,
-fits only what is missing.
+Fitted heads and encoded texts are kept under a hash of everything that they depend on, so a second run, or one that
+was interrupted, does only what is missing; with ``--splade`` it encodes that rival and takes the rest as it is.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from bench import ROOT, FitBench, code_of
 from safetensors.torch import load_model
 from scipy.sparse import csr_matrix
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Dense
 from tqdm import tqdm
 from transformers import AutoModel, HfArgumentParser, set_seed
@@ -32,10 +33,12 @@ from transformers import AutoModel, HfArgumentParser, set_seed
 from polyrep.cli import train as train_run
 from polyrep.data import RetrievalDataset
 from polyrep.data.named import made_here
-from polyrep.encoding import Embeddings
+from polyrep.encoding import Embeddings, embed
+from polyrep.errors import InputError
+from polyrep.evaluation.bm25 import rank_with_bm25
 from polyrep.evaluation.frontier.csr import CSR_BATCH, CSR_RATE, CSR_SIZES, CSR_STEPS, csr, fit_module, with_csr
 from polyrep.evaluation.metrics import per_query_metrics
-from polyrep.evaluation.systems import Ranking, rank_embeddings, rank_with_bm25
+from polyrep.evaluation.systems import Ranking, rank_embeddings
 from polyrep.evaluation.table import table_rows
 from polyrep.files import read_json
 from polyrep.hub import fetch, fingerprint, load
@@ -97,6 +100,9 @@ class Arguments:
         default_factory=lambda: ["tldr_pages", "scitldr", "scifact"], metadata={"help": "BEIR folders."}
     )
     backbone: str = field(default="minilm", metadata={"help": "Folder, Hub id, or minilm."})
+    splade: str | None = field(
+        default=None, metadata={"help": "A trained SparseEncoder as a rival in the table: folder or Hub id."}
+    )
     quick: bool = field(
         default=False, metadata={"help": "One data set, one seed, and the top terms of three queries."}
     )
@@ -316,7 +322,9 @@ class Measured:
         return float(np.mean([r.costs[name] for r in self.rankings if r.system == system]))
 
 
-def measure(args: Arguments, bench: Bench, split: str, weights: dict[str, float]) -> Measured:
+def measure(
+    args: Arguments, bench: Bench, split: str, weights: dict[str, float], rival: SparseEncoder | None = None
+) -> Measured:
     """Every row of the table for one data set."""
     dataset, queries, documents = bench.split(split), bench.queries(split), bench.documents
     out = Measured(dataset, [], [])
@@ -334,6 +342,7 @@ def measure(args: Arguments, bench: Bench, split: str, weights: dict[str, float]
         add(ranked_scores(system, mixed, bench.ranks, {"bytes_per_document": dense_bytes + extra_bytes}))
 
     hybrid("dense + BM25", lexical, bm25.costs["bytes_per_document"])
+    out.rankings.extend(splade_rows(args, bench, split, rival) if rival else [])
     variants = {"Dense2Sparse": []}
     if not args.quick:
         variants["Dense2Sparse controlled"] = CONTROL
@@ -374,6 +383,32 @@ def measure(args: Arguments, bench: Bench, split: str, weights: dict[str, float]
             adapted = [adapted_by(adapter, side) for side in (queries, documents)]
             add(bench.ranking("dense, adapter with labels", *adapted))
     return out
+
+
+def open_splade(name: str) -> SparseEncoder:
+    """A trained sparse model, to be measured as it is.
+
+    Raises:
+        InputError: There is none of that name, or it is of another kind.
+    """
+    rival = load(fetch(name), dtype=fastest_dtype("auto"))
+    if not isinstance(rival, SparseEncoder):
+        raise InputError(
+            f"--splade {name}: is a {type(rival).__name__}, whose vectors are no weights of words. Name a "
+            "SparseEncoder, e.g. naver/splade-v3, or leave it out."
+        )
+    return rival
+
+
+def splade_rows(args: Arguments, bench: Bench, split: str, rival: SparseEncoder) -> list[Ranking]:
+    """A trained sparse model whole, and cut to as many words as our best row."""
+    assert args.splade
+    dataset, name = bench.split(split), f"SPLADE ({Path(args.splade).name})"
+    texts = (("query", dataset.queries, f"{dataset.name}-{split}"), ("document", dataset.corpus, dataset.name))
+    whole = [embed(rival, some, task=task, name=where, **bench.options) for task, some, where in texts]
+    cut = [pruned(side, words) for side, words in zip(whole, OPERATING_POINTS[WIDE], strict=True)]
+    score = str(rival.similarity_fn_name or "dot")
+    return [bench.ranking(system, *s, similarity=score) for system, s in ((name, whole), (f"{name}, {WIDE}", cut))]
 
 
 def adapted_by(adapter: torch.nn.Module, side: SentenceSide) -> Embeddings:
@@ -499,7 +534,7 @@ def show_words(bench: Bench, folder: Path) -> None:
     vectors = model.encode_query(chosen)
     print("\nHeaviest words of three queries; + marks a word that the query does not hold:")
     for text, words in zip(chosen, model.decode(vectors, top_k=10), strict=True):
-        own = set(model.tokenizer.tokenize(text))
+        own = dict(model.decode(model.encode_query([text], expand=False)[0]))
         print(f"  {text}\n    " + ", ".join(f"{'' if w in own else '+'}{w} {x:.1f}" for w, x in words))
 
 
@@ -507,8 +542,8 @@ def main() -> None:
     """Fit, measure and write."""
     (args,) = HfArgumentParser([Arguments]).parse_args_into_dataclasses()
     made_by = provenance(shlex.join(["python", *sys.argv]))  # the code as it is now, not after an hour of edits
-    folder = fetch(args.backbone)
-    model = load(folder, dtype=fastest_dtype("auto"))
+    model = load(fetch(args.backbone), dtype=fastest_dtype("auto"))
+    rival = open_splade(args.splade) if args.splade else None
     if args.quick:
         args.datasets, args.seeds = args.datasets[:1], args.seeds[:1]
     benches = [Bench(args, source, model) for source in args.datasets]
@@ -517,7 +552,7 @@ def main() -> None:
         results = made_by | {
             "name": f"{args.name}-ablation" if args.ablation else args.name,
             "seeds": args.seeds,
-            "models": {args.backbone: fingerprint(folder)},
+            "models": {name: fingerprint(fetch(name)) for name in (args.backbone, args.splade) if name},
             "claims": [],
             "data": made_here(*args.datasets),
             **outcome,
@@ -529,7 +564,7 @@ def main() -> None:
         ablation(args, benches, write)
         return
     weights = hybrid_weights(args, benches)
-    measured = [measure(args, bench, "test", weights) for bench in benches]
+    measured = [measure(args, bench, "test", weights, rival) for bench in benches]
     rows = [row for m in measured for row in table_rows(m.dataset, m.rankings, "dense")]
     outcome = {
         "rows": rows,

@@ -31,7 +31,8 @@ from transformers import HfArgumentParser
 
 from polyrep.data.noise import narrowed
 from polyrep.encoding import Embeddings, embed
-from polyrep.evaluation.systems import Ranking, costs_of, rank_with_bm25
+from polyrep.evaluation.bm25 import rank_with_bm25
+from polyrep.evaluation.systems import Ranking, costs_of
 from polyrep.hub import fetch, fingerprint, load
 from polyrep.hub.folder import fastest_dtype
 from polyrep.methods import GaussianHead, GaussianOutput

@@ -24,7 +24,8 @@ from sentence_transformers import SentenceTransformer
 from transformers import HfArgumentParser
 
 from polyrep.encoding import Embeddings
-from polyrep.evaluation.systems import Ranking, costs_of, rank_with_bm25
+from polyrep.evaluation.bm25 import rank_with_bm25
+from polyrep.evaluation.systems import Ranking, costs_of
 from polyrep.hub import fetch, fingerprint, load
 from polyrep.hub.folder import fastest_dtype
 from polyrep.methods import MultiLayerHead

@@ -29,9 +29,10 @@ from polyrep.encoding import Embeddings
 from polyrep.encoding.embeddings import in_memory, rows, sum_of_tokens
 from polyrep.encoding.encoders import encode_chunk
 from polyrep.errors import InputError
+from polyrep.evaluation.bm25 import K1, B, analyzer
 from polyrep.evaluation.frontier.pooling import pooled
 from polyrep.evaluation.frontier.timed import ReadyIndex
-from polyrep.evaluation.systems import bm25_words, bytes_per_document, costs_of
+from polyrep.evaluation.systems import bytes_per_document, costs_of
 from polyrep.hub import fetch, fingerprint, load
 from polyrep.hub.folder import fastest_dtype
 from polyrep.methods import GaussianOutput
@@ -246,17 +247,18 @@ class LayerScores:
 
 
 class Bm25:
-    """Lucene's BM25 as :func:`polyrep.evaluation.systems.rank_with_bm25` has it, kept for one query at a time."""
+    """Lucene's BM25 as :func:`polyrep.evaluation.bm25.rank_with_bm25` has it, kept for one query at a time."""
 
     def __init__(self, texts: Sequence[str], ranks: np.ndarray):
-        self.index = bm25s.BM25(method="lucene")
-        self.index.index(bm25_words(texts), show_progress=False)
+        self.analyzer = analyzer("en")
+        self.index = bm25s.BM25(k1=K1, b=B, method="lucene")
+        self.index.index(self.analyzer.words(texts), show_progress=False)
         self.by_rank = np.argsort(ranks)  # ties must fall as everywhere else: this order, then sort stably
         self.size = bytes_per_document("sparse", "float32", nnz=len(self.index.scores["data"]) / len(texts))
 
     def ask(self, asked: Asked) -> list[str]:
-        """Words of a query."""
-        return bm25_words([asked.text])[0]
+        """Stems of a query."""
+        return self.analyzer.words([asked.text])[0]
 
     def search(self, words: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """The best documents and their scores."""
@@ -354,7 +356,7 @@ class Collection:
             ),
             (FULL, "one vector a token", late, self.tokens, lambda asked: asked.tokens, "maxsim", "MaxSim"),
         ]
-        found = [Representation("BM25", "the words as they are", "", bm25.size, bm25.ask, bm25.search, "BM25")]
+        found = [Representation("BM25", "the words by their stems", "", bm25.size, bm25.ask, bm25.search, "BM25")]
         for name, idea, backbone, documents, ask, similarity, unit in table:
             index = full if documents is self.tokens else ReadyIndex(documents, self.ranks, similarity)
             size = costs_of(documents, documents)["bytes_per_document"]
@@ -508,8 +510,8 @@ class Collection:
             np.arange(1)
         )
         weights = self.dense2sparse(**features, task=task).sentence_embedding
-        vocabulary = self.dense2sparse.words
-        own = {vocabulary[token] for token in features["input_ids"][0].tolist()}
+        alone = self.dense2sparse(**features, task=task, expand=False).sentence_embedding
+        own = dict(self.dense2sparse.decode(alone)[0])
         return Words([(word, weight, word in own) for word, weight in self.dense2sparse.decode(weights)[0]])
 
     @torch.inference_mode()

@@ -16,6 +16,7 @@ COMMANDS = {
     "data": "data.command:data",
     "train": "cli:train",
     "evaluate": "cli:evaluate",
+    "calibrate": "evaluation.calibrate:calibrate",
     "encode": "encoding.encode:encode",
     "index": "search.commands:index",
     "search": "search.commands:search",

@@ -18,7 +18,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         lambda value: 1 <= value < 2**31 and value == int(value),
         (
             *("batch_size", "gradient_accumulation_steps", "max_length", "query_texts", "cloze_sentences", "depth"),
-            *("k", "dataloader_prefetch_factor", "settings_tried"),
+            *("k", "dataloader_prefetch_factor", "settings_tried", "window", "stride"),
         ),
     ),
     (

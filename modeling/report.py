@@ -36,6 +36,7 @@ _ROW = {"system": str, "dataset": str, "split": str, "metric": str, "value": (in
 _MAYBE = {
     "hub_dataset": str,
     "hub_revision": str,
+    "settings": dict,
     "task_type": str,
     "mean_of_tasks": int,
     "tasks_of_benchmark": int,
@@ -52,9 +53,9 @@ def write_results(
     Args:
         results: ``name, command, created, commit, hardware, versions, seeds, settings_tried, models {system:
             fingerprint}, rows, claims``. A row has ``system, dataset, split, metric, value`` and what applies of
-            ``interval, std, bytes_per_document, flops, active_dims, ...``; ``hub_dataset`` and, where known,
-            ``hub_revision`` of a data set of the Hub; ``task_type`` of MTEB, without which it is Retrieval; and a
-            benchmark's mean ``mean_of_tasks, tasks_of_benchmark``.
+            ``interval, std, bytes_per_document, flops, active_dims, ...``; ``settings``, which a line below the tables
+            says; ``hub_dataset`` and, where known, ``hub_revision`` of a data set of the Hub; ``task_type`` of MTEB,
+            without which it is Retrieval; and a benchmark's mean ``mean_of_tasks, tasks_of_benchmark``.
             With rows by MTEB, ``versions`` has ``mteb``. A claim has ``claim, value, target, met``
             (both None without a target), where it needs data ``split``, and where several models were measured the
             ``system`` it is of. Optionally ``axis``, the cost that the
@@ -172,7 +173,7 @@ def to_markdown(results: dict[str, Any]) -> str:
             f"{', '.join(sorted(references))}; p: paired two-sided bootstrap, Holm-corrected within each table.",
             "",
         ]
-    for note in results.get("notes", []):
+    for note in [*_settings_notes(results["rows"]), *results.get("notes", [])]:
         lines += [note, ""]
     lines += [
         f"Made by `{results['command']}` on {results['hardware']}, commit {commit}, {versions}; "
@@ -364,6 +365,7 @@ def _table_cells(system: str, metrics: dict[str, dict[str, Any]]) -> dict[str, s
         "retention": _or(main.get("retention"), ".0%"),
         "difference": difference,
         "bytes/doc": _or(main.get("bytes_per_document"), ",.0f"),
+        "windows/doc": _or(main.get("windows_per_document"), ".1f"),
         "vectors/doc": _or(main.get("vectors_per_document"), ".1f"),
         "active dims": _or(main.get("active_dims"), ".1f"),
         "query dims": _or(main.get("query_active_dims"), ".1f"),
@@ -382,6 +384,16 @@ def _table_cells(system: str, metrics: dict[str, dict[str, Any]]) -> dict[str, s
         "fit s": _or(main.get("fit_seconds"), ".0f"),
         "front": ", ".join(main.get("pareto", [])),
     }
+
+
+def _settings_notes(rows: list[dict[str, Any]]) -> list[str]:
+    """How systems were set, and on which data sets."""
+    where: dict[str, list[str]] = {}
+    for row in rows:
+        if settings := row.get("settings"):
+            said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
+            where.setdefault(f"{row['system']}: {said}", []).append(row["dataset"])
+    return [f"{said} ({', '.join(dict.fromkeys(datasets))})." for said, datasets in where.items()]
 
 
 def _or(value: float | None, form: str) -> str:

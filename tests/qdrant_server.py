@@ -230,6 +230,8 @@ def vectors_of(named: dict[str, Any]) -> dict[str, Any]:
 def condition(content: dict[str, Any] | None) -> Any:
     if content is None:
         return None
+    if "is_empty" in content["must"][0]:
+        return edge.Filter(must=[edge.IsEmptyCondition(content["must"][0]["is_empty"]["key"])])
     has_id, has_vector = content["must"]
     return edge.Filter(
         must=[edge.HasIdCondition(set(has_id["has_id"])), edge.HasVectorCondition(has_vector["has_vector"])]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import DOCUMENTS, QRELS, QUERIES, write_beir
 from PIL import Image
+from world import pages
 
 from polyrep import InputError
 from polyrep.data import RetrievalDataset, inverse_cloze, load_corpus, load_retrieval_dataset, named, records
@@ -342,6 +343,19 @@ def test_sentences_end_without_a_space_where_a_script_has_none():
     assert sentences_of("यह एक है। वह दो है।") == ["यह एक है।", "वह दो है।"]
     assert sentences_of("One. Two: three") == ["One.", "Two:", "three"]
     assert [count_words(text) for text in ("one two, three", "庭で寝ます。", "はい。", "แมวนอนหลับ")] == [3, 4, 2, 3]
+
+
+def test_cloze_takes_sentences_of_chinese_pages():
+    known = {page.id: page.text for page in pages("chinese") if not set("！？」”") & set(page.text)}
+    made = inverse_cloze(corpus_of(**known))
+    assert len(known) > 20 and set(made.corpus) == set(known)
+    for identifier, text in known.items():
+        sentences = [f"{part}。" for part in text.split("。") if part]
+        taken = [made.queries[query] for query, judged in made.qrels.items() if identifier in judged]
+        assert set(taken) <= set(sentences) and len(taken) == min(3, max(1, len(sentences) // 3)), text
+        assert made.corpus[identifier].replace(" ", "") == "".join(s for s in sentences if s not in taken).replace(
+            " ", ""
+        )
 
 
 def test_a_cloze_query_is_found_in_a_script_without_spaces():

@@ -36,8 +36,8 @@ from PIL import Image
 
 from polyrep import InputError
 from polyrep.data import load_retrieval_dataset
+from polyrep.evaluation.bm25 import rank_with_bm25
 from polyrep.evaluation.frontier.advice import best_of, within
-from polyrep.evaluation.systems import rank_with_bm25
 from polyrep.methods import GaussianOutput
 from polyrep.methods.gaussian.show import draw_ellipses
 from polyrep.methods.reinpool.show import kept_tokens_flow, words_of

@@ -189,23 +189,14 @@ def test_a_head_starts_from_the_word_embeddings_of_an_embedding_model(backbone, 
     assert set(head.config.special_token_ids) == set(range(5))
 
 
-def test_a_tokenizer_without_word_pieces_is_refused_with_a_way_out(backbone):
-    tokens = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁a", -1.0), ("▁b", -2.0)], unk_id=0))
-    tokens.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens)
-    with pytest.raises(ValueError, match=r"is Unigram, not WordPiece.*own_tokens='none'"):
-        Dense2SparseModel.from_mlm(BertModel.from_pretrained(backbone), 32, tokenizer)
-
-
-def test_a_backbone_without_word_pieces_takes_the_vocabulary_of_another_model(run, tmp_path):
-    """A backbone with a Unigram tokenizer: refused with the flags that help, and these flags help."""
+def test_a_backbone_whose_tokens_are_no_words_takes_the_vocabulary_of_another_model(run, tmp_path):
+    """A backbone with a token for each letter at a word's end (CLIP): refused with the flags that help, which do."""
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{x}", -2.0) for x in letters)]
-    pieces += [(x, -3.0) for x in letters] + [
-        (f"filler{i}", -9.0) for i in range(40)
-    ]  # more ids than the head has words
-    tokens = Tokenizer(models.Unigram(pieces, unk_id=3))
-    tokens.pre_tokenizer = pre_tokenizers.Metaspace()
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", *(f"{x}</w>" for x in letters), *letters]
+    pieces += [f"filler{i}" for i in range(40)]  # more ids than the head has words
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    tokens = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", end_of_word_suffix="</w>"))
+    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokens, pad_token="<pad>", unk_token="<unk>", model_max_length=64
     )
@@ -217,7 +208,9 @@ def test_a_backbone_without_word_pieces_takes_the_vocabulary_of_another_model(ru
     model = SentenceTransformer(modules=[Transformer(str(folder)), Pooling(32, "mean"), Normalize()], device="cpu")
     model.save_pretrained(str(tmp_path / "backbone"))
     flags = ["--backbone", str(tmp_path / "backbone"), "--output_dir", str(tmp_path / "out"), "--save_strategy", "no"]
-    with pytest.raises(InputError, match="is Unigram, not WordPiece.*--vocabulary .* --own_tokens none"):
+    with pytest.raises(
+        InputError, match="is BPE, and neither WordPiece nor Unigram.*--vocabulary .* --own_tokens none"
+    ):
         train([str(run), *flags])
     flags += ["--vocabulary", str(run.parent / "encoder")]
     with pytest.raises(InputError, match="Add --own_tokens none"):

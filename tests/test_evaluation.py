@@ -21,10 +21,11 @@ from polyrep import InputError, report
 from polyrep.cli import main
 from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.evaluation import statistics, table
+from polyrep.evaluation.bm25 import rank_with_bm25
 from polyrep.evaluation.evaluate import evaluate
 from polyrep.evaluation.metrics import METRICS, per_query_metrics
 from polyrep.evaluation.statistics import bootstrap_interval, compare, holm
-from polyrep.evaluation.systems import Ranking, rank_with_bm25, rank_with_model
+from polyrep.evaluation.systems import Ranking, rank_with_model
 from polyrep.hub import fingerprint, load
 from polyrep.hub.folder import fastest_dtype
 from polyrep.report import check_results
@@ -77,7 +78,7 @@ def test_queries_that_are_documents_are_measured_without_themselves(tmp_path, fo
     texts = {
         "a": "print a file",
         "b": "show open ports",
-        "c": "archive files",
+        "c": "pack a folder",
         "a2": "show a file",
         "b2": "list ports",
     }

@@ -24,6 +24,7 @@ from world import write_world
 
 from polyrep import InputError
 from polyrep.cli import main
+from polyrep.encoding.windows import Windows
 from polyrep.evaluation.frontier import command as frontier
 from polyrep.evaluation.frontier import fit
 from polyrep.evaluation.frontier import rows as candidates
@@ -315,6 +316,7 @@ def test_without_the_full_model_there_is_no_table(tmp_path, monkeypatch, pages, 
         ("late", ["--split", "train"], "learn from it"),
         ("late", ["--fit_seconds", "0"], "no time"),
         ("late", ["--frontier", "false"], "ordinary table"),
+        ("late", ["--language", "xx"], "--language xx: PyStemmer knows no"),
     ],
 )
 def test_what_cannot_be_used_is_refused_before_anything_is_encoded(tmp_path, pages, models, model, flags, message):
@@ -560,14 +562,45 @@ def test_the_picture_joins_the_front_and_rings_its_rows(tmp_path, monkeypatch):
     assert area(0.2) < area(2) < area(200)
 
 
+@pytest.mark.parametrize(
+    ("name", "methods"),
+    [("late", ["mean", "reinpool", "dense2sparse"]), ("dense", ["quantization", "dense2sparse", "csr"])],
+)
+def test_every_row_is_of_all_windows(tmp_path, pages, models, name, methods):
+    flags = ["--dataset", pages, "--window", 20, "--stride", 10, "--methods", *methods]
+    results = run(tmp_path, models[name], *flags)
+    rows, (dataset, _) = main_rows(results), judged_queries(str(pages), "test")
+    assert results["failures"] == [] and "windows of 20 tokens, a new one every 10" in " ".join(results["notes"])
+    model = load(models[name])
+    cuts = [Windows.of(model, 20, 10, name).cut(text) for text in dataset.corpus.values()]
+    mean = np.mean([len(several) for several in cuts])
+    assert mean > 1.5
+    if name == "late":
+        vectors = [len(vectors) for several in cuts for vectors in model.encode_document(several)]
+        assert rows["full model"]["vectors_per_document"] == pytest.approx(sum(vectors) / len(cuts))
+        assert rows["mean"]["bytes_per_document"] == 16 * 2
+        assert "windows_per_document" not in rows["Dense2Sparse, 48/128 words"]  # of the mean of all
+    else:
+        sizes = {"full model": 32 * 2, "full model, int8": 32, "full model, one-bit": 32 // 8}
+        for system, size in sizes.items():
+            assert rows[system]["bytes_per_document"] == pytest.approx(mean * size)
+        names = [name for name in rows if name.startswith(("CSR", "Dense2Sparse")) and "rerank" not in name]
+        learned = [rows[name] for name in names]
+        assert learned and all(row["windows_per_document"] == pytest.approx(mean) for row in learned)
+    # The second stage scores all documents of so small a corpus as the full model does.
+    assert rows["BM25, rerank 50"]["value"] == pytest.approx(rows["full model"]["value"])
+
+
 def test_two_data_sets_have_rows_of_their_own(tmp_path, pages, models):
     other = tmp_path / "others"
     (other / "qrels").mkdir(parents=True)
     for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv", "qrels/train.tsv"):
         (other / name).write_bytes((pages / name).read_bytes())
-    results = run(tmp_path, models["late"], "--dataset", pages, other, "--methods", "mean", "--budget", "bytes=99")
+    flags = ["--methods", "mean", "--budget", "bytes=99", "--language", "none"]
+    results = run(tmp_path, models["late"], "--dataset", pages, other, *flags)
     assert {row["dataset"] for row in results["rows"]} == {"pages", "others"}
     assert [entry["dataset"] for entry in results["recommendations"]] == ["pages", "others"]
+    assert [row["settings"]["language"] for row in results["rows"] if "settings" in row] == ["none", "none"]
     assert results["name"] == "frontier-pages-others"
 
 

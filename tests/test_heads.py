@@ -287,7 +287,7 @@ def test_pruning_a_cache_is_pruning_in_the_head():
             assert ours == dict(zip(expected.indices[part].tolist(), expected.values[part].tolist(), strict=True))
 
 
-def test_the_quick_start_runs_and_its_second_run_fits_nothing(backbone, tmp_path):
+def test_the_quick_start_runs_and_its_second_run_fits_nothing(backbone, sparse_model, tmp_path):
     data = write_beir(tmp_path / "tiny", "train")
     for split in ("dev", "test"):
         shutil.copy(data / "qrels" / "train.tsv", data / "qrels" / f"{split}.tsv")
@@ -307,6 +307,18 @@ def test_the_quick_start_runs_and_its_second_run_fits_nothing(backbone, tmp_path
     assert first.stdout.count("\n    ") == 3, "three queries with their words"
     assert (tmp_path / "out" / "quick.png").stat().st_size > 10_000
     heads = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "heads").rglob("*.safetensors")}
-    second = run_python(*command)
+    sparse_model.save_pretrained(str(tmp_path / "rival"))
+    second = run_python(*command, "--splade", str(tmp_path / "rival"))
     assert second.returncode == 0 and "train_runtime" in first.stdout and "train_runtime" not in second.stdout
     assert heads == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "heads").rglob("*.safetensors")}
+    rows = {r["system"]: r for r in json.loads((tmp_path / "out" / "quick.json").read_text())["rows"] if "flops" in r}
+    active = [
+        (encode(list(texts.values())).to_dense() != 0).double().mean(0)
+        for encode, texts in ((sparse_model.encode_query, QUERIES), (sparse_model.encode_document, DOCUMENTS))
+    ]
+    assert rows["SPLADE (rival)"]["flops"] == pytest.approx(float(active[0] @ active[1]))
+    assert rows["SPLADE (rival), 48/128 words"]["flops"] == rows["SPLADE (rival)"]["flops"], "it has fewer"
+    with pytest.raises(InputError, match="--splade .*is a SentenceTransformer.*Name a SparseEncoder"):
+        bench.open_splade(str(backbone))
+    with pytest.raises(InputError, match="no/such"):
+        bench.open_splade("no/such")

@@ -25,12 +25,14 @@ from conftest import CLI, IMPORTABLE, QUERIES, run_python, write_beir
 from hub_server import HubServer, Repository, running_hub
 from huggingface_hub import ModelCard
 from room_examples import EXAMPLES, no_folder_holds
+from test_calibration import MADE
 from transformers import AutoModel, PreTrainedModel
 
 import polyrep
 from polyrep import InputError
 from polyrep.cli import main
 from polyrep.hub import cards, fingerprint, load, localize
+from polyrep.hub.calibration import write_calibration
 from polyrep.hub.forms import own_form
 from polyrep.publishing import after_training, doors, inspection, publish, signatures, upload
 from polyrep.publishing.inspection import refuse_secrets, verify
@@ -652,6 +654,18 @@ def old_pipeline(models: dict[str, Any], tmp_path: Path) -> Path:
     results_of(tmp_path / "old" / "results", fingerprint(folder))
     assert json.loads((folder / "config.json").read_text())["model_type"] == "bert"
     return folder
+
+
+def test_a_calibration_goes_with_the_model_and_the_card_says_so(finished, tmp_path, capsys):
+    write_calibration(finished, replace(MADE, fingerprint=fingerprint(finished)))
+    target = tmp_path / "hub"
+    arguments = ["publish", str(finished), "--repo", "someone/model", "--dry_run", "--output", str(target)]
+    assert main(arguments) == 0
+    assert (target / "calibration.json").read_bytes() == (finished / "calibration.json").read_bytes()
+    card = (target / "README.md").read_text()
+    assert "40 queries of tiny (dev), with an expected calibration error of 0.013 for the ten best" in card
+    write_calibration(finished, MADE)
+    assert "made for model f, and this one is" in refused(finished, capsys)
 
 
 def test_modules_of_an_older_version_are_published_as_one_folder(old_pipeline, models, tmp_path, capsys):

@@ -108,7 +108,7 @@ def test_a_ranking_has_the_time_of_the_queries_that_were_timed(monkeypatch):
         return stock(self, asked, k)
 
     monkeypatch.setattr(ReadyIndex, "search", slow)
-    monkeypatch.setattr(ready, "TIMED_QUERIES", 2)
+    monkeypatch.setattr("polyrep.evaluation.systems.TIMED_QUERIES", 2)
     ranking = rank_when_ready("any", queries, documents, RANKS, similarity="maxsim")
     assert searched == [3, 1, 1, 1]  # all, one to warm up, and two that count
     assert np.isnan(ranking.seconds).tolist() == [False, True, False]
@@ -142,12 +142,13 @@ def test_a_kept_ranking_is_made_once_and_again_if_its_file_is_damaged(tmp_path, 
 
     def make() -> Ranking:
         made.append(1)
-        return Ranking("x", np.arange(6).reshape(2, 3), np.ones((2, 3), np.float32), {"a": 1.5}, np.array([1, np.nan]))
+        seconds, settings = np.array([1, np.nan]), {"language": "en"}
+        return Ranking("x", np.arange(6).reshape(2, 3), np.ones((2, 3), np.float32), {"a": 1.5}, seconds, settings)
 
     path = tmp_path / "rows" / "x.safetensors"
     for _ in range(2):
         ranking = keep_ranking(path, "name", make, 2)
-        assert (ranking.system, ranking.costs) == ("name", {"a": 1.5})
+        assert (ranking.system, ranking.costs, ranking.settings) == ("name", {"a": 1.5}, {"language": "en"})
         np.testing.assert_array_equal(ranking.positions, [[0, 1], [3, 4]])
         np.testing.assert_array_equal(ranking.seconds, [1, np.nan])
     assert len(made) == 1 and [p.name for p in path.parent.iterdir()] == ["x.safetensors"]

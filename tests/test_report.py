@@ -139,6 +139,18 @@ def test_other_measurements_than_quality_are_shown_as_they_are_called():
     assert mixed == [["system", "nDCG@10", "seconds"], ["BM25", "0.500", ""], ["model", "", "12.35"]]
 
 
+def test_how_a_system_was_set_is_said_below_the_tables():
+    english, german = ({"settings": {"language": code, "stop_words": 3}} for code in ("en", "de"))
+    rows = [row("BM25", 0.5) | english, row("BM25", 0.5) | english | {"dataset": "large"}]
+    markdown = to_markdown(results(*rows, row("BM25", 0.5) | german | {"dataset": "other"}))
+    assert re.findall("^BM25: .*$", markdown, re.M) == [
+        "BM25: language en, stop words 3 (tiny, large).",
+        "BM25: language de, stop words 3 (other).",
+    ]
+    with pytest.raises(InputError, match="field 'settings' is 'en'"):
+        check_results(results(row("BM25", 0.5) | {"settings": "en"}))
+
+
 def test_each_data_set_and_split_has_a_table():
     other = [row("BM25", 0.9) | {"dataset": "large"}, row("BM25", 0.8) | {"split": "dev"}]
     markdown = to_markdown(results(row("BM25", 0.5), *other))

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bm25s.stopwords import STOPWORDS_EN
 from conftest import DOCUMENTS, QUERIES
 from sentence_transformers.sparse_encoder.evaluation import SparseInformationRetrievalEvaluator
 from test_scoring import brute_force, dense, sparse, texts_of
 
 from polyrep import InputError
-from polyrep.data import RetrievalDataset, load_retrieval_dataset
+from polyrep.data import load_retrieval_dataset
 from polyrep.encoding import Embeddings, embeddings
 from polyrep.evaluation import systems as retrievers
-from polyrep.evaluation.systems import bytes_per_document, costs_of, flops, rank_with_bm25, rank_with_model
+from polyrep.evaluation.systems import bytes_per_document, costs_of, flops, rank_with_model
 
 
 def vectors_of(rng: np.random.Generator, lengths: list[int], dim: int = 12, dtype: str = "float32") -> Embeddings:
@@ -201,88 +200,3 @@ def test_a_pooling_that_is_none_is_refused_before_anything_is_encoded(monkeypatc
 def test_one_vector_cannot_be_pooled(request, beir, family):
     with pytest.raises(InputError, match="m: pooling .*this one has one"):
         rank_with_model("m", request.getfixturevalue(family), load_retrieval_dataset(beir), pooling=["mean"])
-
-
-# BM25
-
-
-def words(text: str) -> list[str]:
-    return [word for word in re.findall(r"\b\w\w+\b", text.lower()) if word not in STOPWORDS_EN]
-
-
-def bm25(query: str, corpus: list[str], k1: float = 1.5, b: float = 0.75) -> list[float]:
-    """Score of each document by the formula of Lucene (Kamphuis et al. 2020, table 1), without its constant k1 + 1."""
-    documents = [words(text) for text in corpus]
-    average = sum(map(len, documents)) / len(documents)
-    scores = [0.0] * len(documents)
-    for term in words(query):
-        found = sum(term in document for document in documents)
-        weight = math.log(1 + (len(documents) - found + 0.5) / (found + 0.5))
-        for i, document in enumerate(documents):
-            count = document.count(term)
-            scores[i] += weight * count / (count + k1 * (1 - b + b * len(document) / average))
-    return scores
-
-
-def small(documents: dict[str, str], queries: dict[str, str]) -> RetrievalDataset:
-    return RetrievalDataset("small", "test", documents, queries, {q: {next(iter(documents)): 1} for q in queries})
-
-
-TEXTS = DOCUMENTS | {
-    "d10": DOCUMENTS["d2"],  # the same text: equal scores
-    "d9": DOCUMENTS["d2"] + " open open",
-    "d11": "The of and.",  # stop words only
-}
-ASKED = QUERIES | {
-    "twice": "file file ports",
-    "unknown": "xylophone quartet",
-    "stop": "is it the",
-    "mixed": "xylophone FILE, grep!",
-}
-
-
-def test_bm25_scores_as_the_formula_says():
-    ranking = rank_with_bm25(small(TEXTS, ASKED))
-    ids = list(TEXTS)
-    for row, query in enumerate(ASKED.values()):
-        scores = np.array(bm25(query, list(TEXTS.values())))
-        np.testing.assert_allclose(ranking.scores[row], scores[ranking.positions[row]], rtol=1e-5)
-        expected = sorted(range(len(ids)), key=lambda i, s=scores: (round(s[i], 6), ids[i]), reverse=True)
-        assert ranking.positions[row].tolist() == expected
-    assert ranking.scores[0, 0] > 0  # "show open ports"
-
-
-def test_a_query_without_a_known_word_finds_all_documents_by_falling_id():
-    ranking = rank_with_bm25(small(TEXTS, {"unknown": "xylophone", "stop": "is it the", "empty": "?"}))
-    assert not ranking.scores.any()
-    for positions in ranking.positions:
-        assert [list(TEXTS)[p] for p in positions] == sorted(TEXTS, reverse=True)
-
-
-def test_bm25_finds_words_of_scripts_without_spaces():
-    documents = {"d1": "猫は好きです。庭で寝ます。", "d2": "犬が夜に吠える。", "d3": "パンは小麦粉と水で作る。"}
-    documents |= {"d4": "GPUで学習する", "d5": "แมวนอนหลับอยู่ในสวน"}
-    ranking = rank_with_bm25(small(documents, {"1": "猫", "3": "パンの作り方", "4": "gpu", "5": "แมว"}))
-    assert [list(documents)[row[0]] for row in ranking.positions] == ["d1", "d3", "d4", "d5"]
-
-
-def test_bm25_leaves_a_querys_own_document_out_and_loses_no_place():
-    whole = rank_with_bm25(small(TEXTS, {"q": TEXTS["d2"]}))
-    own = list(TEXTS).index("d2")
-    cut = rank_with_bm25(small(TEXTS, {"d2": TEXTS["d2"]}), depth=4)
-    assert cut.positions[0].tolist() == [p for p in whole.positions[0] if p != own][:4]
-
-
-def test_bm25_is_cut_at_the_depth(monkeypatch):
-    whole = rank_with_bm25(small(TEXTS, ASKED))
-    monkeypatch.setattr(retrievers, "DEPTH", 2)
-    np.testing.assert_array_equal(rank_with_bm25(small(TEXTS, ASKED)).positions, whole.positions[:, :2])
-
-
-def test_bm25_costs_are_counted_in_distinct_words():
-    costs = rank_with_bm25(small(TEXTS, ASKED)).costs
-    documents, queries = ([set(words(text)) for text in texts.values()] for texts in (TEXTS, ASKED))
-    distinct = np.mean([len(document) for document in documents])
-    assert costs["active_dims"] == pytest.approx(distinct)
-    assert costs["bytes_per_document"] == pytest.approx(distinct * (4 + 4))  # a term id and a float32
-    assert costs["flops"] == pytest.approx(np.mean([len(q & d) for q in queries for d in documents]))

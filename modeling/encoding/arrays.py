@@ -83,5 +83,10 @@ def check_bounds(vectors: Embeddings, texts: int | None = None) -> None:
             raise ValueError(f"indices of shape {indices.shape} and type {indices.dtype}")
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < vectors.dim:
             raise ValueError(f"a word outside the vocabulary of {vectors.dim:,}")
-    if texts is not None and len(vectors) != texts:
-        raise ValueError(f"{len(vectors)} vectors of {len(values)} terms for {texts} ids")
+    if (windows := vectors.windows) is not None:
+        if windows.ndim != 1 or windows.dtype.kind != "i" or not len(windows) or vectors.kind == "tokens":
+            raise ValueError(f"windows of shape {windows.shape} and type {windows.dtype} for {vectors.kind} vectors")
+        if windows[0] != 0 or windows[-1] != len(vectors) or (np.diff(windows) < 1).any():
+            raise ValueError(f"windows that do not rise from 0 to {len(vectors):,}")
+    if texts is not None and vectors.documents != texts:
+        raise ValueError(f"{vectors.documents} vectors of {len(values)} terms for {texts} ids")

@@ -11,6 +11,9 @@ Kinds of output::
     sparse     values (active terms of all texts), indices, offsets
     layers     values (texts, layers + 1, dim)                    masked mean of every layer, embeddings first
     cls_layers values (texts, layers + 1, dim)                    first token of every layer
+
+Where documents are cut into windows, each window is a text, and ``windows`` bounds those of each document; with
+several vectors a text, the vectors of all its windows are the document's.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import math
@@ -26,7 +30,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -43,6 +47,7 @@ from ..hub.folder import Encoder
 from .arrays import mapped_arrays
 from .embeddings import Embeddings, Kind
 from .encoders import encode_chunk, kind_of, refuse_broken_prompts, refuse_not_finite_vectors
+from .windows import Windows
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +67,7 @@ def embed(
     batch_size: int = 16,
     name: str = "texts",
     show_progress: bool = True,
+    windows: Windows | None = None,
 ) -> Embeddings:
     """Encode texts through the cache.
 
@@ -75,12 +81,15 @@ def embed(
         batch_size: Texts per forward pass.
         name: Readable part of the cache's folder name, e.g. the data set.
         show_progress: Show a progress bar.
+        windows: How to cut the texts; default: what a model does not read of a text is dropped.
 
     Raises:
-        InputError: No text; a vector is not finite in ``dtype``; a cache of this key is damaged.
+        InputError: No text; images to be cut; a vector is not finite in ``dtype``; a cache of this key is damaged.
     """
     if not texts:
         raise InputError(f"{name}: no text to encode.")
+    if windows and not isinstance(texts, dict):  # which images are not, since they are opened late
+        raise InputError(f"{name}: holds images, which have no tokens to be cut at. Leave --window out.")
     if dtype not in ("float16", "float32"):
         raise InputError(f"dtype {dtype!r}: caches hold float16 or float32.")
     if isinstance(texts, dict) and next(iter(texts.values())) is None:
@@ -89,7 +98,7 @@ def embed(
             "others. Put the files into images/, or train a head on the vectors."
         )
     kind = kind or kind_of(model)
-    key = cache_key(model, texts, task=task, kind=kind, dtype=dtype)
+    key = cache_key(model, texts, task=task, kind=kind, dtype=dtype, windows=windows)
     temporary = None
     if cache_dir is None:
         temporary = tempfile.mkdtemp(prefix="polyrep-")
@@ -98,7 +107,7 @@ def embed(
     if not path.exists():
         _explain_miss(path, key)
         try:
-            _write(path, key, model, texts, batch_size, show_progress)
+            _write(path, key, model, texts, batch_size, show_progress, windows)
         except BaseException:
             if temporary:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -118,6 +127,7 @@ def store(
     cache_dir: str | Path,
     name: str = "texts",
     dtype: str = "float16",
+    windows: Windows | None = None,
 ) -> Embeddings:
     """Put vectors that are known already where :func:`embed` looks for those of ``model``, so that nothing is encoded.
 
@@ -129,13 +139,14 @@ def store(
         cache_dir: Likewise.
         name: Likewise.
         dtype: Likewise.
+        windows: Likewise; the vectors are of whole documents all the same.
 
     Raises:
         InputError: There are not as many vectors as texts, or one is not finite in ``dtype``.
     """
     if len(vectors) != len(texts):
         raise InputError(f"{name}: {len(vectors)} vectors for {len(texts)} texts. Pass one for each.")
-    key = cache_key(model, texts, task=task, kind="sentence", dtype=dtype)
+    key = cache_key(model, texts, task=task, kind="sentence", dtype=dtype, windows=windows)
     path = _place(cache_dir, name, key)
     if not path.exists():
         with np.errstate(over="ignore"):  # refused below, by the id of its text
@@ -178,7 +189,9 @@ def open_cache(path: str | Path, key: dict[str, Any] | None = None) -> Embedding
         raise InputError(f"{path}: manifest.json lacks what every cache has ({error}). {remedy}") from None
 
 
-def cache_key(model: Encoder, texts: Mapping[str, Any], *, task: str, kind: str, dtype: str) -> dict[str, Any]:
+def cache_key(
+    model: Encoder, texts: Mapping[str, Any], *, task: str, kind: str, dtype: str, windows: Windows | None = None
+) -> dict[str, Any]:
     """Everything that embeddings depend on, readable; two equal keys mean equal embeddings.
 
     Raises:
@@ -211,7 +224,7 @@ def cache_key(model: Encoder, texts: Mapping[str, Any], *, task: str, kind: str,
         "versions": {
             name: importlib.metadata.version(name) for name in ("torch", "transformers", "sentence-transformers")
         },
-    }
+    } | ({"windows": windows.key} if windows else {})
 
 
 def _describe(module: torch.nn.Module) -> dict[str, Any]:
@@ -251,21 +264,22 @@ def _write(
     texts: Mapping[str, Any],
     batch_size: int,
     show_progress: bool,
+    windows: Windows | None,
 ) -> None:
     """Encode chunk by chunk, appending to the arrays of a staged folder."""
-    started, ids = time.perf_counter(), list(texts)
+    started = time.perf_counter()
+    owners = [np.zeros(0, np.int64)]  # of each text or window, the place of its document
     dim, shape_tail, rows, counts = 0, (), 0, [np.zeros(1, np.int64)]
     names = ["values", "indices"] if key["kind"] == "sparse" else ["values"]
     with staged_folder(path) as staged:
         files: dict[str, BinaryIO] = {name: (staged / f"{name}.bin").open("wb") for name in names}
         try:
             with tqdm(total=len(texts), desc=path.name, unit="text", disable=not show_progress) as progress:
-                for start in range(0, len(texts), CHUNK):
-                    chunk = [texts[identifier] for identifier in ids[start : start + CHUNK]]
+                for ids, places, chunk in _chunks(texts, windows):
                     values, lengths, indices, dim = encode_chunk(model, chunk, key["task"], key["kind"], batch_size)
                     with np.errstate(over="ignore"):  # an overflow is refused below, by the id of its text
                         values = values.astype(key["dtype"])
-                    refuse_not_finite_vectors(values, lengths, ids[start : start + CHUNK], key["dtype"])
+                    refuse_not_finite_vectors(values, lengths, ids, key["dtype"])
                     # Not tofile, which drops the last bytes without an error when the disk is full.
                     files["values"].write(np.ascontiguousarray(values).data)
                     if indices is not None:
@@ -273,7 +287,8 @@ def _write(
                     if lengths is not None:
                         counts.append(lengths)
                     rows, shape_tail = rows + len(values), values.shape[1:]
-                    progress.update(len(chunk))
+                    owners.append(places)
+                    progress.update(int(places[-1]) + 1 - progress.n)
                     del values, lengths, indices
                     _return_freed_memory()
         finally:
@@ -282,13 +297,36 @@ def _write(
         arrays: dict[str, tuple[str, list[int]]] = {"values": (key["dtype"], [rows, *shape_tail])}
         if key["kind"] == "sparse":
             arrays["indices"] = ("int32", [rows])
+        bounds = np.searchsorted(np.concatenate(owners), np.arange(len(texts) + 1)).astype(np.int64)
+        further: dict[str, np.ndarray] = {}
         if key["kind"] in ("tokens", "sparse"):
-            (staged / "offsets.bin").write_bytes(np.cumsum(np.concatenate(counts), dtype=np.int64).data)
-            arrays["offsets"] = ("int64", [len(texts) + 1])
+            further["offsets"] = np.cumsum(np.concatenate(counts), dtype=np.int64)
+        if windows and key["kind"] == "tokens":
+            further["offsets"] = further["offsets"][bounds]
+        elif windows:
+            further["windows"] = bounds
+        for name, array in further.items():
+            (staged / f"{name}.bin").write_bytes(array.data)
+            arrays[name] = ("int64", [len(array)])
         seconds = round(time.perf_counter() - started, 2)
         write_json(
             staged / "manifest.json", {"format": FORMAT, "key": key, "dim": dim, "arrays": arrays, "seconds": seconds}
         )
+
+
+def _chunks(texts: Mapping[str, Any], windows: Windows | None) -> Iterator[tuple[list[str], np.ndarray, list[Any]]]:
+    """Texts or windows that are encoded together: the id and the place of each one's document, and what it is."""
+
+    def pieces() -> Iterator[tuple[str, int, Any]]:
+        for place, identifier in enumerate(texts):
+            text = texts[identifier]
+            for piece in windows.cut(text) if windows else [text]:
+                yield identifier, place, piece
+
+    stream = pieces()
+    while chunk := list(itertools.islice(stream, CHUNK)):
+        ids, places, content = zip(*chunk, strict=True)
+        yield list(ids), np.array(places, np.int64), list(content)
 
 
 def _return_freed_memory() -> None:

@@ -25,6 +25,8 @@ class Embeddings:
         dim: Width of a vector (vocabulary size for ``sparse``).
         seconds: Wall time that encoding took.
         path: The cache folder.
+        windows: ``(documents + 1,)`` bounds of each document's rows where documents are cut into windows, each of
+            which is a text here; None where a document is one text.
     """
 
     kind: Kind
@@ -34,6 +36,12 @@ class Embeddings:
     dim: int
     seconds: float
     path: Path
+    windows: np.ndarray | None = None
+
+    @property
+    def documents(self) -> int:
+        """How many there are; as many as texts unless they are cut into windows."""
+        return len(self) if self.windows is None else len(self.windows) - 1
 
     def __len__(self) -> int:
         return len(self.values) if self.offsets is None else len(self.offsets) - 1
@@ -53,14 +61,28 @@ def in_memory(values: np.ndarray, offsets: np.ndarray | None = None) -> Embeddin
 
 
 def rows(embeddings: Embeddings, positions: np.ndarray) -> Embeddings:
-    """Some texts of ``embeddings``, in the order of ``positions`` and in memory."""
+    """Some texts of ``embeddings``, in the order of ``positions`` and in memory; of windows each by itself."""
+    embeddings = replace(embeddings, windows=None)
     if embeddings.offsets is None:
         return replace(embeddings, values=embeddings.values[positions])
-    lengths = embeddings.lengths[positions]
-    bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    places = np.repeat(embeddings.offsets[positions] - bounds[:-1], lengths) + np.arange(bounds[-1])
+    places, bounds = side_by_side(embeddings.offsets, positions)
     indices = None if embeddings.indices is None else embeddings.indices[places]
     return replace(embeddings, values=embeddings.values[places], indices=indices, offsets=bounds)
+
+
+def side_by_side(bounds: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of chosen texts one after another.
+
+    Args:
+        bounds: ``(texts + 1,)`` where each text's rows start and end.
+        chosen: ``(chosen,)`` places of texts.
+
+    Returns:
+        Places of their rows, and ``(chosen + 1,)`` where those of each start and end.
+    """
+    lengths = bounds[chosen + 1] - bounds[chosen]
+    found = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return np.repeat(bounds[chosen] - found[:-1], lengths) + np.arange(found[-1]), found
 
 
 def joined(blocks: Sequence[Embeddings]) -> Embeddings:
@@ -75,6 +97,19 @@ def joined(blocks: Sequence[Embeddings]) -> Embeddings:
         indices = np.concatenate([block.indices for block in blocks if block.indices is not None])
     values = np.concatenate([block.values for block in blocks])
     return replace(blocks[0], values=values, offsets=offsets, indices=indices, path=Path())
+
+
+def by_document(windows: Embeddings, bounds: np.ndarray) -> Embeddings:
+    """Windows as documents: with several vectors a text, those of all windows are the document's.
+
+    Args:
+        windows: Each as a text.
+        bounds: ``(documents + 1,)`` where each document's windows start and end.
+    """
+    if windows.kind != "tokens":
+        return replace(windows, windows=bounds)
+    assert windows.offsets is not None
+    return replace(windows, offsets=windows.offsets[bounds])
 
 
 def row_of(embeddings: Embeddings, row: int) -> Embeddings:

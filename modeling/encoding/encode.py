@@ -8,6 +8,7 @@ the same command goes on, with more processes or fewer.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
@@ -32,9 +33,10 @@ from ..hub.fingerprint import fingerprint
 from ..hub.folder import Encoder, fastest_dtype, fetch, load
 from ..report import provenance
 from .cache import CHUNK
-from .embeddings import Embeddings, Kind, joined, rows
+from .embeddings import Embeddings, Kind, by_document, joined, rows
 from .encoders import encode_chunk, kind_of, refuse_broken_prompts, refuse_not_finite_vectors
 from .shards import PRECISIONS, Origin, manifest_of, read_record, shard_path, write_shard
+from .windows import Windows, refuse_stride
 
 SHARD_SIZES = {False: 4096, True: 512}
 """Records of a shard, by whether they are images."""
@@ -63,6 +65,13 @@ class EncodeArguments:
     )
     precision: str = field(default="float16", metadata={"help": f"Of the numbers: {', '.join(PRECISIONS)}."})
     batch_size: int = field(default=32, metadata={"help": "Texts or images per forward pass."})
+    window: int | None = field(
+        default=None,
+        metadata={"help": "Cut documents into windows of so many tokens; default: what is not read is dropped."},
+    )
+    stride: int | None = field(
+        default=None, metadata={"help": "Tokens from one window to the next; default: --window, no overlap."}
+    )
     shard_size: int = field(default=0, metadata={"help": "Records per shard; default: 4096 texts or 512 images."})
     id_field: str = field(default="", metadata={"help": "Default: _id, id, docid or doc_id; row_number counts."})
     text_field: str = field(default="text", metadata={"help": "Field of the text."})
@@ -104,8 +113,9 @@ def encode(argv: list[str], *, prog: str = "polyrep encode") -> dict[str, Any]:
     folder = fetch(name, revision=args.revision, trust_remote_code=args.trust_remote_code)
     dtype, device = fastest_dtype(args.model_dtype), str(state.device)
     model = load(folder, trust_remote_code=args.trust_remote_code, dtype=dtype, device=device)
-    _refuse_unfit(model, source, args.precision, name)
-    origin, output = _origin(args, model, folder), Path(args.output)
+    _refuse_unfit(model, source, args, name)
+    windows = Windows.of(model, args.window, args.stride, name)
+    origin, output = _origin(args, model, folder, windows), Path(args.output)
     size = args.shard_size or SHARD_SIZES[source.images]
     manifest = manifest_of(
         origin,
@@ -119,7 +129,7 @@ def encode(argv: list[str], *, prog: str = "polyrep encode") -> dict[str, Any]:
         **provenance(shlex.join([*prog.split(), *argv])),
     )
     _refuse_another(output, manifest)
-    work = _Work(model, origin, args.task, args.batch_size, output, manifest)
+    work = _Work(model, origin, args.task, args.batch_size, output, manifest, windows)
     with _progress(output, source, state) as progress:
         shards = work.through(_own(source.spans(size), state), progress)
     if not shards:
@@ -148,7 +158,7 @@ def _process() -> PartialState:
     return state
 
 
-def _origin(args: EncodeArguments, model: Encoder, folder: Path) -> Origin:
+def _origin(args: EncodeArguments, model: Encoder, folder: Path, windows: Windows | None) -> Origin:
     kind = kind_of(model)
     return Origin(
         args.name or NAMES[kind],
@@ -157,6 +167,7 @@ def _origin(args: EncodeArguments, model: Encoder, folder: Path) -> Origin:
         str(model.similarity_fn_name or "cosine"),
         fingerprint(folder),
         args.precision,
+        *((windows.tokens, windows.stride) if windows else ()),
     )
 
 
@@ -174,10 +185,17 @@ class _Work:
     """The shards of one process. The last shard is being written while the next is encoded."""
 
     def __init__(
-        self, model: Encoder, origin: Origin, task: str, batch_size: int, output: Path, manifest: dict[str, Any]
+        self,
+        model: Encoder,
+        origin: Origin,
+        task: str,
+        batch_size: int,
+        output: Path,
+        manifest: dict[str, Any],
+        windows: Windows | None,
     ):
         self.model, self.origin, self.task, self.batch_size, self.output = model, origin, task, batch_size, output
-        self.manifest = manifest
+        self.manifest, self.windows = manifest, windows
 
     def through(self, spans: Iterator[tuple[Span, bool]], progress: Any) -> int:
         """Encode what is this process's and not there yet; returns the number of spans."""
@@ -229,6 +247,11 @@ class _Work:
         origin, kind = self.origin, self.origin.kind
         dtype = "float32" if origin.precision == "float32" else "float16"
         images = bool(documents) and not isinstance(documents[0].content, str)
+        ids, bounds = [document.id for document in documents], np.arange(len(documents) + 1)
+        if self.windows:
+            cuts = [[Document(d.id, piece) for piece in self.windows.cut(str(d.content))] for d in documents]
+            bounds = np.cumsum([0, *map(len, cuts)], dtype=np.int64)
+            documents = list(itertools.chain.from_iterable(cuts))
         order = list(range(len(documents)))
         if not images:
             order.sort(key=lambda i: -len(documents[i].content))  # type: ignore[arg-type]
@@ -239,7 +262,7 @@ class _Work:
         for start in range(0, len(order), step):
             numbers = order[start : start + step]
             content: list[Any] = [documents[i].content for i in numbers]
-            progress.update(len(numbers))
+            progress.update(len(np.intersect1d(bounds[:-1], numbers)))  # documents of which this is the first window
             if images:
                 content, numbers = self._pictures(documents, numbers, errors)
             if not content:
@@ -254,7 +277,10 @@ class _Work:
             terms = None if indices is None else indices.astype(np.int32)
             parts.append(Embeddings(kind, values, offsets, terms, dim, 0.0, Path()))
             kept += numbers
-        return [documents[i].id for i in sorted(kept)], rows(joined(parts), np.argsort(kept)), errors
+        vectors = rows(joined(parts), np.argsort(kept))
+        if self.windows:
+            return ids, by_document(vectors, bounds), errors
+        return [ids[i] for i in sorted(kept)], vectors, errors
 
     @staticmethod
     def _pictures(
@@ -349,6 +375,9 @@ def _said(summary: dict[str, Any], output: Path) -> str:
 
 
 def _refuse_unusable(args: EncodeArguments) -> None:
+    refuse_stride(args.window, args.stride)
+    if args.window and args.task == "query":
+        raise InputError(f"--window {args.window}: queries are read whole or not at all; documents alone are cut.")
     for flag in ("input", "output"):
         if not getattr(args, flag):
             raise InputError(f"--{flag}: missing. Say what to encode with --input, and where to with --output.")
@@ -362,7 +391,8 @@ def _refuse_unusable(args: EncodeArguments) -> None:
         raise InputError(f"--task {args.task}: use document or query.")
 
 
-def _refuse_unfit(model: Any, source: Source, precision: str, name: str) -> None:
+def _refuse_unfit(model: Any, source: Source, args: EncodeArguments, name: str) -> None:
+    precision = args.precision
     if isinstance(model, PreTrainedModel):
         raise InputError(
             f"{name}: is a head alone, which reads vectors and not documents. Name the folder of the whole model."
@@ -372,6 +402,8 @@ def _refuse_unfit(model: Any, source: Source, precision: str, name: str) -> None
         raise InputError(
             f"{name}: takes {' and '.join(model[0].modalities)}, but the input is {wanted}s. Use a model for them."
         )
+    if args.window and source.images:
+        raise InputError(f"--window {args.window}: images have no tokens to be cut at. Leave it out.")
     refuse_broken_prompts(model)
     if kind_of(model) == "sparse" and precision in ("int8", "binary"):
         raise InputError(

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import MultiVectorEncoder, SparseEncoder
+from sentence_transformers.util import batch_to_device
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from ..errors import InputError, refuse_no_text
 from ..hub.folder import Encoder
@@ -96,6 +99,42 @@ _ENCODERS: dict[str, Any] = {
     "layers": _encode_layers,
     "cls_layers": partial(_encode_layers, cls=True),
 }
+
+
+@torch.inference_mode()
+def uncertainty_of(model: Encoder, queries: Sequence[str], batch_size: int = 16) -> np.ndarray | None:
+    """How unsure a model is of what queries mean, by a part of it whose output has ``uncertainty``; None without one.
+
+    Args:
+        model: Any sentence-transformers model.
+        queries: Their texts.
+        batch_size: Texts per forward pass.
+
+    Returns:
+        ``(queries,)`` in the model's own unit.
+    """
+    said: list[torch.Tensor] = []
+
+    def keep(module: Any, inputs: Any, output: Any) -> None:
+        value = output.get("uncertainty") if isinstance(output, ModelOutput) else None
+        if value is not None:
+            said.append(value.float().cpu())
+
+    hooks = [part.register_forward_hook(keep) for part in model.modules() if isinstance(part, PreTrainedModel)]
+    prompt, found = model.prompts.get("query") or None, []
+    try:
+        model.eval()
+        for start in range(0, len(queries), batch_size):
+            said.clear()
+            batch = model.preprocess(list(queries[start : start + batch_size]), prompt=prompt, task="query")
+            model(batch_to_device(batch, model.device), task="query")
+            if not said:
+                return None
+            found.append(said[-1].numpy())  # (texts of the batch,)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return np.concatenate(found) if found else None
 
 
 def refuse_broken_prompts(model: Encoder) -> None:

@@ -15,6 +15,9 @@ and nothing else. A shard holds ``ids`` (UTF-8, one after another) with ``id_off
     tokens     values (vectors of all documents, dim), offsets
     sparse     values (active terms of all documents), indices, offsets
 
+Where documents are cut into windows, ``sentence`` and ``sparse`` have a row for each window, and ``windows`` bounds
+those of each document.
+
 Numbers are ``float32``; ``float16``; ``int8``, with a ``scales`` number for each vector, by which its largest becomes
 127, so that no calibration is needed; or ``binary``, one bit a number, its sign, eight in a byte.
 """
@@ -56,6 +59,8 @@ class Origin:
         similarity: How the model scores: ``dot``, ``cosine``, ``maxsim``, ``meanmaxsim``, ...
         fingerprint: :func:`polyrep.hub.fingerprint` of the model.
         precision: Of the numbers, one of :data:`PRECISIONS`.
+        window: Tokens of the windows that documents are cut into; 0 for none.
+        stride: Tokens from the start of one window to the start of the next; 0 without windows.
     """
 
     name: str
@@ -64,6 +69,18 @@ class Origin:
     similarity: str
     fingerprint: str
     precision: str = "float16"
+    window: int = 0
+    stride: int = 0
+
+    @property
+    def by_window(self) -> bool:
+        """Whether a document may have several rows: vectors of all windows are side by side where it has several."""
+        return self.window > 0 and self.kind != "tokens"
+
+    def described(self) -> dict[str, Any]:
+        """The fields, as a manifest has them; those of windows only where there are windows."""
+        fields = asdict(self)
+        return fields if self.window else {n: v for n, v in fields.items() if n not in ("window", "stride")}
 
 
 def origin_of(content: Any, where: Path) -> Origin:
@@ -79,10 +96,13 @@ def origin_of(content: Any, where: Path) -> Origin:
     try:
         origin = Origin(**content)
         texts = (origin.name, origin.kind, origin.similarity, origin.fingerprint, origin.precision)
-        if not all(isinstance(text, str) for text in texts) or type(origin.dim) is not int:
+        numbers = (origin.dim, origin.window, origin.stride)
+        if not all(isinstance(text, str) for text in texts) or {*map(type, numbers)} != {int}:
             raise ValueError("a field of another type")
         if origin.kind not in KINDS or origin.precision not in PRECISIONS or not 0 < origin.dim < 2**31:
             raise ValueError(f"kind {origin.kind!r:.40}, precision {origin.precision!r:.40}, width {origin.dim}")
+        if not 0 <= origin.stride <= origin.window < 2**31 or bool(origin.stride) != bool(origin.window):
+            raise ValueError(f"window {origin.window}, stride {origin.stride}")
     except (TypeError, ValueError) as error:
         raise InputError(
             f"{where}: says of its vectors what nothing can be made of ({error}), so the numbers have no meaning. "
@@ -97,7 +117,8 @@ class Shard:
 
     Attributes:
         ids: Their ids, in the order of the vectors; one may occur twice, and then its last vector counts.
-        vectors: Their vectors in float16 or float32, whatever the file holds them in.
+        vectors: Their vectors in float16 or float32, whatever the file holds them in; of a document that is cut into
+            windows, those of each window.
         origin: What the vectors are.
         checksum: SHA-256 of the file, by which an index knows a shard that it has already; empty without a file.
     """
@@ -241,8 +262,10 @@ def _read_content(path: Path, origin: Origin) -> tuple[list[str], Embeddings]:
         ids = unpacked_ids(arrays)
         values = widened(arrays, origin)
         bounds, terms = arrays.get("offsets"), arrays.get("indices")
-        vectors = Embeddings(origin.kind, values, bounds, terms, origin.dim, 0.0, Path())
+        vectors = Embeddings(origin.kind, values, bounds, terms, origin.dim, 0.0, Path(), arrays.get("windows"))
         check_bounds(vectors, len(ids))
+        if origin.by_window != (vectors.windows is not None):
+            raise ValueError(f"windows of {origin.window} tokens by its manifest, and otherwise by its arrays")
         if not np.isfinite(values).all():
             raise ValueError("a number that is not finite")
     except (SafetensorError, OSError, KeyError, ValueError, IndexError, TypeError) as error:
@@ -281,6 +304,8 @@ def narrowed_arrays(vectors: Embeddings, precision: str) -> dict[str, np.ndarray
         arrays["offsets"] = np.ascontiguousarray(vectors.offsets, np.int64)
     if vectors.indices is not None:
         arrays["indices"] = np.ascontiguousarray(vectors.indices, np.int32)
+    if vectors.windows is not None:
+        arrays["windows"] = np.ascontiguousarray(vectors.windows, np.int64)
     return arrays
 
 
@@ -297,4 +322,4 @@ def widened(arrays: dict[str, np.ndarray], origin: Origin) -> np.ndarray:
 
 def manifest_of(origin: Origin, **more: Any) -> dict[str, Any]:
     """Content of ``manifest.json``."""
-    return json.loads(json.dumps({"format": FORMAT, "vectors": asdict(origin)} | more))
+    return json.loads(json.dumps({"format": FORMAT, "vectors": origin.described()} | more))

@@ -18,6 +18,7 @@ from sentence_transformers import MultiVectorEncoder
 from ..data.dataset import RetrievalDataset
 from ..data.load import load_retrieval_dataset
 from ..data.named import made_here, on_hub
+from ..encoding.windows import Windows, refuse_stride
 from ..errors import InputError
 from ..files import refuse_unwritable
 from ..flags import as_flags, changed_fields, command_line, parse
@@ -26,9 +27,11 @@ from ..hub.fingerprint import fingerprint
 from ..hub.folder import Encoder, family_of, fastest_dtype, fetch, load
 from ..hub.reading import set_length
 from ..report import print_and_write, provenance, refuse_unwritable_results
+from .bm25 import analyzer_of, rank_with_bm25
 from .mteb import Suite, left_out, mteb_package, open_suites, refuse_unfit, run_suites
-from .systems import Ranking, rank_with_bm25, rank_with_model, refuse_wordless
-from .table import display_name, notes_on, refuse_doubles, refuse_unknown, table_rows
+from .rerank import RERANK_NOTE, open_reranker, refuse_depths
+from .systems import Ranking, rank_with_model, refuse_uncut
+from .table import display_name, notes_on, refuse_doubles, refuse_unknown, table_rows, window_notes
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +47,7 @@ class EvaluationArguments:
         default_factory=list,
         metadata={
             "help": "Benchmarks or tasks of MTEB by name, e.g. NanoBEIR. They have splits of their own, and neither "
-            "bm25 nor --token_pooling, --dtype, --reference have a part in them."
+            "bm25 and its --language nor --token_pooling, --dtype, --reference have a part in them."
         },
     )
     frontier: bool = field(
@@ -53,10 +56,27 @@ class EvaluationArguments:
     )
     split: str = field(default="test", metadata={"help": "Split of the judgments; choose settings on dev, not test."})
     baselines: str = field(default="bm25", metadata={"help": "Comma-separated: bm25, minilm, any model; or none."})
+    language: str = field(
+        default="en",
+        metadata={
+            "help": "Of bm25's stems and stop words: an ISO 639 code; auto for that of each corpus; none for words "
+            "as they are."
+        },
+    )
     token_pooling: list[str] = field(
         default_factory=list,
         metadata={"help": "Extra rows for multi-vector models: mean, or vectors kept (1 2 4 ...)."},
     )
+    rerank: str | None = field(
+        default=None,
+        metadata={
+            "help": "A cross-encoder or a late-interaction model that orders the best of each system in further rows."
+        },
+    )
+    rerank_depth: list[int] = field(
+        default_factory=lambda: [50], metadata={"help": "Documents of a query that it orders, e.g. 50 200."}
+    )
+    rerank_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of it on the Hub."})
     output: str | None = field(default=None, metadata={"help": "Folder for <name>.json, <name>.md and <name>.png."})
     name: str = field(default="results", metadata={"help": "Name of the three files."})
     reference: str | None = field(
@@ -68,6 +88,13 @@ class EvaluationArguments:
     )
     keep_empty: bool = field(default=False, metadata={"help": "Accept empty texts instead of refusing the data set."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens per text; default: each model's own."})
+    window: int | None = field(
+        default=None,
+        metadata={"help": "Cut documents into windows of so many tokens; default: what is not read is dropped."},
+    )
+    stride: int | None = field(
+        default=None, metadata={"help": "Tokens from one window to the next; default: --window, no overlap."}
+    )
     dtype: str = field(default="float16", metadata={"help": "Numbers in the index: float16 or float32."})
     model_dtype: str = field(
         default="float32",
@@ -108,6 +135,10 @@ class System:
             )
         set_length(model, args.max_length, self.source)
         return model
+
+    def windows(self, model: Encoder, args: EvaluationArguments) -> Windows | None:
+        """How the documents of data sets are cut for the model."""
+        return Windows.of(model, args.window, args.stride, self.source)
 
 
 @dataclass
@@ -152,6 +183,8 @@ def evaluate_models(args: EvaluationArguments, models: Sequence[str], *, command
     # Whatever can be refused is refused before hours of encoding.
     refuse_unwritable_results(Path(args.output) if args.output else None, args.name)
     fastest_dtype(args.model_dtype)
+    refuse_stride(args.window, args.stride)
+    refuse_depths(args.rerank, args.rerank_depth, args.rerank_revision)
     datasets, suites = _open_data(args)
     systems, reference = _open_systems(args, models, bool(datasets))
     _refuse_unfit(args, systems, datasets, suites)
@@ -174,7 +207,11 @@ def evaluate_models(args: EvaluationArguments, models: Sequence[str], *, command
         "rows": rows + found.benchmark_rows,
         "claims": [],
         "data": data,
-        "notes": [note for dataset in datasets for note in notes_on(dataset)],
+        "notes": [
+            *window_notes(args.window, args.stride),
+            *([RERANK_NOTE] if args.rerank else ()),
+            *(note for d in datasets for note in notes_on(d)),
+        ],
     }
     _write(args, results, suites, found.unavailable)
     return results
@@ -209,10 +246,15 @@ def _open_systems(args: EvaluationArguments, models: Sequence[str], searches: bo
             )
         if args.token_pooling:
             raise InputError(f"--token_pooling {' '.join(args.token_pooling)}: rows of --dataset alone. Add one.")
+        if args.rerank:
+            raise InputError(f"--rerank {args.rerank}: orders what is found in --dataset alone. Add one.")
+        if args.window:
+            raise InputError(f"--window {args.window}: cuts documents of --dataset alone, not those of MTEB. Add one.")
         baselines = [name for name in baselines if name != "bm25"]
     sources = list(dict.fromkeys([*baselines, *models]))
     names = [display_name(source) for source in sources]
-    refuse_doubles(sources, names)
+    ordering = [args.rerank] if args.rerank and args.rerank not in sources else []
+    refuse_doubles([*sources, *ordering], [*names, *map(display_name, ordering)])
     reference = args.reference or display_name(baselines[-1] if baselines else sources[0])
     refuse_unknown(reference.partition(", ")[0], names)  # a comma and what follows name a pooling
     systems = []
@@ -227,20 +269,27 @@ def _open_systems(args: EvaluationArguments, models: Sequence[str], searches: bo
 def _refuse_unfit(
     args: EvaluationArguments, systems: Sequence[System], datasets: Sequence[RetrievalDataset], suites: Sequence[Suite]
 ) -> None:
-    """InputError if there is nothing to pool, no word for BM25, a model that a benchmark cannot run, or no cache."""
+    """InputError if there is nothing to pool or cut, no word for BM25, no cache, or a model that cannot be run."""
     encodes = any(system.folder for system in systems)
     for flag, used in (("cache_dir", encodes and bool(datasets)), ("mteb_cache", encodes and bool(suites))):
         if used:
             refuse_unwritable(Path(getattr(args, flag)), f"--{flag}")
     if any(system.folder is None for system in systems):
         for dataset in datasets:
-            refuse_wordless(dataset)
+            analyzer_of(dataset, args.language)
     folders = [system.folder for system in systems if system.folder]
     if args.token_pooling and MultiVectorEncoder not in map(family_of, folders):
         raise InputError(f"--token_pooling {' '.join(args.token_pooling)}: no model here has several vectors a text.")
+    for dataset in datasets:
+        if args.window:
+            refuse_uncut(dataset, args.window)
+    open_reranker(args, datasets)
     for system in systems:
-        if suites and system.folder:  # only an opened model says what it takes
-            refuse_unfit(system.name, system.open(args), suites)
+        if system.folder and (suites or args.window):  # only an opened model says what it takes
+            model = system.open(args)
+            system.windows(model, args)
+            if suites:
+                refuse_unfit(system.name, model, suites)
 
 
 def _measure(
@@ -251,11 +300,12 @@ def _measure(
     for system in systems:
         if not system.folder:
             for dataset in datasets:
-                found.rankings[dataset.name].append(rank_with_bm25(dataset))
+                found.rankings[dataset.name].append(rank_with_bm25(dataset, language=args.language))
             continue
         digest = found.fingerprints[system.name] = fingerprint(system.folder)
         model = system.open(args)
         options: dict[str, Any] = {"cache_dir": args.cache_dir, "dtype": args.dtype, "batch_size": args.batch_size}
+        options["windows"] = system.windows(model, args)
         if isinstance(model, MultiVectorEncoder):
             options["pooling"] = args.token_pooling
         for dataset in datasets:
@@ -272,6 +322,11 @@ def _measure(
             )
             found.benchmark_rows += measured.rows
             found.unavailable = measured.unavailable
+    if reranker := open_reranker(args, datasets):
+        found.fingerprints[reranker.name] = reranker.fingerprint
+        for dataset in datasets:
+            first = list(found.rankings[dataset.name])
+            found.rankings[dataset.name] += [reranker.rank(r, dataset, d) for r in first for d in reranker.depths]
     return found
 
 

@@ -1,4 +1,4 @@
-"""Systems to compare: a model through exact search, the same model with its vectors pooled, and BM25.
+"""Systems to compare: a model through exact search, and the same model with its vectors pooled.
 
 Each returns a :class:`Ranking`: what it found for every query, and what that cost in bytes, terms and seconds.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,14 @@ from sentence_transformers.multi_vector_encoder.modules import HierarchicalToken
 from tqdm import tqdm
 
 from ..data.dataset import RetrievalDataset
-from ..data.words import words_of
 from ..encoding.cache import embed
 from ..encoding.embeddings import Embeddings, mean_of_tokens, row_of, sum_of_tokens
 from ..encoding.encoders import kind_of
+from ..encoding.windows import Windows
 from ..errors import InputError
 from ..files import staged_file
 from ..hub.folder import Encoder
-from ..search.ranking import deeper, exact_search, tie_ranks, without
+from ..search.ranking import exact_search, tie_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class Ranking:
         costs: Figures for the table; see :func:`costs_of`. ``search_ms`` is one query alone through exact search,
             reading the index from its memory map included; with ``encode_docs_per_s`` it depends on the machine.
         seconds: ``(queries,)`` what each query took alone, NaN where it was not timed; None where nobody asked.
+        settings: How the system was set, for a line below the table.
     """
 
     system: str
@@ -57,6 +58,7 @@ class Ranking:
     scores: np.ndarray
     costs: dict[str, float] = field(default_factory=dict)
     seconds: np.ndarray | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def bytes_per_document(
@@ -107,6 +109,7 @@ def rank_with_model(
     cache_dir: str | Path | None = None,
     dtype: str = "float16",
     batch_size: int = 16,
+    windows: Windows | None = None,
 ) -> list[Ranking]:
     """Encode through the cache and search exactly; one ranking, and one more for each pooling of token vectors.
 
@@ -118,6 +121,7 @@ def rank_with_model(
         cache_dir: See :func:`polyrep.encoding.cache.embed`.
         dtype: See :func:`polyrep.encoding.cache.embed`.
         batch_size: Texts per forward pass.
+        windows: How to cut documents; default: what the model does not read of one is dropped.
 
     Raises:
         InputError: ``pooling`` is malformed, or the model has one vector a text.
@@ -128,15 +132,16 @@ def rank_with_model(
     if pooling and kind_of(model) != "tokens":
         raise InputError(f"{name}: pooling {pooling} is for models with several vectors a text; this one has one.")
     options: dict[str, Any] = {"cache_dir": cache_dir, "dtype": dtype, "batch_size": batch_size}
-    documents = embed(model, dataset.corpus, task="document", name=dataset.name, **options)
+    documents = embed(model, dataset.corpus, task="document", name=dataset.name, windows=windows, **options)
     queries = embed(model, dataset.queries, task="query", name=f"{dataset.name}-{dataset.split}", **options)
     similarity = str(model.similarity_fn_name)
     ranks = tie_ranks(list(dataset.corpus))
     # A cache may be of another day, so speed is measured now, on documents spread over the corpus.
-    sample = list(dataset.corpus.values())[:: max(1, len(documents) // TIMED_DOCUMENTS)]
+    sample = list(dataset.corpus.values())[:: max(1, documents.documents // TIMED_DOCUMENTS)]
     model.encode_document(sample[:batch_size], batch_size=batch_size)  # the first call allocates
     started = time.perf_counter()
-    model.encode_document(sample, batch_size=batch_size)
+    pieces = [piece for text in sample for piece in windows.cut(text)] if windows else sample
+    model.encode_document(pieces, batch_size=batch_size)
     speed = {"encode_docs_per_s": len(sample) / (time.perf_counter() - started)}
 
     def ranked(system: str, q: Embeddings, d: Embeddings, similarity: str) -> Ranking:
@@ -172,83 +177,27 @@ def rank_embeddings(
     """
     options: dict[str, Any] = {"similarity": similarity, "k": DEPTH, "device": device}
     positions, scores = exact_search(queries, documents, ranks, left_out=left_out, show_progress=True, **options)
-    timed = []
-    for row in np.linspace(0, len(queries) - 1, min(TIMED_QUERIES, len(queries))).astype(int):
+    rows = timed_rows(len(queries))
+    seconds = np.full(len(queries), np.nan)
+    for row in rows:
         started = time.perf_counter()
         exact_search(row_of(queries, int(row)), documents, ranks, **options)
-        timed.append(time.perf_counter() - started)
-    return Ranking(system, positions, scores, costs_of(queries, documents) | latency(timed))
+        seconds[row] = time.perf_counter() - started
+    return Ranking(system, positions, scores, costs_of(queries, documents) | latency(seconds[rows].tolist()), seconds)
 
 
-def bm25_words(texts: Iterable[str]) -> list[list[str]]:
-    """Words of each text as BM25 counts them: :func:`polyrep.data.words.words_of` without English stop words.
+def timed_rows(queries: int) -> np.ndarray:
+    """Places of the queries that are timed, spread over all of them."""
+    return np.unique(np.linspace(0, queries - 1, min(TIMED_QUERIES, queries)).astype(int))
 
-    Raises:
-        InputError: ``bm25s``, which knows those, is not installed.
-    """
-    try:
-        from bm25s.stopwords import STOPWORDS_EN
-    except ModuleNotFoundError:
+
+def refuse_uncut(dataset: RetrievalDataset, window: int) -> None:
+    """InputError if the documents are images, which no window cuts."""
+    if not isinstance(dataset.corpus, dict):
         raise InputError(
-            'bm25: the package bm25s is not installed. Run `pip install "polyrep[quickstart]"`.'
-        ) from None
-    return [[word for word in words_of(text) if word not in STOPWORDS_EN] for text in texts]
-
-
-def refuse_wordless(dataset: RetrievalDataset) -> None:
-    """InputError if BM25 has nothing to find the documents by: no word in any, or images."""
-    texts = dataset.corpus.values() if isinstance(dataset.corpus, dict) else [None]
-    for text in texts:
-        if not isinstance(text, str):
-            raise InputError(
-                f"{dataset.name}: documents are images, in which BM25 finds no words. Leave it out (--baselines none)."
-            )
-        if bm25_words([text])[0]:
-            return
-    raise InputError(
-        f"{dataset.name}: no document has a word of two letters that is no stop word, so BM25 would find nothing. "
-        "Leave it out (--baselines none)."
-    )
-
-
-def rank_with_bm25(dataset: RetrievalDataset, depth: int | None = None) -> Ranking:
-    """BM25 (Lucene's variant, k1 = 1.5, b = 0.75) with English stop words and no stemming, by ``bm25s``.
-
-    Raises:
-        InputError: ``bm25s`` is not installed, or no document has a word.
-    """
-    refuse_wordless(dataset)
-    import bm25s
-
-    started = time.perf_counter()
-    index = bm25s.BM25(method="lucene")
-    index.index(bm25_words(dataset.corpus.values()), show_progress=False)
-    seconds = time.perf_counter() - started
-    queries = bm25_words(dataset.queries.values())
-    # Ties must fall as everywhere else: put the documents in order of falling id, then sort stably.
-    by_id = sorted(range(len(dataset.corpus)), key=list(dataset.corpus).__getitem__, reverse=True)
-    positions, scores, timed = [], [], []
-    for query in tqdm(queries, desc="bm25", unit="query"):
-        begun = time.perf_counter()
-        found = index.get_scores(query) if query else np.zeros(len(by_id), np.float32)
-        order = np.argsort(-found[by_id], kind="stable")[: deeper(depth or DEPTH, dataset.own)]
-        timed.append(time.perf_counter() - begun)
-        positions.append(np.asarray(by_id)[order])
-        scores.append(found[positions[-1]])
-    # bm25s keeps one score per (term, document) pair, in float32.
-    nnz = len(index.scores["data"]) / len(dataset.corpus)
-    postings = np.diff(index.scores["indptr"])  # documents of each term
-    askings = np.zeros(len(postings))  # queries of each term
-    for query in queries:
-        askings[index.get_tokens_ids(query)] += 1  # a repeated term counts once
-    found, scored = without(dataset.own, np.stack(positions), np.stack(scores), depth or DEPTH)
-    costs = {
-        "bytes_per_document": bytes_per_document("sparse", "float32", nnz=nnz),
-        "active_dims": nnz,
-        "flops": flops(askings / len(queries), postings / len(dataset.corpus)),
-        "encode_docs_per_s": len(dataset.corpus) / seconds,
-    }
-    return Ranking("BM25", found, scored, costs | latency(timed), np.array(timed))
+            f"--window {window}: the documents of {dataset.name} are images, which have no tokens to be cut at. Leave "
+            "it out."
+        )
 
 
 def keep_ranking(path: Path, system: str, make: Callable[[], Ranking], depth: int) -> Ranking:
@@ -264,8 +213,9 @@ def keep_ranking(path: Path, system: str, make: Callable[[], Ranking], depth: in
         try:
             with safe_open(path, framework="numpy") as stored:
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-                costs = json.loads(stored.metadata()["costs"])
-            return Ranking(system, tensors["positions"], tensors["scores"], costs, tensors.get("seconds"))
+                said = stored.metadata()
+                costs, settings = json.loads(said["costs"]), json.loads(said.get("settings", "{}"))
+            return Ranking(system, tensors["positions"], tensors["scores"], costs, tensors.get("seconds"), settings)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             logger.warning("%s is damaged (%s), so its row is made again.", path, error)
     made = make()
@@ -274,13 +224,17 @@ def keep_ranking(path: Path, system: str, make: Callable[[], Ranking], depth: in
     if made.seconds is not None:
         tensors["seconds"] = made.seconds
     with staged_file(path) as partial:
-        save_file(tensors, partial, metadata={"costs": json.dumps(made.costs, allow_nan=False)})
+        said = {"costs": made.costs, "settings": made.settings}
+        save_file(tensors, partial, metadata={name: json.dumps(of, allow_nan=False) for name, of in said.items()})
     return replace(made, system=system, positions=positions, scores=scores)
 
 
 def costs_of(queries: Embeddings, documents: Embeddings) -> dict[str, float]:
-    """Bytes per document; for sparse vectors also active dimensions of both sides and FLOPs."""
+    """Bytes per document; for sparse vectors also active dimensions of both sides and FLOPs; its windows, if any."""
     dtype = str(documents.values.dtype)
+    windows: dict[str, float] = {}
+    if documents.windows is not None:
+        windows["windows_per_document"] = len(documents) / documents.documents
     if documents.kind == "tokens":
         vectors = float(documents.lengths.mean())
         return {
@@ -289,16 +243,17 @@ def costs_of(queries: Embeddings, documents: Embeddings) -> dict[str, float]:
         }
     if documents.kind == "sparse":
         shares = [
-            np.bincount(np.asarray(side.indices), minlength=side.dim) / len(side) for side in (queries, documents)
+            np.bincount(np.asarray(side.indices), minlength=side.dim) / side.documents for side in (queries, documents)
         ]
-        nnz = float(documents.lengths.mean())
-        return {
+        nnz = float(documents.lengths.sum() / documents.documents)
+        return windows | {
             "bytes_per_document": bytes_per_document("sparse", dtype, nnz=nnz),
             "active_dims": nnz,
             "query_active_dims": float(queries.lengths.mean()),
             "flops": flops(*shares),
         }
-    return {"bytes_per_document": bytes_per_document("dense", dtype, dims=documents.dim)}
+    size = bytes_per_document("dense", dtype, dims=documents.dim) * windows.get("windows_per_document", 1)
+    return windows | {"bytes_per_document": size}
 
 
 def _hierarchical(documents: Embeddings, vectors: int) -> Embeddings:
@@ -310,7 +265,8 @@ def _hierarchical(documents: Embeddings, vectors: int) -> Embeddings:
         tokens = torch.from_numpy(np.array(documents.values[start:stop], np.float32))
         # The library takes a factor and rounds down; half a vector more makes it land on the number asked for.
         factor = max(len(tokens) / (vectors + 0.5), 1.0)
-        pooled.append(HierarchicalTokenPooling(factor, num_protected_tokens=0).pool_one(tokens).numpy())
+        means = HierarchicalTokenPooling(factor, num_protected_tokens=0).pool_one(tokens)
+        pooled.append(torch.nn.functional.normalize(means, dim=-1).numpy())  # which sentence-transformers 6.0 leaves
     offsets = np.cumsum([0, *map(len, pooled)])
     return replace(documents, values=np.concatenate(pooled).astype(documents.values.dtype), offsets=offsets)
 

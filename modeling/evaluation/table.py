@@ -28,12 +28,14 @@ def table_rows(
     seeds: dict[str, list[Ranking]] = {}
     for ranking in rankings:
         seeds.setdefault(ranking.system, []).append(ranking)
-    values, costs = {}, {}
+    values: dict[str, dict[str, np.ndarray]] = {}
+    costs: dict[str, dict[str, Any]] = {}
     for system, repeated in seeds.items():
         measured = [per_query_metrics(dataset, ranking) for ranking in repeated]
         values[system] = {metric: np.stack([m[metric] for m in measured]) for metric in METRICS}
         known = [ranking.costs for ranking in repeated]
         costs[system] = {name: float(np.mean([cost[name] for cost in known])) for name in known[0]}
+        costs[system] |= settings_of(repeated[0])
     return metric_rows(dataset.name, dataset.split, values, costs, reference, seed)
 
 
@@ -41,7 +43,7 @@ def metric_rows(
     dataset: str,
     split: str,
     values: Mapping[str, Mapping[str, np.ndarray]],
-    costs: Mapping[str, Mapping[str, float]],
+    costs: Mapping[str, Mapping[str, Any]],
     reference: str,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
@@ -51,7 +53,7 @@ def metric_rows(
         dataset: Name of the data set.
         split: Its split.
         values: System -> metric -> ``(seeds, queries)``.
-        costs: System -> what goes beside its nDCG@10.
+        costs: System -> what goes beside its nDCG@10, such as :func:`settings_of`.
         reference: The system that the others are tested against.
         seed: Seed of the resampling.
 
@@ -88,6 +90,11 @@ def metric_rows(
     return rows
 
 
+def settings_of(ranking: Ranking) -> dict[str, Any]:
+    """What a row says of how its system was set: nothing where there is nothing to set."""
+    return {"settings": ranking.settings} if ranking.settings else {}
+
+
 def notes_on(dataset: RetrievalDataset) -> list[str]:
     """What a reader of a data set's rows should know of how they were measured."""
     count = int((dataset.own >= 0).sum())
@@ -96,6 +103,17 @@ def notes_on(dataset: RetrievalDataset) -> list[str]:
     return [
         f"{dataset.name}, {dataset.split}: {count:,} of {len(dataset.queries):,} queries have the id of a document, "
         "which is the query itself; for that query it is left out of what is found."
+    ]
+
+
+def window_notes(window: int | None, stride: int | None) -> list[str]:
+    """What a reader should know of documents that were cut into windows."""
+    if window is None:
+        return []
+    every = f"a new one every {stride}" if stride and stride < window else "side by side"
+    return [
+        f"Models read documents in windows of {window:,} tokens, {every}: the best window of a document counts, with "
+        "several vectors a text those of all windows together. Bytes are those of all windows."
     ]
 
 

@@ -29,6 +29,7 @@ from ..errors import InputError
 from ..files import shipped_folder
 from ..registry import room_of
 from ..report import METRIC_NAMES, to_markdown
+from .calibration import Calibration
 from .folder import PREFIX, Encoder, is_hub_id, prompts_of
 from .forms import own_form, place_of_backbone
 
@@ -57,6 +58,7 @@ VARIABLES = {
     "doors": "what opens the model, and its head: (name, line of code) for each",
     "results": "tables of what was measured on these weights, as Markdown; may be empty",
     "picture": "file name of their picture, or None",
+    "calibration": "what `calibration.json` in the folder holds, or None",
     "licences": "(what, licence) for code, backbone and each data set",
 }
 """Every variable of a template."""
@@ -82,6 +84,7 @@ def render_card(
     hub_ids: Mapping[str, HubId] | None = None,
     picture: str | None = None,
     licence: str | None = None,
+    calibration: Calibration | None = None,
 ) -> ModelCard:
     """Fill ``model_cards/<template>.md``.
 
@@ -95,6 +98,7 @@ def render_card(
         hub_ids: Data set -> its id on the Hub, where the results do not say it.
         picture: File name of a picture of the results in the model's folder.
         licence: Licence of the weights as the Hub spells it; default: none is stated.
+        calibration: What is in the model's folder.
 
     Raises:
         InputError: There is no such template, or it asks for a variable that no card has.
@@ -120,6 +124,7 @@ def render_card(
         "doors": _ways(model, model_id, heads),
         "results": "\n".join(_tables(result) for result in results),
         "picture": picture,
+        "calibration": calibration,
         "licences": [(what, name or "not stated") for what, name in licences_of(model, recipe, licence)],
     }
     try:

@@ -27,6 +27,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from ..errors import InputError, refusals
 from ..files import file_sha256, read_json, staged_folder, write_text
+from .calibration import carry_calibration, keep_source
 from .code import localize, may_run
 from .fingerprint import weight_files
 from .forms import (
@@ -134,6 +135,7 @@ def load(
     opened = _mended(opened)
     if isinstance(opened, Encoder):
         ready_to_read(opened, folder, str(model))
+        keep_source(opened, folder)
     return opened
 
 
@@ -267,7 +269,8 @@ def save(
     """Write a model as a folder that opens in one line, also where polyrep is not installed.
 
     Files appear under their final names only once all of them are written. Of a model that was there, what is no part
-    of the new one is removed; other files in ``folder`` stay.
+    of the new one is removed; other files in ``folder`` stay. The calibration of an opened model goes with it, unless
+    the model has changed.
 
     Args:
         model: A sentence-transformers model of any family, or a PreTrainedModel.
@@ -290,6 +293,7 @@ def save(
     with staged_folder(folder, merge=True) as staged:
         _write(model, staged, form, {} if readme is None else {"create_model_card": False})
         localize(staged)
+        carry_calibration(model, staged)
         if readme is not None:
             write_text(staged / "README.md", readme)
         written = {folder / file.relative_to(staged) for file in staged.rglob("*")}

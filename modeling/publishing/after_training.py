@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..data.load import load_retrieval_dataset
 from ..errors import InputError
+from ..evaluation.bm25 import analyzer_of
 from ..evaluation.evaluate import EvaluationArguments, evaluate_models
 from ..evaluation.table import display_name
 from ..flags import as_flags, command_line
@@ -71,6 +72,17 @@ def _holds_texts(recipe: RecipeArguments) -> bool:
     return texts
 
 
+def _language(recipe: RecipeArguments) -> str:
+    """That of BM25: each corpus' own, or English as in every table, which says so, where one does not tell it."""
+    for source in recipe.datasets:
+        dataset = load_retrieval_dataset(source, "test", keep_empty=recipe.keep_empty)
+        try:
+            analyzer_of(dataset, "auto")
+        except InputError:
+            return "en"
+    return "auto"
+
+
 def measure_and_publish(plan: Plan, folder: Path, texts: bool) -> None:
     """Measure a trained model beside its untouched backbone and BM25, on the test split of its data; publish it.
 
@@ -119,5 +131,7 @@ def _measured(plan: Plan, folder: Path, texts: bool) -> Path:
         trust_remote_code=recipe.trust_remote_code,
         keep_empty=recipe.keep_empty,
     )
+    if texts:
+        asked.language = _language(recipe)
     evaluate_models(asked, [str(folder)])
     return results / f"{asked.name}.json"

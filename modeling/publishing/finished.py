@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import read_json, shipped_folder
+from ..hub.calibration import Calibration, read_calibration
 from ..hub.cards import HubId, check_template, own_rows
 from ..hub.fingerprint import fingerprints, told
 from ..hub.folder import check_folder
@@ -28,6 +29,7 @@ class Finished:
         template: Name of the card's template.
         results: What was measured on it, in the layout of results, oldest first.
         picture: Picture of the latest of them that has one.
+        calibration: What its scores mean, where that was fitted.
     """
 
     folder: Path
@@ -36,6 +38,7 @@ class Finished:
     template: str
     results: list[dict[str, Any]]
     picture: Path | None
+    calibration: Calibration | None
 
 
 def collect(
@@ -50,7 +53,7 @@ def collect(
         hub_ids: Data sets of the results that are on the Hub under another name.
 
     Raises:
-        InputError: What is missing, all at once; or a file of results is not of this model.
+        InputError: What is missing, all at once; or a file of results, or the calibration, is not of this model.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder. Name one that `train` wrote, e.g. models/NAME/final.")
@@ -73,7 +76,8 @@ def collect(
         )
     pictures = [file.with_suffix(".png") for file in ours if file.with_suffix(".png").is_file()]
     picture = pictures[-1] if pictures else None
-    return Finished(folder, known, record.get("card"), name, list(ours.values()), picture)
+    calibration = read_calibration(folder, own[0])
+    return Finished(folder, known, record.get("card"), name, list(ours.values()), picture, calibration)
 
 
 def _files_of_results(folder: Path, named: list[Path]) -> list[Path]:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from ..errors import InputError
 from ..files import read_json, refuse_unwritable, staged_folder, write_text
 from ..flags import parse
+from ..hub.calibration import CALIBRATION
 from ..hub.cards import PINNED, HubId, hub_place, own_rows, render_card, ways_to_open
 from ..hub.code import localize, may_run, refuse_foreign_code
 from ..hub.fingerprint import fingerprint, fingerprints, told
@@ -216,6 +217,7 @@ def _stage(
         hub_ids=hub_ids,
         picture=picture,
         licence=args.license,
+        calibration=finished.calibration if (staged / CALIBRATION).is_file() else None,
     )
     write_text(staged / "README.md", str(card))
     for dataset, entries in _eval_results(finished, hub_ids, args.repo).items():

@@ -32,7 +32,7 @@ _REPLACED = (
     *("*.safetensors", "*config*.json", "*.index.json", "modules.json", "modeling_*.py", "polyrep_*.py"),
     *("*.jinja", "*.model"),
     *("tokenizer.json", "added_tokens.json", "special_tokens_map.json", "vocab.json", "vocab.txt", "merges.txt"),
-    *("onnx/*", "results.png"),
+    *("onnx/*", "results.png", "calibration.json"),
 )
 """What an earlier version may have had and this one has not: removed, lest it be taken for part of this one."""
 

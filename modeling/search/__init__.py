@@ -1,6 +1,7 @@
 """Search in encoded corpora, whatever engine does it: ``open_index(uri)`` gives ``add, search, delete, count``."""
 
 from .backends import open_index
+from .probability import Searcher
 from .protocol import Added, Hit, Index
 from .ranking import exact_search
 from .scoring import kl, maxsim
@@ -12,6 +13,7 @@ __all__ = [
     "Deadline",
     "Hit",
     "Index",
+    "Searcher",
     "Service",
     "exact_search",
     "kl",

@@ -17,6 +17,7 @@ from ..flags import parse
 from ..hub.fingerprint import fingerprint, told
 from ..hub.folder import fastest_dtype, fetch, load
 from .backends import open_index
+from .probability import Searcher
 from .protocol import Hit
 
 
@@ -95,10 +96,10 @@ def search(argv: list[str], *, prog: str = "polyrep search") -> list[list[Hit]]:
         prog: How it was called.
 
     Returns:
-        The hits of each query.
+        The hits of each query, with probabilities where the model's folder has a calibration.
 
     Raises:
-        InputError: The index or the model cannot be used, or they do not belong together.
+        InputError: The index, the model or its calibration cannot be used, or they do not belong together.
     """
     about = "Search an index."
     args, queries = parse(SearchArguments, argv, prog, about, "QUERY", "Texts to search for.", nargs="+")
@@ -116,14 +117,16 @@ def search(argv: list[str], *, prog: str = "polyrep search") -> list[list[Hit]]:
             f"{told(print_)}, so scores would mean nothing. Name the model that made them, or pass --force."
         )
     model = load(folder, trust_remote_code=args.trust_remote_code, dtype=fastest_dtype(args.model_dtype))
+    searcher = Searcher(model, target, print_)
     texts = {str(number): query for number, query in enumerate(queries)}
     options: dict[str, Any] = {"task": "query", "dtype": "float32", "kind": kind_of(model), "show_progress": False}
     asked = embed(model, texts, name="queries", **options)
-    found = target.search({name: asked} if name else asked, args.k)
+    found = searcher.search(queries, asked, args.k, name)
     for query, hits in zip(queries, found, strict=True):
         print(query)
         for hit in hits:
-            print(f"  {hit.score:10.4f}  {hit.id}")
+            sure = "" if hit.probability is None else f"p={hit.probability:.3f}  "
+            print(f"  {hit.score:10.4f}  {sure}{hit.id}")
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from urllib.parse import SplitResult
 
 import numpy as np
@@ -64,12 +65,15 @@ class ExactIndex:
         (origin, asked), *second = stages(self.origins, queries, k, self.where)
         store = self._vectors[origin.name]
         vectors = store.contiguous()
+        vectors = replace(vectors, windows=store.bounds())
         if not len(asked) or not len(vectors):
             return [[] for _ in range(len(asked))]
         depth = max(k, self.prefetch) if second else k
         positions, scores = exact_search(
             asked, vectors, self._tie_ranks(origin), similarity=origin.similarity, k=depth
         )
+        if vectors.windows is not None:
+            positions = vectors.windows[positions]
         if not second:
             return store.hits(positions, scores)
         ((origin, asked),) = second
@@ -105,5 +109,5 @@ class ExactIndex:
     def _tie_ranks(self, origin: Origin) -> np.ndarray:
         """Of the documents in their present order, which is that of contiguous vectors."""
         if origin.name not in self._ranks:
-            self._ranks[origin.name] = tie_ranks(self._vectors[origin.name].ids)
+            self._ranks[origin.name] = tie_ranks(list(dict.fromkeys(self._vectors[origin.name].ids)))
         return self._ranks[origin.name]

@@ -17,7 +17,7 @@ from ..encoding.shards import Shard
 from ..errors import InputError
 from .faiss_file import check_faiss_file
 from .local import Documents, FolderIndex, package
-from .protocol import Hit, Queries, refuse_unknown, whole_number
+from .protocol import Hit, Queries, by_document, refuse_unknown, whole_number
 
 FILE = "index.faiss"
 
@@ -65,17 +65,20 @@ class FaissIndex(FolderIndex):
     def search(self, queries: Queries, k: int = 10) -> list[list[Hit]]:
         """See :class:`polyrep.search.Index`."""
         asked = self._query_vectors(queries, k)
-        wanted = min(k, self.count())
-        if not len(asked) or not wanted:
+        if not len(asked) or not self.count():
             return [[] for _ in range(len(asked))]
         values = self._scaled(asked.values)
+        return by_document(lambda depth: self._nearest(values, depth), k, self.count(), self.documents.used)
+
+    def _nearest(self, values: np.ndarray, wanted: int) -> list[list[Hit]]:
+        """The positions with the highest scores, as hits of their documents."""
         total = len(self.documents.ids)
         selector = self._selector() if self.documents.unused else None
         if self.settings["index"] == "flat":
             scores, found = self.engine.search(values, wanted, params=self.faiss.SearchParameters(sel=selector))
             return self.documents.hits(found, scores)
         # Candidates that are passed over count as well, so that more of them are needed.
-        depth = max(self.ef_search, wanted) * total // self.count()
+        depth = max(self.ef_search, wanted) * total // self.documents.used
         params = self.faiss.SearchParametersHNSW(sel=selector, efSearch=depth)
         scores, found = self.engine.search(values, wanted, params=params)
         short = (found < 0).any(1)
@@ -101,7 +104,7 @@ class FaissIndex(FolderIndex):
         if self.engine is None:
             self.engine = self._new(shard.origin.dim)
         self.engine.add(values)
-        return self.documents.append(shard.ids)
+        return self.documents.append(shard.ids, shard.vectors.windows)
 
     def _write(self, folder: Path) -> dict[str, np.ndarray]:
         total, unused = len(self.documents.ids), self.documents.unused

@@ -18,8 +18,9 @@ import os
 import re
 import shutil
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import SplitResult, unquote_to_bytes
@@ -79,40 +80,86 @@ def folder_of(parts: SplitResult) -> Path:
 class Documents:
     """Ids of documents and their positions in an engine. A document that is replaced or removed leaves its own unused.
 
+    A document that is cut into windows has a position for each, side by side.
+
     Attributes:
         ids: ``(positions,)`` ids, also of positions that are unused.
-        position: Id -> the position that counts.
+        position: Id -> the position that counts, of windows the first.
+        windows: Id -> how many positions the document has, of those with more than one.
     """
 
     def __init__(self, ids: Sequence[str] = ()):
         self.ids = list(ids)
         self.position = dict(zip(self.ids, range(len(self.ids)), strict=True))
+        self.windows: dict[str, int] = {}
 
-    def append(self, ids: Sequence[str]) -> int:
-        """Give the next positions to ``ids``; returns how many took the place of another document."""
+    def restore(self, live: np.ndarray) -> None:
+        """Let these positions count, ``(positions,)`` in order, and no others.
+
+        Raises:
+            ValueError: Those of a document are not side by side.
+        """
+        places = live.tolist()
+        names = [self.ids[place] for place in places]
+        self.windows = {name: count for name, count in Counter(names).items() if count > 1}
+        last = dict(zip(names, places, strict=True))
+        self.position = dict(zip(reversed(names), reversed(places), strict=True))  # the first, as the last to be set
+        for name, count in self.windows.items():
+            if last[name] - self.position[name] + 1 != count:
+                raise ValueError(f"windows of {name!r:.80} that are not side by side")
+
+    def append(self, ids: Sequence[str], bounds: np.ndarray | None = None) -> int:
+        """Give the next positions to ``ids``; returns how many took the place of another document.
+
+        ``bounds (ids + 1,)`` are those of their windows; None where each has one position.
+        """
         before, start = len(self.position), len(self.ids)
-        self.ids.extend(ids)
-        self.position.update(zip(ids, range(start, len(self.ids)), strict=True))
+        counts = np.ones(len(ids), np.int64) if bounds is None else np.diff(bounds)
+        starts = start + np.cumsum(counts) - counts
+        self.ids.extend(ids if bounds is None else np.repeat(np.array(ids, object), counts))
+        self.position.update(zip(ids, starts.tolist(), strict=True))
+        for name, count in zip(ids, counts.tolist(), strict=True) if bounds is not None or self.windows else ():
+            self.windows.pop(name, None)
+            if count > 1:
+                self.windows[name] = count
         return len(ids) - (len(self.position) - before)
 
     def remove(self, ids: Iterable[str]) -> int:
         """Remove documents; returns how many there were."""
-        return sum(self.position.pop(identifier, None) is not None for identifier in ids)
+        found = [identifier for identifier in ids if self.position.pop(identifier, None) is not None]
+        for identifier in found:
+            self.windows.pop(identifier, None)
+        return len(found)
+
+    @property
+    def used(self) -> int:
+        """Positions that count."""
+        return len(self.position) + sum(self.windows.values()) - len(self.windows)
 
     @property
     def unused(self) -> int:
         """Positions that do not count any more."""
-        return len(self.ids) - len(self.position)
+        return len(self.ids) - self.used
+
+    def bounds(self) -> np.ndarray | None:
+        """``(documents + 1,)`` where each document's windows start and end, without gaps; None if none has several."""
+        if not self.windows:
+            return None
+        counts = (self.windows.get(name, 1) for name in sorted(self.position, key=self.position.__getitem__))
+        return np.cumsum([0, *counts], dtype=np.int64)
 
     def live(self) -> np.ndarray:
-        """``(documents,)`` positions that count, in order."""
-        return np.sort(np.fromiter(self.position.values(), np.int64, len(self.position)))
+        """Positions that count, in order."""
+        starts = np.sort(np.fromiter(self.position.values(), np.int64, len(self.position)))
+        if (bounds := self.bounds()) is None:
+            return starts
+        return np.repeat(starts - bounds[:-1], np.diff(bounds)) + np.arange(bounds[-1])
 
     def compact(self) -> np.ndarray:
-        """Give the documents new positions without gaps; returns their old ones, ``(documents,)``."""
+        """Give the documents new positions without gaps; returns their old ones."""
         live = self.live()
         self.ids = [self.ids[position] for position in live.tolist()]
-        self.position = dict(zip(self.ids, range(len(self.ids)), strict=True))
+        self.restore(np.arange(len(self.ids)))
         return live
 
     def hits(self, positions: np.ndarray, scores: np.ndarray) -> list[list[Hit]]:
@@ -132,11 +179,11 @@ class Vectors(Documents):
 
     def add(self, ids: Sequence[str], vectors: Embeddings) -> int:
         """Add documents; returns how many took the place of another."""
-        self.blocks.append(vectors)
-        return self.append(ids)
+        self.blocks.append(replace(vectors, windows=None))
+        return self.append(ids, vectors.windows)
 
     def contiguous(self) -> Embeddings:
-        """Vectors of all documents in the order of ``ids``, which have no gaps then; something was added before."""
+        """Vectors of all positions in the order of ``ids``, which have no gaps then; something was added before."""
         vectors = joined(self.blocks)
         if self.unused:
             vectors = rows(vectors, self.compact())
@@ -264,7 +311,9 @@ class FolderIndex(ABC):
                 raise ValueError(f"{origin.kind} vectors {name!r} of {origin.name!r} compared by {origin.similarity}")
             self.shards, self.stored = set(manifest["shards"]), dict(manifest["settings"])
             self._open(folder, ids, arrays)
-            self.documents.position = {ids[position]: position for position in live.tolist()}
+            self.documents.restore(live)
+            if self.documents.windows and not origin.by_window:
+                raise ValueError("several positions of a document that is not cut into windows")
         except InputError:
             raise
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
@@ -314,7 +363,7 @@ class FolderIndex(ABC):
         content = marker | {
             "generation": self.generation + 1,
             "documents": self.count(),
-            "origins": {name: asdict(origin) for name, origin in self.origins.items()},
+            "origins": {name: origin.described() for name, origin in self.origins.items()},
             "settings": self.settings,
             "sha256": engine,
             "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -23,10 +23,18 @@ several; ``(queries, vocabulary)`` sparse, of torch or scipy; or :class:`polyrep
 
 
 class Hit(NamedTuple):
-    """A document that was found."""
+    """A document that was found.
+
+    Attributes:
+        id: Of the document.
+        score: Of the model.
+        probability: That the document is judged relevant, from 0 to 1, where the model is calibrated (``polyrep
+            calibrate``) and its :class:`~polyrep.search.Service` or ``polyrep search`` was asked; else None.
+    """
 
     id: str
     score: float
+    probability: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,8 +111,13 @@ def checked_origin(
         raise InputError(f"{where}: holds {' or '.join(kinds)} vectors, not {new.kind}. Use another back end.")
     known = origins.get(new.name)
     if known is None:
+        if any(origin.by_window for origin in (*origins.values(), new)) and origins:
+            raise InputError(
+                f"{where}: holds vectors {', '.join(origins)}, and {new.name!r} would join them, but a document's "
+                "windows have no vectors of another name beside theirs. Use an index of their own."
+            )
         return new
-    for field in ("kind", "dim", "similarity"):
+    for field in ("kind", "dim", "similarity", "window", "stride"):
         if getattr(known, field) != getattr(new, field):
             raise InputError(
                 f"{where}: its vectors {new.name!r} have {field} {getattr(known, field)}, these have "
@@ -154,6 +167,37 @@ def stages(
     if len({len(asked) for _, asked in found}) > 1:
         raise InputError(f"{where}: the two stages have {' and '.join(str(len(a)) for _, a in found)} queries.")
     return found
+
+
+def by_document(search: Callable[[int], list[list[Hit]]], k: int, documents: int, positions: int) -> list[list[Hit]]:
+    """The best ``k`` documents of each query, from an engine that finds positions, of which a document may have many.
+
+    It is asked deeper until every query has ``k`` documents or there is no more to be found.
+
+    Args:
+        search: Gives for a depth the best positions of each query, as hits of their documents.
+        k: Documents.
+        documents: Of the index.
+        positions: Of the index; as many as documents unless these are cut into windows.
+    """
+    if positions == documents:
+        return search(min(k, documents))
+    depth = min(positions, k * -(-positions // documents))
+    while True:
+        found = search(depth)
+        best = [_first_of_each(hits)[:k] for hits in found]
+        short = any(len(few) < k and len(hits) == depth for few, hits in zip(best, found, strict=True))
+        if not short or depth == positions:
+            return best
+        depth = min(positions, 2 * depth)
+
+
+def _first_of_each(hits: Iterable[Hit]) -> list[Hit]:
+    """Of each document the first hit."""
+    found: dict[str, Hit] = {}
+    for hit in hits:
+        found.setdefault(hit.id, hit)
+    return list(found.values())
 
 
 def as_embeddings(queries: Queries, origin: Origin, where: str) -> Embeddings:

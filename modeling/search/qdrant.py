@@ -1,8 +1,10 @@
 """Qdrant, embedded or as a server: one index, over two engines.
 
 A document is a point: its number is made from its id, the id lies in the payload, and each corpus added under another
-name is one more named vector of the same points. Sparse vectors have an exact inverted index, single vectors HNSW from
-Qdrant's threshold on, and several vectors none: they rank candidates anew, or are scanned.
+name is one more named vector of the same points. A document that is cut into windows is a point for each, numbered
+from 0 on without a gap; those from 1 on say in their payload which they are. Sparse vectors have an exact inverted
+index, single vectors HNSW from Qdrant's threshold on, and several vectors none: they rank candidates anew, or are
+scanned.
 
 What the index knows of itself lies with it, in flat keys, so that a dropped collection forgets its uploads too::
 
@@ -17,19 +19,29 @@ Several readers of a server do no harm; let one process at a time write.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult
 
 import numpy as np
 
-from ..encoding.embeddings import Embeddings
+from ..encoding.embeddings import Embeddings, rows
 from ..encoding.shards import Origin, Shard, origin_of
 from ..errors import InputError
 from .local import folder_of
-from .protocol import Added, Hit, Queries, checked_origin, refuse_unknown, stages, unique_ids, whole_number
+from .protocol import (
+    Added,
+    Hit,
+    Queries,
+    by_document,
+    checked_origin,
+    refuse_unknown,
+    stages,
+    unique_ids,
+    whole_number,
+)
 from .qdrant_engine import SIMILARITIES, Embedded, Engine, Request
 from .qdrant_remote import Server, Unreachable
 from .ranking import sparse_rows
@@ -153,6 +165,12 @@ class QdrantIndex:
             InputError: The index is empty, or the queries do not fit.
         """
         asked_for = stages(self.origins, queries, k, self.where)
+        if not self._windowed:
+            return self._nearest(asked_for, k)
+        return by_document(lambda depth: self._nearest(asked_for, depth), k, self.count(), self.engine.count())
+
+    def _nearest(self, asked_for: list[tuple[Origin, Embeddings]], k: int) -> list[list[Hit]]:
+        """The best ``k`` points of each query, as hits of their documents."""
         names = [origin.name for origin, _ in asked_for]
         last = asked_for[-1][0].similarity
         quantized = self.layout.get("quantization", "none") != "none" and asked_for[0][0].kind == "sentence"
@@ -175,24 +193,44 @@ class QdrantIndex:
 
     def delete(self, ids: Iterable[str]) -> int:
         """Remove documents; returns how many were there."""
-        points, deleted = [point_id(identifier) for identifier in unique_ids(ids)], 0
-        for start in range(0, len(points) if self.origins else 0, POINTS):
-            if found := self.engine.existing(points[start : start + POINTS]):
-                # Forgotten before, not after: a shard that is said to be whole must be.
-                self._record({key: False for key, known in self.records.items() if key.startswith(SHARD) and known})
-                self.engine.delete(sorted(found))
-                deleted += len(found)
-        if deleted:
+        documents = dict.fromkeys(unique_ids(ids), 0)
+        points = self._points_from(documents) if self.origins else []
+        if points:
+            # Forgotten before, not after: a shard that is said to be whole must be.
+            self._record({key: False for key, known in self.records.items() if key.startswith(SHARD) and known})
+            self._remove(points)
             self.engine.flush()
-        return deleted
+        return len({point_id(identifier) for identifier in documents}.intersection(points))
 
     def count(self) -> int:
         """Documents in the index."""
-        return self.engine.count() if self.origins else 0
+        return self.engine.count(documents=self._windowed) if self.origins else 0
 
     def close(self) -> None:
         """Let go of the folder or the connection."""
         self.engine.close()
+
+    @property
+    def _windowed(self) -> bool:
+        return any(origin.by_window for origin in self.origins.values())
+
+    def _points_from(self, documents: Mapping[str, int]) -> list[str]:
+        """Those points that exist of documents' windows from a number on, the last windows first."""
+        found: list[str] = []
+        while documents:
+            asked, documents = list(documents.items()), {}
+            for start in range(0, len(asked), POINTS):
+                points = {point_id(*one): one for one in asked[start : start + POINTS]}
+                there = self.engine.existing(list(points))
+                found += [point for point in points if point in there]
+                if self._windowed:
+                    documents |= {name: number + 1 for point, (name, number) in points.items() if point in there}
+        return found[::-1]
+
+    def _remove(self, points: list[str]) -> None:
+        """Remove points in their order, so that whatever stops it leaves no gap in a document's windows."""
+        for start in range(0, len(points), POINTS):
+            self.engine.delete(points[start : start + POINTS])
 
     def _add(self, shard: Shard, added: Added) -> Added:
         origin = checked_origin(self.origins, shard.origin, self.where, kinds=tuple(SIMILARITIES), force=self.force)
@@ -206,7 +244,12 @@ class QdrantIndex:
         key = f"{SHARD}{origin.name}/{shard.checksum}"
         if shard.checksum and self.records.get(key):
             return replace(added, shards_known=added.shards_known + 1)
-        replaced = sum(self._write(shard, origin, start, stop) for start, stop in batches(shard.vectors))
+        names, vectors = _points_of(shard)
+        if origin.by_window:  # a document may come in the place of one with more windows
+            self._remove(self._points_from({name: number + 1 for name, number in names}))
+        spans = batches(vectors)
+        replaced = sum(self._write(names[a:b], vectors, a, b, origin) for a, b in spans)
+        replaced += len(shard.ids) - len({name for name, _ in names}) if origin.by_window else 0
         self.engine.flush()
         if shard.checksum:
             self._record({key: True})
@@ -214,7 +257,7 @@ class QdrantIndex:
 
     def _announce(self, origin: Origin) -> None:
         """Make room for vectors of a new name."""
-        records: dict[str, Any] = {ORIGIN + origin.name: asdict(origin)}
+        records: dict[str, Any] = {ORIGIN + origin.name: origin.described()}
         if self.origins:
             self.engine.extend(self.origins | {origin.name: origin}, origin, self.layout, records)
         else:
@@ -223,16 +266,22 @@ class QdrantIndex:
         self.records |= records
         self.origins[origin.name] = origin
 
-    def _write(self, shard: Shard, origin: Origin, start: int, stop: int) -> int:
-        """Write some documents of a shard; returns how many took another's place."""
-        ids, types = shard.ids[start:stop], self.engine.types
-        vectors = self._vectors(shard.vectors, start, stop, origin.similarity)
-        points = {point_id(identifier): (identifier, v) for identifier, v in zip(ids, vectors, strict=True)}
+    def _write(
+        self, names: Sequence[tuple[str, int]], embeddings: Embeddings, start: int, stop: int, origin: Origin
+    ) -> int:
+        """Write some points, each an id and a window's number; returns how many documents took another's place."""
+        types = self.engine.types
+        vectors = self._vectors(embeddings, start, stop, origin.similarity)
+        points = {point_id(*name): (name, v) for name, v in zip(names, vectors, strict=True)}
         known = self.engine.existing(list(points))
         # Upserting a point drops its vectors of other names, so only what is new is upserted.
         new = [
-            types.PointStruct(id=point, vector={} if v is None else {origin.name: v}, payload={"id": identifier})
-            for point, (identifier, v) in points.items()
+            types.PointStruct(
+                id=point,
+                vector={} if v is None else {origin.name: v},
+                payload={"id": identifier} | ({"window": number} if number else {}),
+            )
+            for point, ((identifier, number), v) in points.items()
             if point not in known
         ]
         changed = [
@@ -242,8 +291,10 @@ class QdrantIndex:
         ]
         emptied = [point for point, (_, v) in points.items() if point in known and v is None]
         there = len(known) if len(self.origins) == 1 or not known else self.engine.having(sorted(known), origin.name)
+        if origin.by_window:
+            there = sum(number == 0 and point in known for point, ((_, number), _) in points.items())
         self.engine.write(origin.name, new, changed, emptied)
-        return there + len(ids) - len(points)
+        return there + len(names) - len(points)
 
     def _record(self, changes: dict[str, Any]) -> None:
         if changes:
@@ -253,8 +304,8 @@ class QdrantIndex:
     def _vectors(self, embeddings: Embeddings, start: int, stop: int, similarity: str) -> list[Any]:
         """Vectors of some texts as the engine takes them; None for a text that has none."""
         if embeddings.kind == "sparse":
-            rows = sparse_rows(embeddings, start, stop, similarity)
-            bounds, terms, weights = rows.indptr.tolist(), rows.indices.tolist(), rows.data.tolist()
+            matrix = sparse_rows(embeddings, start, stop, similarity)
+            bounds, terms, weights = matrix.indptr.tolist(), matrix.indices.tolist(), matrix.data.tolist()
             sparse = self.engine.types.SparseVector
             return [
                 sparse(indices=terms[a:b], values=weights[a:b]) if a < b else None
@@ -267,9 +318,25 @@ class QdrantIndex:
         return [part if len(part) else None for part in np.split(values, bounds[1:-1] - bounds[0])]
 
 
-def point_id(identifier: str) -> str:
-    """The UUID of a document's point."""
-    return str(uuid.uuid5(NAMESPACE, identifier))
+def point_id(identifier: str, window: int = 0) -> str:
+    """The UUID of a document's point, or of one of its windows."""
+    point = uuid.uuid5(NAMESPACE, identifier)
+    return str(uuid.uuid5(point, str(window)) if window else point)
+
+
+def _points_of(shard: Shard) -> tuple[list[tuple[str, int]], Embeddings]:
+    """Id and window's number of each point of a shard, and its vectors; a document that occurs twice, as the last."""
+    bounds = shard.vectors.windows
+    if bounds is None:
+        return [(identifier, 0) for identifier in shard.ids], shard.vectors
+    last = {identifier: place for place, identifier in enumerate(shard.ids)}
+    spans = [range(*bounds[place : place + 2].tolist()) for place in sorted(last.values())]
+    names = [
+        (identifier, row - span.start)
+        for identifier, span in zip(sorted(last, key=last.__getitem__), spans, strict=True)
+        for row in span
+    ]
+    return names, rows(shard.vectors, np.array([row for span in spans for row in span], np.int64))
 
 
 def batches(embeddings: Embeddings) -> Iterator[tuple[int, int]]:

@@ -84,8 +84,8 @@ class Engine(Protocol):
     def query(self, request: Request) -> list[list[Any]]:
         """The best points of each query, with ``payload`` and ``score``."""
 
-    def count(self) -> int:
-        """Points."""
+    def count(self, documents: bool = False) -> int:
+        """Points; or those that are no further window of a document."""
 
     def close(self) -> None:
         """Let go of everything."""
@@ -231,9 +231,10 @@ class Embedded:
             )
         return self.shard.query_batch(edge.QueryBatchRequest(requests)) if requests else []
 
-    def count(self) -> int:
+    def count(self, documents: bool = False) -> int:
         """See :class:`Engine`."""
-        return self.shard.count(self.edge.CountRequest(exact=True))
+        first = self.edge.Filter(must=[self.edge.IsEmptyCondition("window")]) if documents else None
+        return self.shard.count(self.edge.CountRequest(exact=True, filter=first))
 
     def close(self) -> None:
         """See :class:`Engine`."""

@@ -151,9 +151,11 @@ class Server:
         found = self._call("query_batch_points", requests=requests) if requests else []
         return [response.points for response in found]
 
-    def count(self) -> int:
+    def count(self, documents: bool = False) -> int:
         """See :class:`Engine`."""
-        return self._call("count", exact=True).count
+        m = self.types
+        first = m.Filter(must=[m.IsEmptyCondition(is_empty=m.PayloadField(key="window"))]) if documents else None
+        return self._call("count", count_filter=first, exact=True).count
 
     def close(self) -> None:
         """See :class:`Engine`."""

@@ -15,9 +15,16 @@ from sentence_transformers.util import SimilarityFunction
 from torch import Tensor
 from tqdm import tqdm
 
-from ..encoding.embeddings import Embeddings
+from ..encoding.embeddings import Embeddings, side_by_side
 from ..errors import InputError
-from .scoring import CHUNK_ELEMENTS, EMPTY_DOCUMENT_SCORE, maxsim_of_flat, padded_within, refuse_not_maxsim
+from .scoring import (
+    CHUNK_ELEMENTS,
+    EMPTY_DOCUMENT_SCORE,
+    best_windows,
+    maxsim_of_flat,
+    padded_within,
+    refuse_not_maxsim,
+)
 
 
 def exact_search(
@@ -35,7 +42,7 @@ def exact_search(
 
     Args:
         queries: Encoded queries.
-        documents: Encoded documents, of the same kind.
+        documents: Encoded documents, of the same kind; of one that is cut into windows, the best window counts.
         ranks: ``(documents,)`` what decides ties; see :func:`tie_ranks`.
         similarity: Name of the model's similarity: ``dot``, ``cosine``, ``euclidean``, ``manhattan`` for one vector a
             text, ``dot`` or ``cosine`` for sparse vectors, ``maxsim`` or ``meanmaxsim`` for several vectors.
@@ -52,7 +59,7 @@ def exact_search(
     """
     refuse_unlike_sides(queries, documents)
     rank_of = torch.from_numpy(ranks)
-    wanted, k = k, min(deeper(k, left_out), len(documents))
+    wanted, k = k, min(deeper(k, left_out), documents.documents)
     scorer, found = _Scorer(queries, documents, similarity, device), []
     with tqdm(total=len(queries), desc="search", unit="query", disable=not show_progress) as progress:
         for start, stop in _query_ranges(queries):
@@ -155,16 +162,17 @@ def _score_candidates(
     """Scores ``(candidates,)`` of some documents for the query at ``row``."""
     if queries.offsets is None or documents.offsets is None:
         pairwise = SimilarityFunction.to_similarity_pairwise_fn(similarity)
+        bounds = None
+        if documents.windows is not None:  # those of all candidates, side by side
+            candidates, bounds = side_by_side(documents.windows, candidates)
         query, vectors = (
             torch.from_numpy(np.asarray(values, np.float32)).to(device)
             for values in (queries.values[row : row + 1], documents.values[candidates])
         )
-        return pairwise(query.expand(len(vectors), -1), vectors)
+        scores = pairwise(query.expand(len(vectors), -1), vectors)
+        return scores if bounds is None else best_windows(scores[None], bounds)[0]
     query = torch.from_numpy(np.asarray(queries.values[slice(*queries.offsets[row : row + 2])], np.float32))
-    lengths = documents.lengths[candidates]
-    bounds = np.concatenate([[0], np.cumsum(lengths)])
-    # Places of all tokens of all candidates, side by side: (tokens,)
-    places = np.repeat(documents.offsets[candidates] - bounds[:-1], lengths) + np.arange(bounds[-1])
+    places, bounds = side_by_side(documents.offsets, candidates)
     tokens = torch.from_numpy(np.asarray(documents.values[places], np.float32)).to(device)
     return maxsim_of_flat(query.to(device), tokens, torch.from_numpy(bounds), similarity)[:, 0]
 
@@ -225,9 +233,9 @@ class _Scorer:
         batch = torch.from_numpy(self.queries.values[start:stop].astype(np.float32)).to(self.device)
         differences = documents.dim if self.similarity == "manhattan" else 1  # which are all in memory at once
         step = max(1, CHUNK_ELEMENTS // (max(stop - start, documents.dim) * differences))
-        for first in range(0, len(documents), step):
-            chunk = torch.from_numpy(documents.values[first : first + step].astype(np.float32)).to(self.device)
-            yield np.arange(first, first + len(chunk)), score(batch, chunk)
+        for members, first, last in self._parts(step):
+            chunk = torch.from_numpy(documents.values[first:last].astype(np.float32)).to(self.device)
+            yield members, self._of_documents(members, score(batch, chunk))
 
     def _tokens(self, start: int, stop: int) -> _Scored:
         refuse_not_maxsim(self.similarity)
@@ -256,10 +264,26 @@ class _Scorer:
             )
         batch = sparse_rows(self.queries, start, stop, self.similarity)
         step = max(1, CHUNK_ELEMENTS // max(stop - start, 1))
-        for first in range(0, len(self.documents), step):
-            last = min(first + step, len(self.documents))
+        for members, first, last in self._parts(step):
             scores = (batch @ sparse_rows(self.documents, first, last, self.similarity).T).toarray()
-            yield np.arange(first, last), torch.from_numpy(scores)
+            yield members, self._of_documents(members, torch.from_numpy(scores))
+
+    def _parts(self, step: int) -> Iterator[tuple[np.ndarray, int, int]]:
+        """Documents with about ``step`` rows, and the bounds of these; all windows of a document are in one part."""
+        count, windows = self.documents.documents, self.documents.windows
+        first = 0
+        while first < count:
+            last = min(first + step, count)
+            if windows is not None:
+                last = max(first + 1, int(np.searchsorted(windows, windows[first] + step, side="right")) - 1)
+            yield np.arange(first, last), *((first, last) if windows is None else map(int, windows[[first, last]]))
+            first = last
+
+    def _of_documents(self, members: np.ndarray, scores: Tensor) -> Tensor:
+        windows = self.documents.windows
+        if windows is None:
+            return scores
+        return best_windows(scores, windows[members[0] : members[-1] + 2] - windows[members[0]])
 
 
 def filled(embeddings: Embeddings, members: np.ndarray) -> np.ndarray:

@@ -122,6 +122,20 @@ def maxsim_of_flat(
     return scores.masked_fill(empty[:, None], EMPTY_DOCUMENT_SCORE)
 
 
+def best_windows(scores: Tensor, bounds: np.ndarray) -> Tensor:
+    """Scores of documents from those of their windows, the best of which counts.
+
+    Args:
+        scores: ``(queries, windows)``.
+        bounds: ``(documents + 1,)`` where each document's windows start and end; it has one at least.
+
+    Returns:
+        ``(queries, documents)``.
+    """
+    offsets = torch.from_numpy(np.asarray(bounds, np.int64)).to(scores.device)
+    return torch.segment_reduce(scores.T.contiguous(), "max", offsets=offsets, axis=0).T
+
+
 def refuse_not_maxsim(similarity: str) -> None:
     """Raise InputError if a similarity is none that compares several vectors a text."""
     if similarity not in ("maxsim", "meanmaxsim"):

@@ -20,7 +20,7 @@ from ..encoding.shards import Shard
 from ..errors import InputError
 from ..files import file_sha256, known_sha256, user_cache
 from .local import FolderIndex, Vectors, package
-from .protocol import Hit, Queries, refuse_unknown, whole_number
+from .protocol import Hit, Queries, by_document, refuse_unknown, whole_number
 from .ranking import sparse_rows
 
 STEP = 65_536
@@ -73,10 +73,13 @@ class SeismicIndex(FolderIndex):
     def search(self, queries: Queries, k: int = 10) -> list[list[Hit]]:
         """See :class:`polyrep.search.Index`."""
         asked = self._query_vectors(queries, k)
-        wanted = min(k, self.count())
+        if not self.count():
+            return [[] for _ in range(len(asked))]
+        return by_document(lambda depth: self._nearest(asked, depth), k, self.count(), self.documents.used)
+
+    def _nearest(self, asked: Embeddings, wanted: int) -> list[list[Hit]]:
+        """The positions with the highest scores, as hits of their documents."""
         found: list[list[Hit]] = [[] for _ in range(len(asked))]
-        if not wanted:
-            return found
         engine, text = self._built(), self.seismic.get_seismic_string()
         assert asked.offsets is not None and asked.indices is not None
         filled = np.flatnonzero(asked.lengths)  # the others have no word to look up

@@ -14,6 +14,7 @@ import torch
 
 from ..errors import InputError
 from ..hub.fingerprint import told
+from .probability import Searcher
 from .protocol import Hit, Index
 
 Task = Literal["query", "document"]
@@ -43,7 +44,8 @@ class Service:
         waiting_texts: Texts that may wait; of a request that would exceed it, none is taken.
 
     Raises:
-        InputError: The model cannot encode texts, the index holds vectors of another model, or a number is below 1.
+        InputError: The model cannot encode texts, its calibration is damaged or another model's, the index holds
+            vectors of another model, or a number is below 1.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Service:
                     f"{told(fingerprint)}, so scores would mean nothing. Encode the corpus with the model served."
                 )
         self._model, self._index, self._fingerprint = model, index, fingerprint
+        self._searcher = Searcher(model, index, fingerprint)
         self._batch_texts, self._batches = batch_texts, 0
         # Texts of a forward pass, which sorts them by length: of more, a processor computes mostly padding.
         self._together = 8 if torch.device(getattr(model, "device", "cpu")).type == "cpu" else batch_texts
@@ -90,7 +93,7 @@ class Service:
         }
 
     async def search(self, queries: list[str], k: int) -> list[list[Hit]]:
-        """The best ``k`` documents of each query.
+        """The best ``k`` documents of each query, with probabilities where the model's folder has a calibration.
 
         Raises:
             Busy: Too many texts wait.
@@ -160,7 +163,7 @@ class Service:
 
     def _finish(self, jobs: list[_Job], vectors: Any) -> list[Any]:
         if jobs[0].task == "search":
-            return self._index.search(vectors, max(job.k for job in jobs))
+            return self._searcher.search([job.text for job in jobs], vectors, max(job.k for job in jobs))
         return [_numbers(vector) for vector in vectors]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +20,9 @@ from tqdm import tqdm
 
 from ..encoding.cache import embed
 from ..encoding.embeddings import Embeddings, in_memory, mean_of_tokens, sum_of_tokens
+from ..encoding.windows import Windows
 from ..errors import InputError
+from ..hub.polyrep_room import begin_words, prompt_tokens
 
 Features = dict[str, Tensor]
 """Name -> tensor, whose first axis is that of the texts."""
@@ -111,12 +114,13 @@ class SentenceSide(Side):
         first: int = 0,
         tokenizer: Any = None,
         vectors: np.ndarray | None = None,
+        windows: Windows | None = None,
         **options: Any,
     ) -> Self:
         """Encode and tokenise texts, or encode images; see :meth:`Side.encode`.
 
-        With ``vectors (texts, dim)`` nothing is encoded. A ``tokenizer`` takes the place of the backbone's own, where
-        a head uses another vocabulary.
+        With ``vectors (texts, dim)`` nothing is encoded, and with ``windows`` each window of a text is one. A
+        ``tokenizer`` takes the place of the backbone's own, where a head uses another vocabulary.
 
         Raises:
             InputError: The backbone's similarity is neither dot nor cosine.
@@ -124,7 +128,7 @@ class SentenceSide(Side):
         if vectors is not None:
             embeddings = in_memory(vectors)
         else:
-            embeddings = embed(model, texts, task=task, name=name, kind="sentence", **options)
+            embeddings = embed(model, texts, task=task, name=name, kind="sentence", windows=windows, **options)
         similarity = str(model.similarity_fn_name)
         if similarity not in ("dot", "cosine"):
             raise InputError(
@@ -137,7 +141,13 @@ class SentenceSide(Side):
             embeddings = replace(embeddings, values=found.astype(embeddings.values.dtype))
         if not isinstance(texts, dict) or not isinstance(next(iter(texts.values())), str):  # images are opened late
             return cls(embeddings, first)
-        return cls(embeddings, first, *_tokenized(model, list(texts.values()), task, tokenizer))
+        if windows is None:
+            return cls(embeddings, first, *_tokenized(model, list(texts.values()), task, tokenizer))
+        cuts = [windows.cut(text) for text in texts.values()]
+        tokens, offsets = _tokenized(model, list(chain.from_iterable(cuts)), task, tokenizer)
+        if embeddings.windows is None:  # one vector for all windows of a text, and so are its tokens
+            offsets = offsets[np.cumsum([0, *map(len, cuts)])]
+        return cls(embeddings, first, tokens, offsets)
 
     def vectors_of(self, rows: np.ndarray) -> Features:
         """Vectors and tokens."""
@@ -168,6 +178,9 @@ def _tokenized(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of texts without the words of a prompt: ``(tokens of all texts,)``, and bounds ``(texts + 1,)``."""
     prompt = (model.prompts or {}).get(task) or None
+    if prompt and tokenizer is None:
+        size = max(model.tokenizer.get_vocab().values()) + 1
+        begin = begin_words(model.tokenizer.convert_ids_to_tokens(i) or "" for i in range(size))
     rows, lengths = [], []
     for start in range(0, len(texts), 1024):
         part = texts[start : start + 1024]
@@ -178,7 +191,9 @@ def _tokenized(
                 part, padding=True, truncation=True, max_length=model.max_seq_length, return_tensors="pt"
             )
         mask = batch["attention_mask"].bool()
-        mask[:, : int(torch.as_tensor(batch.get("prompt_length", 0)).max())] = False  # no words of the text
+        if "prompt_length" in batch:  # no words of the text; what stands before any text stays
+            ids, special = batch["input_ids"], torch.tensor(model.tokenizer.all_special_ids)
+            mask &= ~prompt_tokens(ids, mask, batch["prompt_length"], begin) | torch.isin(ids, special)
         rows.append(batch["input_ids"][mask].numpy().astype(np.int32))
         lengths.append(mask.sum(1).numpy())
     return np.concatenate(rows), np.cumsum(np.concatenate([[0], *lengths]))
@@ -331,5 +346,5 @@ def encode_sparse(
             indices.append(term.astype(np.int32))
             counts.append(np.bincount(text_of, minlength=len(weights)))
             width = weights.shape[1]
-    offsets = np.cumsum(np.concatenate(counts), dtype=np.int64)
-    return Embeddings("sparse", np.concatenate(values), offsets, np.concatenate(indices), width, 0.0, Path())
+    offsets, windows = np.cumsum(np.concatenate(counts), dtype=np.int64), side.embeddings.windows
+    return Embeddings("sparse", np.concatenate(values), offsets, np.concatenate(indices), width, 0.0, Path(), windows)

@@ -28,27 +28,42 @@ from ..search.scoring import CHUNK_ELEMENTS
 Teacher = Encoder | CrossEncoder
 
 
-def open_teacher(name: str, revision: str | None = None) -> Teacher:
-    """Open a teacher by folder or Hub id; a classifier of pairs is a cross-encoder. Its own code is never run.
+def open_teacher(
+    name: str,
+    revision: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
+    flag: str = "--teacher",
+) -> Teacher:
+    """Open a teacher by folder or Hub id; a classifier of pairs is a cross-encoder.
+
+    Args:
+        name: The folder or id.
+        revision: Commit, tag or branch of a Hub id.
+        trust_remote_code: Run the code that it carries, as for :func:`polyrep.load`.
+        dtype: Type of the weights in memory; default: as saved of a cross-encoder, else the fastest.
+        flag: What names it, for messages.
 
     Raises:
         InputError: It cannot be opened, lacks weights, or scores no pair of texts.
     """
-    folder = fetch(name, revision=revision)
+    folder = fetch(name, revision=revision, trust_remote_code=trust_remote_code)
     family = read_json(folder / "config_sentence_transformers.json").get("model_type")
     kinds = read_json(folder / "config.json", architectures=list).get("architectures") or [""]
     plain = kinds[0].endswith("ForSequenceClassification") and not (folder / "modules.json").is_file()
     if family == "CrossEncoder" or plain:
-        may_run(folder, trusted=False)
+        allowed = may_run(folder, trust_remote_code)
         with opening(folder):
-            teacher: Any = CrossEncoder(str(folder), model_kwargs={"use_safetensors": True})
+            weights = {"use_safetensors": True} | ({"dtype": dtype} if dtype is not None else {})
+            teacher: Any = CrossEncoder(str(folder), trust_remote_code=allowed, model_kwargs=weights)
             check_loaded(folder, teacher)
         give_padding(teacher.tokenizer, name)
         teacher.model.config.pad_token_id = teacher.tokenizer.pad_token_id
         return teacher
-    teacher = load(folder, dtype=fastest_dtype("auto"))
+    teacher = load(folder, trust_remote_code=trust_remote_code, dtype=dtype or fastest_dtype("auto"))
     if not isinstance(teacher, Encoder):
-        raise InputError(f"--teacher {name}: is a {type(teacher).__name__}, which scores no pair of texts.")
+        raise InputError(f"{flag} {name}: is a {type(teacher).__name__}, which scores no pair of texts.")
     return teacher
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ...data.named import made_here, on_hub
 from ...encoding.embeddings import Embeddings
 from ...encoding.encoders import kind_of
+from ...encoding.windows import Windows, refuse_stride
 from ...errors import InputError
 from ...files import digest, refuse_unwritable
 from ...flags import command_line, parse
@@ -28,9 +29,11 @@ from ...hub.folder import Encoder, fastest_dtype, fetch, load
 from ...hub.reading import set_length
 from ...registry import ROOMS
 from ...report import hardware, print_and_write, provenance, refuse_unwritable_results
+from ..bm25 import analyzer, rank_with_bm25
 from ..metrics import METRICS, per_query_metrics
-from ..systems import Ranking, costs_of, keep_ranking, latency, rank_with_bm25
-from ..table import display_name, metric_rows, notes_on, refuse_doubles
+from ..rerank import RERANK_NOTE, THEN, Reranker, open_reranker, refuse_depths
+from ..systems import Ranking, costs_of, keep_ranking, latency, refuse_uncut, timed_rows
+from ..table import display_name, metric_rows, notes_on, refuse_doubles, settings_of, window_notes
 from .advice import Budget, fronts, learned_margins, parse_budget, recommend
 from .fit import code_digest
 from .fit_data import FitData, cloze_queries, judged_queries
@@ -38,7 +41,7 @@ from .full_model import FullModel
 from .picture import draw
 from .rivals import RIVALS
 from .rows import COMMON, FULL, Candidate, Encoded, Method
-from .timed import RERANK_DEPTH, loaded, rank_in_two_stages, rank_when_ready, timed_rows
+from .timed import RERANK_DEPTH, loaded, rank_in_two_stages, rank_when_ready
 
 STAGE_DEPTHS = (50, 200)
 BUDGETS = ["bytes=256", "bytes=1024", "bytes=4096"]
@@ -51,6 +54,8 @@ NOTE = (
     "again, which bounds their Recall@100. Front: no other row is as good at as few bytes (or milliseconds) and "
     "better in one of the two."
 )
+
+WINDOWS_NOTE = "What is learned here is learned from the first of what the model reads of a document."
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +85,13 @@ class FrontierArguments:
             "from them, for a corpus without queries; a fifth is measured, the others are learned from."
         },
     )
+    language: str = field(
+        default="en",
+        metadata={
+            "help": "Of BM25's stems and stop words: an ISO 639 code; auto for that of each corpus; none for words "
+            "as they are."
+        },
+    )
     fit_seconds: float = field(default=90.0, metadata={"help": "Most seconds to fit a head, encoding left out."})
     output: str | None = field(default=None, metadata={"help": "Folder for <name>.json, <name>.md and <name>.png."})
     name: str | None = field(default=None, metadata={"help": "Name of the three files; default: frontier-<data set>."})
@@ -89,6 +101,21 @@ class FrontierArguments:
     )
     keep_empty: bool = field(default=False, metadata={"help": "Accept empty texts instead of refusing the data set."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens per text; default: the model's own."})
+    window: int | None = field(
+        default=None,
+        metadata={"help": "Cut documents into windows of so many tokens; default: what is not read is dropped."},
+    )
+    stride: int | None = field(
+        default=None, metadata={"help": "Tokens from one window to the next; default: --window, no overlap."}
+    )
+    rerank: str | None = field(
+        default=None,
+        metadata={"help": "A cross-encoder or a late-interaction model that orders the best of each first stage."},
+    )
+    rerank_depth: list[int] = field(
+        default_factory=lambda: [50], metadata={"help": "Documents of a query that it orders, e.g. 50 200."}
+    )
+    rerank_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of it on the Hub."})
     model_dtype: str = field(
         default="auto", metadata={"help": "Weights in memory: float32, bfloat16, float16, or auto for the fastest."}
     )
@@ -116,6 +143,11 @@ class Job:
     make: Callable[[], Ranking]
     stages: bool = False
 
+    @property
+    def ordered(self) -> bool:
+        """Whether ``--rerank`` orders what it finds."""
+        return self.stages or self.system == FULL
+
 
 def frontier(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, Any]:
     """Compare every way to make a model's index smaller; print the table and what fits each budget.
@@ -141,6 +173,7 @@ def frontier(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
         refuse_unwritable(Path(getattr(args, flag)), f"--{flag}")
     models = _open(args, source)
     methods = chosen_methods(args.methods, source, models[0].model)
+    reranker = open_reranker(args, [full.dataset for full in models])
     results = {
         "name": args.name or f"frontier-{'-'.join(full.dataset.name for full in models)}",
         **provenance(command_line(prog, argv)),
@@ -154,18 +187,23 @@ def frontier(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
         "failures": [],
         "notes": [
             NOTE,
+            *window_notes(args.window, args.stride),
+            *([WINDOWS_NOTE] if args.window else ()),
+            *([RERANK_NOTE] if args.rerank else ()),
             *(full.fit_data.note for full in models if full.fit_data.note),
             *(note for full in models for note in notes_on(full.dataset)),
         ],
         "fit_seconds": args.fit_seconds,
     }
     for path, full in zip(args.dataset, models, strict=True):
-        found = rank_all(full, methods)
+        found = rank_all(full, methods, reranker)
         rows, advice, margins = tabulate(full, found.rankings, budgets)
         results["rows"] += [row | hub_source(*on_hub(path)) for row in rows]
         results["recommendations"] += advice
         results["claims"] += margins
         results["failures"] += found.failures
+    if reranker:
+        results["models"][reranker.name] = reranker.fingerprint
     print_and_write(results, output, picture=draw)
     return results
 
@@ -177,12 +215,21 @@ def _open(args: FrontierArguments, source: str) -> list[FullModel]:
         InputError: It, or a data set, cannot be used.
     """
     parts = [_read(args, path) for path in args.dataset]
+    if args.window:
+        for dataset, _ in parts:
+            refuse_uncut(dataset, args.window)
     refuse_doubles(args.dataset, [dataset.name for dataset, _ in parts])
+    for dataset, _ in parts:
+        texts = list(dataset.corpus.values())
+        if args.language != "en" and isinstance(texts[0], str):  # with the default, it is the row alone that may fail
+            analyzer(args.language, texts)
     folder = fetch(source, revision=args.revision, trust_remote_code=args.trust_remote_code)
     weights = fastest_dtype(args.model_dtype)
     model: Any = load(folder, trust_remote_code=args.trust_remote_code, dtype=weights)
+    windows = None
     if isinstance(model, Encoder):
         set_length(model, args.max_length, source)
+        windows = Windows.of(model, args.window, args.stride, source)
     return [
         FullModel(
             model,
@@ -196,6 +243,8 @@ def _open(args: FrontierArguments, source: str) -> list[FullModel]:
             weights=weights,
             batch_size=args.batch_size,
             trust_remote_code=args.trust_remote_code,
+            language=args.language,
+            windows=windows,
         )
         for dataset, fit_data in parts
     ]
@@ -235,7 +284,7 @@ def chosen_methods(names: list[str], source: str, model: Encoder) -> list[str]:
     return [name for name in fitting if "all" in names or name in names]
 
 
-def rank_all(full: FullModel, methods: list[str]) -> Found:
+def rank_all(full: FullModel, methods: list[str], reranker: Reranker | None = None) -> Found:
     """Rank every row of one data set, or take it from where it is kept; a row that fails does not stop the others.
 
     Raises:
@@ -255,7 +304,8 @@ def rank_all(full: FullModel, methods: list[str]) -> Found:
     jobs = list(_jobs(full, methods, learned))
     out = Found()
     in_memory: list[Embeddings] = []
-    total = len(jobs) + len(STAGE_DEPTHS) * sum(job.stages for job in jobs)
+    ordered = len(reranker.depths) if reranker else 0
+    total = len(jobs) + sum(len(STAGE_DEPTHS) * job.stages + ordered * job.ordered for job in jobs)
     with tqdm(total=total, desc=full.dataset.name, unit="row") as progress:
         while jobs:
             job = jobs.pop(0)  # and with it what it holds, once it is done
@@ -270,10 +320,12 @@ def rank_all(full: FullModel, methods: list[str]) -> Found:
                 logger.warning("%s, %s failed: %s", full.dataset.name, job.system, reason)
                 logger.debug("What failed:", exc_info=error)
                 out.failures.append({"system": job.system, "dataset": full.dataset.name, "reason": reason})
-                progress.update(1 + len(STAGE_DEPTHS) * job.stages)
+                progress.update(1 + len(STAGE_DEPTHS) * job.stages + ordered * job.ordered)
                 continue
             out.rankings.append(ranking)
             progress.update()
+            if reranker and job.ordered:
+                jobs[:0] = [_ordered(full, ranking, reranker, depth, key) for depth in reranker.depths]
             if job.stages:
                 jobs[:0] = [_second_stage(full, ranking, depth, [key, depth], in_memory) for depth in STAGE_DEPTHS]
     return out
@@ -288,7 +340,8 @@ def _jobs(full: FullModel, methods: list[str], learned: Any) -> Iterator[Job]:
     whole = Candidate(FULL, lambda: Encoded(full.queries, full.documents, full.similarity))
     yield Job(FULL, code_digest(*COMMON), lambda: _ranked(full, whole))
     if isinstance(next(iter(full.dataset.corpus.values())), str):  # images have no words to find them by
-        yield Job(BM25, code_digest(*COMMON), lambda: _bm25(full), True)
+        code = code_digest(*COMMON, "evaluation/bm25.py", "data/words.py")
+        yield Job(BM25, [code, full.language], lambda: _bm25(full), True)
     known = all_methods()
     for name in methods:
         method = known[name]
@@ -306,7 +359,7 @@ def _ranked(full: FullModel, candidate: Candidate) -> Ranking:
 
 def _bm25(full: FullModel) -> Ranking:
     """BM25 with the time of the queries that every row is timed by."""
-    ranking = rank_with_bm25(full.dataset, RERANK_DEPTH)
+    ranking = rank_with_bm25(full.dataset, RERANK_DEPTH, language=full.language)
     assert ranking.seconds is not None
     rows = timed_rows(len(ranking.seconds))
     seconds = np.full(len(ranking.seconds), np.nan)
@@ -314,6 +367,12 @@ def _bm25(full: FullModel) -> Ranking:
     costs = ranking.costs | latency(seconds[rows].tolist())
     costs.pop("encode_docs_per_s")  # which no other row has: their texts were encoded once, perhaps on another day
     return replace(ranking, seconds=seconds, costs=costs)
+
+
+def _ordered(full: FullModel, first: Ranking, reranker: Reranker, depth: int, depends: Any) -> Job:
+    """The best of a first stage, or of the full model, in the order of ``--rerank``."""
+    depends = [depends, depth, reranker.fingerprint, str(reranker.model.dtype), code_digest("evaluation/rerank.py")]
+    return Job(reranker.system(first, depth), depends, lambda: reranker.rank(first, full.dataset, depth))
 
 
 def _second_stage(full: FullModel, first: Ranking, depth: int, depends: Any, in_memory: list[Embeddings]) -> Job:
@@ -335,7 +394,7 @@ def tabulate(
     """Rows of one data set with intervals, tests against the full model and fronts; advice for each budget; claims."""
     values = {ranking.system: per_query_metrics(full.dataset, ranking) for ranking in rankings}
     stacked = {system: {metric: of[metric][None] for metric in METRICS} for system, of in values.items()}
-    costs = {ranking.system: ranking.costs for ranking in rankings}
+    costs = {ranking.system: ranking.costs | settings_of(ranking) for ranking in rankings}
     rows = metric_rows(full.dataset.name, full.dataset.split, stacked, costs, FULL, full.seed)
     main = [row for row in rows if row["metric"] == "nDCG@10"]
     for row, found in zip(main, fronts(main), strict=True):
@@ -344,7 +403,8 @@ def tabulate(
     advice = recommend(main, per_query, budgets, full=FULL, seed=full.seed)
     same = f" Rows were chosen and measured on the same {len(full.dataset.queries):,} queries."
     advice = [entry | {"dataset": full.dataset.name, "text": entry["text"] + same} for entry in advice]
-    margins = learned_margins(main, per_query, learned_titles(), seed=full.seed)
+    stored = [row for row in main if THEN not in row["system"]]  # what another model orders says nothing of methods
+    margins = learned_margins(stored, per_query, learned_titles(), seed=full.seed)
     return rows, advice, [entry | {"dataset": full.dataset.name} for entry in margins]
 
 
@@ -355,6 +415,13 @@ def _read(args: FrontierArguments, path: str) -> tuple[Any, FitData]:
 
 
 def _refuse_flags(args: FrontierArguments) -> None:
+    refuse_stride(args.window, args.stride)
+    refuse_depths(args.rerank, args.rerank_depth, args.rerank_revision)
+    if args.rerank and max(args.rerank_depth) > RERANK_DEPTH:
+        raise InputError(
+            f"--rerank_depth {max(args.rerank_depth)}: rows of the frontier hold {RERANK_DEPTH} documents of a query. "
+            f"Use {RERANK_DEPTH} or less."
+        )
     if not args.frontier:
         raise InputError("--frontier false: then it is the ordinary table. Leave the flag out.")
     if not args.dataset:

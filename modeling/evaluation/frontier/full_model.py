@@ -15,6 +15,7 @@ from ...data.dataset import RetrievalDataset
 from ...encoding.cache import embed, store
 from ...encoding.embeddings import Embeddings, mean_of_tokens, sum_of_tokens
 from ...encoding.encoders import kind_of
+from ...encoding.windows import Windows
 from ...errors import InputError
 from ...files import digest
 from ...hub.folder import Encoder, load, save
@@ -40,6 +41,8 @@ class FullModel:
         weights: Type of the model's weights in memory.
         batch_size: Texts per forward pass.
         trust_remote_code: Whether the model's own code may run.
+        language: Of BM25's stems and stop words.
+        windows: How documents that are measured are cut; heads are fitted on what the model reads of a whole one.
     """
 
     model: Encoder
@@ -53,6 +56,8 @@ class FullModel:
     weights: torch.dtype = torch.float32
     batch_size: int = 32
     trust_remote_code: bool = False
+    language: str = "en"
+    windows: Windows | None = None
 
     @property
     def kind(self) -> str:
@@ -67,8 +72,7 @@ class FullModel:
     def encoded(self, dataset: RetrievalDataset, task: Literal["query", "document"]) -> Embeddings:
         """Queries or documents as the full model encodes them."""
         texts, name = _texts_of(dataset, task)
-        options: dict[str, Any] = {"cache_dir": self.cache_dir, "batch_size": self.batch_size}
-        return embed(self.model, texts, task=task, name=name, **options)
+        return embed(self.model, texts, task=task, name=name, batch_size=self.batch_size, **self._kept(dataset, task))
 
     @cached_property
     def queries(self) -> Embeddings:
@@ -103,11 +107,17 @@ class FullModel:
         """Queries or documents as one vector a text; of tokens these are taken from their cache, not encoded."""
         model = self.single[1]
         texts, name = _texts_of(dataset, task)
+        kept = self._kept(dataset, task)
         if self.kind == "tokens":
             tokens = self.encoded(dataset, task)
             vectors = (sum_of_tokens if task == "query" else mean_of_tokens)(tokens).values
-            store(model, texts, vectors, task=task, name=name, cache_dir=self.cache_dir)
-        return SentenceSide.encode(model, texts, task, name, cache_dir=self.cache_dir, batch_size=self.batch_size)
+            store(model, texts, vectors, task=task, name=name, **kept)
+        return SentenceSide.encode(model, texts, task, name, batch_size=self.batch_size, **kept)
+
+    def _kept(self, dataset: RetrievalDataset, task: str) -> dict[str, Any]:
+        """Where embeddings are kept, and how their texts are cut."""
+        cut = task == "document" and dataset is self.dataset
+        return {"cache_dir": self.cache_dir, "windows": self.windows if cut else None}
 
 
 def _texts_of(dataset: RetrievalDataset, task: str) -> tuple[Any, str]:

@@ -164,11 +164,11 @@ def quantized(row: Encoded, precision: str | None) -> Encoded:
             codes = quantize_embeddings(part, "int8", ranges=np.stack([low, high]))
             found[block] = low + (np.asarray(codes, np.float32) + 128.5) * steps
     several = row.documents.kind == "tokens"
-    vectors = float(row.documents.lengths.mean())
+    vectors = float(row.documents.lengths.sum() / row.documents.documents)
     if precision == "binary":
         size = bytes_per_document("binary", dims=dim, vectors=vectors) + 8 * several  # and an offset
     else:
-        size = bytes_per_document("multi" if several else "dense", "int8", dims=dim, vectors=vectors)
+        size = bytes_per_document("multi", "int8", dims=dim, vectors=vectors) - 8 * (not several)
     return replace(row, documents=replace(row.documents, values=found), costs=row.costs | {"bytes_per_document": size})
 
 

@@ -28,8 +28,8 @@ from ...search.ranking import (
     unpacked,
     without,
 )
-from ...search.scoring import maxsim_of_flat
-from ..systems import TIMED_QUERIES, Ranking, costs_of, latency
+from ...search.scoring import best_windows, maxsim_of_flat
+from ..systems import Ranking, costs_of, latency, timed_rows
 
 MEMORY = 4 * 2**30
 """Bytes of float32 up to which an index is held in memory."""
@@ -89,7 +89,9 @@ class ReadyIndex:
             return exact_search(queries, self.documents, self.ranks, **options)
         found = []
         for start, stop in _batches(queries):
-            scores = self._scores(queries, start, stop).cpu()  # (queries, documents)
+            scores = self._scores(queries, start, stop).cpu()  # (queries, texts)
+            if self.documents.windows is not None:
+                scores = best_windows(scores, self.documents.windows)
             refuse_not_finite_scores(scores)
             found.append(sort_keys(scores, self.rank_of).topk(min(k, scores.shape[1]), dim=1).values)
         return unpacked(torch.cat(found), self.rank_of)
@@ -123,11 +125,6 @@ class ReadyIndex:
 def _batches(queries: Embeddings) -> Iterator[tuple[int, int]]:
     size = 256 if queries.offsets is None else max(1, QUERY_VECTORS // max(1, int(queries.lengths.max())))
     return ((start, min(start + size, len(queries))) for start in range(0, len(queries), size))
-
-
-def timed_rows(queries: int) -> np.ndarray:
-    """Places of the queries that are timed, spread over all of them."""
-    return np.unique(np.linspace(0, queries - 1, min(TIMED_QUERIES, queries)).astype(int))
 
 
 def rank_when_ready(

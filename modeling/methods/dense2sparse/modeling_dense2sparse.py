@@ -5,7 +5,7 @@ The head turns a vector into words (``Dense2SparseModel``), and one folder holds
 
 After Nguyen, Hendriksen, Yates and de Rijke, "Multimodal Learned Sparse Retrieval with Probabilistic Expansion
 Control" (ECIR 2024, arXiv 2402.17535): one small head, shared by queries and documents, projects the vector of any
-encoder onto a word-piece vocabulary. Where this code leaves the paper:
+encoder onto a vocabulary of words and their pieces. Where this code leaves the paper:
 
 - A text's own words are known when it is encoded, and one dense vector cannot give them back. So with
   ``own_tokens="learned"`` they enter with a learned weight per word, saturated and normalised by length as in BM25,
@@ -20,6 +20,8 @@ encoder onto a word-piece vocabulary. Where this code leaves the paper:
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +46,9 @@ from .polyrep_room import (
     Module,
     SentenceTransformer,
     Transformer,
+    begin_words,
     pool_tokens,
+    prompt_tokens,
     text_inputs,
     warn_of_no_task,
 )
@@ -70,7 +74,22 @@ _CHOICES = {
     "expansion": ("both", "document", "query", "none"),
     "own_tokens": ("learned", "none"),
     "pooling": ("mean", "cls", "lasttoken"),
+    "word_mark": ("##", "▁", "Ġ"),
 }
+
+_CONTROL = re.compile(r"<[^<>\s]+>")
+"""What SentencePiece has beside words: bytes such as <0x0A>, and entries for special tokens."""
+
+_SPACELESS = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003fffd]"
+)
+"""Scripts without spaces between words, where no piece goes on from another."""
+
+_PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTES = {chr(code): code for code in _PRINTED} | {
+    chr(256 + n): code for n, code in enumerate(code for code in range(256) if code not in _PRINTED)
+}
+"""Character that byte-level BPE writes for a byte -> that byte."""
 
 
 class Dense2SparseConfig(PretrainedConfig):
@@ -78,7 +97,7 @@ class Dense2SparseConfig(PretrainedConfig):
 
     Args:
         input_dim (int): Width of the dense vectors.
-        vocab_size (int): Width of the sparse vectors: entries of the word-piece vocabulary.
+        vocab_size (int): Width of the sparse vectors: entries of the vocabulary.
         expansion_size (int): Words that the head can add; None for the whole vocabulary.
         hidden_layers (int): Residual layers (GELU) before the vocabulary; the paper has none.
         activation (str): log1p_relu as in the paper, or double_log1p, which saturates harder.
@@ -89,7 +108,10 @@ class Dense2SparseConfig(PretrainedConfig):
         mass (float): Keep the heaviest words that hold this share of a text's total weight.
         min_weight (float): Drop words below this weight.
         average_length (float): Mean number of own tokens of a document where the head was trained.
-        special_token_ids (list): Vocabulary entries that stand for no word.
+        special_token_ids (list): Vocabulary entries that stand for no word: special and added tokens, spaces, single
+            bytes and pieces of a character.
+        word_mark (str): How the vocabulary tells words from their pieces: ## before what goes on (WordPiece), or ▁
+            (SentencePiece) or Ġ (byte-level BPE) before what begins.
         foreign_words (bool): The words are of another vocabulary than the encoder's, whose token ids mean others.
         added_tokens (int): Tokens that the encoder's tokenizer adds to any text.
         vocabulary_bytes (int): Length of the stored vocabulary in bytes; set by ``from_mlm``.
@@ -103,6 +125,7 @@ class Dense2SparseConfig(PretrainedConfig):
         "expansion_size",
         "average_length",
         "special_token_ids",
+        "word_mark",
         "foreign_words",
         "added_tokens",
         "vocabulary_bytes",
@@ -122,6 +145,7 @@ class Dense2SparseConfig(PretrainedConfig):
         min_weight=(0, 1e6),
         average_length=(1e-6, 1e9),
         special_token_ids=(0, WORDS[1]),
+        word_mark=_CHOICES["word_mark"],
         added_tokens=(0, 2**16),
         vocabulary_bytes=(0, 2**28),
     )
@@ -140,6 +164,7 @@ class Dense2SparseConfig(PretrainedConfig):
         min_weight: float | None = None,
         average_length: float = 1.0,
         special_token_ids: list[int] | None = None,
+        word_mark: str = "##",
         foreign_words: bool = False,
         added_tokens: int = 2,
         vocabulary_bytes: int = 0,
@@ -211,6 +236,7 @@ class Dense2SparseModel(WholeWeights, PreTrainedModel):
         self.log_scale = nn.Parameter(torch.tensor(0.0))  # of scores, against the teacher's; ranks do not need it
         # The words, one a line: they travel with the weights, so no second file can be lost or be of another model.
         self.register_buffer("vocabulary_text", torch.zeros(config.vocabulary_bytes, dtype=torch.uint8))
+        self._begin = None
         self.post_init()
 
     def _init_weights(self, module):
@@ -238,7 +264,8 @@ class Dense2SparseModel(WholeWeights, PreTrainedModel):
             config: Further fields of Dense2SparseConfig.
 
         Raises:
-            ValueError: The tokenizer has no word-piece vocabulary, so its entries are no words that one could index.
+            ValueError: The tokenizer is neither WordPiece, Unigram nor BPE on bytes or with SentencePiece's mark, so
+                its entries are no words that one could index.
         """
         if isinstance(model, (str, Path)):
             architectures = AutoConfig.from_pretrained(model, trust_remote_code=False).architectures or [""]
@@ -247,18 +274,19 @@ class Dense2SparseModel(WholeWeights, PreTrainedModel):
             kind = AutoModelForMaskedLM if masked else AutoModel
             model = whole_encoder(kind.from_pretrained(model, trust_remote_code=False), cls.__name__)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False)
-        kind = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["type"] if tokenizer.is_fast else "slow"
-        if kind != "WordPiece":
-            raise ValueError(
-                f"Dense2SparseModel: the tokenizer of {tokenizer.name_or_path!r} is {kind}, not WordPiece, so its "
-                "entries are no words to index under. Take the vocabulary of a BERT-like model instead, which leaves "
-                "the text's own tokens out: --vocabulary google-bert/bert-base-uncased --own_tokens none, or "
-                "from_mlm('google-bert/bert-base-uncased', input_dim, own_tokens='none')."
-            )
+        mark = _mark_of(tokenizer)
         size = max(tokenizer.get_vocab().values()) + 1
-        words = tokenizer.convert_ids_to_tokens(list(range(size)))
+        words = [tokenizer.convert_ids_to_tokens(i) or "" for i in range(size)]
+        words = ["" if "\n" in word else word for word in words]
+        none = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        none |= {i for i, word in enumerate(words) if not _readable(word, mark)}
         stored = torch.frombuffer(bytearray("\n".join(words).encode()), dtype=torch.uint8)
-        settings = {"vocab_size": size, "special_token_ids": sorted(set(tokenizer.all_special_ids))} | config
+        settings = {
+            "vocab_size": size,
+            "special_token_ids": sorted(none),
+            "word_mark": mark,
+            "added_tokens": tokenizer.num_special_tokens_to_add(),
+        } | config
         head = cls(Dense2SparseConfig(input_dim=input_dim, vocabulary_bytes=len(stored), **settings))
         head.vocabulary_text.copy_(stored)
         head._start_from_words(model)
@@ -316,6 +344,7 @@ class Dense2SparseModel(WholeWeights, PreTrainedModel):
         compact: bool = False,
         expand: bool = True,
         modality: str = "text",
+        prompt: Tensor | None = None,
         **kwargs,
     ) -> Dense2SparseOutput:
         """Word weights of a batch.
@@ -330,6 +359,7 @@ class Dense2SparseModel(WholeWeights, PreTrainedModel):
             compact: Return only the ``(batch, expansion_size)`` columns that can be expanded to, and prune nothing.
             expand: False leaves a text its own words alone, as the first of two stages of a search asks with.
             modality: "image" for vectors of images, which have no words of their own and are always expanded.
+            prompt: ``(batch, tokens)``, true for tokens of a prompt before the text, which are no words of its own.
             kwargs: Ignored; what other heads read.
 
         Raises:
@@ -342,11 +372,15 @@ class Dense2SparseModel(WholeWeights, PreTrainedModel):
         if config.expansion != "both" or config.own_tokens == "learned" or config.query_top_k != config.document_top_k:
             warn_of_no_task(self, task)
         weights = self._expansion(sentence_embedding, task, compact)
+        added = config.added_tokens
+        if prompt is not None and not image:
+            attention_mask = (torch.ones_like(prompt) if attention_mask is None else attention_mask.bool()) & ~prompt
+            added = (added - prompt.any(1, keepdim=True).long()).clamp(min=0)  # the first of them is the prompt's
         if owned:
             gate = gate if expand else sentence_embedding.new_zeros(1, 1)
             weights = self._with_own_words(weights, gate, input_ids, attention_mask, task, compact)
         elif not image and attention_mask is not None:  # what the tokenizer adds to any text is an empty one
-            weights = weights * (attention_mask.sum(1, keepdim=True) > config.added_tokens)
+            weights = weights * (attention_mask.sum(1, keepdim=True) > added)
         return Dense2SparseOutput(sentence_embedding=weights if compact else self._prune(weights, task))
 
     def _check(self, vectors: Tensor, task: str | None, expand: bool, image: bool, missing: bool) -> None:
@@ -410,8 +444,10 @@ class Dense2SparseModel(WholeWeights, PreTrainedModel):
     def count(self, input_ids: Tensor, attention_mask: Tensor | None = None, compact: bool = False) -> tuple:
         """Own tokens of texts: times that each word occurs ``(batch, words)``, and length ``(batch, 1)``."""
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        special = torch.tensor(self.config.special_token_ids, device=input_ids.device, dtype=input_ids.dtype)
-        real = real & (input_ids[..., None] != special).all(-1)
+        special = [i for i in self.config.special_token_ids if i < self.config.vocab_size]
+        known = torch.ones(self.config.vocab_size, dtype=torch.bool)
+        known[special] = False  # there may be thousands, too many to compare each token with
+        real = real & known.to(input_ids.device)[input_ids]
         lengths, columns = real.sum(1, keepdim=True), input_ids
         if compact:  # vocabulary id -> column; words that cannot be expanded to have none
             column_of = input_ids.new_full((self.config.vocab_size,), -1)
@@ -450,11 +486,23 @@ class Dense2SparseModel(WholeWeights, PreTrainedModel):
 
     @property
     def words(self) -> list[str]:
-        """The vocabulary, by id."""
+        """The vocabulary, by id, as the tokenizer writes it; empty for an entry that is on no single line."""
         return bytes(self.vocabulary_text.cpu().numpy()).decode().split("\n")
+
+    def prompt_tokens(self, input_ids: Tensor, attention_mask: Tensor, prompt_length) -> Tensor:
+        """What :meth:`forward` takes as ``prompt``, of a prompt's length in tokens; see :func:`prompt_tokens`."""
+        begin = None
+        if not self.config.foreign_words and self.config.word_mark != "##":
+            self._begin = begin_words(self.words) if self._begin is None else self._begin
+            begin = self._begin = self._begin.to(input_ids.device)
+        return prompt_tokens(input_ids, attention_mask, prompt_length, begin)
 
     def decode(self, embeddings: Tensor, top_k: int | None = None) -> list:
         """Words and weights of sparse vectors, heaviest first.
+
+        Words are written for people: without the marks of SentencePiece, bytes as the characters that they are, and
+        what goes on within a word behind ``##``, as WordPiece has it. Two entries may then read alike, such as a
+        Chinese word with and without a space before it.
 
         Args:
             embeddings: ``(vocab_size,)`` or ``(batch, vocab_size)``, dense or sparse.
@@ -475,14 +523,60 @@ class Dense2SparseModel(WholeWeights, PreTrainedModel):
             )
         if top_k is not None and top_k < 1:
             raise ValueError(f"decode: top_k={top_k} asks for no word. Use 1 or more, or None for all.")
-        words = self.words
+        words, mark = self.words, self.config.word_mark
         batch = embeddings.float().reshape(-1, self.config.vocab_size)
         values, terms = (part[:, :top_k].tolist() for part in batch.sort(dim=1, descending=True, stable=True))
         rows = [
-            [(words[t], w) for t, w in zip(row_terms, row, strict=True) if w > 0]
+            [(_readable(words[t], mark) or words[t], w) for t, w in zip(row_terms, row, strict=True) if w > 0]
             for row, row_terms in zip(values, terms, strict=True)
         ]
         return rows[0] if embeddings.ndim == 1 else rows
+
+
+def _mark_of(tokenizer) -> str:
+    """How a tokenizer's vocabulary tells words from their pieces; ValueError if its entries are no words."""
+    kind = "slow"
+    if tokenizer.is_fast:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        model, kind = content["model"], content["model"]["type"]
+        steps = json.dumps([content[name] for name in ("normalizer", "pre_tokenizer", "decoder")], ensure_ascii=False)
+        if kind == "WordPiece":
+            return "##"
+        if kind in ("Unigram", "BPE") and not model.get("end_of_word_suffix"):  # as CLIP has one
+            for mark, step in (("Ġ", '"ByteLevel"'), ("▁", "▁")):
+                if step in steps:
+                    return mark
+    raise ValueError(
+        f"Dense2SparseModel: the tokenizer of {tokenizer.name_or_path!r} is {kind}, and neither WordPiece nor Unigram "
+        "or BPE that marks where words begin, so its entries are no words to index under. Take the vocabulary of "
+        "another model instead, which leaves the text's own tokens out: --vocabulary google-bert/bert-base-uncased "
+        "--own_tokens none, or from_mlm('google-bert/bert-base-uncased', input_dim, own_tokens='none')."
+    )
+
+
+def _readable(word: str, mark: str) -> str:
+    """An entry of a vocabulary as a person writes it; empty if it is no word or piece of one."""
+    if mark == "##":
+        return word
+    text = "" if mark == "▁" and _CONTROL.fullmatch(word) else word.replace("▁", " ")
+    if mark == "Ġ":
+        try:
+            text = bytes(_BYTES[character] for character in word).decode()
+        except (KeyError, UnicodeDecodeError):  # not of bytes, or not of whole characters
+            return ""
+    shown = text.strip()
+    within = shown and not text[0].isspace() and unicodedata.category(shown[0])[0] in "LMN"
+    return f"##{shown}" if within and not _SPACELESS.match(shown) else shown
+
+
+def _prompt_ids(model: SentenceTransformer, task: str) -> list[int]:
+    """Tokens that a model's prompt for a task puts before every text, whatever the text begins with."""
+    prompt = (model.prompts or {}).get(task)
+    if not prompt:
+        return []
+    rows = [model.tokenizer(prompt + text)["input_ids"] for text in ("", "a", "7")]
+    length = next((n for n, ids in enumerate(zip(*rows, strict=False)) if len(set(ids)) > 1), min(map(len, rows)))
+    return rows[0][:length]
 
 
 class TowersConfig(PretrainedConfig):
@@ -526,13 +620,27 @@ class Dense2SparseForRetrievalConfig(Dense2SparseConfig):
         pooling (str): How a text encoder's token states become the dense vector: mean, cls or lasttoken.
         normalize (bool): Bring a text encoder's vector to unit length.
         trunk (list): Modules behind a text encoder's pooling, see :func:`keep_trunk`.
+        query_prompt_ids (list): Tokens that the backbone's prompt puts before a query, so that they are known for none
+            of its own words.
+        document_prompt_ids (list): Likewise before a document.
     """
 
     model_type = "polyrep_dense2sparse_for_retrieval"
+    derived = (*Dense2SparseConfig.derived, "query_prompt_ids", "document_prompt_ids")
     sub_configs = {"encoder_config": AutoConfig}
 
-    @checked(pooling=_CHOICES["pooling"])
-    def __init__(self, encoder_config=None, pooling: str = "mean", normalize: bool = True, trunk=None, **kwargs):
+    @checked(pooling=_CHOICES["pooling"], query_prompt_ids=(0, WORDS[1]), document_prompt_ids=(0, WORDS[1]))
+    def __init__(
+        self,
+        encoder_config=None,
+        pooling: str = "mean",
+        normalize: bool = True,
+        trunk=None,
+        query_prompt_ids: list[int] | None = None,
+        document_prompt_ids: list[int] | None = None,
+        **kwargs,
+    ):
+        self.query_prompt_ids, self.document_prompt_ids = list(query_prompt_ids or []), list(document_prompt_ids or [])
         self.encoder_config, self.trunk = _encoder_config(encoder_config, type(self).__name__), []
         if trunk or not self.has_images:
             width = keep_trunk(self, self.encoder_config, trunk, OF_VECTORS)
@@ -615,7 +723,8 @@ class Dense2SparseForRetrieval(WholeWeights, Trunk, PreTrainedModel):
         encoder = whole_encoder(model[0].model, cls.__name__)
         if head is None:
             head = Dense2SparseModel.from_mlm(encoder, model.get_embedding_dimension(), model.tokenizer, **config)
-        return cls._of(encoder, head, maps, pooling=pooling, normalize=normalize, trunk=trunk)
+        prompts = {f"{task}_prompt_ids": _prompt_ids(model, task) for task in ("query", "document")}
+        return cls._of(encoder, head, maps, pooling=pooling, normalize=normalize, trunk=trunk, **prompts)
 
     @classmethod
     def _of(cls, encoder, head: Dense2SparseModel, maps=(), **whole) -> Dense2SparseForRetrieval:
@@ -634,8 +743,8 @@ class Dense2SparseForRetrieval(WholeWeights, Trunk, PreTrainedModel):
         remedy = (
             "Put the head behind the backbone's own modules instead: --pipeline true, or "
             "SparseEncoder(modules=[*model.children(), Dense2SparsePooling(head)])."
-        )  # a prompt's words are not the text's own
-        return pooled_parts(model, "Dense2SparseForRetrieval", _CHOICES["pooling"], remedy, prompts=False)
+        )
+        return pooled_parts(model, "Dense2SparseForRetrieval", _CHOICES["pooling"], remedy)
 
     def stock_modules(self, tokenizer) -> list:
         """What stands between encoder and head, as modules of sentence-transformers; ValueError where it is none."""
@@ -662,6 +771,7 @@ class Dense2SparseForRetrieval(WholeWeights, Trunk, PreTrainedModel):
         token_type_ids: Tensor | None = None,
         task: str | None = None,
         expand: bool = True,
+        prompt_length: int | Tensor | None = None,
         **kwargs,
     ) -> Dense2SparseOutput:
         """Sparse vectors of texts.
@@ -672,11 +782,29 @@ class Dense2SparseForRetrieval(WholeWeights, Trunk, PreTrainedModel):
             token_type_ids: ``(batch, tokens)``, for encoders that know them.
             task: "query" or "document".
             expand: False gives a text's own words alone.
+            prompt_length: Tokens of a prompt before the texts, with those that stand before any text. Not needed for
+                the backbone's own prompts, which are known where they stand.
             kwargs: Ignored; what other retrievers read.
         """
         inputs = text_inputs(input_ids, attention_mask, token_type_ids)
         vectors = self.text_vectors(input_ids, **inputs)
-        return self.head(vectors, input_ids, inputs["attention_mask"], task, expand=expand)
+        mask = inputs["attention_mask"]
+        prompt = self._prompt(input_ids, mask, prompt_length)
+        return self.head(vectors, input_ids, mask, task, expand=expand, prompt=prompt)
+
+    def _prompt(self, input_ids: Tensor, mask: Tensor, prompt_length: int | Tensor | None) -> Tensor | None:
+        """Tokens of a prompt, known or of a given length: ``(batch, tokens)``; None where there is none."""
+        config, found = self.config, None
+        if prompt_length is not None:
+            found = self.head.prompt_tokens(input_ids, mask, prompt_length)
+        for ids in filter(None, (config.query_prompt_ids, config.document_prompt_ids)):
+            place = mask.long().cumsum(1)  # from 1, on whichever side texts are padded
+            expected = torch.tensor([0, *ids], device=input_ids.device)[place.clamp(max=len(ids))]
+            inside = mask.bool() & (place <= len(ids))
+            there = ((input_ids == expected) | ~inside).all(1, keepdim=True) & (place[:, -1:] >= len(ids))
+            known = there & inside  # not by where: onnxruntime has none of booleans
+            found = known if found is None else known | (~there & found)
+        return found
 
     def encode_image(self, pixel_values: Tensor, task: str | None = None) -> Dense2SparseOutput:
         """Sparse vectors of images.
@@ -703,11 +831,12 @@ class Dense2SparseForRetrieval(WholeWeights, Trunk, PreTrainedModel):
 class CheckedTransformer(ImageInputs, Transformer):
     """The stock Transformer around a model of ours, with images checked first and words read from the right list.
 
-    On its own a SparseEncoder would name a vector's words by the encoder's tokenizer, whose they need not be.
+    On its own a SparseEncoder would name a vector's words by the encoder's tokenizer, whose they need not be, and as
+    that writes them.
     """
 
     def on_model_ready(self, model):
-        """Let the model's ``decode`` read the head's own words where the encoder has others."""
+        """Let the model's ``decode`` read the head's own words where the encoder has others, or marks them."""
         _read_words(model, self.model)
 
 
@@ -730,12 +859,11 @@ class Dense2SparsePooling(HeadModule, Module):
                 "was fed without padding, so a text's own tokens cannot be told apart. Load it with "
                 "unpad_inputs=False."
             )
-        mask = features.get("attention_mask")
-        prompt = int(torch.as_tensor(features.get("prompt_length", 0)).max())
-        if mask is not None and prompt:  # a prompt's words are not the text's own
-            mask = mask.clone()
-            mask[:, :prompt] = 0
-        output = self.model(vectors, ids, mask, task, expand=expand, modality=features.get("modality", "text"))
+        mask, prompt = features.get("attention_mask"), None
+        if mask is not None and ids is not None and features.get("prompt_length") is not None:
+            prompt = self.model.prompt_tokens(ids, mask, features["prompt_length"])
+        how = {"expand": expand, "modality": features.get("modality", "text"), "prompt": prompt}
+        output = self.model(vectors, ids, mask, task, **how)
         return {**features, "sentence_embedding": output.sentence_embedding}
 
     def on_model_ready(self, model):
@@ -744,8 +872,8 @@ class Dense2SparsePooling(HeadModule, Module):
         config = self.model.config
         if config.own_tokens == "learned" and list(model)[0] is not self:
             vocabulary = model.tokenizer.get_vocab()
-            own = [vocabulary.get(word) == i for i, word in enumerate(self.model.words)]
-            if len(vocabulary) != config.vocab_size or not all(own):
+            own = [vocabulary.get(word) == i for i, word in enumerate(self.model.words) if word]
+            if max(vocabulary.values(), default=-1) + 1 != config.vocab_size or not all(own):
                 raise ValueError(
                     f"Dense2SparsePooling: the backbone's tokenizer has {len(vocabulary):,} entries that are not the "
                     f"{config.vocab_size:,} words of the head, so own tokens would be taken for other words. Use the "
@@ -755,7 +883,7 @@ class Dense2SparsePooling(HeadModule, Module):
 
 
 def _read_words(model, owner) -> None:
-    if getattr(owner.config, "foreign_words", False):
+    if getattr(owner.config, "foreign_words", False) or getattr(owner.config, "word_mark", "##") != "##":
         model.decode = owner.decode
 
 

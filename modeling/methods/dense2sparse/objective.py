@@ -131,7 +131,7 @@ class Dense2SparseLoss(Objective):
         # Captions, which are the queries then, tell the words of images.
         worded = "query" if data.has_images else "document"  # the side whose words are indexed
         for side in ("query",) if data.has_images else ("document", "query"):
-            for batch in data.batches(side):
+            for batch in data.batches(side, max(16, min(1024, 2**25 // config.vocab_size))):  # counts are of all words
                 counts, lengths = head.count(batch["input_ids"], batch["attention_mask"])
                 occurring += (counts > 0).sum(0)
                 if side == worded:

@@ -107,6 +107,29 @@ def pool_tokens(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
     return states[torch.arange(states.shape[0], device=states.device), ranks.to(torch.int32).argmax(1)]
 
 
+def prompt_tokens(input_ids: Tensor, mask: Tensor, prompt_length, begin: Tensor | None = None) -> Tensor:
+    """Which tokens are a prompt's and not the text's, on whichever side texts are padded: ``(batch, tokens)``.
+
+    Args:
+        input_ids: ``(batch, tokens)``.
+        mask: ``(batch, tokens)``, zero where a token is padding.
+        prompt_length: Tokens of the prompt alone with those that stand before any text; a number, or a tensor of
+            equal ones, as sentence-transformers has it.
+        begin: ``(vocabulary,)``, tokens that begin a word with the space before it, see :func:`begin_words`. Where a
+            prompt ends in a space, its last token alone is that space; before a text it is the text's first word.
+    """
+    length, place = int(torch.as_tensor(prompt_length).max()), mask.long().cumsum(1)  # places from 1
+    found = mask.bool() & (place <= length)
+    return found if begin is None else found & ~((place == length) & begin[input_ids])
+
+
+def begin_words(tokens: Iterable[str]) -> Tensor:
+    """Which tokens begin a word and hold the space before it, of SentencePiece or byte-level BPE: ``(tokens,)``."""
+    return torch.tensor(
+        [t[:1] in ("▁", "Ġ") and (t[1:2].isalnum() or t[1:2] > "\x7f") and t[1] != t[0] for t in tokens]
+    )
+
+
 def pooling_of(
     model, owner: str, poolings: tuple, remedy: str, prompts: bool = True, more: bool = False
 ) -> tuple[str, bool]:

@@ -226,7 +226,7 @@ def trunk_parts(model, owner: str, remedy: str) -> tuple[PreTrainedModel, list[d
     return encoder, *_parts_of(parts[1:], first.tokenizer, refuse)
 
 
-def pooled_parts(model, owner: str, poolings: tuple, remedy: str, prompts: bool = True) -> tuple:
+def pooled_parts(model, owner: str, poolings: tuple, remedy: str) -> tuple:
     """What a SentenceTransformer is made of, as far as one folder can hold it; see :func:`pooling_of`.
 
     Returns:
@@ -238,7 +238,7 @@ def pooled_parts(model, owner: str, poolings: tuple, remedy: str, prompts: bool 
     """
     modules = list(model)
     if not {"Dense"} & {type(module).__name__ for module in modules[2:]}:
-        return *pooling_of(model, owner, poolings, remedy, prompts), [], []
+        return *pooling_of(model, owner, poolings, remedy), [], []
 
     def refuse(why: str):
         names = " + ".join(type(module).__name__ for module in modules)
@@ -248,7 +248,7 @@ def pooled_parts(model, owner: str, poolings: tuple, remedy: str, prompts: bool 
         )
 
     trunk, maps = _parts_of(modules[2:], None, refuse, OF_VECTORS, "sentence_embedding")
-    pooling, _ = pooling_of(model, owner, poolings, remedy, prompts, more=True)
+    pooling, _ = pooling_of(model, owner, poolings, remedy, more=True)
     return pooling, False, trunk, maps
 
 

@@ -1,0 +1,77 @@
+"""Hits with the probability that they are relevant, where the model's folder says how scores become probabilities."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..encoding.encoders import uncertainty_of
+from ..encoding.shards import Origin
+from ..hub.calibration import Calibration, calibration_of
+from .protocol import Hit, Index
+
+logger = logging.getLogger(__name__)
+
+
+class Searcher:
+    """Searches an index with the queries of one model.
+
+    Args:
+        model: What :func:`polyrep.load` opens.
+        index: Where to search.
+        fingerprint: :func:`polyrep.hub.fingerprint` of the model.
+
+    Raises:
+        InputError: The calibration in the model's folder is damaged, or of another model.
+    """
+
+    def __init__(self, model: Any, index: Index, fingerprint: str):
+        self._model, self._index, self._fingerprint = model, index, fingerprint
+        self._told: set[str] = set()
+        self._calibration = calibration_of(model, fingerprint)
+
+    def search(self, texts: Sequence[str], vectors: Any, k: int, name: str = "") -> list[list[Hit]]:
+        """The best ``k`` documents of each query, with probabilities where there is a calibration for their vectors.
+
+        Args:
+            texts: The queries.
+            vectors: What the model made of them, as :class:`polyrep.search.Index` takes it.
+            k: How many documents.
+            name: Which vectors of the index; default: its only ones.
+        """
+        calibration = self._applicable(name)
+        # A document's lead needs another one beside it.
+        depth = k if calibration is None else max(k, 2)
+        found = self._index.search({name: vectors} if name else vectors, depth)
+        if calibration is None:
+            return found
+        wide = uncertainty_of(self._model, texts) if "uncertainty" in calibration.weights else None
+        return [
+            _probable(calibration, hits, None if wide is None else wide[row : row + 1])[:k]
+            for row, hits in enumerate(found)
+        ]
+
+    def _applicable(self, name: str) -> Calibration | None:
+        """The calibration, unless it is of other scores than those of these vectors."""
+        origins: dict[str, Origin] = self._index.origins
+        origin = origins.get(name or next(iter(origins), ""))
+        if self._calibration is None or origin is None:
+            return None
+        if origin.fingerprint != self._fingerprint or origin.precision == "binary":
+            why = "are signs" if origin.precision == "binary" else "were made by another model"
+            if origin.name not in self._told:
+                logger.warning("Vectors %r %s, so their scores have no probabilities.", origin.name, why)
+            self._told.add(origin.name)
+            return None
+        return self._calibration
+
+
+def _probable(calibration: Calibration, hits: list[Hit], uncertainty: np.ndarray | None) -> list[Hit]:
+    """Hits of one query, best first, with their probabilities."""
+    if not hits:
+        return hits
+    found = calibration.probabilities(np.array([[hit.score for hit in hits]]), uncertainty)[0]
+    return [hit._replace(probability=value) for hit, value in zip(hits, found.tolist(), strict=True)]
