@@ -115,9 +115,11 @@ class Bench(frozen_tier.Bench):
         super().__init__(args, source, model)
         self.sides: dict[tuple[str, str], LayerSide] = {}
         self.training: dict[str, HeadData] = {}
+        self.token = MultiLayerHead.from_backbone(model).config.token
 
-    def side(self, which: str, token: str = "mean") -> LayerSide:
-        """Layers of the documents, or of the queries of a split."""
+    def side(self, which: str, token: str | None = None) -> LayerSide:
+        """Layers of the documents, or of the queries of a split; pooled as the backbone does, or as told."""
+        token = token or self.token
         if (which, token) not in self.sides:
             dataset = self.split("dev" if which == "documents" else which)
             texts = (
