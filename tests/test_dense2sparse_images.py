@@ -364,7 +364,7 @@ class Pairs:
         self.images = {"sentence_embedding": vectors, "index": torch.arange(3)}
         self.of_caption = {"sentence_embedding": vectors[own], "index": own}
 
-    def batches(self, side):
+    def batches(self, side, size=1024):
         yield self.captions if side == "query" else self.images
 
     def pair_batches(self):

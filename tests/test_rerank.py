@@ -18,9 +18,9 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 
 from polyrep.cli import main
 from polyrep.data import load_retrieval_dataset
+from polyrep.evaluation.bm25 import rank_with_bm25
 from polyrep.evaluation.evaluate import evaluate
 from polyrep.evaluation.frontier.command import frontier
-from polyrep.evaluation.systems import rank_with_bm25
 
 
 def write_cross_encoder(folder: Path, backbone: Path, labels: int = 1) -> Path:

@@ -27,7 +27,7 @@ LADDER = (1, 2, 4, 8, 16, 32)
 """Numbers of vectors at which pooled documents are compared."""
 
 Pool = Callable[[np.ndarray, Tensor, Tensor], dict[int, tuple[Tensor, Tensor]]]
-"""From places of documents, their padded tokens and mask: number of vectors -> vectors and which of them are there."""
+"""Number of vectors -> vectors and which of them are there, from places of documents, padded tokens and their mask."""
 
 
 def token_batches(documents: Embeddings, size: int = 256) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
