@@ -38,9 +38,10 @@ from polyrep.methods import (
     GaussianPooling,
     GaussianTransformer,
 )
-from polyrep.methods.gaussian.objective import SCALE, inclusion, listwise, shortened
+from polyrep.methods.gaussian.objective import SCALE, inclusion, shortened
 from polyrep.search import kl
 from polyrep.training.arguments import RecipeArguments
+from polyrep.training.losses import taught
 from polyrep.training.mining import Miner, RemineCallback
 from polyrep.training.pairs import HeadData
 from polyrep.training.teachers import open_teacher, score_pairs
@@ -491,7 +492,7 @@ def test_listwise_distillation_against_loops():
             for j in range(5):
                 if wanted[i] > wanted[j]:
                     total += abs(1 / rank[i] - 1 / rank[j]) * math.log1p(math.exp(row[j] - row[i]))
-    assert float(listwise(scores, teacher)) == pytest.approx(total / 3, rel=1e-5)
+    assert float(taught(scores, teacher)) == pytest.approx(total / 3, rel=1e-5)
 
 
 def test_inclusion_is_the_ratio_of_integrals_and_moves_variances_alone():
@@ -749,7 +750,8 @@ def test_a_cross_encoder_teaches(backbone, tmp_path):
     teacher = open_teacher(str(tmp_path / "ce"))
     assert isinstance(teacher, CrossEncoder)
     found = score_pairs(teacher, QUERIES, DOCUMENTS, np.array([[0, 1], [2, 4]]), names=("q", "d"))
-    expected = teacher.predict([(QUERIES["q1"], TEXTS[1]), (QUERIES["q3"], TEXTS[4])])
+    pairs = [(QUERIES["q1"], TEXTS[1]), (QUERIES["q3"], TEXTS[4])]
+    expected = teacher.predict(pairs, activation_fn=torch.nn.Identity())
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

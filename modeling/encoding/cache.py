@@ -219,7 +219,7 @@ def cache_key(
         "texts": {"count": len(texts), "sha256": digest.hexdigest()},
         "max_active_dims": getattr(model, "max_active_dims", None),
         "module_kwargs": dict(getattr(model, "module_kwargs", None) or {}),
-        "modules": [_describe(module) for module in model],
+        "modules": [describe(module) for module in model],
         "tokenizer": _tokenizer_hash(model),
         "versions": {
             name: importlib.metadata.version(name) for name in ("torch", "transformers", "sentence-transformers")
@@ -227,7 +227,7 @@ def cache_key(
     } | ({"windows": windows.key} if windows else {})
 
 
-def _describe(module: torch.nn.Module) -> dict[str, Any]:
+def describe(module: torch.nn.Module) -> dict[str, Any]:
     """Class, config hash and weight hash of one module, taken from memory, so that an edited model differs."""
     configs: dict[str, Any] = {}
     for name, part in module.named_modules():  # a Router holds further modules, and a module a model

@@ -34,6 +34,20 @@ def in_batch_labels(batch: int, device: torch.device | str, columns: int = 1) ->
     return torch.arange(batch, device=device) + get_rank() * batch * columns
 
 
+def scored_lists(own: Tensor, columns: int, labels: Tensor | None) -> dict[str, Tensor]:
+    """``lists`` and ``teacher`` of a batch of a whole model, if its labels are a teacher's scores of each document.
+
+    Args:
+        own: ``(batch,)`` see :func:`in_batch_labels`.
+        columns: Of documents: the own ones, and hard negatives.
+        labels: ``(batch, columns)`` scores, as sentence-transformers' own distillation losses take them.
+    """
+    if labels is None or labels.ndim != 2 or labels.shape[1] != columns:
+        return {}
+    lists = own[:, None] + len(own) * torch.arange(columns, device=own.device)  # (batch, columns) rows of documents
+    return {"lists": lists, "teacher": labels}
+
+
 def judged_relevant(features: list[dict[str, Tensor]]) -> Tensor:
     """``(queries, documents of all processes)`` True for what is relevant, in a batch of HeadData with labels."""
     index = gather(features[1]["index"])
@@ -55,6 +69,52 @@ def info_nce(scores: Tensor, own: Tensor, asked: Tensor, candidates: Tensor, kno
         same |= known
     same[torch.arange(len(own)), own] = False
     return F.cross_entropy(scores.masked_fill(same, -math.inf), own)
+
+
+TAUGHT = ("order", "scores")
+"""What of a teacher's scores :func:`taught` follows."""
+
+
+def taught(scores: Tensor, teacher: Tensor, follow: str = "order") -> Tensor:
+    """Distillation of a teacher's scores of some documents of each query: mean over queries.
+
+    By order, mistakes at the top of the student's ranking cost most (Zamani and Bendersky 2023, section 3.4): the sum
+    over pairs with teacher(d) > teacher(d') of ``|1/rank(d) - 1/rank(d')| log(1 + exp(s(d') - s(d)))``. By scores, it
+    is the divergence of the student's softmax from the teacher's, both at temperature 1 (ColBERTv2), which suits
+    teachers whose scores are logits.
+
+    Args:
+        scores: ``(queries, documents)`` of the student, already divided by the temperature.
+        teacher: ``(queries, documents)``.
+        follow: One of :data:`TAUGHT`.
+    """
+    if follow == "scores":
+        return F.kl_div(scores.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
+    order = scores.detach().argsort(1, descending=True)
+    ranks = torch.empty_like(scores).scatter_(
+        1, order, torch.arange(1.0, scores.shape[1] + 1).to(scores).expand_as(scores)
+    )
+    gain = (1 / ranks[:, :, None] - 1 / ranks[:, None]).abs()  # (queries, better, worse)
+    pairs = F.softplus(scores[:, None] - scores[:, :, None])
+    return (gain * pairs * (teacher[:, :, None] > teacher[:, None])).sum((1, 2)).mean()
+
+
+def refuse_unknown_teaching(weight: float, follow: str) -> None:
+    """InputError if a weight of :func:`taught` is none, or there is no such way to follow a teacher."""
+    if not 0 <= weight < math.inf:
+        raise InputError(f"--distill_weight {weight}: below 0 it would teach the opposite. Use 0 or more.")
+    if follow not in TAUGHT:
+        raise InputError(f"--distill {follow!r}: unknown. Use one of {', '.join(TAUGHT)}.")
+
+
+def refuse_untaught(weight: float, teacher: Tensor | None) -> Tensor:
+    """The teacher's scores; InputError if there are none to learn from."""
+    if teacher is None:
+        raise InputError(
+            f"--distill_weight {weight}: the data has no teacher's scores. Name a --teacher with --hard_negatives (of "
+            "a head: --negatives), or use a table with negatives and a column `scores`."
+        )
+    return teacher
 
 
 def refuse_single(documents: Tensor) -> None:

@@ -108,7 +108,7 @@ class HeadData(Dataset):
         depth: See ``negatives``.
         narrowed: ``query`` or ``document`` or both, whose texts are also encoded cut short or misspelt
             (:func:`polyrep.data.noise.narrowed`), for kind sentence.
-        teacher: Scores each query's documents and nearest, for kind sentence and with labels.
+        teacher: Scores each query's documents and nearest, with labels.
 
     Attributes:
         parts: The data sets.
@@ -129,10 +129,11 @@ class HeadData(Dataset):
     ):
         if negatives < 0 or depth < 1:
             raise InputError(f"--negatives {negatives}, --depth {depth}: none can be drawn. Use 0 and 1, or more.")
-        if (teacher is not None or narrowed) and not (labels and kind == "sentence"):
+        if teacher is not None and not labels:
+            raise InputError("--teacher: is for an objective that learns from judgments.")
+        if narrowed and not (labels and kind == "sentence"):
             raise InputError(
-                "--teacher, or texts with less in them: are for an objective that learns from judgments, and from one "
-                "vector a text."
+                "texts with less in them: are for an objective that learns from judgments, and from one vector a text."
             )
         self.kind, self.negatives, self.labels, self.depth = kind, negatives, labels, depth
         self.narrowed, self.teacher = tuple(narrowed), teacher

@@ -5,6 +5,7 @@ A teacher is any model of sentence-transformers: one that encodes both sides, th
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ import torch
 from sentence_transformers import CrossEncoder
 from tqdm import tqdm
 
-from ..encoding.cache import embed
+from ..encoding.cache import describe, embed
 from ..encoding.embeddings import Embeddings
 from ..errors import InputError
-from ..files import read_json
+from ..files import digest, read_json, staged_file
 from ..hub.code import may_run
 from ..hub.folder import Encoder, fastest_dtype, fetch, load, opening
 from ..hub.reading import give_padding
@@ -85,18 +86,23 @@ def score_pairs(
         documents: Id -> text or page image.
         pairs: ``(pairs, 2)`` place of a query and of a document.
         names: Readable part of the caches' names, of queries and of documents.
-        cache_dir: See :func:`polyrep.encoding.cache.embed`.
+        cache_dir: See :func:`polyrep.encoding.cache.embed`; what a cross-encoder says of a pair is kept there, too,
+            and written every few thousand pairs, so that an interrupted run goes on where it was.
         batch_size: Texts, or pairs, of a forward pass.
 
     Returns:
-        ``(pairs,)`` float32.
+        ``(pairs,)`` float32; of a cross-encoder the logits.
 
     Raises:
         InputError: A score is not finite, or the teacher scores by a distance.
     """
     if isinstance(teacher, CrossEncoder):
         query_texts, document_texts = list(queries.values()), list(documents.values())
-        scores = teacher.predict([(query_texts[q], document_texts[d]) for q, d in pairs], batch_size=batch_size)
+        read = [(query_texts[q], document_texts[d]) for q, d in pairs]
+        if all(isinstance(text, str) for text in document_texts):
+            scores = _of_texts(teacher, read, Path(cache_dir) if cache_dir else None, batch_size)
+        else:  # page images
+            scores = teacher.predict(read, batch_size=batch_size, activation_fn=LOGITS)
     else:
         options: dict[str, Any] = {"cache_dir": cache_dir, "batch_size": batch_size}
         encoder: Any = teacher
@@ -110,6 +116,48 @@ def score_pairs(
             "It must give one number a pair; try float32 weights."
         )
     return scores
+
+
+LOGITS = torch.nn.Identity()
+"""In place of the sigmoid that a cross-encoder may end in, which makes ties of high scores."""
+
+KEPT = 4096
+"""Pairs of a cross-encoder after which what it has said is written."""
+
+_SAID = np.dtype([("pair", "<u8"), ("score", "<f4")])
+"""A pair by eight bytes of its hash, of which a million meet with a probability of 3e-8; sorted by them."""
+
+
+def _of_texts(teacher: CrossEncoder, pairs: list[tuple[str, str]], folder: Path | None, batch_size: int) -> np.ndarray:
+    """Scores by a cross-encoder, pairs of like length together; what it has said before is read from ``folder``."""
+    keys = np.fromiter((_key(*pair) for pair in pairs), np.uint64, len(pairs))
+    file, said = None, np.empty(0, _SAID)
+    if folder is not None:
+        model = [describe(teacher.model), teacher.max_length]
+        file = folder / f"teacher-{digest(model)[:16]}.npy"
+        said = np.load(file, allow_pickle=False) if file.is_file() else said
+    _, first = np.unique(keys, return_index=True)
+    new = first[~np.isin(keys[first], said["pair"])]
+    new = new[np.argsort([-len(pairs[i][0]) - len(pairs[i][1]) for i in new], kind="stable")]
+    for start in tqdm(range(0, len(new), KEPT), desc="teacher", unit=f"{KEPT} pairs"):
+        part = new[start : start + KEPT]
+        options: dict[str, Any] = {"batch_size": batch_size, "activation_fn": LOGITS, "show_progress_bar": False}
+        found = teacher.predict([pairs[i] for i in part], **options)
+        if np.shape(found) != (len(part),):
+            return np.asarray(found)  # of a classifier, which whoever asked refuses
+        fresh = np.empty(len(part), _SAID)
+        fresh["pair"], fresh["score"] = keys[part], found
+        said = np.sort(np.concatenate([said, fresh]), order="pair")
+        if file is not None:
+            with staged_file(file) as partial, partial.open("wb") as opened:
+                np.save(opened, said)
+    return said["score"][np.searchsorted(said["pair"], keys)]
+
+
+def _key(query: str, document: str) -> int:
+    first = query.encode()
+    content = len(first).to_bytes(8, "little") + first + document.encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def _of_embeddings(

@@ -16,7 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import InputError
-from ...training.losses import gather, in_batch_labels, judged_relevant, learned_scale, refuse_single, unwrapped
+from ...training.losses import (
+    gather,
+    in_batch_labels,
+    judged_relevant,
+    learned_scale,
+    refuse_single,
+    refuse_unknown_teaching,
+    refuse_untaught,
+    scored_lists,
+    taught,
+    unwrapped,
+)
 from ...training.objective import Objective, Rows
 from ...training.pairs import HeadData
 from ...training.sides import Features
@@ -35,8 +46,8 @@ class _GaussianContrast(Objective):
     With s(q, d) the score of the index, -KL(Q||D) less what depends on the query alone, it is the sum of::
 
         contrast_weight   CE over the documents of the batch of s / tau
-        distill_weight    sum over pairs with teacher(d) > teacher(d') of |1/rank(d) - 1/rank(d')| log(1 + exp(
-                          (s(d') - s(d)) / tau)), where ranks are those of s (the paper's section 3.4)
+        distill_weight    what a teacher says of the query's document and negatives, by order (the paper's section
+                          3.4) or by scores, see :func:`polyrep.training.losses.taught`
         prior_weight      KL of each document's variance from that at the start: a variational bottleneck whose prior
                           moves along with the means, which are of one length anyway
         inclusion_weight  -log sigmoid(H / scale), where H is how far a text's distribution lies inside that of the
@@ -56,6 +67,7 @@ class _GaussianContrast(Objective):
         variance_rate: Learning rate of the variance, as a multiple of the mean's.
         contrast_weight: See above.
         distill_weight: See above; needs --teacher, or data with scores.
+        distill: Follow the teacher's order, or its scores.
         prior_weight: See above.
         inclusion_weight: See above.
         inclusion_documents: See above. A document's variance weighs in its score, so this changes rankings.
@@ -70,6 +82,7 @@ class _GaussianContrast(Objective):
         variance_rate: float = 1.0,
         contrast_weight: float = 1.0,
         distill_weight: float = 0.0,
+        distill: str = "order",
         prior_weight: float = 0.0,
         inclusion_weight: float = 0.0,
         inclusion_documents: bool = False,
@@ -87,12 +100,13 @@ class _GaussianContrast(Objective):
         for name, value in checked.items():
             if not 0 <= value < math.inf:
                 raise InputError(f"--{name} {value}: below 0 it would teach the opposite. Use 0 or more.")
+        refuse_unknown_teaching(distill_weight, distill)
         if not contrast_weight and not distill_weight:
             raise InputError("--contrast_weight 0 --distill_weight 0: nothing would be learned. Use one of them.")
         if config.divergence == "dot":  # the control, which has no variance
             weights |= dict.fromkeys(("prior", "inclusion", "difficulty"), 0.0)
         self.tau, self.variance_rate, self.weights = tau, variance_rate, weights
-        self.inclusion_documents = inclusion_documents
+        self.inclusion_documents, self.distill = inclusion_documents, distill
         self.log_scale = learned_scale(nn.Parameter(torch.tensor(-math.log(tau)), requires_grad=learn_tau))
 
     @property
@@ -139,12 +153,9 @@ class _GaussianContrast(Objective):
         if weights["contrast"]:
             parts["contrast"] = weights["contrast"] * each.mean()
         if weights["distill"]:
-            if teacher is None or lists is None:
-                raise InputError(
-                    f"--distill_weight {weights['distill']}: the data has no teacher's scores. Name a --teacher with "
-                    "--hard_negatives, or use a table with negatives and a column `scores`."
-                )
-            parts["distill"] = weights["distill"] * listwise(scores.gather(1, lists), teacher)
+            teacher = refuse_untaught(weights["distill"], teacher)
+            assert lists is not None
+            parts["distill"] = weights["distill"] * taught(scores.gather(1, lists), teacher, self.distill)
         if queries.variance is None:
             return parts
         if weights["prior"]:
@@ -174,6 +185,7 @@ class _GaussianContrast(Objective):
         learned = {"learn_tau": True} if self.log_scale.requires_grad else {}
         weights = {f"{name}_weight": value for name, value in self.weights.items()}
         more = {"inclusion_documents": True} if self.inclusion_documents else {}
+        more |= {"distill": self.distill} if self.weights["distill"] else {}
         return {"tau": self.tau, "variance_rate": self.variance_rate} | weights | more | learned
 
     @property
@@ -192,25 +204,6 @@ class _GaussianContrast(Objective):
 
 SCALE = 0.1
 """Difference of mean log variances that counts as one, in the losses that ask for an order of widths."""
-
-
-def listwise(scores: Tensor, teacher: Tensor) -> Tensor:
-    """Distillation of a teacher's order, where mistakes at the top of the student's cost most (Zamani and Bendersky).
-
-    Args:
-        scores: ``(queries, length)`` of the student, already divided by the temperature.
-        teacher: ``(queries, length)``; only their order counts.
-
-    Returns:
-        Mean over queries of the sum over pairs.
-    """
-    order = scores.detach().argsort(1, descending=True)
-    ranks = torch.empty_like(scores).scatter_(
-        1, order, torch.arange(1.0, scores.shape[1] + 1).to(scores).expand_as(scores)
-    )
-    gain = (1 / ranks[:, :, None] - 1 / ranks[:, None]).abs()  # (queries, better, worse)
-    pairs = F.softplus(scores[:, None] - scores[:, :, None])
-    return (gain * pairs * (teacher[:, :, None] > teacher[:, None])).sum((1, 2)).mean()
 
 
 def inclusion(full: Output, less: Output) -> Tensor:
@@ -284,9 +277,6 @@ class GaussianObjective(_GaussianContrast):
             sentence_embedding=gather(local.sentence_embedding), mean=local.mean, variance=local.variance
         )
         own = in_batch_labels(batch, queries.sentence_embedding.device, len(columns))
-        lists = teacher = None
-        if labels is not None and labels.ndim == 2 and labels.shape[1] == len(columns):
-            teacher, lists = labels, own[:, None] + batch * torch.arange(len(columns), device=own.device)
         narrowed = []
         if self.weights["inclusion"]:
             narrowed = [
@@ -295,7 +285,8 @@ class GaussianObjective(_GaussianContrast):
                     (queries, query, "query"), (outputs[0], columns[0], "document")
                 )
             ]
-        return self.losses(queries, documents, own, lists=lists, teacher=teacher, narrowed=narrowed)
+        scored = scored_lists(own, len(columns), labels)
+        return self.losses(queries, documents, own, narrowed=narrowed, **scored)
 
     def encoded(self, features: Features, task: str) -> Output:
         """Distributions of texts, which the model itself only gives as index vectors."""

@@ -1,4 +1,4 @@
-"""Late interaction: read ``modeling_late_interaction.py`` for what it is; stock losses train it."""
+"""Late interaction: read ``modeling_late_interaction.py`` for what it is, then ``objective.py`` for what trains it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from .modeling_late_interaction import (
     LateInteractionOutput,
     LateInteractionTransformer,
 )
+from .objective import LateInteractionObjective
 
 __all__ = [
     "LateInteractionConfig",
     "LateInteractionModel",
+    "LateInteractionObjective",
     "LateInteractionOutput",
     "LateInteractionTransformer",
 ]
@@ -22,6 +24,7 @@ register(
     Room(
         model=LateInteractionModel,
         transformer=LateInteractionTransformer,
+        objectives={"LateInteractionObjective": LateInteractionObjective},
         load_processor=processor_of,
         card="late_interaction",
     )

@@ -20,7 +20,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import InputError
-from ...training.losses import gather, in_batch_labels, judged_relevant, learned_scale, refuse_single, unwrapped
+from ...training.losses import (
+    gather,
+    in_batch_labels,
+    judged_relevant,
+    learned_scale,
+    refuse_single,
+    refuse_unknown_teaching,
+    refuse_untaught,
+    scored_lists,
+    taught,
+    unwrapped,
+)
 from ...training.objective import Objective
 from ...training.sides import Features
 from .modeling_multilayer import MultiLayerHead, MultiLayerHeadConfig
@@ -58,6 +69,9 @@ class _LayerContrast(Objective):
             the model: a resumed run starts from ``tau`` again.
         early_weight: Each step also trains one of the layers after the first, queries and documents alike, to rank by
             itself and to follow the first layer's scores, so that the encoder can be cut there.
+        distill_weight: Weight of what a teacher says of each query's document and negatives, see
+            :func:`polyrep.training.losses.taught`; needs --teacher, or data with scores.
+        distill: Follow the teacher's order, or its scores.
     """
 
     def __init__(
@@ -72,6 +86,8 @@ class _LayerContrast(Objective):
         random_layer: bool = False,
         learn_tau: bool = False,
         early_weight: float = 0.0,
+        distill_weight: float = 0.0,
+        distill: str = "order",
     ):
         super().__init__()
         self.model = model
@@ -85,6 +101,7 @@ class _LayerContrast(Objective):
         for name, value in (("lambda_", lambda_), ("early_weight", early_weight), ("margin", margin)):
             if not 0 <= value < math.inf:
                 raise InputError(f"--{name} {value}: below 0 it would teach the opposite. Use 0 or more.")
+        refuse_unknown_teaching(distill_weight, distill)
         if mode not in ("paper", "stop_gradient", "margin"):
             raise InputError(f"--mode {mode!r}: use paper, stop_gradient or margin.")
         if lambda_ and config.pooling not in ("self_contrastive", "last"):
@@ -101,7 +118,7 @@ class _LayerContrast(Objective):
             )
         self.lambda_, self.tau, self.tau_r, self.mode, self.margin = lambda_, tau, tau_r, mode, margin
         self.query_side, self.random_layer, self.early_weight = query_side, random_layer, early_weight
-        self.contrasts = contrasts
+        self.contrasts, self.distill_weight, self.distill = contrasts, distill_weight, distill
         self.log_scale = learned_scale(nn.Parameter(torch.tensor(-math.log(tau)), requires_grad=learn_tau))
         if not getattr(config, "tied", True) and get_world_size() > 1 and not isinstance(self, CachedLossMixin):
             raise InputError(
@@ -121,6 +138,8 @@ class _LayerContrast(Objective):
         labels: Tensor,
         known: Tensor | None = None,
         drawn: int | None = None,
+        lists: Tensor | None = None,
+        teacher: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Parts of the loss of some queries against all documents.
 
@@ -130,9 +149,11 @@ class _LayerContrast(Objective):
             labels: ``(queries,)`` row of each query's own document.
             known: ``(queries, documents)`` True for what is relevant, the own document among it, and so no negative.
             drawn: The layer that ``random_layer`` or ``early_weight`` take this step.
+            lists: ``(queries, length)`` rows of the documents that the teacher has scored for each query.
+            teacher: ``(queries, length)`` its scores.
 
         Raises:
-            InputError: There is no other document to tell the own one from.
+            InputError: There is no other document to tell the own one from, or no teacher's score to learn from.
         """
         refuse_single(documents[0])
         config, scale = self.head_config, self.log_scale.exp()
@@ -157,6 +178,10 @@ class _LayerContrast(Objective):
                 ranked = torch.where(hot, layers[..., 0], layers.amax(-1))
         no_negative = torch.zeros_like(hot) if known is None else known & ~hot
         parts = {"contrast": F.cross_entropy((ranked * scale).masked_fill(no_negative, -torch.inf), labels)}
+        if self.distill_weight:
+            teacher = refuse_untaught(self.distill_weight, teacher)
+            assert lists is not None
+            parts["distill"] = self.distill_weight * taught((served * scale).gather(1, lists), teacher, self.distill)
         if layers is not None:
             own = layers[rows, labels]  # (queries, layers)
             lead = own[:, :1] - own[:, 1:]
@@ -228,7 +253,8 @@ class MultiLayerObjective(_LayerContrast):
             self.vectors(features, "document" if column else "query")
             for column, features in enumerate(sentence_features)
         )
-        return self.losses(queries, *self.gathered(columns), drawn=self.draw())
+        documents, own = self.gathered(columns)
+        return self.losses(queries, documents, own, drawn=self.draw(), **scored_lists(own, len(columns), labels))
 
     def vectors(self, features: Features, task: str) -> tuple[Tensor, Tensor | None]:
         """What is served of texts, ``(batch, dim)`` or for multi ``(batch, layers, dim)``, and every layer."""
@@ -281,10 +307,14 @@ class CachedMultiLayerObjective(CachedLossMixin, MultiLayerObjective):
         query_side: bool = False,
         random_layer: bool = False,
         early_weight: float = 0.0,
+        distill_weight: float = 0.0,
+        distill: str = "order",
     ):
         if mini_batch_size < 1:
             raise InputError(f"--mini_batch_size {mini_batch_size}: use 1 or more.")
-        super().__init__(model, lambda_, tau, tau_r, mode, margin, query_side, random_layer, False, early_weight)
+        early: dict[str, Any] = {"random_layer": random_layer, "early_weight": early_weight}
+        told: dict[str, Any] = {"distill_weight": distill_weight, "distill": distill}
+        super().__init__(model, lambda_, tau, tau_r, mode, margin, query_side, **early, **told)
         self.mini_batch_size = mini_batch_size
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:  # type: ignore[override]
@@ -333,10 +363,12 @@ class CachedMultiLayerObjective(CachedLossMixin, MultiLayerObjective):
         asked, asked_layers = split(queries, False)
         total = torch.zeros((), device=own.device)
         metrics: dict[str, Tensor] = {}
+        scored = scored_lists(own, len(columns), labels)
         for start in range(0, len(queries), self.mini_batch_size):
             rows = slice(start, start + self.mini_batch_size)
             each = asked[rows], None if asked_layers is None else asked_layers[rows]
-            parts = self.losses(each, (documents, layers), own[rows], drawn=self.drawn)
+            told = {name: values[rows] for name, values in scored.items()}
+            parts = self.losses(each, (documents, layers), own[rows], drawn=self.drawn, **told)
             share = len(each[0]) / len(queries)
             loss = torch.stack(list(parts.values())).sum() * share
             if with_backward:
@@ -379,5 +411,13 @@ class MultiLayerHeadObjective(_LayerContrast):
             sides.append((served[:, 0] if task == "query" and served.ndim == 3 else served, output.hidden_states))
         queries, (served, layers) = sides
         documents = gather(served), None if layers is None else gather(layers)
-        labels = labels + get_rank() * len(served)
-        return self.losses(queries, documents, labels, known=judged_relevant(features), drawn=self.draw())
+        first, lists = get_rank() * len(served), features[0].get("list")
+        return self.losses(
+            queries,
+            documents,
+            labels + first,
+            known=judged_relevant(features),
+            drawn=self.draw(),
+            lists=None if lists is None else lists + first,
+            teacher=features[0].get("teacher"),
+        )

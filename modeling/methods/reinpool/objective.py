@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ...errors import InputError
 from ...search.scoring import packed_maxsim
-from ...training.losses import gather, row_uniform
+from ...training.losses import gather, refuse_unknown_teaching, refuse_untaught, row_uniform, taught
 from ...training.objective import Objective, Rows
 from ...training.pairs import HeadData
 from ...training.sides import Features, pad_tokens
@@ -39,6 +39,7 @@ class _PoolingObjective(Objective):
         scale, ladder = settings["score_scale"], settings["ladder"]
         if not 0 < scale < math.inf:
             raise InputError(f"--score_scale {scale}: scores need a positive factor before the softmax, e.g. 30.")
+        refuse_unknown_teaching(settings.get("distill_weight", 0.0), settings.get("distill", "order"))
         for name in ("label_weight", "prior_weight", "entropy_weight"):
             if not 0 <= settings.get(name, 0) < math.inf:
                 raise InputError(f"--{name} {settings[name]}: no weight. Use 0 or more.")
@@ -77,7 +78,7 @@ class _PoolingObjective(Objective):
     def _distillation(
         self, queries: Features, documents: Features, weights: Tensor, labels: Tensor, teacher_dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """Divergence of the pooled documents' scores from MaxSim over all their tokens, and perhaps InfoNCE.
+        """Divergence of the pooled documents' scores from MaxSim over all tokens, perhaps InfoNCE and another teacher.
 
         Queries travel between processes, being short, and scores come back.
 
@@ -105,7 +106,11 @@ class _PoolingObjective(Objective):
 
         with torch.no_grad():
             teacher = scores(tokens.to(teacher_dtype), mask)
-        own = place[gather(labels + get_rank() * len(tokens))] if self.settings["label_weight"] else None
+        first = get_rank() * len(tokens)
+        own = place[gather(labels + first)] if self.settings["label_weight"] else None
+        if distill := self.settings.get("distill_weight"):
+            told = gather(refuse_untaught(distill, queries.get("teacher")))
+            lists = place[gather(queries["list"] + first)]  # (all queries, own document and negatives)
         losses: dict[str, Tensor] = {}
         for number in (self.ladder[rung] for rung in drawn):
             pooled, present = self.model.pool(tokens, weights, number)
@@ -113,6 +118,8 @@ class _PoolingObjective(Objective):
             parts = {"distillation": (_divergence(student, teacher) + _divergence(student.T, teacher.T)) / 2}
             if own is not None:
                 parts["labels"] = self.settings["label_weight"] * F.cross_entropy(student, own)
+            if distill:
+                parts["teacher"] = distill * taught(student.gather(1, lists), told, self.settings["distill"])
             for name, value in parts.items():
                 losses[name] = losses.get(name, 0) + value / len(drawn)
         return losses
@@ -149,6 +156,9 @@ class SoftGateObjective(_PoolingObjective):
             scores are shared.
         label_weight: Weight of InfoNCE on the judgments.
         prior_weight: Weight of the squared distance of the filter's logits from their start, where all are kept.
+        distill_weight: Weight of what a further teacher, ``--teacher``, says of each query's document and negatives,
+            see :func:`polyrep.training.losses.taught`.
+        distill: Follow that teacher's order, or its scores.
     """
 
     def __init__(
@@ -159,6 +169,8 @@ class SoftGateObjective(_PoolingObjective):
         rungs: int = 1,
         label_weight: float = 0.0,
         prior_weight: float = 0.0,
+        distill_weight: float = 0.0,
+        distill: str = "order",
     ):
         super().__init__(model, locals())
 
