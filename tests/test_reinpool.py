@@ -1061,7 +1061,8 @@ def test_objectives_refuse_bad_settings(kind, settings, config, words):
 
 def test_objectives_tell_their_settings():
     settings = SoftGateObjective(random_head(), score_scale=12.0).get_config_dict()
-    assert settings == {"score_scale": 12.0, "ladder": "1", "rungs": 1, "label_weight": 0.0, "prior_weight": 0.0}
+    weights = dict.fromkeys(("label_weight", "prior_weight", "distill_weight"), 0.0)
+    assert settings == {"score_scale": 12.0, "ladder": "1", "rungs": 1, "distill": "order"} | weights
     assert ReinforceObjective(random_head(), samples=3).get_config_dict()["samples"] == 3
 
 
