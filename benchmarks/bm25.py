@@ -7,14 +7,18 @@ Nothing is fitted but the share of BM25 in the hybrid, one for all data sets, on
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import Stemmer
 from bm25s.stopwords import STOPWORDS_EN_PLUS
 from dense2sparse_text import HYBRID_WEIGHTS, all_scores, ndcg, ranked_scores, standardised
 from transformers import HfArgumentParser
@@ -22,7 +26,7 @@ from transformers import HfArgumentParser
 from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.data.named import made_here
 from polyrep.encoding import embed
-from polyrep.evaluation.bm25 import Analyzer, analyzer, rank_with_bm25
+from polyrep.evaluation.bm25 import K1, Analyzer, B, analyzer, rank_with_bm25
 from polyrep.evaluation.systems import Ranking, costs_of
 from polyrep.evaluation.table import table_rows
 from polyrep.hub import fetch, fingerprint, load
@@ -38,6 +42,38 @@ VARIANTS = {
     "BM25, no stop words": replace(ENGLISH, stop_words=frozenset()),
     "BM25, 179 stop words": replace(ENGLISH, stop_words=frozenset(STOPWORDS_EN_PLUS)),
 }
+
+
+@dataclass(frozen=True)
+class Pieces(Analyzer):
+    """The tokens of a dense model instead of words: what the own words of a Dense2Sparse head are.
+
+    Attributes:
+        tokenizer: Of the dense model, WordPiece.
+        stems: Whether words of the vocabulary that have one stem are one.
+    """
+
+    tokenizer: Any = None
+    stems: bool = False
+
+    @cached_property
+    def same(self) -> dict[str, str]:
+        """Words of the vocabulary -> the shortest of those with their stem."""
+        stem, groups = Stemmer.Stemmer("en").stemWord, defaultdict(list)
+        for word in self.tokenizer.get_vocab() if self.stems else ():
+            if re.fullmatch("[a-z]{3,}", word):
+                groups[stem(word)].append(word)
+        return {word: min(group, key=lambda w: (len(w), w)) for group in groups.values() for word in group}
+
+    def words(self, texts: Iterable[str]) -> list[list[str]]:
+        """Tokens of each text, as far as the model reads it."""
+        read = self.tokenizer(list(texts), add_special_tokens=False, truncation=True)["input_ids"]
+        return [[self.same.get(w, w) for w in self.tokenizer.convert_ids_to_tokens(ids)] for ids in read]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a reader of the table should know."""
+        return {"tokens": "WordPiece", "one row a stem": self.stems, "k1": K1, "b": B}
 
 
 @dataclass
@@ -83,7 +119,9 @@ def measure(dataset: RetrievalDataset, model: Any, options: Mapping[str, Any]) -
     queries = embed(model, dataset.queries, task="query", name=f"{dataset.name}-{dataset.split}", **options)
     scores = all_scores(queries, documents)
     dense = ranked_scores("dense", scores, tie_ranks(list(dataset.corpus)), costs_of(queries, documents))
-    rankings = [found(system, read) for system, read in VARIANTS.items()]
+    pieces = Pieces(tokenizer=model.tokenizer)
+    variants = VARIANTS | {"BM25, word pieces": pieces, "BM25, pieces by stem": replace(pieces, stems=True)}
+    rankings = [found(system, read) for system, read in variants.items()]
     lexical = np.zeros_like(scores)
     np.put_along_axis(lexical, rankings[0].positions, rankings[0].scores, 1)
     cut = [replace(r, positions=r.positions[:, :1000], scores=r.scores[:, :1000]) for r in rankings]
