@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-Kind = Literal["sentence", "tokens", "sparse", "layers", "cls_layers"]
+Kind = Literal["sentence", "tokens", "sparse", "layers", "cls_layers", "states"]
 """What is kept of a text; see the table of :mod:`polyrep.encoding.cache`."""
 
 
@@ -20,8 +20,8 @@ class Embeddings:
     Attributes:
         kind: What a text became; see the table of :mod:`polyrep.encoding.cache`.
         values: The numbers, in the shape of the table.
-        offsets: ``(texts + 1,)`` bounds of each text's rows for ``tokens`` and ``sparse``; else None.
-        indices: ``(active terms,)`` vocabulary index of each value for ``sparse``; else None.
+        offsets: ``(texts + 1,)`` bounds of each text's rows for ``tokens``, ``sparse`` and ``states``; else None.
+        indices: ``(rows,)`` vocabulary index of each value for ``sparse``, id of each token for ``states``; else None.
         dim: Width of a vector (vocabulary size for ``sparse``).
         seconds: Wall time that encoding took.
         path: The cache folder.
@@ -48,7 +48,7 @@ class Embeddings:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Vectors (``tokens``) or active terms (``sparse``) of each text; 1 or the number of layers otherwise."""
+        """Vectors (``tokens``), terms (``sparse``) or tokens (``states``) of each text; else 1, or its layers."""
         if self.offsets is None:
             return np.full(len(self.values), 1 if self.values.ndim == 2 else self.values.shape[1])
         return np.diff(self.offsets)

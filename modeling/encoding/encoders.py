@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,9 @@ def kind_of(model: Encoder) -> Kind:
 _Encoded = tuple[np.ndarray, np.ndarray | None, np.ndarray | None, int]
 
 
-def encode_chunk(model: Encoder, texts: list[Any], task: str, kind: Kind, batch_size: int) -> _Encoded:
+def encode_chunk(
+    model: Encoder, texts: list[Any], task: str, kind: Kind, batch_size: int, layers: Sequence[int] | None = None
+) -> _Encoded:
     """Encode texts or images without a cache.
 
     Args:
@@ -38,11 +40,42 @@ def encode_chunk(model: Encoder, texts: list[Any], task: str, kind: Kind, batch_
         task: ``query`` or ``document``.
         kind: What to keep.
         batch_size: Texts per forward pass.
+        layers: For ``states``, the hidden states that are kept; see :func:`layers_of`.
 
     Returns:
-        Values, rows of each text (None: one), term indices (of sparse vectors alone) and the width of a vector.
+        Values, rows of each text (None: one), what each row is (the term of a sparse vector, the id of a token whose
+        states are kept; else None) and the width of a vector.
     """
+    if kind == "states":
+        return _encode_states(model, texts, task, batch_size, layers_of(model, layers))
     return _ENCODERS[kind](model, texts, task, batch_size)
+
+
+def layers_of(model: Encoder, layers: Sequence[int] | None) -> list[int]:
+    """Hidden states of a model's encoder by their places from the first: 0 is the embeddings.
+
+    Args:
+        model: Any sentence-transformers model whose first module is a transformer.
+        layers: Places from either end: 12 or -1 is the last of twelve layers.
+
+    Raises:
+        InputError: None is named, one is named twice or is not there, or the model has no layers.
+    """
+    first: Any = model[0]
+    depth = getattr(getattr(getattr(first, "model", None), "config", None), "num_hidden_layers", None)
+    if not isinstance(depth, int):
+        raise InputError(
+            f"token states: begin with {type(first).__name__}, which has no layers to read them at. Use a model whose "
+            "first module is a transformer."
+        )
+    wanted = list(layers or [])
+    found = [layer % (depth + 1) for layer in wanted if -depth - 1 <= layer <= depth]
+    if not wanted or len(set(found)) < len(wanted):
+        raise InputError(
+            f"token states: layers {wanted} of an encoder with {depth} layers. Name one or more, each once: 0 (the "
+            f"embeddings) to {depth} (the last), or {-depth - 1} to -1."
+        )
+    return found
 
 
 def _encode_call(model: Any, task: str) -> Any:
@@ -68,18 +101,27 @@ def _encode_sparse(model: Encoder, texts: list[str], task: str, batch_size: int)
     return matrix.values().float().numpy(), np.bincount(text_of, minlength=len(texts)), term, matrix.shape[1]
 
 
-@torch.inference_mode()
-def _encode_layers(model: Encoder, texts: list[str], task: str, batch_size: int, cls: bool = False) -> _Encoded:
+def _hidden_states(
+    model: Encoder, texts: list[str], order: Sequence[int], task: str, batch_size: int
+) -> Iterator[tuple[dict[str, torch.Tensor], Any]]:
+    """What the encoder reads and gives, its hidden states among it, of some texts at a time in some order."""
     transformer: Any = model[0].eval()
     keep_states(transformer.model)
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-    pooled: list[torch.Tensor] = []
     prompt = model.prompts.get(task) or None
     for start in range(0, len(texts), batch_size):
         batch = model.preprocess([texts[i] for i in order[start : start + batch_size]], prompt=prompt, task=task)
         inputs = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
         accepted = {k: inputs[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in inputs}
-        states = torch.stack(transformer.model(**accepted, output_hidden_states=True).hidden_states, dim=1)
+        yield inputs, transformer.model(**accepted, output_hidden_states=True)
+    keep_states(transformer.model)
+
+
+@torch.inference_mode()
+def _encode_layers(model: Encoder, texts: list[str], task: str, batch_size: int, cls: bool = False) -> _Encoded:
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    pooled: list[torch.Tensor] = []
+    for inputs, output in _hidden_states(model, texts, order, task, batch_size):
+        states = torch.stack(output.hidden_states, dim=1)
         mask = inputs["attention_mask"]
         if cls:
             layers = states[torch.arange(len(mask)), :, mask.int().argmax(1)]
@@ -87,9 +129,27 @@ def _encode_layers(model: Encoder, texts: list[str], task: str, batch_size: int,
             weights = mask[:, None, :, None].to(states.dtype)  # (batch, 1, tokens, 1)
             layers = (states * weights).sum(2, dtype=torch.float32) / weights.sum(2, dtype=torch.float32).clamp(min=1)
         pooled.append(layers.float().cpu())  # (batch, layers + 1, dim)
-    keep_states(transformer.model)
     values = torch.cat(pooled)[torch.tensor(np.argsort(order))].numpy()
     return values, None, None, values.shape[2]
+
+
+@torch.inference_mode()
+def _encode_states(model: Encoder, texts: list[str], task: str, batch_size: int, layers: list[int]) -> _Encoded:
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    states: list[np.ndarray] = []  # of each text, (tokens, layers, dim)
+    tokens: list[np.ndarray] = []
+    for inputs, output in _hidden_states(model, texts, order, task, batch_size):
+        # The last is what the encoder returns: some bring it to a norm of its own once more.
+        last = len(output.hidden_states) - 1
+        kept = [output.last_hidden_state if layer == last else output.hidden_states[layer] for layer in layers]
+        mask = inputs["attention_mask"].bool()
+        lengths = mask.sum(1).tolist()
+        states += [part.float().cpu().numpy() for part in torch.stack(kept, 2)[mask].split(lengths)]
+        tokens += [part.cpu().numpy() for part in inputs["input_ids"][mask].split(lengths)]
+    back = np.argsort(order)
+    values = np.concatenate([states[place] for place in back])
+    lengths = np.array([len(states[place]) for place in back])
+    return values, lengths, np.concatenate([tokens[place] for place in back]), values.shape[2]
 
 
 _ENCODERS: dict[str, Any] = {

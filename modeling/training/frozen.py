@@ -32,6 +32,7 @@ BACKBONES: dict[str, tuple[type[Encoder], str]] = {
     "sentence": (SentenceTransformer, "one dense vector a text"),
     "tokens": (MultiVectorEncoder, "several vectors a text"),
     "layers": (SentenceTransformer, "the layers of an encoder with one dense vector a text"),
+    "states": (SentenceTransformer, "the token states of an encoder with one dense vector a text"),
 }
 """What a head learns from -> family of the backbone that gives it, and its name for a reader."""
 
@@ -229,8 +230,10 @@ def _cached_pairs(
     options: dict[str, Any] = {"cache_dir": settings.cache_dir, "batch_size": settings.encode_batch_size}
     if tokenizer is not None:
         options["tokenizer"] = tokenizer
-    if data.kind == "layers":
+    if data.kind in ("layers", "states"):
         options["token"] = objective.layer_token
+    if data.kind == "states":
+        options["layers"] = objective.state_layers
     counts: dict[str, int] = {}
     for dataset in datasets_of(recipe, settings):
         judged = sum(score > 0 for documents in dataset.qrels.values() for score in documents.values())

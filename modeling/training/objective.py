@@ -100,8 +100,9 @@ class Objective(nn.Module):
 
     # Of a head
 
-    trains_on: ClassVar[Literal["sentence", "tokens", "layers"] | None] = None
-    """Kind of cached vectors that a head learns from: one a text, several, or one a layer. None: of a whole model."""
+    trains_on: ClassVar[Literal["sentence", "tokens", "layers", "states"] | None] = None
+    """Kind of cached vectors that a head learns from: one a text, several, one a layer, or every token at some layers.
+    None: of a whole model."""
 
     one_corpus: ClassVar[bool] = False
     """Whether it ranks the texts of all data sets as one corpus, in which no text may be there twice."""
@@ -118,8 +119,16 @@ class Objective(nn.Module):
 
     @property
     def layer_token(self) -> str:
-        """Which state stands for a text at each layer, where it trains on ``layers``: ``mean`` of all, or ``cls``."""
+        """Which state stands for a text at a layer, where it trains on ``layers`` or ``states``.
+
+        It is the ``mean`` of all, or ``cls``; of ``states`` also ``lasttoken``.
+        """
         return "mean"
+
+    @property
+    def state_layers(self) -> tuple[int, ...]:
+        """Which hidden states of the encoder it reads, where it trains on ``states``; the last tells what is near."""
+        return (-1,)
 
     @classmethod
     def planned_rows(cls, settings: Mapping[str, Any]) -> int | None:

@@ -101,7 +101,8 @@ class HeadData(Dataset):
 
     Args:
         kind: What the head reads: ``sentence`` for one vector a text, ``tokens`` for several, ``layers`` for one a
-            layer. What is near is told by one vector a text, see :meth:`polyrep.training.sides.Side.single`.
+            layer, ``states`` for every token at some layers. What is near is told by one vector a text, see
+            :meth:`polyrep.training.sides.Side.single`.
         negatives: Documents drawn for each query from the ``depth`` nearest of the backbone.
         labels: Take pairs from the judgments. Without, the nearest document takes the place of the judged one, so
             that no judgment has any influence. Images are always paired with their captions, which is all their text.
@@ -120,7 +121,7 @@ class HeadData(Dataset):
     def __init__(
         self,
         *,
-        kind: Literal["sentence", "tokens", "layers"] = "sentence",
+        kind: Literal["sentence", "tokens", "layers", "states"] = "sentence",
         negatives: int = 2,
         labels: bool = False,
         depth: int = 100,
@@ -182,7 +183,7 @@ class HeadData(Dataset):
     ) -> np.ndarray:
         """``(queries, depth)`` rows of each query's nearest documents; of the first, where nothing is drawn."""
         if queries.dim == documents.dim:
-            similarity = str(model.similarity_fn_name) if self.kind == "layers" else "dot"
+            similarity = str(model.similarity_fn_name) if self.kind in ("layers", "states") else "dot"
             ranks = tie_ranks(list(dataset.corpus))
             depth = min(self.depth, _others(dataset.own, len(documents)))
             options: dict[str, Any] = {"similarity": similarity, "k": depth, "left_out": dataset.own}

@@ -6,7 +6,7 @@ from, and gives the features of any of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..encoding.cache import embed
-from ..encoding.embeddings import Embeddings, in_memory, mean_of_tokens, sum_of_tokens
+from ..encoding.embeddings import Embeddings, in_memory, mean_of_tokens, rows, side_by_side, sum_of_tokens
 from ..encoding.windows import Windows
 from ..errors import InputError
 from ..hub.polyrep_room import begin_words, prompt_tokens
@@ -296,11 +296,80 @@ class LayerSide(Side):
         return replace(self.embeddings, kind="sentence", values=self.embeddings.values[:, -1])
 
 
-KINDS: dict[str, type[Side]] = {"sentence": SentenceSide, "tokens": TokenSide, "layers": LayerSide}
+@dataclass(frozen=True)
+class StatesSide(Side):
+    """Every token of a text at some layers of an encoder.
+
+    Its features are padded ``token_states (texts, tokens, layers, dim)``, ``input_ids`` and ``attention_mask``.
+
+    Attributes:
+        token: What stands for a text where one vector is asked for: the ``mean`` of its tokens at the last layer that
+            is kept, or its first (``cls``) or last (``lasttoken``) token there.
+    """
+
+    token: str = field(default="mean", kw_only=True)
+
+    @classmethod
+    def encode(
+        cls,
+        model: Any,
+        texts: Mapping[str, Any],
+        task: Any,
+        name: str,
+        *,
+        first: int = 0,
+        layers: Sequence[int] = (-1,),
+        token: str = "mean",
+        **options: Any,
+    ) -> Self:
+        """See :meth:`Side.encode`; the first module of the backbone is the encoder, and ``layers`` its hidden states.
+
+        Raises:
+            InputError: The encoder has no such layers, or a text no token; names its id.
+        """
+        embeddings = embed(model, texts, task=task, name=name, kind="states", layers=layers, **options)
+        if not embeddings.lengths.all():
+            empty = list(texts)[int(np.argmin(embeddings.lengths))]
+            raise InputError(f"{name}: {task} {empty!r} has no token, so nothing is known of it. Remove it.")
+        return cls(embeddings, first, token=token)
+
+    def vectors_of(self, rows: np.ndarray) -> Features:
+        """States under one another, zero where there are no more."""
+        embeddings = self.embeddings
+        assert embeddings.offsets is not None and embeddings.indices is not None
+        places, bounds = side_by_side(embeddings.offsets, rows)
+        lengths = np.diff(bounds)
+        mask = torch.from_numpy(np.arange(lengths.max(initial=1)) < lengths[:, None])  # (texts, tokens)
+        states = torch.zeros(*mask.shape, *embeddings.values.shape[1:])
+        states[mask] = torch.from_numpy(np.asarray(embeddings.values[places], np.float32))
+        ids = torch.zeros(mask.shape, dtype=torch.int64)
+        ids[mask] = torch.from_numpy(np.asarray(embeddings.indices[places], np.int64))
+        return {"token_states": states, "input_ids": ids, "attention_mask": mask.long()}
+
+    def single(self, task: str) -> Embeddings:
+        """One token, or the mean of all, at the last layer that is kept."""
+        embeddings = self.embeddings
+        assert embeddings.offsets is not None
+        if self.token == "mean":
+            parts = [rows(embeddings, part) for part in np.array_split(np.arange(len(self)), -(-len(self) // 4096))]
+            last = [replace(part, kind="tokens", values=part.values[:, -1], indices=None) for part in parts]
+            values = np.concatenate([sum_of_tokens(part).values / part.lengths[:, None] for part in last])
+        else:
+            place = embeddings.offsets[:-1] if self.token == "cls" else embeddings.offsets[1:] - 1
+            values = np.asarray(embeddings.values[place, -1], np.float32)
+        return replace(embeddings, kind="sentence", values=values.astype(np.float32), offsets=None, indices=None)
+
+
+KINDS: dict[str, type[Side]] = {
+    "sentence": SentenceSide,
+    "tokens": TokenSide,
+    "layers": LayerSide,
+    "states": StatesSide,
+}
 """What a head learns from -> how it is encoded."""
 
 
-_PADDED = ("input_ids", "attention_mask", "token_embeddings", "judged")
+_PADDED = ("input_ids", "attention_mask", "token_embeddings", "token_states", "judged")
 """Features whose second axis is as long as a text has tokens, or a query relevant documents."""
 
 

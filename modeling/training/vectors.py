@@ -17,7 +17,7 @@ def encode_dataset(
     model: Any,
     dataset: RetrievalDataset,
     *,
-    kind: Literal["sentence", "tokens", "layers"] = "sentence",
+    kind: Literal["sentence", "tokens", "layers", "states"] = "sentence",
     images: Any = None,
     first: tuple[int, int] = (0, 0),
     **options: Any,
