@@ -11,7 +11,7 @@ import importlib.resources
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from .forms import (
     plain_room,
     room_behind,
     save_pipeline,
+    showing,
     unfold,
     write_folder,
 )
@@ -264,7 +265,12 @@ def family_of(folder: Path) -> type[Encoder]:
 
 
 def save(
-    model: Encoder | PreTrainedModel, folder: str | Path, *, readme: str | None = None, form: str | None = None
+    model: Encoder | PreTrainedModel,
+    folder: str | Path,
+    *,
+    readme: str | None = None,
+    form: str | None = None,
+    view: str | None = None,
 ) -> Path:
     """Write a model as a folder that opens in one line, also where polyrep is not installed.
 
@@ -280,18 +286,22 @@ def save(
         form: ``folder``: a head of ours and the modules before it become the method's own model, which AutoModel
             opens, too. ``pipeline``: they stay modules, and AutoModel refuses the root. Default: one folder where it
             can hold them.
+        view: Of a model that gives several views of a text, the one that the folder's class of sentence-transformers
+            reads; the weights are the same. Default: the model's own.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: The model cannot have that form.
+        InputError: The model cannot have that form, or has no such view.
     """
     folder = Path(folder)
     if form not in (None, *FORMS):
         raise InputError(f"form={form!r}: is no form of a model. Use {' or '.join(FORMS)}.")
+    shown = nullcontext(model) if view is None else showing(model, view)
     with staged_folder(folder, merge=True) as staged:
-        _write(model, staged, form, {} if readme is None else {"create_model_card": False})
+        with shown as written_as:
+            _write(written_as, staged, form, {} if readme is None else {"create_model_card": False})
         localize(staged)
         carry_calibration(model, staged)
         if readme is not None:

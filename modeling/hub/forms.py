@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
@@ -176,6 +178,41 @@ def head_of(whole: Any, kind: type[PreTrainedModel]) -> PreTrainedModel:
     head = kind(config(**fields_of(whole.config, config)))
     head.load_state_dict(whole.head.state_dict())
     return head.to(next(whole.head.parameters()).dtype).eval()
+
+
+@contextmanager
+def showing(model: Any, view: str) -> Iterator[Encoder]:
+    """A model that gives several views, as one of the family that reads a certain view: it does so meanwhile.
+
+    Raises:
+        InputError: The model has one view, or no such view.
+    """
+    modules = list(model.children()) if isinstance(model, Encoder) else []
+    parts: list[Any] = [
+        part for module in modules if isinstance(part := getattr(module, "model", None), PreTrainedModel)
+    ]
+    rooms = [room_of(part.config.model_type) for part in parts]
+    places = [place for place, room in enumerate(rooms) if room and hasattr(room.model, "view_families")]
+    if not places:
+        raise InputError(
+            f"view={view!r}: {type(model).__name__} is no sentence-transformers model that gives several views of a "
+            "text. Leave it out."
+        )
+    config, families = parts[places[0]].config, rooms[places[0]].model.view_families  # type: ignore[union-attr]
+    if view not in families:
+        raise InputError(f"view={view!r}: is no view of the model. Use {' or '.join(families)}.")
+    kind: Any = next(family for family in get_args(Encoder) if family.__name__ == families[view])
+    kept: dict[str, Any] = {"prompts": model.prompts, "default_prompt_name": model.default_prompt_name}
+    if isinstance(model, kind):
+        names = ("similarity_fn_name", "truncate_dim", "max_active_dims")
+        kept |= {name: getattr(model, name) for name in names if hasattr(model, name)}
+    before, config.view = config.view, view
+    try:
+        shown = kind(modules=modules, device=str(model.device), **kept)
+        shown.module_kwargs = model.module_kwargs
+        yield shown
+    finally:
+        config.view = before
 
 
 def save_pipeline(model: Encoder, folder: Path, **options: Any) -> None:

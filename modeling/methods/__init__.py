@@ -7,3 +7,4 @@ from .late_interaction import *
 from .lemur import *
 from .multilayer import *
 from .reinpool import *
+from .unifier import *

@@ -1,0 +1,317 @@
+"""How two views are learned together: each from the pairs, and each from what the other ranks.
+
+One loss, two ways to feed it. ``UnifierObjective`` trains a whole model with the trainers of sentence-transformers;
+``UnifierHeadObjective`` fits the branch and the gate to the cached token states of a frozen encoder.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sentence_transformers.util import get_rank
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...errors import InputError, refusals
+from ...hub.polyrep_room import pool_tokens
+from ...search.scoring import dot
+from ...training.losses import gather, in_batch_labels, judged_relevant, refuse_single, unwrapped
+from ...training.objective import Objective, Rows
+from ...training.pairs import HeadData
+from ...training.sides import Features
+from .modeling_unifier import VIEWS, UnifierHead, UnifierHeadConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SAMPLE = 128
+"""Documents by which the bias of the words is set."""
+
+_CHOICES = {"kl": ("forward", "reverse", "none"), "rows": ("occurring", "all")}
+
+
+class _TwoViews(Objective):
+    """The loss, given both views of each text (sections 3.2 and 3.3 of the paper).
+
+    With ``s_den`` and ``s_lex`` the inner products of a query with all documents of the batch, its own and the mined
+    negatives of everybody among them, each divided by a temperature of its own::
+
+        dense_loss * CE(s_den) + lexicon_loss * CE(s_lex) + kl_weight * KL(softmax s_den || softmax s_lex)
+        + flops_weight * FLOPs of queries and of documents
+        + CE(g s_den + (2 - g) s_lex), with a gate: of the gate alone, which the scores are constants to
+
+    FLOPs of some texts are the sum over words of the squared mean weight. The paper scores both views by plain inner
+    products; a cosine is bounded by 1 and a lexicon score is not, so that each has a temperature here.
+
+    Args:
+        tau: Temperature of the dense scores. Default: .05 for vectors of unit length, else 1.
+        lexicon_tau: Temperature of the lexicon scores.
+        dense_loss: Weight of the dense view's own loss; 0 trains the lexicon view alone, as a control.
+        lexicon_loss: Weight of the lexicon view's own loss; 0 trains the dense view alone, as a control.
+        kl: What the views learn from each other: forward, the lexicon's distribution is to cover the dense one's;
+            reverse, the other way round; or none.
+        kl_weight: Its weight.
+        flops_weight: Weight of what an inverted index would cost.
+        rows: Words that are trained, and kept in the end: those that occur in the training texts, or all.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tau: float | None = None,
+        lexicon_tau: float = 1.0,
+        dense_loss: float = 1.0,
+        lexicon_loss: float = 1.0,
+        kl: str = "forward",
+        kl_weight: float = 1.0,
+        flops_weight: float = 2e-3,
+        rows: str = "occurring",
+    ):
+        super().__init__()
+        self.model = model
+        tau = tau if tau is not None else 0.05 if self.head.config.normalize else 1.0
+        for name, value in (("tau", tau), ("lexicon_tau", lexicon_tau)):
+            if not 0 < value < math.inf:
+                raise InputError(f"--{name} {value}: scores are divided by it. Use e.g. 0.05 for cosines, else 1.")
+        weights = {"dense_loss": dense_loss, "lexicon_loss": lexicon_loss}
+        for name, value in (weights | {"kl_weight": kl_weight, "flops_weight": flops_weight}).items():
+            if not 0 <= value < math.inf:
+                raise InputError(f"--{name} {value}: below 0 it would teach the opposite. Use 0 or more.")
+        for name, choice in (("kl", kl), ("rows", rows)):
+            if choice not in _CHOICES[name]:
+                raise InputError(f"--{name} {choice!r}: unknown. Use one of {', '.join(_CHOICES[name])}.")
+        if not dense_loss and not lexicon_loss:
+            raise InputError("--dense_loss 0 --lexicon_loss 0: no view would learn from the pairs. Leave one out.")
+        if not all(weights.values()) and kl != "none":
+            idle = next(name for name, value in weights.items() if not value)
+            raise InputError(
+                f"--{idle} 0 with --kl {kl}: a view would learn from one that does not learn. Add --kl none."
+            )
+        if self.head.config.gate == "query" and not all(weights.values()):
+            raise InputError("--gate query: weighs two views, and one of them does not learn. Use --gate none.")
+        self.tau, self.lexicon_tau, self.dense_loss, self.lexicon_loss = tau, lexicon_tau, dense_loss, lexicon_loss
+        self.kl, self.kl_weight, self.flops_weight, self.rows = kl, kl_weight, flops_weight, rows
+
+    @property
+    def head(self) -> UnifierHead:
+        """The head that is trained."""
+        raise NotImplementedError
+
+    def losses(
+        self,
+        queries: Mapping[str, Tensor],
+        documents: Mapping[str, Tensor],
+        own: Tensor,
+        known: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Parts of the loss of some queries against all documents.
+
+        Args:
+            queries: ``dense (queries, dim)``, ``lexicon (queries, words)``, and perhaps ``gate (queries,)``.
+            documents: ``dense (documents, dim)`` and ``lexicon (documents, words)``.
+            own: ``(queries,)`` row of each query's own document.
+            known: ``(queries, documents)`` True for what is relevant, the own document among it, and so no negative.
+
+        Raises:
+            InputError: There is no other document, or all queries or all documents have lost their words.
+        """
+        refuse_single(documents["dense"])
+        # Summed over processes, so that all of them stop, or none.
+        filled = torch.stack([queries["lexicon"].detach().sum(), documents["lexicon"].detach().sum()])
+        filled = gather(filled[None]).sum(0)
+        if self.lexicon_loss and not filled.all():
+            raise InputError(
+                f"every {'query' if filled[1] else 'document'} of a step has lost its words, so nothing can be "
+                f"learned: --flops_weight {self.flops_weight:g} outweighs the pairs. Lower it tenfold."
+            )
+        with torch.autocast(own.device.type, enabled=False):
+            dense, lexicon = (
+                dot(queries[view].float(), documents[view].float()) / tau
+                for view, tau in (("dense", self.tau), ("lexicon", self.lexicon_tau))
+            )
+            hot = F.one_hot(own, dense.shape[1]).bool()
+            left_out = torch.zeros_like(hot) if known is None else known & ~hot
+
+            def ranked(scores: Tensor) -> Tensor:
+                return scores.masked_fill(left_out, -1e9)  # finite: the divergence of two infinities is none
+
+            parts = {
+                "dense": self.dense_loss * F.cross_entropy(ranked(dense), own),
+                "lexicon": self.lexicon_loss * F.cross_entropy(ranked(lexicon), own),
+            }
+            if self.kl != "none":
+                first, second = (ranked(scores).log_softmax(1) for scores in (dense, lexicon))
+                first, second = (first, second) if self.kl == "forward" else (second, first)
+                parts["kl"] = self.kl_weight * F.kl_div(second, first, reduction="batchmean", log_target=True)
+            sides = gather(queries["lexicon"]).float(), documents["lexicon"].float()
+            parts["flops"] = self.flops_weight * sum(side.mean(0).square().sum() for side in sides)
+            if "gate" in queries:
+                gate = queries["gate"].float()[:, None]
+                total = gate * dense.detach() + (2 - gate) * lexicon.detach()
+                parts["sum"] = F.cross_entropy(ranked(total), own)
+        active = [(side.detach() > 0).sum(1).float().mean() for side in sides]
+        self.metrics = dict(zip(("query_words", "document_words"), active, strict=True))
+        if "gate" in queries:
+            self.metrics["gate"] = queries["gate"].detach().float().mean()
+        return parts
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Arguments, for the model card."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters if name != "model"}
+
+    @property
+    def citation(self) -> str:
+        """BibTeX, for the model card."""
+        return (
+            "@inproceedings{shen2023unifier,\n"
+            "    title={UnifieR: A Unified Retriever for Large-Scale Retrieval},\n"
+            "    author={Tao Shen and Xiubo Geng and Chongyang Tao and Can Xu and Guodong Long and Kai Zhang and "
+            "Daxin Jiang},\n"
+            "    booktitle={KDD},\n"
+            "    year={2023},\n"
+            "    url={https://arxiv.org/abs/2205.11194},\n"
+            "}"
+        )
+
+
+class UnifierObjective(_TwoViews):
+    """Train a whole model: pairs of query and document, and any number of hard negatives, with in-batch negatives.
+
+    Documents of all processes are negatives, of both views the same ones.
+    """
+
+    @property
+    def head(self) -> UnifierHead:
+        """The head of the model, or of a pipeline's last module."""
+        for module in unwrapped(self.model):
+            inner: Any = getattr(module, "model", None)
+            kind = str(getattr(getattr(inner, "config", None), "model_type", ""))
+            if kind.startswith("polyrep_unifier"):  # the class may be the folder's own
+                return getattr(inner, "head", inner)
+        raise InputError(
+            f"{type(self).__name__}: the model has no two views. Use a UnifierModel, or put a UnifierPooling behind a "
+            "Transformer."
+        )
+
+    def initialize(self, pairs: Mapping[str, Dataset]) -> None:
+        """Find the words that occur, and set their bias by some documents."""
+        model, head = unwrapped(self.model), self.head
+        columns = [data[name] for data in pairs.values() for name in data.column_names if name != "label"]
+        if self.rows == "occurring":
+            occurring = torch.zeros(head.config.vocab_size, dtype=torch.bool)
+            for column in columns:
+                for start in range(0, len(column), 1024):
+                    batch = model.preprocess(list(column[start : start + 1024]))
+                    occurring[batch["input_ids"].unique().cpu()] = True
+            head.learned.copy_(occurring.to(head.terms.device)[head.terms])
+            if not head.learned.any():
+                raise InputError("no training text holds a word of the vocabulary, so no word could be learned.")
+        documents = [text for data in pairs.values() for text in data["positive"][:]]
+        sample = documents[:: -(-len(documents) // SAMPLE)]
+        training = model.training
+        model.eval()
+        head.train()  # which computes what is learned alone
+
+        def encode() -> None:
+            for start in range(0, len(sample), 16):
+                batch = model.preprocess(sample[start : start + 16], task="document")
+                self._views(
+                    {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}, "document"
+                )
+
+        head.calibrate(encode)
+        model.train(training)
+
+    def complete(self, pairs: Mapping[str, Dataset]) -> None:
+        """Leave out the words that did not occur."""
+        head = self.head
+        if not head.learned.all():
+            head.restrict(head.terms[head.learned])
+
+    def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Parts of the loss of a batch: columns of queries, their documents, and hard negatives."""
+        queries, *columns = (
+            self._views(features, "document" if column else "query")
+            for column, features in enumerate(sentence_features)
+        )
+        documents = {view: gather(torch.cat([column[view] for column in columns])) for view in VIEWS}
+        batch = len(queries["dense"])
+        return self.losses(queries, documents, in_batch_labels(batch, documents["dense"].device, len(columns)))
+
+    def _views(self, features: Mapping[str, Any], task: str) -> dict[str, Tensor]:
+        """Both views of texts, and of queries the gate."""
+        output = self.model({**features, "views": VIEWS, "prune": False}, task=task)
+        return {name: output[name] for name in (*VIEWS, "gate") if name in output}
+
+
+class UnifierHeadObjective(_TwoViews):
+    """Fit the branch and the gate to the cached token states of a frozen encoder: the model is the head alone.
+
+    Negatives are the other documents of the batch and what ``negatives`` draws of the encoder's nearest. The dense
+    view is the encoder's own, which learns nothing here unless the head has a ``projection``.
+    """
+
+    trains_on = "states"
+    needs_labels = True
+    model: UnifierHead
+
+    @property
+    def head(self) -> UnifierHead:
+        """The model."""
+        return self.model
+
+    @property
+    def layer_token(self) -> str:
+        """As the config says."""
+        config: UnifierHeadConfig = self.model.config
+        return config.pooling
+
+    @property
+    def state_layers(self) -> tuple[int, ...]:
+        """The layer of the split, and the last."""
+        config: UnifierHeadConfig = self.model.config
+        return (-1,) if config.split_is_last else (config.split_layer, -1)
+
+    @torch.no_grad()
+    def prepare(self, data: HeadData) -> Rows:
+        """Keep the words that occur, and set their bias by some documents.
+
+        Raises:
+            InputError: No text holds a word of the vocabulary.
+        """
+        head = self.model
+        sides = [side for part in data.parts for side in (part.queries, part.documents)]
+        if self.rows == "occurring":
+            occurring = torch.zeros(head.config.vocab_size, dtype=torch.bool)
+            for side in sides:
+                occurring[torch.from_numpy(side.embeddings.indices[:].astype("int64"))] = True  # type: ignore[index]
+            with refusals():
+                head.restrict(occurring.nonzero()[:, 0])
+
+        def encode() -> None:
+            for part in data.parts:
+                rows = torch.arange(0, len(part.documents), -(-len(part.documents) * len(data.parts) // SAMPLE))
+                for some in rows.split(16):
+                    features = part.documents.features(some.numpy())
+                    self._views({name: value.to(head.device) for name, value in features.items()}, "document")
+
+        head.calibrate(encode)
+        return data
+
+    def forward(self, features: list[Features], labels: Tensor) -> dict[str, Tensor]:
+        """Parts of the loss of a batch of :class:`~polyrep.training.pairs.HeadData`: queries, and all documents."""
+        queries, local = (self._views(side, task) for side, task in zip(features, ("query", "document"), strict=True))
+        documents = {view: gather(local[view]) for view in VIEWS}
+        own = labels + get_rank() * len(local["dense"])
+        return self.losses(queries, documents, own, judged_relevant(features))
+
+    def _views(self, features: Features, task: str) -> dict[str, Tensor]:
+        """Both views of texts, and of queries the gate."""
+        states, mask = features["token_states"], features["attention_mask"]
+        pooled = pool_tokens(states[:, :, -1], mask, self.model.config.pooling)
+        output = self.model(states[:, :, 0], pooled, features["input_ids"], mask, task, prune=False)
+        return {name: output[name] for name in (*VIEWS, "gate") if output.get(name) is not None}
