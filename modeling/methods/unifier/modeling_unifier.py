@@ -410,7 +410,7 @@ class UnifierHead(WholeWeights, PreTrainedModel):
             self._seen = None
         count = self.config.initial_active * len(most)
         if count < most.numel():
-            threshold = most.flatten().topk(count + 1).values[-1]
+            threshold = most.flatten().topk(count + 1).values[-2:].mean()  # between the two, whatever rounding does
             if torch.isfinite(threshold):
                 self.decoder.bias.sub_(threshold.to(self.decoder.bias))
 
