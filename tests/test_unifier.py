@@ -267,7 +267,7 @@ def test_copied_layers_are_the_last_ones_of_a_bert(backbone):
 @pytest.mark.parametrize("active", [1, 7, 30])
 def test_the_bias_leaves_as_many_words_as_are_asked_for(backbone, active):
     plain = encoder_of(backbone)
-    model = UnifierModel.from_modules(plain, initial_active=active).eval()
+    model = UnifierModel.from_modules(plain, initial_active=active, split_layer=1).eval()
     batch = batch_of(plain, TEXTS)
     model.head.calibrate(lambda: model(**batch))
     with torch.no_grad():

@@ -228,8 +228,8 @@ class UnifierOutput(ModelOutput):
         sentence_embedding: The view that the config names.
         dense: ``(batch, hidden_size)``.
         lexicon: ``(batch, vocab_size)`` word weights, zero almost everywhere.
-        gate: ``(batch,)`` of queries, with ``gate="query"``: what dense is to be multiplied by, and 2 less it what
-            lexicon is, as :meth:`UnifierModel.encode_views` does. For one view alone it changes no ranking.
+        gate: ``(batch,)`` of all but documents, with ``gate="query"``: what dense is to be multiplied by, and 2 less
+            it what lexicon is, as :meth:`UnifierModel.encode_views` does. For one view alone it changes no ranking.
     """
 
     sentence_embedding: Tensor | None = None
@@ -465,7 +465,7 @@ class UnifierHead(WholeWeights, PreTrainedModel):
         if "lexicon" in views:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             found["lexicon"] = self._lexicon(token_states, dense, input_ids, mask.bool(), task, prune)
-        if config.gate == "query" and task == "query" and len(found) > 1:
+        if config.gate == "query" and task != "document" and len(found) > 1:
             found["gate"] = 2 * torch.sigmoid(self.gate(dense.detach()))[:, 0]
         return UnifierOutput(sentence_embedding=found.get(config.view), **found)
 
@@ -698,7 +698,7 @@ class UnifierModel(WholeWeights, PreTrainedModel):
             View -> vectors: ``dense (batch, hidden_size)`` and ``lexicon (batch, vocab_size)``. A query's dense one
             has the length of the gate then, so score by the inner product.
         """
-        return weighed(self(input_ids, attention_mask, token_type_ids, task))
+        return weighed(self(input_ids, attention_mask, token_type_ids, task or "document"))
 
 
 def weighed(output) -> dict[str, Tensor]:
