@@ -143,9 +143,9 @@ def _encode_states(model: Encoder, texts: list[str], task: str, batch_size: int,
         last = len(output.hidden_states) - 1
         kept = [output.last_hidden_state if layer == last else output.hidden_states[layer] for layer in layers]
         mask = inputs["attention_mask"].bool()
-        lengths = mask.sum(1).tolist()
-        states += [part.float().cpu().numpy() for part in torch.stack(kept, 2)[mask].split(lengths)]
-        tokens += [part.cpu().numpy() for part in inputs["input_ids"][mask].split(lengths)]
+        counts: list[int] = mask.sum(1).tolist()
+        states += [part.float().cpu().numpy() for part in torch.stack(kept, 2)[mask].split(counts)]
+        tokens += [part.cpu().numpy() for part in inputs["input_ids"][mask].split(counts)]
     back = np.argsort(order)
     values = np.concatenate([states[place] for place in back])
     lengths = np.array([len(states[place]) for place in back])

@@ -11,7 +11,7 @@ import importlib.resources
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -298,7 +298,7 @@ def save(
     folder = Path(folder)
     if form not in (None, *FORMS):
         raise InputError(f"form={form!r}: is no form of a model. Use {' or '.join(FORMS)}.")
-    shown = nullcontext(model) if view is None else showing(model, view)
+    shown: AbstractContextManager[Any] = nullcontext(model) if view is None else showing(model, view)
     with staged_folder(folder, merge=True) as staged:
         with shown as written_as:
             _write(written_as, staged, form, {} if readme is None else {"create_model_card": False})

@@ -191,14 +191,14 @@ def showing(model: Any, view: str) -> Iterator[Encoder]:
     parts: list[Any] = [
         part for module in modules if isinstance(part := getattr(module, "model", None), PreTrainedModel)
     ]
-    rooms = [room_of(part.config.model_type) for part in parts]
-    places = [place for place, room in enumerate(rooms) if room and hasattr(room.model, "view_families")]
-    if not places:
+    rooms: list[Any] = [room_of(part.config.model_type) for part in parts]
+    found = [part for part, room in zip(parts, rooms, strict=True) if room and hasattr(room.model, "view_families")]
+    if not found:
         raise InputError(
             f"view={view!r}: {type(model).__name__} is no sentence-transformers model that gives several views of a "
             "text. Leave it out."
         )
-    config, families = parts[places[0]].config, rooms[places[0]].model.view_families  # type: ignore[union-attr]
+    config, families = found[0].config, rooms[parts.index(found[0])].model.view_families
     if view not in families:
         raise InputError(f"view={view!r}: is no view of the model. Use {' or '.join(families)}.")
     kind: Any = next(family for family in get_args(Encoder) if family.__name__ == families[view])

@@ -467,7 +467,18 @@ class UnifierHead(WholeWeights, PreTrainedModel):
             found["lexicon"] = self._lexicon(token_states, dense, input_ids, mask.bool(), task, prune)
         if config.gate == "query" and task != "document" and len(found) > 1:
             found["gate"] = 2 * torch.sigmoid(self.gate(dense.detach()))[:, 0]
+        if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._take_part(found, dense)
         return UnifierOutput(sentence_embedding=found.get(config.view), **found)
+
+    def _take_part(self, found: dict[str, Tensor], dense: Tensor) -> None:
+        """Let all weights be in every pass, by nothing: processes that share gradients wait for those of each."""
+        if "lexicon" not in found:
+            idle = sum(parameter.sum() for parameter in self.parameters())
+        else:
+            idle = dense.sum() + (sum(part.sum() for part in self.gate.parameters()) if hasattr(self, "gate") else 0)
+        view = next(iter(found))
+        found[view] = found[view] + 0 * idle.to(found[view].dtype)
 
     def _lexicon(
         self, states: Tensor, dense: Tensor, input_ids: Tensor, mask: Tensor, task: str | None, prune: bool

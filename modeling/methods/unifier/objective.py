@@ -23,7 +23,7 @@ from ...training.losses import gather, in_batch_labels, judged_relevant, refuse_
 from ...training.objective import Objective, Rows
 from ...training.pairs import HeadData
 from ...training.sides import Features
-from .modeling_unifier import VIEWS, UnifierHead, UnifierHeadConfig
+from .modeling_unifier import VIEWS, UnifierHead
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -97,8 +97,8 @@ class _TwoViews(Objective):
         self.kl, self.kl_weight, self.flops_weight, self.rows = kl, kl_weight, flops_weight, rows
 
     @property
-    def head(self) -> UnifierHead:
-        """The head that is trained."""
+    def head(self) -> Any:
+        """The UnifierHead that is trained."""
         raise NotImplementedError
 
     def losses(
@@ -148,7 +148,7 @@ class _TwoViews(Objective):
                 first, second = (first, second) if self.kl == "forward" else (second, first)
                 parts["kl"] = self.kl_weight * F.kl_div(second, first, reduction="batchmean", log_target=True)
             sides = gather(queries["lexicon"]).float(), documents["lexicon"].float()
-            parts["flops"] = self.flops_weight * sum(side.mean(0).square().sum() for side in sides)
+            parts["flops"] = self.flops_weight * torch.stack([side.mean(0).square().sum() for side in sides]).sum()
             if "gate" in queries:
                 gate = queries["gate"].float()[:, None]
                 total = gate * dense.detach() + (2 - gate) * lexicon.detach()
@@ -185,8 +185,8 @@ class UnifierObjective(_TwoViews):
     """
 
     @property
-    def head(self) -> UnifierHead:
-        """The head of the model, or of a pipeline's last module."""
+    def head(self) -> Any:
+        """That of the model, or of a pipeline's last module."""
         for module in unwrapped(self.model):
             inner: Any = getattr(module, "model", None)
             kind = str(getattr(getattr(inner, "config", None), "model_type", ""))
@@ -260,20 +260,19 @@ class UnifierHeadObjective(_TwoViews):
     model: UnifierHead
 
     @property
-    def head(self) -> UnifierHead:
+    def head(self) -> Any:
         """The model."""
         return self.model
 
     @property
     def layer_token(self) -> str:
         """As the config says."""
-        config: UnifierHeadConfig = self.model.config
-        return config.pooling
+        return self.head.config.pooling
 
     @property
     def state_layers(self) -> tuple[int, ...]:
         """The layer of the split, and the last."""
-        config: UnifierHeadConfig = self.model.config
+        config = self.head.config
         return (-1,) if config.split_is_last else (config.split_layer, -1)
 
     @torch.no_grad()
@@ -283,7 +282,7 @@ class UnifierHeadObjective(_TwoViews):
         Raises:
             InputError: No text holds a word of the vocabulary.
         """
-        head = self.model
+        head = self.head
         sides = [side for part in data.parts for side in (part.queries, part.documents)]
         if self.rows == "occurring":
             occurring = torch.zeros(head.config.vocab_size, dtype=torch.bool)
