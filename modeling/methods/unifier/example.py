@@ -42,7 +42,7 @@ def build(backbone: Path, scratch: Path) -> Example:
     dense = UnifierModel.from_modules(encoder, stirred(UnifierHead.from_backbone(encoder, **how)))
     words = UnifierModel.from_modules(encoder, stirred(UnifierHead.from_backbone(encoder, view="lexicon", **how)))
     bare = SentenceTransformer(modules=[Transformer(str(backbone))], device="cpu")
-    head = UnifierHead.from_backbone(bare, view="lexicon", split_layer=-1, lexicon_layers=1, query_top_k=50)
+    head = UnifierHead.from_backbone(bare, view="lexicon", split_layer=-1, lexicon_layers=1, query_top_k=42)
     pipeline = [Transformer(str(backbone)), UnifierPooling(stirred(head))]
     return Example(
         {
