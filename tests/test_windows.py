@@ -245,7 +245,11 @@ def test_an_index_of_windows_finds_each_document_once_at_its_best_window(engine)
     assert (added.documents, added.replaced, index.count()) == (31, 0, 31)
     asked = packed(kind, list(queries.values()))
     for k in (1, 10, 31, 40):
-        assert same(index.search(asked, k), truth(similarity, queries, documents, k))
+        found = index.search(asked, k)
+        assert same(found, truth(similarity, queries, documents, k))
+        for query, hits in zip(queries.values(), found, strict=True):
+            own = [score(similarity, query, documents[hit.id][hit.window]) for hit in hits]
+            assert own == pytest.approx([hit.score for hit in hits], rel=1e-5, abs=1e-6)
     assert [hit.id for hit in index.search(asked, 3)[0]][0] == "long"
 
     # Shorter and longer ones in the place of others, one of them twice, and then some are removed.
@@ -263,10 +267,22 @@ def test_an_index_of_windows_finds_each_document_once_at_its_best_window(engine)
     if not isinstance(index, type(open_index("memory:"))):
         closed(index)
         index = opened()
-        assert same(index.search(asked, 7), truth(similarity, queries, documents, 7))
-        assert index.count() == len(documents)
+        found = index.search(asked, 7)
+        assert same(found, truth(similarity, queries, documents, 7))
+        assert any(hit.window for hits in found for hit in hits) and index.count() == len(documents)
     added = index.add([cut_shard(kind, similarity, cut_texts(kind, {"d4é": 2}, 5))])
     assert (added.replaced, index.count()) == (0, len(documents) + 1)
+    closed(index)
+
+
+def test_a_search_of_windows_counts_no_points(tmp_path, monkeypatch):
+    """Which reads all of them: a search would take longer with every document of the index."""
+    index = open_index(f"qdrant:{tmp_path / 'index'}")
+    documents, queries = cut_texts("sentence", {f"d{n}": 9 for n in range(20)}, 1), texts("sentence", 2, 2)
+    index.add([cut_shard("sentence", "dot", documents)])
+    monkeypatch.setattr(index.engine, "count", lambda *_, **__: pytest.fail("counted"))
+    found = index.search(packed("sentence", list(queries.values())), 20)
+    assert same(found, truth("dot", queries, documents, 20))
     closed(index)
 
 
@@ -322,8 +338,9 @@ def test_ids_stay_those_of_documents_from_encode_to_search(precision, models, st
     assert main(["index", str(encoded), "--uri", uri]) == 0
     assert "12 documents written" in capsys.readouterr().out
     assert main(["search", "penguins of antarctica", "--uri", uri, "--model", str(models["bag"]), "--k", "12"]) == 0
-    shown = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]]
-    assert shown[0] == "p7" and sorted(shown) == sorted(pages)
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert shown[0][1] == "p7" and sorted(name for _, name, *_ in shown) == sorted(pages)
+    assert shown[0][2] == "window" and "penguins" in windows.cut(pages["p7"])[int(shown[0][3])]
     # A second run goes on only with the same windows.
     assert main(["encode", *flags]) == 0
     for other in (["--stride", "6"], ["--window", "7"]):
