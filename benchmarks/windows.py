@@ -23,8 +23,9 @@ from transformers import HfArgumentParser
 from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.data.named import made_here
 from polyrep.encoding.windows import Windows, room_for_text
+from polyrep.evaluation.bm25 import rank_with_bm25
 from polyrep.evaluation.metrics import per_query_metrics
-from polyrep.evaluation.systems import Ranking, rank_with_bm25, rank_with_model
+from polyrep.evaluation.systems import Ranking, rank_with_model
 from polyrep.evaluation.table import display_name, table_rows
 from polyrep.hub import fetch, fingerprint, load
 from polyrep.hub.folder import fastest_dtype
