@@ -277,6 +277,11 @@ def _refuse_unfit(
     if any(system.folder is None for system in systems):
         for dataset in datasets:
             analyzer_of(dataset, args.language)
+    elif args.language != "en":
+        raise InputError(
+            f"--language {args.language}: of bm25, which is no row here, so it would change nothing. Add bm25 to "
+            "--baselines, with a --dataset, or leave it out."
+        )
     folders = [system.folder for system in systems if system.folder]
     if args.token_pooling and MultiVectorEncoder not in map(family_of, folders):
         raise InputError(f"--token_pooling {' '.join(args.token_pooling)}: no model here has several vectors a text.")

@@ -220,9 +220,9 @@ def _open(args: FrontierArguments, source: str) -> list[FullModel]:
             refuse_uncut(dataset, args.window)
     refuse_doubles(args.dataset, [dataset.name for dataset, _ in parts])
     for dataset, _ in parts:
-        texts = list(dataset.corpus.values())
-        if args.language != "en" and isinstance(texts[0], str):  # with the default, it is the row alone that may fail
-            analyzer(args.language, texts)
+        # With the default, it is the row alone that may fail.
+        if args.language != "en" and isinstance(next(iter(dataset.corpus.values())), str):
+            analyzer(args.language, list(dataset.corpus.values()))
     folder = fetch(source, revision=args.revision, trust_remote_code=args.trust_remote_code)
     weights = fastest_dtype(args.model_dtype)
     model: Any = load(folder, trust_remote_code=args.trust_remote_code, dtype=weights)
