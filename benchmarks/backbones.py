@@ -49,7 +49,7 @@ from polyrep.report import print_and_write, provenance
 
 WORDS, ONE_TEMPERATURE = "Dense2Sparse, 48/128 words", "Dense2Sparse, one temperature"
 FIXED = ["--teacher_unit", "score", "--teacher_temperature", "0.05"]
-ALL, LAST, EQUAL = "MultiLayer, all layers", "last layer alone", "seven maps of the last layer"
+ALL, LAST, EQUAL = "MultiLayer, last seven layers", "last layer alone", "seven maps of the last layer"
 VECTOR, VARIANCE, INFORMED = "vector", "Gaussian", "Gaussian, informed"
 
 LAYERS = {
