@@ -30,7 +30,7 @@ from ..hub.folder import fastest_dtype, fetch
 from ..hub.reading import ready_to_read
 from ..report import hardware
 from ..search.ranking import refuse_not_finite_scores, rescore, scores_of, sort_keys, tie_ranks
-from ..training.teachers import open_teacher
+from ..training.teachers import LOGITS, open_teacher
 from .systems import DEPTH, Ranking, costs_of, keep_ranking, latency, timed_rows
 from .table import display_name
 
@@ -194,8 +194,7 @@ class Reranker:
             return model.predict(pairs, batch_size=self.batch_size, **options).float().cpu()
 
         model: Any = self.model
-        # Without the sigmoid that a model may end in, which makes ties of high scores.
-        options = {"activation_fn": torch.nn.Identity(), "convert_to_tensor": True, "show_progress_bar": False}
+        options = {"activation_fn": LOGITS, "convert_to_tensor": True, "show_progress_bar": False}
         scored(0)  # the first call allocates
         taken, rows = np.empty(len(found)), []
         for row in tqdm(range(len(found)), desc=system, unit="query"):

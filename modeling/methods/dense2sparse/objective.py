@@ -157,7 +157,7 @@ class Dense2SparseLoss(Objective):
         if self.teacher_lexical:
             self.lexical = copy.deepcopy(head).requires_grad_(False)
             self.lexical.config.expansion, self.lexical.config.own_tokens = "none", "learned"
-        if self.label_weight < 1:
+        if self.label_weight < 1 and (self.teacher_lexical or self.teacher_unit == "deviation"):
             self._measure_teachers(data)
         return data
 
