@@ -77,6 +77,8 @@ results-docs: $(VENV)/.dev
 
 # Of the sets that others published: one late-interaction model of four, and heads of tldr_pages.
 FOUR := tldr_pages scitldr scifact pubmedqa
+TEACHER := cross-encoder/ms-marco-MiniLM-L12-v2
+TAUGHT := --objective LateInteractionObjective --hard_negatives 3
 results-sets: $(VENV)/.dev
 	$(BIN)/accelerate launch train.py hub_configs/late-interaction-minilm --datasets $(FOUR) \
 		--output_dir models/four/late-interaction-minilm --overwrite
@@ -114,6 +116,20 @@ results-sets: $(VENV)/.dev
 	$(BIN)/python benchmarks/gaussian_frozen.py --output results
 	$(BIN)/python benchmarks/gaussian_pictures.py --output results
 	$(BIN)/python benchmarks/calibration.py --output results
+	$(BIN)/accelerate launch train.py hub_configs/late-interaction-minilm --datasets $(FOUR) \
+		--backbone answerdotai/answerai-colbert-small-v1 --output_dir models/four/late-answerai-colbert-small-v1 --overwrite
+	$(BIN)/python benchmarks/backbones.py --output results --late models/four/late-interaction-minilm/final \
+		models/four/late-answerai-colbert-small-v1/final
+	$(BIN)/accelerate launch train.py hub_configs/late-interaction-minilm --datasets tldr_pages \
+		--output_dir models/taught/labels --overwrite
+	$(BIN)/accelerate launch train.py hub_configs/late-interaction-minilm --datasets tldr_pages $(TAUGHT) \
+		--output_dir models/taught/negatives --overwrite
+	$(BIN)/accelerate launch train.py hub_configs/late-interaction-minilm --datasets tldr_pages $(TAUGHT) \
+		--teacher $(TEACHER) --distill_weight 1 --distill scores --output_dir models/taught/teacher --overwrite
+	$(BIN)/python benchmarks/teacher.py --teacher $(TEACHER) --output results --late models/taught/labels/final \
+		models/taught/negatives/final models/taught/teacher/final
+	$(BIN)/python benchmarks/bundle.py --source tldr_pages --output .cache/bundle4
+	$(BIN)/python benchmarks/windows.py --late models/four/late-interaction-minilm/final --output results
 	for set in tldr_pages scifact; do \
 		$(BIN)/accelerate launch train.py hub_configs/gaussian-minilm-frozen --datasets $$set --head_only true \
 			--output_dir models/norms/$$set/gaussian-minilm-frozen --overwrite || exit 1; \

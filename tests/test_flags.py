@@ -34,6 +34,10 @@ COMMANDS = {
     "encode MODEL --input x --output y": [*EVERYWHERE, ("shard_size", "-1"), ("shard_size", HUGE)],
     "evaluate MODEL --dataset x": MEASURED,
     "evaluate MODEL --frontier --dataset x": [*MEASURED, ("fit_seconds", "nan")],
+    "calibrate MODEL --dataset x": [
+        *EVERYWHERE,
+        *(("depth", "0"), ("seed", "-1"), ("window", "0"), ("window", HUGE), ("stride", "-1")),
+    ],
     "search words --uri faiss:///x": [("k", "0"), ("k", "-1"), ("k", HUGE)],
     "train dense2sparse-minilm": [*STEPS, *HEADS],
     "train late-interaction-minilm": [*STEPS, *WHOLE],

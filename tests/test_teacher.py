@@ -114,6 +114,12 @@ def test_a_cross_encoder_reads_a_pair_once_and_again_when_anything_changes(cross
     with torch.no_grad():
         teacher.model.classifier.bias.add_(1.0)
     np.testing.assert_allclose(scores(), expected + 1, atol=1e-5)
+    with torch.no_grad():
+        teacher.model.classifier.bias.fill_(float("nan"))
+    kept_before = set((tmp_path / "cache").iterdir())
+    with pytest.raises(InputError, match="one that is not finite"):
+        scores()
+    assert set((tmp_path / "cache").iterdir()) == kept_before, "what is refused is not kept"
 
 
 @pytest.mark.parametrize("kind", ["sentence", "layers", "tokens"])

@@ -29,7 +29,7 @@ from ..hub.reading import set_length
 from ..report import print_and_write, provenance, refuse_unwritable_results
 from .bm25 import analyzer_of, rank_with_bm25
 from .mteb import Suite, left_out, mteb_package, open_suites, refuse_unfit, run_suites
-from .rerank import RERANK_NOTE, open_reranker, refuse_depths
+from .rerank import open_reranker, refuse_depths, rerank_notes
 from .systems import Ranking, rank_with_model, refuse_uncut
 from .table import display_name, notes_on, refuse_doubles, refuse_unknown, table_rows, window_notes
 
@@ -209,7 +209,7 @@ def evaluate_models(args: EvaluationArguments, models: Sequence[str], *, command
         "data": data,
         "notes": [
             *window_notes(args.window, args.stride),
-            *([RERANK_NOTE] if args.rerank else ()),
+            *rerank_notes(args.rerank, args.window),
             *(note for d in datasets for note in notes_on(d)),
         ],
     }
@@ -277,6 +277,11 @@ def _refuse_unfit(
     if any(system.folder is None for system in systems):
         for dataset in datasets:
             analyzer_of(dataset, args.language)
+    elif args.language != "en":
+        raise InputError(
+            f"--language {args.language}: of bm25, which is no row here, so it would change nothing. Add bm25 to "
+            "--baselines, with a --dataset, or leave it out."
+        )
     folders = [system.folder for system in systems if system.folder]
     if args.token_pooling and MultiVectorEncoder not in map(family_of, folders):
         raise InputError(f"--token_pooling {' '.join(args.token_pooling)}: no model here has several vectors a text.")
@@ -307,7 +312,7 @@ def _measure(
         options: dict[str, Any] = {"cache_dir": args.cache_dir, "dtype": args.dtype, "batch_size": args.batch_size}
         options["windows"] = system.windows(model, args)
         if isinstance(model, MultiVectorEncoder):
-            options["pooling"] = args.token_pooling
+            options["pooling"] = list(dict.fromkeys(args.token_pooling))  # twins would be taken for seeds
         for dataset in datasets:
             found.rankings[dataset.name] += rank_with_model(system.name, model, dataset, **options)
         if suites:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from urllib.parse import SplitResult
 
 import numpy as np
@@ -12,7 +11,17 @@ from ..encoding.embeddings import rows
 from ..encoding.shards import KINDS, Origin, Shard
 from ..errors import InputError
 from .local import Vectors
-from .protocol import Added, Hit, Queries, checked_origin, refuse_unknown, stages, unique_ids, whole_number
+from .protocol import (
+    Added,
+    Hit,
+    Queries,
+    by_document,
+    checked_origin,
+    refuse_unknown,
+    stages,
+    unique_ids,
+    whole_number,
+)
 from .ranking import exact_search, rescore, tie_ranks
 
 
@@ -65,17 +74,17 @@ class ExactIndex:
         (origin, asked), *second = stages(self.origins, queries, k, self.where)
         store = self._vectors[origin.name]
         vectors = store.contiguous()
-        vectors = replace(vectors, windows=store.bounds())
         if not len(asked) or not len(vectors):
             return [[] for _ in range(len(asked))]
-        depth = max(k, self.prefetch) if second else k
-        positions, scores = exact_search(
-            asked, vectors, self._tie_ranks(origin), similarity=origin.similarity, k=depth
-        )
-        if vectors.windows is not None:
-            positions = vectors.windows[positions]
+        ranks, similarity = self._tie_ranks(origin), origin.similarity
+
+        def nearest(depth: int) -> tuple[np.ndarray, np.ndarray]:
+            return exact_search(asked, vectors, ranks, similarity=similarity, k=depth)
+
         if not second:
-            return store.hits(positions, scores)
+            by_window = origin.by_window
+            return by_document(lambda depth: store.hits(*nearest(depth), by_window), min(k, self.count()), store.each)
+        positions, _ = nearest(max(k, self.prefetch))
         ((origin, asked),) = second
         other = self._vectors[origin.name]
         vectors, ranks = other.contiguous(), self._tie_ranks(origin)
@@ -107,7 +116,7 @@ class ExactIndex:
         return set().union(*(store.position for store in self._vectors.values()))
 
     def _tie_ranks(self, origin: Origin) -> np.ndarray:
-        """Of the documents in their present order, which is that of contiguous vectors."""
+        """Of the positions in their present order, which is that of contiguous vectors."""
         if origin.name not in self._ranks:
-            self._ranks[origin.name] = tie_ranks(list(dict.fromkeys(self._vectors[origin.name].ids)))
+            self._ranks[origin.name] = tie_ranks(self._vectors[origin.name].ids)
         return self._ranks[origin.name]

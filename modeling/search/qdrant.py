@@ -62,6 +62,9 @@ NUMBER = 20
 QUERIES = 64
 """Queries in a request."""
 
+WINDOWS = 4
+"""How many points are asked for at first for each document, where documents are cut into windows."""
+
 
 def open_embedded(parts: SplitResult, settings: dict[str, str], *, force: bool = False) -> QdrantIndex:
     """Open ``qdrant:///PATH?prefetch=&quantization=&on_disk=``; see :func:`polyrep.search.open_index`.
@@ -165,9 +168,8 @@ class QdrantIndex:
             InputError: The index is empty, or the queries do not fit.
         """
         asked_for = stages(self.origins, queries, k, self.where)
-        if not self._windowed:
-            return self._nearest(asked_for, k)
-        return by_document(lambda depth: self._nearest(asked_for, depth), k, self.count(), self.engine.count())
+        # How many points a document has is not asked for, since counting reads every point.
+        return by_document(lambda depth: self._nearest(asked_for, depth), k, WINDOWS if self._windowed else 1)
 
     def _nearest(self, asked_for: list[tuple[Origin, Embeddings]], k: int) -> list[list[Hit]]:
         """The best ``k`` points of each query, as hits of their documents."""
@@ -188,7 +190,7 @@ class QdrantIndex:
                 scale = -1.0 if last in ("euclidean", "manhattan") else 1.0
                 if last == "meanmaxsim":
                     scale = 1 / len(vector[-1])
-                hits[row] = [Hit(point.payload["id"], scale * point.score) for point in points]
+                hits[row] = [_hit(point, scale, self._windowed) for point in points]
         return hits
 
     def delete(self, ids: Iterable[str]) -> int:
@@ -322,6 +324,11 @@ def point_id(identifier: str, window: int = 0) -> str:
     """The UUID of a document's point, or of one of its windows."""
     point = uuid.uuid5(NAMESPACE, identifier)
     return str(uuid.uuid5(point, str(window)) if window else point)
+
+
+def _hit(point: Any, scale: float, by_window: bool) -> Hit:
+    window = point.payload.get("window", 0) if by_window else None
+    return Hit(point.payload["id"], scale * point.score, window=window)
 
 
 def _points_of(shard: Shard) -> tuple[list[tuple[str, int]], Embeddings]:

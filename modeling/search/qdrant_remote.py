@@ -137,7 +137,7 @@ class Server:
         m, requests = self.types, []
         quantized = m.QuantizationSearchParams(**QUANTIZED)
         params = m.SearchParams(quantization=quantized) if request.quantized else None
-        wanted: dict[str, Any] = {"limit": request.k, "with_payload": ["id"]}
+        wanted: dict[str, Any] = {"limit": request.k, "with_payload": ["id", "window"]}
         for vectors in request.queries:
             first, *rest = (
                 {"query": m.NearestQuery(nearest=v if hasattr(v, "indices") else v.tolist()), "using": name}

@@ -133,18 +133,18 @@ def _of_texts(teacher: CrossEncoder, pairs: list[tuple[str, str]], folder: Path 
     keys = np.fromiter((_key(*pair) for pair in pairs), np.uint64, len(pairs))
     file, said = None, np.empty(0, _SAID)
     if folder is not None:
-        model = [describe(teacher.model), teacher.max_length]
+        model = [[describe(module) for module in teacher], teacher.max_length]
         file = folder / f"teacher-{digest(model)[:16]}.npy"
         said = np.load(file, allow_pickle=False) if file.is_file() else said
     _, first = np.unique(keys, return_index=True)
     new = first[~np.isin(keys[first], said["pair"])]
     new = new[np.argsort([-len(pairs[i][0]) - len(pairs[i][1]) for i in new], kind="stable")]
+    options: dict[str, Any] = {"batch_size": batch_size, "activation_fn": LOGITS, "show_progress_bar": False}
     for start in tqdm(range(0, len(new), KEPT), desc="teacher", unit=f"{KEPT} pairs"):
         part = new[start : start + KEPT]
-        options: dict[str, Any] = {"batch_size": batch_size, "activation_fn": LOGITS, "show_progress_bar": False}
-        found = teacher.predict([pairs[i] for i in part], **options)
-        if np.shape(found) != (len(part),):
-            return np.asarray(found)  # of a classifier, which whoever asked refuses
+        found = np.asarray(teacher.predict([pairs[i] for i in part], **options))
+        if found.shape != (len(part),) or not np.isfinite(found).all():
+            return found  # what whoever asked refuses is not kept
         fresh = np.empty(len(part), _SAID)
         fresh["pair"], fresh["score"] = keys[part], found
         said = np.sort(np.concatenate([said, fresh]), order="pair")
