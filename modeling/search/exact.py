@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from urllib.parse import SplitResult
 
 import numpy as np
 
-from ..encoding.embeddings import rows
+from ..encoding.embeddings import Embeddings, rows, side_by_side
 from ..encoding.shards import KINDS, Origin, Shard
 from ..errors import InputError
 from .local import Vectors
-from .protocol import Added, Hit, Queries, checked_origin, refuse_unknown, stages, unique_ids, whole_number
+from .protocol import (
+    CANDIDATES,
+    Added,
+    Hit,
+    Queries,
+    checked_origin,
+    refuse_unknown,
+    stages,
+    tell_without_candidates,
+    unique_ids,
+    weighted_stages,
+    whole_number,
+)
 from .ranking import exact_search, rescore, tie_ranks
+from .weighted import View, find_candidates
 
 
 class ExactIndex:
@@ -42,12 +55,15 @@ class ExactIndex:
         self._vectors: dict[str, Vectors] = {}
         self._shards: set[tuple[str, str]] = set()
         self._ranks: dict[str, np.ndarray] = {}  # by name, as long as its documents stay the same
+        self._aligned: tuple[str, ...] = ()  # names whose documents are known to be in one order
 
     def add(self, shards: Iterable[Shard]) -> Added:
         """See :class:`polyrep.search.Index`."""
         written = replaced = known = 0
         for shard in shards:
-            origin = checked_origin(self.origins, shard.origin, self.where, kinds=KINDS, force=self.force)
+            origin = checked_origin(
+                self.origins, shard.origin, self.where, kinds=KINDS, force=self.force, beside_windows=True
+            )
             key = origin.name, shard.checksum
             if key in self._shards:
                 known += 1
@@ -55,17 +71,27 @@ class ExactIndex:
             self.origins[origin.name] = origin
             replaced += self._vectors.setdefault(origin.name, Vectors()).add(shard.ids, shard.vectors)
             self._ranks.pop(origin.name, None)
+            self._aligned = ()
             written += len(shard.ids)
             if shard.checksum:
                 self._shards.add(key)
         return Added(written, replaced, known)
 
-    def search(self, queries: Queries | Mapping[str, Queries], k: int = 10) -> list[list[Hit]]:
+    def search(
+        self,
+        queries: Queries | Mapping[str, Queries],
+        k: int = 10,
+        *,
+        weights: Mapping[str, float] | None = None,
+        candidates: int = CANDIDATES,
+    ) -> list[list[Hit]]:
         """See :class:`polyrep.search.Index`. Ties go to the higher id."""
+        if weights is not None:
+            return self._weighted(
+                weighted_stages(self.origins, queries, k, self.where, weights, candidates), k, candidates
+            )
         (origin, asked), *second = stages(self.origins, queries, k, self.where)
-        store = self._vectors[origin.name]
-        vectors = store.contiguous()
-        vectors = replace(vectors, windows=store.bounds())
+        store, vectors = self._vectors[origin.name], self._side(origin.name)
         if not len(asked) or not len(vectors):
             return [[] for _ in range(len(asked))]
         depth = max(k, self.prefetch) if second else k
@@ -77,16 +103,68 @@ class ExactIndex:
         if not second:
             return store.hits(positions, scores)
         ((origin, asked),) = second
-        other = self._vectors[origin.name]
-        vectors, ranks = other.contiguous(), self._tie_ranks(origin)
+        other, vectors, ranks = self._vectors[origin.name], self._side(origin.name), self._tie_ranks(origin)
         found = []
-        for row, candidates in enumerate(positions.tolist()):
-            places = [other.position.get(store.ids[candidate], -1) for candidate in candidates]
+        for row, first in enumerate(positions.tolist()):
+            places = [other.position.get(store.ids[candidate], -1) for candidate in first]
             kept = np.array([[place for place in places if place >= 0]], np.int64)
+            if vectors.windows is not None:
+                kept = np.searchsorted(vectors.windows, kept)
             query = rows(asked, np.array([row]))
             best = rescore(query, vectors, kept, ranks, similarity=origin.similarity) if kept.size else (kept, kept)
-            found += other.hits(best[0][:, :k], best[1][:, :k])
+            places = best[0] if vectors.windows is None else vectors.windows[best[0]]
+            found += other.hits(places[:, :k], best[1][:, :k])
         return found
+
+    def _weighted(
+        self, asked_for: Sequence[tuple[Origin, Embeddings, float]], k: int, candidates: int
+    ) -> list[list[Hit]]:
+        names = [origin.name for origin, _, _ in asked_for]
+        self._align(names)
+        views = [View(asked, self._side(origin.name), origin.similarity) for origin, asked, _ in asked_for]
+        ranks = self._tie_ranks(asked_for[0][0])
+        found = find_candidates(views, ranks, count=max(k, candidates))
+        tell_without_candidates(found.not_by_first, len(found.positions), names, self.where)
+        store, windows = self._vectors[names[0]], views[0].documents.windows
+        return [
+            store.hits((places if windows is None else windows[places])[None], scores[None])[0]
+            for places, scores in found.best([weight for _, _, weight in asked_for], ranks, k)
+        ]
+
+    def _align(self, names: Sequence[str]) -> None:
+        """Put documents under several names into the order of the first.
+
+        Raises:
+            InputError: Some have no vectors under one of the names.
+        """
+        if {*names} <= {*self._aligned}:
+            return
+        sides = [self._side(name) for name in names]  # which leaves no gaps among ids
+        documents = [dict.fromkeys(self._vectors[name].ids) for name in names]
+        for name, theirs in zip(names, documents, strict=True):
+            for other, those in zip(names, documents, strict=True):
+                if lacking := theirs.keys() - those.keys():
+                    raise InputError(
+                        f"{self.where}: {len(lacking):,} documents, e.g. {min(lacking)!r:.80}, have vectors {name!r} "
+                        f"and no {other!r}, so their sums would lack a part. Add these to the index, or delete them."
+                    )
+        for name, vectors, theirs in zip(names, sides, documents, strict=True):
+            if list(theirs) == list(documents[0]):
+                continue
+            place = {identifier: number for number, identifier in enumerate(theirs)}
+            order, bounds = np.array([place[identifier] for identifier in documents[0]]), None
+            if vectors.windows is not None:
+                order, bounds = side_by_side(vectors.windows, order)
+            store = self._vectors[name] = Vectors()
+            store.add(list(documents[0]), replace(rows(vectors, order), windows=bounds))
+            self._ranks.pop(name, None)
+        self._aligned = tuple(names)
+
+    def _side(self, name: str) -> Embeddings:
+        """Vectors of all documents under a name, in the order of their ids."""
+        store = self._vectors[name]
+        vectors = store.contiguous()
+        return replace(vectors, windows=store.bounds())
 
     def delete(self, ids: Iterable[str]) -> int:
         """See :class:`polyrep.search.Index`. Shards are forgotten, so that adding one again brings documents back."""
@@ -97,6 +175,7 @@ class ExactIndex:
         if removed:
             self._shards.clear()
             self._ranks.clear()
+            self._aligned = ()
         return len(removed)
 
     def count(self) -> int:
