@@ -43,7 +43,7 @@ def drawn(name: str, count: int, seed: int, prefix: str = "d") -> Texts:
         for number, vector in enumerate(found.values()):
             vector[0] = 0
             vector[60 if number % 2 else 0 :] = 0
-            vector[1] = vector[1] if number % 3 else 0.5
+            vector[1] = vector[1] if number % 3 else 0.5 + number / 100  # no ties, which an engine breaks as it likes
     return found
 
 
