@@ -71,7 +71,7 @@ def summed(first: Scores, second: Scores, weight: float) -> Scores:
 
 @pytest.mark.parametrize("first", ["bag", "bm25"])
 def test_the_weight_is_chosen_on_dev_and_the_sum_measured_on_test(first, bag, static_model, tmp_path):
-    folder = write_world(tmp_path / "world")
+    folder = write_world(tmp_path / "world", sizes={"train": 6, "dev": 8, "test": 10})
     models = [bag, "bm25"] if first == "bag" else ["bm25", bag]
     results = run(tmp_path, *models, "--dataset", folder, "--hybrid")
     rows = rows_of(results)

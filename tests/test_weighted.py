@@ -230,3 +230,21 @@ def test_a_weighted_sum_is_one_request_of_a_server():
             index.search(asked, 3, weights={"words": 1, "dense": 0.3}, candidates=5)
             paths = [path.rpartition("/")[2] for _, path in server.requests[before:]]
             assert paths == (["count", "count", "batch"] if not number else ["batch"])
+
+
+def test_sums_are_of_whole_numbers_though_candidates_are_found_by_small_ones(tmp_path):
+    """One byte a dimension finds; what is summed are the vectors themselves, found first or not."""
+    pytest.importorskip("qdrant_edge")
+    index = open_index(f"qdrant:{tmp_path}/index?quantization=int8")
+    names = ("words", "dense")
+    documents = {name: drawn(name, 60, seed) for seed, name in enumerate(names, start=1)}
+    queries = {name: drawn(name, 6, seed, "q") for seed, name in enumerate(names, start=7)}
+    added(index, documents)
+    asked = {name: packed(KINDS[name][0], list(some.values())) for name, some in queries.items()}
+    weights = {"words": 0.01, "dense": 1.0}
+    for candidates in (30, 60):
+        found = index.search(asked, 8, weights=weights, candidates=candidates)
+        assert same(found, summed(names, queries, documents, 8, candidates, weights))
+    first = {name: asked[name] for name in ("dense", "words")}
+    found = index.search(first, 8, weights=weights, candidates=60)
+    assert same(found, summed(("dense", "words"), queries, documents, 8, 60, weights))

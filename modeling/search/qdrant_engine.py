@@ -229,12 +229,14 @@ class Embedded:
         edge, requests = self.edge, []
         quantized = edge.QuantizationSearchParams(**QUANTIZED)
         params = edge.SearchParams(quantization=quantized) if request.quantized else None
+        exact = edge.SearchParams(exact=True, quantization=edge.QuantizationSearchParams(ignore=True))
         for parts in request.sums():
             variables = [f"$score[{place}]" for place in range(len(parts))]
             nearest = [edge.Query.Nearest(vector, using=name) for name, vector, _, _ in parts]
-            found = edge.Prefetch(limit=request.prefetch, query=nearest[0], params=params)
-            around = None if request.whole else [found]
-            others = [edge.Prefetch(limit=request.prefetch, query=one, prefetches=around) for one in nearest[1:]]
+            whole, limit = request.whole, request.prefetch
+            found = edge.Prefetch(limit=limit, query=nearest[0], params=exact if whole else params)
+            around = None if whole else [found]
+            others = [edge.Prefetch(limit=limit, query=q, prefetches=around, params=exact) for q in nearest[1:]]
             write = edge.Expression
             terms = [
                 write.Mult([write.Constant(factor), write.Variable(variable)])

@@ -138,11 +138,13 @@ class Server:
         quantized = m.QuantizationSearchParams(**QUANTIZED)
         params = m.SearchParams(quantization=quantized) if request.quantized else None
         wanted: dict[str, Any] = {"limit": request.k, "with_payload": ["id"]}
+        exact = m.SearchParams(exact=True, quantization=m.QuantizationSearchParams(ignore=True))
         for parts in request.sums():
             nearest = [_nearest(m, vector, name) for name, vector, _, _ in parts]
-            found = m.Prefetch(**nearest[0], limit=request.prefetch, params=params)
-            around = None if request.whole else [found]
-            others = [m.Prefetch(**one, limit=request.prefetch, prefetch=around) for one in nearest[1:]]
+            whole, limit = request.whole, request.prefetch
+            found = m.Prefetch(**nearest[0], limit=limit, params=exact if whole else params)
+            around = None if whole else [found]
+            others = [m.Prefetch(**q, limit=limit, prefetch=around, params=exact) for q in nearest[1:]]
             variables = [f"$score[{place}]" for place in range(len(parts))]
             terms = [m.MultExpression(mult=[p[2], name]) for name, p in zip(variables, parts, strict=True)]
             absent = {name: part[3] for name, part in zip(variables, parts, strict=True)}
