@@ -49,8 +49,8 @@ class Request(NamedTuple):
     whole: bool = False
 
     def sums(self) -> Iterator[list[tuple[str, Any, float, float]]]:
-        """Of each query those names that it has a vector for, with vector, factor and score of what is absent."""
-        for vectors, factors in zip(self.queries, self.factors, strict=True):
+        """Of each query to be summed its names that have a vector, with vector, factor and score of what is absent."""
+        for vectors, factors in zip(self.queries, self.factors, strict=True) if self.factors else ():
             parts = zip(self.names, vectors, factors, self.absent, strict=True)
             yield [part for part in parts if part[1] is not None]
 

@@ -169,7 +169,7 @@ def score_candidates(
     if queries.offsets is None or documents.offsets is None:
         pairwise = SimilarityFunction.to_similarity_pairwise_fn(similarity)
         query, vectors = (
-            torch.from_numpy(np.asarray(values, np.float32)).to(device)
+            torch.from_numpy(np.array(values, np.float32)).to(device)
             for values in (queries.values[row : row + 1], documents.values[candidates])
         )
         scores = pairwise(query.expand(len(vectors), -1), vectors)
