@@ -125,7 +125,7 @@ def test_views_are_summed_by_the_weights_of_the_model_or_by_others(model, tmp_pa
         return found
 
     assert same(search([*queries, *argv]), expected({"lexicon": 1, "dense": WEIGHT}))
-    weights = ["--weights", "dense=2,lexicon=0.5", "--candidates", "4"]
+    weights = ["--weights", "dense=2,lexicon=0.5", "--candidates", "5"]
     assert same(search([*queries, *argv, *weights]), expected({"lexicon": 0.5, "dense": 2}))
     assert same(search([*queries, *argv, "--name", "dense"]), expected({"dense": 1}))
     with pytest.raises(InputError, match="--name dense: --weights says which vectors"):

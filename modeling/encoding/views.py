@@ -11,7 +11,9 @@ Whatever the family that opens the model hands out, all of it lies in what that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,21 +75,16 @@ def encode_views(
     """
     views = views_of(model)
     refuse_unknown_views(views, names, type(model).__name__)
-    said: list[Any] = []
-    part: Any = _part_with_views(model)
-    hook = part.register_forward_hook(lambda module, inputs, output: said.append(output))
     rows: dict[str, list[Embeddings]] = {name: [] for name in names}
     prompt = _prompt(model, task)
-    try:
-        model.eval()
+    model.eval()
+    with _outputs_of(_part_with_views(model)) as said:
         for start in range(0, len(texts), batch_size):
             said.clear()
             batch = model.preprocess(list(texts[start : start + batch_size]), prompt=prompt, task=task)
             model(batch_to_device(batch, model.device), task=task)
             for name in names:
                 rows[name].append(_flat(views[name], name, said[-1]))
-    finally:
-        hook.remove()
     return {name: _one_after_another(views[name], parts) for name, parts in rows.items()}
 
 
@@ -103,6 +100,27 @@ def _part_with_views(model: Any) -> Any:
     modules = getattr(model, "modules", tuple)()
     parts = (part for part in modules if isinstance(part, PreTrainedModel))
     return next((part for part in parts if callable(getattr(part, "views", None))), None)
+
+
+@contextmanager
+def _outputs_of(part: Any) -> Iterator[list[Any]]:
+    """What a part of a model returns from now on. No hook, which sentence-transformers would pass by."""
+    said: list[Any] = []
+    forward, own = part.forward, "forward" in vars(part)
+
+    @functools.wraps(forward)
+    def kept(*arguments: Any, **more: Any) -> Any:
+        said.append(forward(*arguments, **more))
+        return said[-1]
+
+    part.forward = kept
+    try:
+        yield said
+    finally:
+        if own:
+            part.forward = forward
+        else:
+            del part.forward
 
 
 def _prompt(model: Any, task: str) -> str | None:
