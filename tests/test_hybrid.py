@@ -17,11 +17,13 @@ from world import write_world
 
 from polyrep import InputError
 from polyrep.cli import main
-from polyrep.data import load_retrieval_dataset
+from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.encoding import EncodedCorpus
 from polyrep.encoding.encode import encode
 from polyrep.evaluation.evaluate import evaluate
 from polyrep.evaluation.hybrid import MULTIPLES
+from polyrep.evaluation.metrics import per_query_metrics
+from polyrep.evaluation.systems import Ranking
 from polyrep.search import open_index
 from polyrep.search.commands import search, weights_of
 
@@ -116,6 +118,15 @@ def test_a_weight_that_is_given_is_used(bag, static_model, tmp_path, beir):
     row = rows_of(results)["BM25 + bag, summed"]
     assert row["value"] == pytest.approx(ndcg(dataset, summed(words, dense, 0.5)))
     assert row["settings"] == {"weights": "bm25=1,dense=0.5"}
+
+
+def test_a_place_for_which_nothing_was_found_counts_for_nothing():
+    """Where fewer documents share a word with the query than a ranking has places."""
+    dataset = RetrievalDataset("any", "test", {"a": "", "b": "", "c": ""}, {"q": ""}, {"q": {"a": 1, "c": 1}})
+    positions, scores = np.array([[2, 0, 0]]), np.array([[3.0, -np.inf, -np.inf]])
+    found = per_query_metrics(dataset, Ranking("any", positions, scores))
+    assert found["Recall@100"].tolist() == [0.5] and found["MRR@10"].tolist() == [1.0]
+    assert found["nDCG@10"] == pytest.approx([1 / (1 + 1 / math.log2(3))])
 
 
 @pytest.mark.parametrize(

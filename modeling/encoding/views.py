@@ -12,7 +12,7 @@ Whatever the family that opens the model hands out, all of it lies in what that 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +97,7 @@ def refuse_unknown_views(views: Mapping[str, View], names: Sequence[str], source
 
 
 def _part_with_views(model: Any) -> Any:
-    modules = getattr(model, "modules", tuple)()
+    modules: Iterable[Any] = getattr(model, "modules", tuple)()
     parts = (part for part in modules if isinstance(part, PreTrainedModel))
     return next((part for part in parts if callable(getattr(part, "views", None))), None)
 

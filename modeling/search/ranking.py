@@ -174,7 +174,7 @@ def score_candidates(
         )
         scores = pairwise(query.expand(len(vectors), -1), vectors)
         return scores if bounds is None else best_windows(scores[None], bounds)[0]
-    query = torch.from_numpy(np.asarray(queries.values[slice(*queries.offsets[row : row + 2])], np.float32))
+    query = torch.from_numpy(np.array(queries.values[slice(*queries.offsets[row : row + 2])], np.float32))
     places, bounds = side_by_side(documents.offsets, candidates)
     tokens = torch.from_numpy(np.asarray(documents.values[places], np.float32)).to(device)
     return maxsim_of_flat(query.to(device), tokens, torch.from_numpy(bounds), similarity)[:, 0]
