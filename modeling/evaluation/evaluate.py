@@ -357,8 +357,8 @@ def _measure(
             first = list(found.rankings[dataset.name])
             found.rankings[dataset.name] += [reranker.rank(r, dataset, d) for r in first for d in reranker.depths]
     for dataset, dev in zip(datasets, devs, strict=True) if pair else ():
-        summed = [sides[system.name, dataset.name] for system in pair]
-        found.rankings[dataset.name] += rank_hybrid(*summed, dataset, dev, args.hybrid_weight)
+        one, other = (sides[system.name, dataset.name] for system in pair)
+        found.rankings[dataset.name] += rank_hybrid(one, other, dataset, dev, args.hybrid_weight)
     return found
 
 

@@ -112,8 +112,8 @@ class ExactIndex:
                 kept = np.searchsorted(vectors.windows, kept)
             query = rows(asked, np.array([row]))
             best = rescore(query, vectors, kept, ranks, similarity=origin.similarity) if kept.size else (kept, kept)
-            places = best[0] if vectors.windows is None else vectors.windows[best[0]]
-            found += other.hits(places[:, :k], best[1][:, :k])
+            ranked = best[0] if vectors.windows is None else vectors.windows[best[0]]
+            found += other.hits(ranked[:, :k], best[1][:, :k])
         return found
 
     def _weighted(

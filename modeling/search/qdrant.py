@@ -195,8 +195,8 @@ class QdrantIndex:
     ) -> list[list[Hit]]:
         """The best ``k`` documents by the weighted sum of their scores."""
         names, total = [origin.name for origin, _, _ in asked_for], len(asked_for[0][1])
-        points = self._checked_points(names)
-        whole, candidates = candidates >= points, max(1, min(candidates, points))
+        documents = self._checked_points(names)
+        whole, candidates = candidates >= documents, max(1, min(candidates, documents))
         sides = [self._vectors(asked, 0, total, origin.similarity) for origin, asked, _ in asked_for]
         hits: list[list[Hit]] = [[] for _ in range(total)]
         waiting = list(range(total))

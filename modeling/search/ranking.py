@@ -162,8 +162,8 @@ def score_candidates(
     if documents.windows is not None:  # those of all candidates, side by side
         candidates, bounds = side_by_side(documents.windows, candidates)
     if queries.kind == "sparse":
-        vectors = rows(documents, candidates)
-        left, right = sparse_rows(queries, row, row + 1, similarity), sparse_rows(vectors, 0, len(vectors), similarity)
+        chosen = rows(documents, candidates)
+        left, right = sparse_rows(queries, row, row + 1, similarity), sparse_rows(chosen, 0, len(chosen), similarity)
         scores = torch.from_numpy((left @ right.T).toarray())[0]
         return scores if bounds is None else best_windows(scores[None], bounds)[0]
     if queries.offsets is None or documents.offsets is None:
