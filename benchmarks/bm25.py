@@ -128,6 +128,21 @@ def measure(dataset: RetrievalDataset, model: Any, options: Mapping[str, Any]) -
     return Found(dataset, [dense, *cut], standardised(lexical), standardised(scores))
 
 
+PUBLISHED = 0.679
+"""nDCG@10 of Anserini's BM25 on SciFact, of one field with Porter's stems: what a rival should have at least."""
+
+
+def is_claimed(row: Mapping[str, Any]) -> bool:
+    """Whether it is the row of that."""
+    return (row["system"], row["dataset"], row["split"], row["metric"]) == ("BM25", "scifact", "test", "nDCG@10")
+
+
+def claim(row: Mapping[str, Any]) -> dict[str, Any]:
+    """That our rival is as strong as the published one."""
+    entry = {"claim": "baselines.bm25_scifact", "value": row["value"], "interval": row["interval"], "target": 0.68}
+    return entry | {"met": row["value"] >= 0.68, "published": PUBLISHED, "split": "test"}
+
+
 def main() -> None:
     """Choose on dev, measure, and write."""
     (args,) = HfArgumentParser([Arguments]).parse_args_into_dataclasses()
@@ -154,7 +169,7 @@ def main() -> None:
         "settings_tried": len(VARIANTS) + len(HYBRID_WEIGHTS),
         "drawn": [],
         "rows": rows,
-        "claims": [],
+        "claims": [claim(row) for row in rows if is_claimed(row)],
         "data": made_here(*args.datasets),
         "notes": [f"The hybrid's share of BM25, best on dev: {weight:.1f}."],
     }

@@ -56,7 +56,18 @@ TEXT_TO_IMAGE, IMAGE_TO_TEXT = "text to image", "image to text"
 FLOPS = ["--regularizer", "flops", "--regularizer_weight", "0.003"]
 PUBLISHED = [
     *("--own_tokens", "none", "--alignment", "none", "--label_weight", "0", "--negatives", "0"),
-    *("--noise", "0", "--mixup", "0", "--teacher_temperature", "0.05", "--max_steps", "300"),
+    *(
+        "--noise",
+        "0",
+        "--mixup",
+        "0",
+        "--teacher_temperature",
+        "0.05",
+        "--teacher_unit",
+        "score",
+        "--max_steps",
+        "300",
+    ),
     *("--regularizer", "l1", "--regularizer_weight", "0.0003"),
 ]
 FREE, CONTROLLED = "paper's recipe, no control", "paper's recipe, batch control"

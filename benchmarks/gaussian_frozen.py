@@ -179,7 +179,7 @@ class Bench(frozen_tier.Bench):
 
     def depends(self, system: str) -> dict[str, Any]:
         """The vectors, and whoever taught."""
-        taught = "distill" in " ".join(SETTINGS[system])
+        taught = "distill" in " ".join(self.settings[system])
         return {
             "documents": self.vectors["documents"].path.name,
             "teacher": fingerprint(fetch(self.args.teacher)) if taught else None,

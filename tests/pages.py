@@ -352,6 +352,13 @@ class Reader:
             assert results["rows"] and file.with_suffix(".md").is_file()
             assert all(0 <= row["value"] <= 1 for row in results["rows"] if row["metric"] == "nDCG@10")
 
+    def _calibrated(self, arguments: list[str], output: str) -> None:
+        found = read_json(Path(arguments[0]) / "calibration.json")
+        assert (
+            found["fingerprint"] == fingerprint(arguments[0]) and f"{found['counts']['queries']:,} queries" in output
+        )
+        assert (Path(arguments[0]) / "calibration.png").is_file()
+
     def _encoded(self, arguments: list[str], output: str) -> None:
         corpus = EncodedCorpus(flag(arguments, "--output"))
         assert len(corpus) > 0 and f"{len(corpus):,} documents" in output, output
@@ -390,6 +397,7 @@ class Reader:
         "data": _known,
         "train": _trained,
         "evaluate": _evaluated,
+        "calibrate": _calibrated,
         "encode": _encoded,
         "index": _indexed,
         "search": _searched,

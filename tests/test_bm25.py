@@ -17,7 +17,7 @@ from world import write_world
 from polyrep import InputError
 from polyrep.cli import main
 from polyrep.data import RetrievalDataset
-from polyrep.encoding.bm25 import _THREE_LETTERS, STOP_WORDS, Bm25, analyzer, language_of
+from polyrep.encoding.bm25 import _OTHER_CODES, STOP_WORDS, Bm25, analyzer, language_of
 from polyrep.evaluation import bm25 as bm25_rows
 from polyrep.evaluation.bm25 import rank_with_bm25
 from polyrep.publishing.after_training import _language
@@ -134,7 +134,7 @@ def test_stop_words_of_every_language_are_a_list_and_have_a_stemmer():
         found = analyzer(code)
         assert found.language == code and len(found.stop_words) > 30
         assert found.words([" ".join(found.stop_words)]) == [[]]
-    assert set(_THREE_LETTERS.values()) == set(STOP_WORDS)
+    assert set(_OTHER_CODES.values()) == set(STOP_WORDS)
 
 
 @pytest.mark.parametrize(
@@ -146,10 +146,22 @@ def test_stop_words_of_every_language_are_a_list_and_have_a_stemmer():
         ("fi", "taloissa talo", ["talo", "talo"]),  # a stemmer without a list
         ("none", "The Runners", ["the", "runners"]),
         ("en", "走るGPUs", ["走", "る", "走る", "gpus"]),
+        ("none", "ＧＰＵ ２０２４", ["gpu", "2024"]),
+        ("none", "ｶﾞｽ", ["ガ", "ス", "ガス"]),
+        ("none", "ﬁle Fuß\u00adball", ["file", "fußball"]),
+        ("none", "İzmir", ["izmir"]),
+        ("tr", "İstanbul'da IŞIK", ["istanbul", "ışık"]),
+        ("nb", "jentene", ["jent"]),
     ],
 )
 def test_words_are_those_of_the_language(language, text, stems):
     assert analyzer(language).words([text]) == [stems]
+
+
+def test_a_language_without_bm25_is_refused(tmp_path, capsys):
+    folder = str(write_beir(tmp_path / "commands"))
+    assert main(["evaluate", "minilm", "--dataset", folder, "--baselines", "none", "--language", "de"]) == 2
+    assert "--language de: of bm25, which is no row here" in capsys.readouterr().err
 
 
 def test_an_inflected_word_is_found():

@@ -26,11 +26,13 @@ from polyrep.data import load_retrieval_dataset
 from polyrep.encoding.embeddings import in_memory
 from polyrep.encoding.encoders import uncertainty_of
 from polyrep.encoding.shards import Origin, Shard
+from polyrep.encoding.windows import Windows
 from polyrep.evaluation.calibrate import Candidates, candidates_of, choose, fit
 from polyrep.evaluation.reliability import binned, draw_panels, error_if_true, error_interval
 from polyrep.hub import fingerprint
 from polyrep.hub.calibration import Calibration, calibration_of, inputs_of, read_calibration, write_calibration
-from polyrep.search import Searcher, Service, open_index
+from polyrep.search import Hit, Searcher, Service, open_index
+from polyrep.search.probability import _probable
 
 WORDS = (
     "archive file port socket print line search folder copy move delete network disk user group process memory image "
@@ -167,6 +169,20 @@ def test_a_map_by_which_scores_would_count_against_a_document_is_none():
     assert set(choose(against)[0].weights) == {"score"}
 
 
+def test_judgments_of_one_kind_in_four_fifths_of_the_queries_are_mapped_by_the_score():
+    """As of a model that is nearly always right, with ``--depth 1``: the one that is not falls into one fold."""
+    some = candidates(60, depth=1)
+    relevant = np.ones_like(some.relevant)
+    relevant[np.argmin(some.scores[:, 0])] = False
+    chosen, held_out = choose(replace(some, relevant=relevant))
+    assert set(chosen.weights) == {"score"} and np.isfinite(held_out).all()
+    # One at the lowest score, 59 above it: no surer than 1 / 3 and 60 / 61.
+    asked = np.array([[-9.0], [9.0]])
+    np.testing.assert_allclose(
+        chosen.probabilities(Candidates(asked, asked > 0, np.ones((2, 1), bool)))[:, 0], [1 / 3, 60 / 61]
+    )
+
+
 def test_probabilities_of_the_law_that_made_the_judgments_come_back():
     chosen, _ = choose(candidates(2000))
     test = candidates(2000, seed=1)
@@ -299,6 +315,22 @@ def test_a_saved_copy_has_the_calibration_and_a_changed_model_has_not(calibrated
     assert calibration_of(polyrep.load(changed), fingerprint(changed)) is None
 
 
+def test_a_folder_keeps_no_calibration_of_a_model_that_it_had_before(calibrated, tmp_path):
+    copy = shutil.copytree(calibrated, tmp_path / "model")
+    model = polyrep.load(copy)
+    kept = (copy / "calibration.json").read_bytes()
+    polyrep.save(model, copy)
+    assert (copy / "calibration.json").read_bytes() == kept and (copy / "calibration.png").is_file()
+    anew = type(model)(modules=list(model), prompts=dict(model.prompts), device="cpu")  # the same, of no folder
+    polyrep.save(anew, copy)
+    assert (copy / "calibration.json").read_bytes() == kept
+    with torch.no_grad():
+        next(anew.parameters()).add_(0.01)
+    polyrep.save(anew, copy)
+    assert not list(copy.glob("calibration.*"))
+    assert calibration_of(polyrep.load(copy), fingerprint(copy)) is None
+
+
 # --- what is refused before anything is encoded ------------------------------------------------------------------
 
 
@@ -310,6 +342,7 @@ def test_a_saved_copy_has_the_calibration_and_a_changed_model_has_not(calibrated
         ("", ["--dataset", ""], "--dataset: missing"),
         ("", ["--split", "train"], "no judgments for split 'train'"),
         ("", ["--depth", "0"], "--depth 0: is out of its range"),
+        ("", ["--stride", "4"], "--stride 4: there are no windows to be that far apart"),
         ("", ["--model_dtype", "int8"], "--model_dtype 'int8'"),
     ],
 )
@@ -395,6 +428,47 @@ def test_scores_of_signs_and_of_another_model_have_no_probability(calibrated, ca
         for _ in range(2):
             assert {hit.probability for hit in searcher.search(["open ports"], vectors, 3)[0]} == {None}
         assert caplog.text.count(f"{why}, so their scores have no probabilities") == 1
+
+
+def test_scores_of_windows_have_the_probabilities_of_windows_alone(folder, data, tmp_path, caplog):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    asked = ["calibrate", str(copy), "--dataset", str(data), "--depth", "20", "--cache_dir", str(tmp_path / "cache")]
+    assert main([*asked, "--window", "4", "--stride", "2"]) == 0
+    digest = fingerprint(copy)
+    made, model = read_calibration(copy, digest), polyrep.load(copy)
+    assert (made.window, made.stride) == (4, 2)
+    windows = Windows.of(model, 4, 2, "model")
+    found = candidates_of(model, load_retrieval_dataset(data, "dev"), 3, windows)
+    cuts = [windows.cut(json.loads(line)["text"]) for line in (data / "corpus.jsonl").read_text().splitlines()]
+    query = json.loads((data / "queries.jsonl").read_text().splitlines()[0])["text"]
+    best = [float(model.similarity(model.encode_query(query), model.encode_document(cut)).max()) for cut in cuts]
+    np.testing.assert_allclose(found.scores[0], sorted(best, reverse=True)[:3], rtol=1e-3)
+
+    vectors = [model.encode_document(windows.cut(text)) for text in DOCUMENTS.values()]
+    bounds = np.cumsum([0, *map(len, vectors)])
+    asked_for = model.encode_query(["open ports"])
+    for cut, origin in ((True, (4, 2)), (True, (4, 4)), (False, ())):
+        index = open_index("memory:")
+        embeddings = replace(in_memory(np.concatenate(vectors)), windows=bounds) if cut else in_memory(vectors[0][:1])
+        ids = list(DOCUMENTS)[: embeddings.documents]
+        index.add([Shard(ids, embeddings, Origin("v", "sentence", 384, "cosine", digest, "float32", *origin), "")])
+        hits = Searcher(model, index, digest).search(["open ports"], asked_for, 2)[0]
+        assert all((hit.probability is not None) == (origin == (4, 2)) for hit in hits)
+    assert "are of --window 4 --stride 4, the calibration of --window 4 --stride 2" in caplog.text
+    assert "are of whole documents, the calibration of --window 4 --stride 2" in caplog.text
+    file = copy / "calibration.json"
+    old = {name: value for name, value in json.loads(file.read_text()).items() if name not in ("window", "stride")}
+    file.write_text(json.dumps(old))
+    assert read_calibration(copy, digest) == replace(made, window=0, stride=0)
+
+
+def test_the_only_document_with_a_word_of_the_query_leads_those_without():
+    """Whether an engine lists them with 0, as exact search does, or not at all."""
+    made = replace(MADE, weights={"score": 1.0, "lead": 1.0}, at=[0.0, 4.0], probability=[0.0, 1.0])
+    lists = [[Hit("a", 1.0), Hit("b", 0.0)], [Hit("a", 1.0)]]
+    assert [_probable(made, hits, None, True)[0].probability for hits in lists] == [0.5, 0.5]
+    assert [len(_probable(made, hits, None, True)) for hits in [*lists, []]] == [2, 1, 0]
+    assert _probable(made, lists[1], None, False)[0].probability == 0.25
 
 
 def test_a_calibration_of_another_model_is_refused_by_search_and_server(folder, tmp_path):

@@ -339,6 +339,7 @@ def test_sentences_end_without_a_space_where_a_script_has_none():
         "本当？",
         "はい",
     ]
+    assert sentences_of("真的！？是的。。。好") == ["真的！？", "是的。。。", "好"]
     assert sentences_of("แมวนอนหลับ หมาเห่า") == ["แมวนอนหลับ", "หมาเห่า"]
     assert sentences_of("यह एक है। वह दो है।") == ["यह एक है।", "वह दो है।"]
     assert sentences_of("One. Two: three") == ["One.", "Two:", "three"]

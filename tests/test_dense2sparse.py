@@ -368,6 +368,36 @@ def prepared(sentence_model: SentenceTransformer, data: HeadData, **settings: An
     return objective
 
 
+def deviation_of(data: HeadData) -> float:
+    """Standard deviation of a query's dense scores over the documents, the mean over queries."""
+    queries, documents = (
+        next(iter(data.batches(side)))["sentence_embedding"].double() for side in ("query", "document")
+    )
+    return float((queries @ documents.T).std(1, correction=0).mean())
+
+
+def test_the_temperature_follows_how_far_dense_scores_spread(sentence_model, data, batch, monkeypatch):
+    q, d = batch["features"]
+    dense = (q["sentence_embedding"].double() @ d["sentence_embedding"].double().T).float()
+    absolute = prepared(sentence_model, data, teacher_unit="score")
+    torch.testing.assert_close(absolute._teacher_logits(q, d), dense / 0.55)
+    objective = prepared(sentence_model, data)
+    expected = objective._teacher_logits(q, d)
+    torch.testing.assert_close(expected, dense / (0.55 * deviation_of(data)), rtol=1e-4, atol=1e-4)
+
+    def squeezed(features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """As of an encoder whose cosines lie close together: each is a tenth of what it was, and .9 more."""
+        vectors = features["sentence_embedding"]
+        more = torch.full((len(vectors), 1), 0.9**0.5)
+        return {**features, "sentence_embedding": torch.cat([0.1**0.5 * vectors, more], 1)}
+
+    plain = data.batches
+    monkeypatch.setattr(data, "batches", lambda side, size=1024: map(squeezed, plain(side, size)))
+    objective._measure_teachers(data)
+    found = objective._teacher_logits(squeezed(q), squeezed(d))
+    torch.testing.assert_close(found.softmax(1), expected.softmax(1), rtol=1e-3, atol=1e-5)
+
+
 def test_preparation_sets_what_bm25_would(sentence_model, data):
     objective = prepared(sentence_model, data, own_scale=3.0)
     head, tokenizer = objective.model, sentence_model.tokenizer
@@ -436,7 +466,8 @@ def test_distillation_and_regulariser_against_loops(sentence_model, data, batch,
             encode(objective.model, q, "query").double().numpy(),
             encode(objective.model, d, "document").double().numpy(),
         )
-    teacher = (q["sentence_embedding"].double() @ d["sentence_embedding"].double().T).numpy() / 0.05
+    teacher = (q["sentence_embedding"].double() @ d["sentence_embedding"].double().T).numpy()
+    teacher /= 0.55 * deviation_of(data)
     student = zq @ zd.T
 
     def divergence(s: np.ndarray, t: np.ndarray) -> float:
@@ -456,7 +487,8 @@ def test_distillation_and_regulariser_against_loops(sentence_model, data, batch,
 
 def test_scores_are_compared_in_full_precision_whatever_trains(sentence_model, data, batch):
     """Cosines that half precision cannot tell apart are a large step at this temperature."""
-    objective = prepared(sentence_model, data, teacher_temperature=0.001, regularizer_weight=0.0)
+    unit = {"teacher_temperature": 0.001, "teacher_unit": "score"}
+    objective = prepared(sentence_model, data, regularizer_weight=0.0, **unit)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         found = objective(batch["features"], batch["labels"])["distillation"]
         sides = [
@@ -508,7 +540,7 @@ def test_the_lexical_teacher_is_bm25_in_units_of_the_dense_one(sentence_model, d
     )
     batch_dense, batch_words = objective._teachers(q, d)
     mixed = 0.6 * batch_dense + 0.4 * batch_words * objective.deviations[0] / objective.deviations[1]
-    torch.testing.assert_close(objective._teacher_logits(q, d), mixed / 0.05)
+    torch.testing.assert_close(objective._teacher_logits(q, d), mixed / (0.55 * objective.deviations[0]))
     with torch.no_grad():
         own = objective.lexical(
             q["sentence_embedding"], q["input_ids"], q["attention_mask"], "query"

@@ -441,6 +441,7 @@ def test_noise_and_mixing_reach_head_and_teacher_alike():
     loss = objective(features, torch.arange(6))["distillation"]
     blurred = [objective._blurred(side, 6, number) for number, side in enumerate(features)]
     clean = Dense2SparseLoss(head, alignment="none").train()
+    clean.deviations = objective.deviations
     clean.progress = (4, 10)
     torch.testing.assert_close(loss, clean(blurred, torch.arange(6))["distillation"])
     objective.eval()

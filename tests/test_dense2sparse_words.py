@@ -242,6 +242,67 @@ def test_one_word_behind_a_prompt_is_no_empty_text(encoder):
     assert (one.encode_query(["Uhr", ""]).to_dense() > 0).any(1).tolist() == [True, False]
 
 
+def with_head(dense: SentenceTransformer, head: Dense2SparseModel, prompts: dict[str, str]) -> SparseEncoder:
+    return SparseEncoder(modules=[*dense.children(), Dense2SparsePooling(head)], prompts=prompts, device="cpu")
+
+
+@pytest.mark.parametrize("text", ["bleibt am Bahnsteig", "(bleibt)", "7:10"])
+def test_a_prompt_may_end_in_a_word(encoder, head, text, tmp_path):
+    """Whose space is a token in some vocabularies, and dropped in others; the next text's first word has one, too."""
+    prompts = {"query": "Zug Uhr ", "document": ""}
+    dense = sentence_model_of(encoder[0], prompts=prompts)
+    pipeline = with_head(dense, head, prompts)
+    one = SparseEncoder(str(polyrep.save(pipeline, tmp_path / "one")), trust_remote_code=True, device="cpu")
+    expected = sorted(own_words(with_head(dense, head, {}), f" {text}"))
+    side = SentenceSide.encode(dense, {"q": text}, "query", "some", cache_dir=str(tmp_path))
+    with torch.no_grad():
+        trained = head(**side.vectors_of(np.arange(1)), task="query", expand=False).sentence_embedding[0]
+    assert sorted(own_words(pipeline, text)) == sorted(own_words(one, text)) == expected
+    assert sorted(word for word, _ in head.decode(trained)) == expected
+    of_call = pipeline.encode_query([text], prompt="Seite Uhr ", expand=False)[0]
+    assert sorted(word for word, _ in pipeline.decode(of_call)) == expected
+
+
+def test_a_prompt_may_begin_with_another(encoder, head):
+    for prompts in ({"query": "Zug: Uhr: ", "document": "Zug: "}, {"query": "Zug: ", "document": "Zug: Uhr: "}):
+        dense = sentence_model_of(encoder[0], prompts=prompts)
+        retriever = Dense2SparseForRetrieval.from_modules(dense, head).eval()
+        for task, prompt in prompts.items():
+            batch = dense.tokenizer([f"{prompt}Babette"], return_tensors="pt")
+            with torch.no_grad():
+                found = retriever(**batch, task=task, expand=False).sentence_embedding
+            bare = own_words(with_head(dense, head, {}), " Babette")
+            assert sorted(word for word, _ in retriever.decode(found)[0]) == sorted(bare)
+
+
+def test_a_prompts_end_may_grow_into_the_text(tmp_path):
+    """A prompt without a space behind it: its colon and the text's quotation mark are one token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    entries = [*SPECIAL, *alphabet, ':"']
+    tokens = Tokenizer(models.BPE({entry: i for i, entry in enumerate(entries)}, [(":", '"')]))
+    tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    prompts = {"query": "Instruct: find.\nQuery:", "document": ""}
+    dense = sentence_model_of(write_encoder(tmp_path / "encoder", tokens), prompts=prompts)
+    head = Dense2SparseModel.from_backbone(dense)
+    retriever = Dense2SparseForRetrieval.from_modules(dense, head).eval()
+    for text, own in (('"zz"', '"z'), ("zz", "z")):
+        batch = dense.tokenizer([prompts["query"] + text], return_tensors="pt")
+        with torch.no_grad():
+            found = retriever(**batch, task="query", expand=False).sentence_embedding[0]
+        assert {word.removeprefix("##") for word, _ in retriever.decode(found)} == set(own)
+
+
+def test_one_word_behind_a_prompt_is_no_empty_text_in_words_of_another_model(encoder, tmp_path):
+    dense = sentence_model_of(encoder[0], prompts=PROMPTS)
+    other = write_encoder(tmp_path / "other", unigram())
+    head = Dense2SparseModel.from_mlm(str(other), 32, own_tokens="none", foreign_words=True)
+    pipeline = with_head(dense, head, PROMPTS)
+    one = SparseEncoder(str(polyrep.save(pipeline, tmp_path / "one")), trust_remote_code=True, device="cpu")
+    for model, options in ((pipeline, {}), (one, {}), (one, {"prompt": "Bahnsteig: "})):
+        found = model.encode_query(["Zug", ""], **options).to_dense()
+        assert (found > 0).any(1).tolist() == [True, False]
+
+
 def test_training_reads_the_words_that_encoding_reads(encoder, head, tmp_path):
     dense = sentence_model_of(encoder[0], prompts=PROMPTS)
     texts = {str(i): text for i, text in enumerate(TEXTS) if text}

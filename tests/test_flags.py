@@ -39,6 +39,10 @@ COMMANDS = {
         ("hybrid_weight", "inf"),
     ],
     "evaluate MODEL --frontier --dataset x": [*MEASURED, ("fit_seconds", "nan")],
+    "calibrate MODEL --dataset x": [
+        *EVERYWHERE,
+        *(("depth", "0"), ("seed", "-1"), ("window", "0"), ("window", HUGE), ("stride", "-1")),
+    ],
     "search words --uri faiss:///x": [("k", "0"), ("k", "-1"), ("k", HUGE), ("candidates", "0"), ("candidates", HUGE)],
     "train dense2sparse-minilm": [*STEPS, *HEADS],
     "train late-interaction-minilm": [*STEPS, *WHOLE],

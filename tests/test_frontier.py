@@ -621,3 +621,23 @@ def test_a_fit_trusts_code_that_the_user_does(monkeypatch, tmp_path, trusted):
     with pytest.raises(AttributeError):  # of the plan, which is none here
         fit.fit_run(full, "some-run", "code", single=True)
     assert asked["trust_remote_code"] is trusted
+
+
+def test_images_are_not_opened_to_tell_their_language(monkeypatch):
+    opened: list[str] = []
+
+    class Images(dict[str, Any]):
+        def values(self) -> Any:
+            return (opened.append(name) for name in self)
+
+    data = SimpleNamespace(corpus=Images.fromkeys("abc"), name="pictures"), None
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise InputError("as far as the model")
+
+    monkeypatch.setattr(frontier, "_read", lambda args, path: data)
+    monkeypatch.setattr(frontier, "fetch", stop)
+    for language in ("en", "auto"):
+        with pytest.raises(InputError, match="as far as the model"):
+            frontier._open(frontier.FrontierArguments(dataset=["pictures"], language=language), "m")
+    assert len(opened) <= 1

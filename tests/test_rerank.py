@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 
 from polyrep.cli import main
 from polyrep.data import load_retrieval_dataset
+from polyrep.encoding.windows import Windows
 from polyrep.evaluation.bm25 import rank_with_bm25
 from polyrep.evaluation.evaluate import evaluate
 from polyrep.evaluation.frontier.command import frontier
@@ -140,6 +141,31 @@ def test_the_frontier_orders_each_first_stage_and_the_full_model(tmp_path, beir,
         assert row["bytes_per_document"] == rows[first]["bytes_per_document"]
         assert row["search_ms_p50"] > rows[first]["search_ms_p50"]
     assert not any("by cross" in str(claim) for claim in results["claims"])
+
+
+def test_vectors_of_windows_order_as_windows(tmp_path, beir, models, static_model):
+    """What is asked for stands at the end of long documents, in windows of their own."""
+    lines = [json.loads(line) for line in (beir / "corpus.jsonl").read_text().splitlines()]
+    corpus = {line["_id"]: f"{'cat dog list ' * 6}{line['text']}" for line in lines}
+    text = "".join(json.dumps({"_id": name, "text": text}) + "\n" for name, text in corpus.items())
+    (beir / "corpus.jsonl").write_text(text)
+    flags = ["bm25", "--dataset", beir, "--baselines", "none", "--rerank", models["bag"], "--rerank_depth", 5, 5]
+    results = run(tmp_path, *flags, "--window", 8, "--stride", 4)
+    windows = Windows.of(static_model, 8, 4, "bag")
+    expected, count = [], np.mean([len(windows.cut(text)) for text in corpus.values()])
+    for query, asked in QUERIES.items():
+        vector = static_model.encode_query(asked)
+        best = {
+            name: max(score("cosine", vector, window) for window in static_model.encode(windows.cut(text)))
+            for name, text in corpus.items()
+        }
+        ranked = sorted(best, key=lambda name: (best[name], name), reverse=True)  # noqa: B023
+        expected.append(brute_force(QRELS[query], ranked)["nDCG@10"])
+    row = rows_of(results)["BM25, then 5 best by bag"]
+    assert row["value"] == pytest.approx(np.mean(expected))
+    assert row["bytes_per_document"] == pytest.approx(row["first_stage_bytes"] + count * 384 * 2) and count > 2
+    assert "seeds" not in row  # which two rows of one name would be
+    assert any("a cross-encoder reads the beginning of each" in note for note in results["notes"])
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,10 @@ def test_deleted_documents_are_not_found(case):
     assert same(index.search(asked, 5), oracle(similarity, queries, documents, 5))
     assert index.delete(documents) == 30
     assert (index.count(), index.search(asked, 5)) == (0, [[], [], []])
+    if not isinstance(index, type(open_index("memory:"))):
+        closed(index)
+        index = opened()
+        assert (index.count(), index.search(asked, 5)) == (0, [[], [], []])
     index.add([shard(kind, rest, similarity)])
     assert same(index.search(asked, 5), oracle(similarity, queries, rest, 5))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_search import DIM, Texts, packed, same, score, shard, texts
-from test_windows import cut_texts
+from test_windows import cut_shard, cut_texts
 
 from polyrep import InputError
 from polyrep.encoding.embeddings import Embeddings
@@ -131,8 +131,11 @@ def test_ties_of_sums_go_to_the_higher_id():
 
 @pytest.mark.parametrize("candidates", [6, 1000])
 def test_the_best_window_of_a_document_counts_under_each_name(candidates):
-    """Windows beside windows of other places, and beside whole documents; and as a second stage."""
-    index = open_index("memory:")
+    """Windows beside windows of other places, and beside whole documents; and as a second stage.
+
+    A hit says which was best where there is one: of a sum, where windows of one name alone have a part in it.
+    """
+    index = open_index("memory:?prefetch=4")
     counts = {f"d{n}": 1 + n % 3 for n in range(20)}
     cut = {
         "words": cut_texts("sparse", counts, 1),
@@ -149,23 +152,52 @@ def test_the_best_window_of_a_document_counts_under_each_name(candidates):
     queries = {name: texts(KINDS[name][0], 5, 9, "q") for name in cut}
     asked = {name: packed(KINDS[name][0], list(some.values())) for name, some in queries.items()}
 
-    def said(name: str, row: int, document: str) -> float:
+    def all_said(name: str, row: int, document: str) -> list[float]:
         query = list(queries[name].values())[row]
-        return max(score(KINDS[name][1], query, vectors) for vectors in cut[name][document])
+        return [score(KINDS[name][1], query, vectors) for vectors in cut[name][document]]
 
-    for names in (("words", "dense", "many"), ("dense", "words")):
-        found = index.search(
-            {n: asked[n] for n in names}, 4, weights={n: WEIGHTS[n] for n in names}, candidates=candidates
-        )
+    def said(name: str, row: int, document: str) -> float:
+        return max(all_said(name, row, document))
+
+    def best_of(name: str, found: list[list[Hit]]) -> list[list[int]]:
+        return [[int(np.argmax(all_said(name, row, hit.id))) for hit in hits] for row, hits in enumerate(found)]
+
+    def told(found: list[list[Hit]]) -> list[list[int | None]]:
+        return [[hit.window for hit in hits] for hits in found]
+
+    for names, one in {("words", "dense", "many"): "", ("dense", "words"): "", ("many", "dense"): "dense"}.items():
+        weights = {n: WEIGHTS[n] for n in names}
+        found = index.search({n: asked[n] for n in names}, 4, weights=weights, candidates=candidates)
+        assert told(found) == (best_of(one, found) if one else [[None] * 4] * 5)
         expected = []
         for row in range(5):
             first = sorted(counts, key=lambda d, r=row, n=names[0]: said(n, r, d), reverse=True)[:candidates]
             hits = [Hit(d, sum(WEIGHTS[n] * said(n, row, d) for n in names)) for d in first]
             expected.append(sorted(hits, key=lambda hit: hit.score, reverse=True)[:4])
         assert same(found, expected)
-    second = index.search({"many": asked["many"], "dense": asked["dense"]}, 3)
-    best = [sorted((Hit(d, said("dense", row, d)) for d in counts), key=lambda h: -h.score)[:3] for row in range(5)]
-    assert same(second, best)
+    for first, then in (("many", "dense"), ("dense", "many"), ("dense", "words")):
+        second, expected = index.search({first: asked[first], then: asked[then]}, 3), []
+        for row in range(5):
+            among = sorted(counts, key=lambda d, r=row, n=first: said(n, r, d), reverse=True)[:4]
+            hits = [Hit(d, said(then, row, d)) for d in among]
+            expected.append(sorted(hits, key=lambda hit: hit.score, reverse=True)[:3])
+        assert same(second, expected)
+        assert told(second) == ([[None] * 3] * 5 if then == "many" else best_of(then, second))
+    weights = {"words": 0, "dense": 2.0}
+    found = index.search({n: asked[n] for n in weights}, 4, weights=weights, candidates=candidates)
+    assert told(found) == best_of("dense", found) and any(window for row in told(found) for window in row)
+
+
+def test_a_sum_of_windows_alone_is_their_score_and_says_which_was_best(index):
+    documents = cut_texts("sentence", {f"d{n}": 1 + n % 3 for n in range(20)}, 1)
+    index.add([cut_shard("sentence", "dot", documents)])
+    asked = packed("sentence", list(texts("sentence", 3, 2).values()))
+    (name,) = index.origins
+    plain = index.search(asked, 5)
+    halved = [[hit._replace(score=hit.score / 2) for hit in hits] for hits in plain]
+    found = index.search({name: asked}, 5, weights={name: 0.5})
+    assert same(found, halved) and any(hit.window for hits in found for hit in hits)
+    assert [[hit.window for hit in hits] for hits in found] == [[hit.window for hit in hits] for hits in plain]
 
 
 def test_documents_without_vectors_of_a_name_are_refused(index):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from conftest import needs_seismic
 from qdrant_server import StandIn
@@ -65,6 +66,62 @@ def test_a_word_is_cut_only_if_it_is_longer_than_half_a_window(sentence_model):
     assert " ".join(cuts).split() == words
     (single, *_), long = Windows.of(sentence_model, 10, None, "model").cut("x" * 25), "x" * 25
     assert single == long[:10]
+
+
+WRITINGS = {
+    "prose": "Each shell has its own way to list files, ports and users; see port_list(1) for more. " * 20,
+    "compounds": "Donaudampfschifffahrtskapitänsmützenfabrik " * 12,
+    "letters": "qwjxzkvbpygfmdlhrutsnioae" * 16,
+    "no spaces": "日本語の文章は空白なしで書かれる。" * 12,
+    "several tokens a character": "👩‍👩‍👧‍👦🇩🇪😀" * 12,
+    "decomposed": "e\u0301a\u0308" * 60,
+    "characters that are words": "\ufdfa \u00bd \ufb01ne " * 20,
+    "control": "a\u200bb\x00c " * 40,
+    "spaces": "\n\n   " + "word  and \n " * 40 + "  \n",
+}
+
+
+def tokenizer_of(kind: str) -> tokenizers.Tokenizer:
+    """A small one of each family, over the texts above."""
+    byte = kind.startswith("byte")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE() if byte else tokenizers.models.Unigram())
+    if byte:
+        made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer: Any = tokenizers.trainers.BpeTrainer(
+            vocab_size=300,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=["<s>", "</s>"],
+        )
+    else:
+        made.normalizer, made.pre_tokenizer = tokenizers.normalizers.NFKC(), tokenizers.pre_tokenizers.Metaspace()
+        trainer = tokenizers.trainers.UnigramTrainer(vocab_size=120, unk_token="<unk>", special_tokens=["<unk>"])
+    made.train_from_iterator(WRITINGS.values(), trainer)
+    if kind == "byte, trimmed":  # offsets without the space that a token holds
+        made.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 1), ("<s>", 0), trim_offsets=True)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["byte", "byte, trimmed", "sentencepiece"])
+@pytest.mark.parametrize("writing", WRITINGS)
+def test_windows_of_any_writing_fit_and_hold_each_character_once(kind, writing):
+    tokenizer, text = tokenizer_of(kind), WRITINGS[writing]
+    for tokens in (24, 31):  # more than the longest character has
+        cuts = Windows(tokens, tokens, tokenizer).cut(text)
+        assert all(cut.strip() for cut in cuts)
+        assert max(len(tokenizer.encode(cut, add_special_tokens=False)) for cut in cuts) <= tokens
+        assert "".join("".join(cuts).split()) == "".join(text.split())
+        half = Windows(tokens, tokens // 2, tokenizer).cut(text)
+        assert max(len(tokenizer.encode(cut, add_special_tokens=False)) for cut in half) <= tokens
+        end = 0  # and none is left out between two windows
+        for cut in half:
+            least = len(text) - len(text[end:].lstrip())
+            assert (start := text.rfind(cut, 0, least + len(cut))) >= 0
+            end = start + len(cut)
+        assert not text[end:].strip()
+
+
+def test_a_text_of_nothing_but_spaces_is_one_window():
+    assert Windows(4, 2, tokenizer_of("byte")).cut(" \n" * 50) == [" \n" * 50]
 
 
 def test_without_a_stride_windows_do_not_overlap_and_with_half_each_token_is_in_two(sentence_model):
@@ -188,7 +245,11 @@ def test_an_index_of_windows_finds_each_document_once_at_its_best_window(engine)
     assert (added.documents, added.replaced, index.count()) == (31, 0, 31)
     asked = packed(kind, list(queries.values()))
     for k in (1, 10, 31, 40):
-        assert same(index.search(asked, k), truth(similarity, queries, documents, k))
+        found = index.search(asked, k)
+        assert same(found, truth(similarity, queries, documents, k))
+        for query, hits in zip(queries.values(), found, strict=True):
+            own = [score(similarity, query, documents[hit.id][hit.window]) for hit in hits]
+            assert own == pytest.approx([hit.score for hit in hits], rel=1e-5, abs=1e-6)
     assert [hit.id for hit in index.search(asked, 3)[0]][0] == "long"
 
     # Shorter and longer ones in the place of others, one of them twice, and then some are removed.
@@ -206,10 +267,22 @@ def test_an_index_of_windows_finds_each_document_once_at_its_best_window(engine)
     if not isinstance(index, type(open_index("memory:"))):
         closed(index)
         index = opened()
-        assert same(index.search(asked, 7), truth(similarity, queries, documents, 7))
-        assert index.count() == len(documents)
+        found = index.search(asked, 7)
+        assert same(found, truth(similarity, queries, documents, 7))
+        assert any(hit.window for hits in found for hit in hits) and index.count() == len(documents)
     added = index.add([cut_shard(kind, similarity, cut_texts(kind, {"d4é": 2}, 5))])
     assert (added.replaced, index.count()) == (0, len(documents) + 1)
+    closed(index)
+
+
+def test_a_search_of_windows_counts_no_points(tmp_path, monkeypatch):
+    """Which reads all of them: a search would take longer with every document of the index."""
+    index = open_index(f"qdrant:{tmp_path / 'index'}")
+    documents, queries = cut_texts("sentence", {f"d{n}": 9 for n in range(20)}, 1), texts("sentence", 2, 2)
+    index.add([cut_shard("sentence", "dot", documents)])
+    monkeypatch.setattr(index.engine, "count", lambda *_, **__: pytest.fail("counted"))
+    found = index.search(packed("sentence", list(queries.values())), 20)
+    assert same(found, truth("dot", queries, documents, 20))
     closed(index)
 
 
@@ -269,8 +342,9 @@ def test_ids_stay_those_of_documents_from_encode_to_search(precision, models, st
     assert main(["index", str(encoded), "--uri", uri]) == 0
     assert "12 documents written" in capsys.readouterr().out
     assert main(["search", "penguins of antarctica", "--uri", uri, "--model", str(models["bag"]), "--k", "12"]) == 0
-    shown = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]]
-    assert shown[0] == "p7" and sorted(shown) == sorted(pages)
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert shown[0][1] == "p7" and sorted(name for _, name, *_ in shown) == sorted(pages)
+    assert shown[0][2] == "window" and "penguins" in windows.cut(pages["p7"])[int(shown[0][3])]
     # A second run goes on only with the same windows.
     assert main(["encode", *flags]) == 0
     for other in (["--stride", "6"], ["--window", "7"]):

@@ -24,22 +24,26 @@ _RUNS = re.compile(f"([{SPACELESS}]+)")
 # Vowels and accents that stand behind a letter, which Python counts as none: without them दिल्ली would have no word.
 _MARKS = "".join(mark for mark in map(chr, range(0x300, 0x20000)) if unicodedata.category(mark)[0] == "M")
 _WORD = re.compile(f"\\w+(?:[{_MARKS}]+\\w*)*")
+# Letters as wide as a Chinese character, kana of half that width, and the ligatures of a printed page.
+_FORMS = re.compile("[\ufb00-\ufb06\uff01-\uff9f]+")
 _UNIT = re.compile(f"[{SPACELESS}]|[^\\s{SPACELESS}]+")
 _SENTENCE = re.compile(
     r"(?<=[.!?:؟۔।॥])\s+|\n+"
-    r"|(?<=[。！？｡។။])(?![」』”’）])\s*|(?<=[。！？｡][」』”’）])\s*"
+    r"|(?<=[。！？｡។။])(?![。！？｡」』”’）])\s*|(?<=[。！？｡][」』”’）])\s*"
     f"|(?<=[{SOUTH_EAST_ASIAN}])\\s+(?=[{SOUTH_EAST_ASIAN}])"
 )
 
 
 def words_of(text: str) -> list[str]:
-    """What a text is found by, in small letters: words of two letters or more.
+    """What a text is found by, in small letters of their plain form: words of two letters or more.
 
     Of a script without spaces, each character and each two neighbours, as Lucene's CJKAnalyzer has it with single
     characters: nobody asks with the words that a dictionary would cut, and one character may be a whole query.
     """
     found: list[str] = []
-    for number, part in enumerate(_RUNS.split(unicodedata.normalize("NFC", text).lower())):
+    plain = _FORMS.sub(lambda form: unicodedata.normalize("NFKC", form[0]), text.replace("\u00ad", ""))
+    small = unicodedata.normalize("NFC", plain).lower().replace("i\u0307", "i")  # of İ, which has a dot already
+    for number, part in enumerate(_RUNS.split(small)):
         if number % 2:  # a run of such a script
             found += [character for character in part if character.isalnum()]
             found += map("".join, zip(part, part[1:], strict=False))

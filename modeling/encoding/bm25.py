@@ -49,9 +49,10 @@ STOP_WORDS = {
 English is Lucene's 33 words: NLTK's 179 were no better on the dev splits of tldr_pages, SciTLDR and SciFact.
 """
 
-_THREE_LETTERS = {
+_OTHER_CODES = {
     **{"dan": "da", "deu": "de", "dut": "nl", "eng": "en", "esl": "es", "fra": "fr", "fre": "fr", "ger": "de"},
     **{"ita": "it", "nld": "nl", "nor": "no", "por": "pt", "rus": "ru", "spa": "es", "swe": "sv", "tur": "tr"},
+    **{"nb": "no", "nob": "no"},  # as Norwegian texts are labelled
 }
 
 SAMPLE = 1000
@@ -76,6 +77,8 @@ class Analyzer:
 
     def through(self, texts: Iterable[str]) -> Iterator[list[str]]:
         """:meth:`words` of one text after the other."""
+        if self.language == "tr":  # whose small I has no dot
+            texts = (text.replace("I", "ı") for text in texts)
         kept = ([word for word in words_of(text) if word not in self.stop_words] for text in texts)
         if self.language == "none":
             return kept
@@ -122,7 +125,7 @@ def analyzer(language: str, texts: Sequence[str] = ()) -> Analyzer:
         )
     if code == "none":
         return Analyzer()
-    code = _THREE_LETTERS.get(code, code)
+    code = _OTHER_CODES.get(code, code)
     try:
         if not re.fullmatch("[a-z]{2,3}", code):  # a name, and some are of algorithms
             raise KeyError(code)

@@ -1,8 +1,8 @@
 """Long documents in windows: a model reads so many tokens of a text and drops the rest, so the rest is read apart.
 
 A window is a piece of the text itself, which the model then reads like any other text: prompt and special tokens come
-to each. It is cut where a word ends, so that its tokens are those that the whole text has there; a word longer than
-half a window, or writing without spaces, is cut between tokens.
+to each. It is cut where a word ends; a word longer than half a window, or writing without spaces, is cut between
+tokens, but no character is. A piece may have other tokens than the whole text has there, so each is counted by itself.
 """
 
 from __future__ import annotations
@@ -67,31 +67,45 @@ class Windows:
 
     @property
     def key(self) -> dict[str, int]:
-        """What of it vectors depend on beside the model."""
-        return {"tokens": self.tokens, "stride": self.stride}
+        """What of it vectors depend on beside the model; ``cut`` is raised once the same settings cut otherwise."""
+        return {"tokens": self.tokens, "stride": self.stride, "cut": 2}
 
     def cut(self, text: str) -> list[str]:
         """The windows of a text in their order; a text that fits into one is its only window, as it is."""
         encoded = self.tokenizer.encode(text, add_special_tokens=False)
-        count, places = len(encoded), encoded.offsets
+        count = len(encoded)
         if count <= self.tokens:
             return [text]
-        words = encoded.word_ids
-        begins = [i == 0 or words[i] is None or words[i] != words[i - 1] for i in range(count)]
+        words, places = encoded.word_ids, [*encoded.offsets, (len(text), len(text))]
+        # Tokens before which nothing is divided: no character, of which there may be several, and better no word.
+        whole = [i == count or i == 0 or places[i][0] >= places[i - 1][1] for i in range(count + 1)]
+        begins = [
+            whole[i] and (i in (0, count) or words[i] is None or words[i] != words[i - 1]) for i in range(count + 1)
+        ]
 
-        def word_at(token: int, first: int) -> int:
-            """The last begin of a word up to a token, or the token itself if there is none after ``first``."""
-            return next((i for i in range(token, first, -1) if begins[i]), token)
+        def place_at(token: int, first: int, least: int) -> int:
+            """The last begin of a word after ``first`` and up to a token, else of a character after ``least``."""
+            found = next((i for i in range(token, first, -1) if begins[i]), 0)
+            found = found or next((i for i in range(token, least, -1) if whole[i]), 0)
+            return found or next(i for i in range(token + 1, count + 1) if whole[i])
 
         found: list[str] = []
-        start = 0
-        while True:
-            stop = start + self.tokens
-            if stop >= count:
-                return [*found, text[places[start][0] :]]
-            stop = word_at(stop, start + self.tokens // 2)
-            found.append(text[places[start][0] if start else 0 : places[stop][0]].rstrip())
-            start = min(word_at(start + self.stride, start), stop)
+        start = stop = 0
+        while stop < count:
+            stop = min(start + self.tokens, count)
+            while True:
+                stop = place_at(stop, start + (stop - start) // 2, start)
+                piece = text[places[start][0] if start else 0 : places[stop][0]].rstrip()
+                # What stands alone may have more tokens: the rest of a word, or a word without the space before it.
+                more = len(self.tokenizer.encode(piece, add_special_tokens=False)) - self.tokens
+                if more <= 0 or not any(whole[start + 1 : stop]):
+                    break
+                stop = max(stop - more, start + 1)
+            if piece.strip():
+                found.append(piece)
+            step = min(start + self.stride, count)
+            start = min(place_at(step, start + (step - start) // 2, start), stop)
+        return found or [text]
 
 
 def refuse_stride(tokens: int | None, stride: int | None) -> None:

@@ -22,16 +22,18 @@ from ..data.load import load_corpus, load_retrieval_dataset
 from ..data.made_queries import inverse_cloze
 from ..encoding.cache import embed
 from ..encoding.encoders import uncertainty_of
+from ..encoding.windows import Windows, refuse_stride
 from ..errors import InputError, NoSplit
 from ..files import refuse_unwritable, staged_folder
 from ..flags import command_line, parse
-from ..hub.calibration import CALIBRATION, Calibration, inputs_of, sum_of, write_calibration
+from ..hub.calibration import CALIBRATION, PICTURE, Calibration, inputs_of, sum_of, write_calibration
 from ..hub.cards import public_command
 from ..hub.fingerprint import fingerprint
 from ..hub.folder import Encoder, fastest_dtype, fetch, load, local
 from ..search.ranking import exact_search, tie_ranks
 from ..search.scoring import EMPTY_DOCUMENT_SCORE
 from .reliability import binned, draw_panels
+from .systems import refuse_uncut
 
 CHOICES = (("score",), ("score", "lead"), ("score", "uncertainty"), ("score", "lead", "uncertainty"))
 """Inputs that a map may read, the simplest first."""
@@ -40,8 +42,6 @@ FOLDS = 5
 LEAST_QUERIES, LEAST_ANSWERED = 30, 20
 DEPTHS = (1, 10)
 """How many of the best documents of a query count in what is said of errors."""
-
-PICTURE = "calibration.png"
 
 
 @dataclass
@@ -60,6 +60,8 @@ class CalibrateArguments:
         metadata={"help": "judged, or inverse_cloze: sentences of the documents, for a corpus without judgments."},
     )
     depth: int = field(default=100, metadata={"help": "Of each query's documents, how many of the best to fit on."})
+    window: int | None = field(default=None, metadata={"help": "Cut documents as your index has them; see encode."})
+    stride: int | None = field(default=None, metadata={"help": "Likewise."})
     seed: int = field(default=0, metadata={"help": "Seed of the folds, and of what sentences are taken."})
     overwrite: bool = field(default=False, metadata={"help": "Replace a calibration that is there."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the model carries."})
@@ -130,12 +132,15 @@ def calibrate(argv: list[str], *, prog: str = "polyrep calibrate") -> Calibratio
     args, name = parse(CalibrateArguments, argv, prog, about, "MODEL", "Folder of the model.")
     folder = _folder(name, args)
     dataset = _dataset(args)
+    if args.window:
+        refuse_uncut(dataset, args.window)
     _refuse_few(len(dataset.queries), LEAST_QUERIES, "queries", args)
     model = load(folder, trust_remote_code=args.trust_remote_code, dtype=fastest_dtype(args.model_dtype))
     if not isinstance(model, Encoder):
         raise InputError(f"{name}: the folder of a head, which encodes no text. Name the folder that has it on top.")
+    windows = Windows.of(model, args.window, args.stride, name)
     options = {"cache_dir": args.cache_dir, "dtype": args.dtype, "batch_size": args.batch_size}
-    candidates = candidates_of(model, dataset, args.depth, **options)
+    candidates = candidates_of(model, dataset, args.depth, windows, **options)
     answered = int(candidates.relevant.any(1).sum())
     _refuse_few(answered, LEAST_ANSWERED, f"queries with a relevant document among their {args.depth} best", args)
     if (candidates.relevant == candidates.there).all():
@@ -159,6 +164,8 @@ def calibrate(argv: list[str], *, prog: str = "polyrep calibrate") -> Calibratio
         weights=dict(chosen.weights),
         at=chosen.at.tolist(),
         probability=chosen.probability.tolist(),
+        window=windows.tokens if windows else 0,
+        stride=windows.stride if windows else 0,
     )
     panels = {_titled(depth): {dataset.name: bins} for depth, bins in reliability(held_out, candidates).items()}
     with staged_folder(folder, merge=True) as staged:
@@ -168,16 +175,19 @@ def calibrate(argv: list[str], *, prog: str = "polyrep calibrate") -> Calibratio
     return made
 
 
-def candidates_of(model: Encoder, dataset: RetrievalDataset, depth: int, **options: Any) -> Candidates:
+def candidates_of(
+    model: Encoder, dataset: RetrievalDataset, depth: int, windows: Windows | None = None, **options: Any
+) -> Candidates:
     """Search every query of a data set exactly.
 
     Args:
         model: Any sentence-transformers model.
         dataset: Corpus, queries and judgments.
         depth: Documents of each query.
+        windows: How to cut documents; default: what the model does not read of one is dropped.
         options: ``cache_dir``, ``dtype`` and ``batch_size`` of :func:`polyrep.encoding.cache.embed`.
     """
-    documents = embed(model, dataset.corpus, task="document", name=dataset.name, **options)
+    documents = embed(model, dataset.corpus, task="document", name=dataset.name, windows=windows, **options)
     queries = embed(model, dataset.queries, task="query", name=f"{dataset.name}-{dataset.split}", **options)
     positions, scores = exact_search(
         queries,
@@ -200,6 +210,8 @@ def candidates_of(model: Encoder, dataset: RetrievalDataset, depth: int, **optio
 def fit(candidates: Candidates, names: Sequence[str]) -> Map | None:
     """A map that reads some inputs; None if a higher score or lead would make a document less probable.
 
+    None as well where there are several inputs to weigh, and documents that all are relevant, or none of them.
+
     Args:
         candidates: What to fit it to.
         names: Of the inputs.
@@ -209,6 +221,8 @@ def fit(candidates: Candidates, names: Sequence[str]) -> Map | None:
     columns = np.stack([inputs[name][there] for name in names], 1)  # (documents, inputs)
     weights = dict.fromkeys(names, 1.0)
     if len(names) > 1:
+        if relevant.min() == relevant.max():
+            return None
         spread = columns.std(0)
         spread[spread == 0] = 1.0
         found = LogisticRegression(max_iter=1000).fit((columns - columns.mean(0)) / spread, relevant)
@@ -280,6 +294,7 @@ def _folder(name: str, args: CalibrateArguments) -> Path:
         raise InputError("--dataset: missing, so there is nothing to calibrate on. Name a data set with judgments.")
     if args.queries not in ("judged", "inverse_cloze"):
         raise InputError(f"--queries {args.queries!r}: use judged or inverse_cloze.")
+    refuse_stride(args.window, args.stride)
     if name == "minilm" or not local(name):
         raise InputError(
             f"{name}: a calibration lies in the model's folder, and this is none of yours. Save the model first: "

@@ -30,7 +30,7 @@ from ..report import print_and_write, provenance, refuse_unwritable_results
 from .bm25 import analyzer_of, rank_with_bm25
 from .hybrid import HYBRID_NOTE, Side, load_dev, rank_hybrid, refuse_unfit_hybrid, side_of_bm25, side_of_model
 from .mteb import Suite, left_out, mteb_package, open_suites, refuse_unfit, run_suites
-from .rerank import RERANK_NOTE, open_reranker, refuse_depths
+from .rerank import open_reranker, refuse_depths, rerank_notes
 from .systems import Ranking, rank_with_model, refuse_uncut
 from .table import display_name, notes_on, refuse_doubles, refuse_unknown, table_rows, window_notes
 
@@ -224,7 +224,7 @@ def evaluate_models(args: EvaluationArguments, models: Sequence[str], *, command
         "notes": [
             *window_notes(args.window, args.stride),
             *([HYBRID_NOTE] if args.hybrid else ()),
-            *([RERANK_NOTE] if args.rerank else ()),
+            *rerank_notes(args.rerank, args.window),
             *(note for d in datasets for note in notes_on(d)),
         ],
     }
@@ -292,6 +292,11 @@ def _refuse_unfit(
     if any(system.folder is None for system in systems):
         for dataset in datasets:
             analyzer_of(dataset, args.language)
+    elif args.language != "en":
+        raise InputError(
+            f"--language {args.language}: of bm25, which is no row here, so it would change nothing. Add bm25 to "
+            "--baselines, with a --dataset, or leave it out."
+        )
     folders = [system.folder for system in systems if system.folder]
     if args.token_pooling and MultiVectorEncoder not in map(family_of, folders):
         raise InputError(f"--token_pooling {' '.join(args.token_pooling)}: no model here has several vectors a text.")
@@ -331,14 +336,14 @@ def _measure(
         digest = found.fingerprints[system.name] = fingerprint(system.folder)
         model = system.open(args)
         options: dict[str, Any] = {"cache_dir": args.cache_dir, "dtype": args.dtype, "batch_size": args.batch_size}
-        windows = system.windows(model, args)
-        pooling = args.token_pooling if isinstance(model, MultiVectorEncoder) else None
+        options["windows"] = system.windows(model, args)
+        pooling = None
+        if isinstance(model, MultiVectorEncoder):
+            pooling = list(dict.fromkeys(args.token_pooling))  # twins would be taken for seeds
         for dataset, dev in zip(datasets, devs, strict=True):
-            found.rankings[dataset.name] += rank_with_model(
-                system.name, model, dataset, pooling=pooling, windows=windows, **options
-            )
+            found.rankings[dataset.name] += rank_with_model(system.name, model, dataset, pooling=pooling, **options)
             if system in pair:
-                sides[system.name, dataset.name] = side_of_model(system.name, model, dataset, dev, windows, **options)
+                sides[system.name, dataset.name] = side_of_model(system.name, model, dataset, dev, **options)
         if suites:
             measured = run_suites(
                 system.name,

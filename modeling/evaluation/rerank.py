@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ..data.dataset import RetrievalDataset
 from ..encoding.cache import cache_key, embed
 from ..encoding.embeddings import row_of
+from ..encoding.windows import Windows
 from ..errors import InputError
 from ..files import digest
 from ..hub.fingerprint import fingerprint
@@ -42,6 +43,14 @@ RERANK_NOTE = (
     "of the first stage; of a model with vectors both are stored. Search ms are those of both stages, without making "
     "the query's vectors."
 )
+WINDOWS_NOTE = (
+    "A second model with vectors reads documents in the same windows; a cross-encoder reads the beginning of each."
+)
+
+
+def rerank_notes(model: str | None, window: int | None) -> list[str]:
+    """What a reader of a table should know of documents that a second model orders."""
+    return [] if model is None else [RERANK_NOTE, *([WINDOWS_NOTE] if window else ())]
 
 
 def refuse_depths(model: str | None, depths: Sequence[int], revision: str | None) -> None:
@@ -61,6 +70,8 @@ class Flags(Protocol):
     rerank: str | None
     rerank_depth: list[int]
     rerank_revision: str | None
+    window: int | None
+    stride: int | None
     trust_remote_code: bool
     model_dtype: str
     batch_size: int
@@ -102,7 +113,9 @@ def open_reranker(args: Flags, datasets: Sequence[RetrievalDataset]) -> Reranker
                 f"--rerank {source}: does not read the {kind}s of {dataset.name}. Use a model that does, or leave it "
                 "out."
             )
-    return Reranker(source, folder, model, tuple(args.rerank_depth), Path(args.cache_dir), args.batch_size)
+    depths = tuple(dict.fromkeys(args.rerank_depth))  # rows of one name would be taken for seeds
+    windows = None if pairs else Windows.of(model, args.window, args.stride, source)
+    return Reranker(source, folder, model, depths, Path(args.cache_dir), args.batch_size, windows)
 
 
 @dataclass
@@ -116,6 +129,7 @@ class Reranker:
         depths: How many documents of a query it orders, each in a row of its own.
         cache_dir: Where embeddings are kept, and what was ranked again.
         batch_size: Pairs or texts per forward pass.
+        windows: How a model with vectors cuts documents; default: what it does not read of one is dropped.
     """
 
     source: str
@@ -124,6 +138,7 @@ class Reranker:
     depths: tuple[int, ...]
     cache_dir: Path
     batch_size: int = 16
+    windows: Windows | None = None
 
     @property
     def name(self) -> str:
@@ -168,7 +183,8 @@ class Reranker:
     @cached_property
     def _settings(self) -> dict[str, Any]:
         """What scores depend on beside the texts."""
-        return cache_key(self.model, {}, task="rerank", kind="scores", dtype="float32")  # type: ignore[arg-type]
+        kept: dict[str, Any] = {"task": "rerank", "kind": "scores", "dtype": "float32", "windows": self.windows}
+        return cache_key(self.model, {}, **kept)
 
     def _by_pairs(self, system: str, found: np.ndarray, dataset: RetrievalDataset) -> Ranking:
         queries, documents = list(dataset.queries.values()), list(dataset.corpus.values())
@@ -197,6 +213,7 @@ class Reranker:
         model = self.model
         options: dict[str, Any] = {"cache_dir": self.cache_dir, "batch_size": self.batch_size}
         queries = embed(model, dataset.queries, task="query", name=f"{dataset.name}-{dataset.split}", **options)
+        options["windows"] = self.windows
         documents = embed(model, dataset.corpus, task="document", name=dataset.name, **options)
         ranks, similarity = tie_ranks(list(dataset.corpus)), str(model.similarity_fn_name)
         how: dict[str, Any] = {"similarity": similarity, "device": model.device}

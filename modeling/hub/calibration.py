@@ -21,7 +21,7 @@ from .fingerprint import fingerprint, told
 
 logger = logging.getLogger(__name__)
 
-CALIBRATION = "calibration.json"
+CALIBRATION, PICTURE = "calibration.json", "calibration.png"
 VERSION = 1
 INPUTS = ("score", "lead", "uncertainty")
 """What a map may read of a document that was found: see :func:`inputs_of`."""
@@ -52,6 +52,8 @@ class Calibration:
         weights: Some of :data:`INPUTS` -> weight.
         at: Places, rising.
         probability: At each of them, not falling.
+        window: Tokens of the windows that documents were cut into, whose best score counted; 0 for whole documents.
+        stride: Tokens from one window to the next; 0 without windows.
     """
 
     fingerprint: str
@@ -67,6 +69,8 @@ class Calibration:
     weights: Mapping[str, float]
     at: Sequence[float]
     probability: Sequence[float]
+    window: int = 0
+    stride: int = 0
 
     def evidence(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """Weighted sum of the inputs, each of any one shape, which is kept."""
@@ -133,6 +137,7 @@ def read_calibration(folder: Path, fingerprint: str) -> Calibration | None:
     content = read_json(file, remedy=remedy)
     if content.pop("version", None) != VERSION:
         raise InputError(f"{file}: of another version of the format than {VERSION}. {remedy}")
+    content = {"window": 0, "stride": 0} | content  # which files of before there were windows lack
     if wrong := _fault(content):
         raise InputError(f"{file}: {wrong}, so it gives no probabilities. {remedy}")
     found = Calibration(**{name: content[name] for name in Calibration.__dataclass_fields__})
@@ -159,17 +164,26 @@ def calibration_of(model: Any, fingerprint: str) -> Calibration | None:
     return None if folder is None else read_calibration(folder, fingerprint)
 
 
-def carry_calibration(model: Any, folder: Path) -> None:
-    """Copy the calibration of an opened model into a folder that it was saved to, if it is still the same model."""
-    source = getattr(model, _SOURCE, None)
-    if source is None or not (source / CALIBRATION).is_file():
+def carry_calibration(model: Any, saved: Path, folder: Path) -> None:
+    """Copy the calibration that belongs to a model beside what was saved of it.
+
+    Args:
+        model: If it was opened from a folder, that one's calibration is its own as long as it is the same model.
+        saved: Where it was saved.
+        folder: Where that is to lie in the end; what is there already may have the calibration, too.
+    """
+    for source in dict.fromkeys((getattr(model, _SOURCE, None), folder.absolute())):
+        if source is None or not (source / CALIBRATION).is_file():
+            continue
+        try:
+            read_calibration(source, fingerprint(saved))
+        except InputError as error:
+            logger.warning("The calibration is left behind. %s", error)
+            continue
+        for name in (CALIBRATION, PICTURE):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, saved / name)
         return
-    try:
-        read_calibration(source, fingerprint(folder))
-    except InputError as error:
-        logger.warning("The calibration is left behind. %s", error)
-        return
-    shutil.copyfile(source / CALIBRATION, folder / CALIBRATION)
 
 
 def _fault(content: Mapping[str, Any]) -> str | None:
@@ -198,7 +212,7 @@ def _fault(content: Mapping[str, Any]) -> str | None:
 
 _KINDS = {
     **dict.fromkeys(("fingerprint", "dataset", "split", "queries", "held_out", "command"), str),
-    **dict.fromkeys(("depth", "seed"), int),
+    **dict.fromkeys(("depth", "seed", "window", "stride"), int),
     **dict.fromkeys(("counts", "ece", "weights"), dict),
     **dict.fromkeys(("at", "probability"), list),
 }

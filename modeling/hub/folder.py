@@ -27,7 +27,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from ..errors import InputError, refusals
 from ..files import file_sha256, read_json, staged_folder, write_text
-from .calibration import carry_calibration, keep_source
+from .calibration import CALIBRATION, PICTURE, carry_calibration, keep_source
 from .code import localize, may_run
 from .fingerprint import weight_files
 from .forms import (
@@ -269,8 +269,8 @@ def save(
     """Write a model as a folder that opens in one line, also where polyrep is not installed.
 
     Files appear under their final names only once all of them are written. Of a model that was there, what is no part
-    of the new one is removed; other files in ``folder`` stay. The calibration of an opened model goes with it, unless
-    the model has changed.
+    of the new one is removed; other files in ``folder`` stay. A calibration goes with the model that it is of: that of
+    an opened model comes along unless the model has changed, and one in ``folder`` of another model is removed.
 
     Args:
         model: A sentence-transformers model of any family, or a PreTrainedModel.
@@ -293,7 +293,7 @@ def save(
     with staged_folder(folder, merge=True) as staged:
         _write(model, staged, form, {} if readme is None else {"create_model_card": False})
         localize(staged)
-        carry_calibration(model, staged)
+        carry_calibration(model, staged, folder)
         if readme is not None:
             write_text(staged / "README.md", readme)
         written = {folder / file.relative_to(staged) for file in staged.rglob("*")}
@@ -307,8 +307,12 @@ def save(
 
 
 def _files_of_model(folder: Path, whole: bool) -> set[Path]:
-    """Weights in a folder, and with ``whole`` all files of the modules that it lists; left there they would count."""
+    """Weights in a folder and what was said of them, and with ``whole`` all files of the modules that it lists.
+
+    Left there they would count.
+    """
     found = {*folder.glob("model*.safetensors"), *folder.glob(INDEX)}
+    found |= {folder / name for name in (CALIBRATION, PICTURE) if (folder / name).is_file()}
     try:
         parts = module_folders(folder) if whole and (folder / "modules.json").is_file() else []
     except InputError:  # damaged, hence no model

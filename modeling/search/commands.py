@@ -113,7 +113,8 @@ def search(argv: list[str], *, prog: str = "polyrep search") -> list[list[Hit]]:
         prog: How it was called.
 
     Returns:
-        The hits of each query, with probabilities where the model's folder has a calibration.
+        The hits of each query, with probabilities where the model's folder has a calibration, and with the best window
+        where the index has windows.
 
     Raises:
         InputError: The index, the model or its calibration cannot be used, or they do not belong together.
@@ -142,7 +143,8 @@ def search(argv: list[str], *, prog: str = "polyrep search") -> list[list[Hit]]:
         print(query)
         for hit in hits:
             sure = "" if hit.probability is None else f"p={hit.probability:.3f}  "
-            print(f"  {hit.score:10.4f}  {sure}{hit.id}")
+            where = "" if hit.window is None else f"  window {hit.window}"
+            print(f"  {hit.score:10.4f}  {sure}{hit.id}{where}")
     return found
 
 

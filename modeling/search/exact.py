@@ -17,7 +17,9 @@ from .protocol import (
     Added,
     Hit,
     Queries,
+    by_document,
     checked_origin,
+    first_of_each,
     refuse_unknown,
     stages,
     tell_without_candidates,
@@ -26,7 +28,7 @@ from .protocol import (
     whole_number,
 )
 from .ranking import exact_search, rescore, tie_ranks
-from .weighted import View, find_candidates
+from .weighted import View, best_windows_of, find_candidates
 
 
 class ExactIndex:
@@ -55,7 +57,9 @@ class ExactIndex:
         self._vectors: dict[str, Vectors] = {}
         self._shards: set[tuple[str, str]] = set()
         self._ranks: dict[str, np.ndarray] = {}  # by name, as long as its documents stay the same
-        self._aligned: tuple[str, ...] = ()  # names whose documents are known to be in one order
+        self._aligned: tuple[str, ...] = ()  # names whose documents are known to be in one order, and these
+        self._documents: list[str] = []
+        self._document_ranks = np.empty(0, np.int64)
 
     def add(self, shards: Iterable[Shard]) -> Added:
         """See :class:`polyrep.search.Index`."""
@@ -91,29 +95,33 @@ class ExactIndex:
                 weighted_stages(self.origins, queries, k, self.where, weights, candidates), k, candidates
             )
         (origin, asked), *second = stages(self.origins, queries, k, self.where)
-        store, vectors = self._vectors[origin.name], self._side(origin.name)
+        found = self._nearest(origin, asked, max(k, self.prefetch) if second else k)
+        return self._ranked_anew(*second[0], found, k) if second else found
+
+    def _nearest(self, origin: Origin, asked: Embeddings, k: int) -> list[list[Hit]]:
+        """The best ``k`` documents of each query under one name."""
+        store = self._vectors[origin.name]
+        vectors = store.contiguous()
         if not len(asked) or not len(vectors):
             return [[] for _ in range(len(asked))]
-        depth = max(k, self.prefetch) if second else k
-        positions, scores = exact_search(
-            asked, vectors, self._tie_ranks(origin), similarity=origin.similarity, k=depth
-        )
-        if vectors.windows is not None:
-            positions = vectors.windows[positions]
-        if not second:
-            return store.hits(positions, scores)
-        ((origin, asked),) = second
-        other, vectors, ranks = self._vectors[origin.name], self._side(origin.name), self._tie_ranks(origin)
-        found = []
-        for row, first in enumerate(positions.tolist()):
-            places = [other.position.get(store.ids[candidate], -1) for candidate in first]
-            kept = np.array([[place for place in places if place >= 0]], np.int64)
-            if vectors.windows is not None:
-                kept = np.searchsorted(vectors.windows, kept)
+        ranks = self._tie_ranks(origin)
+
+        def nearest(depth: int) -> list[list[Hit]]:
+            found = exact_search(asked, vectors, ranks, similarity=origin.similarity, k=depth)
+            return store.hits(*found, origin.by_window)
+
+        return by_document(nearest, min(k, self.count()), store.each)
+
+    def _ranked_anew(self, origin: Origin, asked: Embeddings, first: list[list[Hit]], k: int) -> list[list[Hit]]:
+        """The best ``k`` of the documents that a first stage found for each query, by their vectors under a name."""
+        store = self._vectors[origin.name]
+        vectors = store.contiguous()
+        ranks, found = self._tie_ranks(origin), []
+        for row, hits in enumerate(first):
+            kept = np.array([[place for hit in hits for place in store.places(hit.id)]], np.int64)
             query = rows(asked, np.array([row]))
             best = rescore(query, vectors, kept, ranks, similarity=origin.similarity) if kept.size else (kept, kept)
-            ranked = best[0] if vectors.windows is None else vectors.windows[best[0]]
-            found += other.hits(ranked[:, :k], best[1][:, :k])
+            found += [first_of_each(several)[:k] for several in store.hits(best[0], best[1], origin.by_window)]
         return found
 
     def _weighted(
@@ -122,14 +130,20 @@ class ExactIndex:
         names = [origin.name for origin, _, _ in asked_for]
         self._align(names)
         views = [View(asked, self._side(origin.name), origin.similarity) for origin, asked, _ in asked_for]
-        ranks = self._tie_ranks(asked_for[0][0])
+        ids, ranks = self._documents, self._document_ranks
         found = find_candidates(views, ranks, count=max(k, candidates))
         tell_without_candidates(found.not_by_first, len(found.positions), names, self.where)
-        store, windows = self._vectors[names[0]], views[0].documents.windows
-        return [
-            store.hits((places if windows is None else windows[places])[None], scores[None])[0]
-            for places, scores in found.best([weight for _, _, weight in asked_for], ranks, k)
-        ]
+        best = found.best([weight for _, _, weight in asked_for], ranks, k)
+        # Where windows of one name alone count, a sum is that of one of them; of several, each name has its own best.
+        cut = [view for view, (o, _, weight) in zip(views, asked_for, strict=True) if o.by_window and weight]
+        hits = []
+        for row, (places, scores) in enumerate(best):
+            which: Sequence[int | None] = [None] * len(places)
+            if len(cut) == 1:
+                which = best_windows_of(cut[0], row, places)
+            said = zip(places.tolist(), scores.tolist(), which, strict=True)
+            hits.append([Hit(ids[place], score, window=window) for place, score, window in said])
+        return hits
 
     def _align(self, names: Sequence[str]) -> None:
         """Put documents under several names into the order of the first.
@@ -158,7 +172,8 @@ class ExactIndex:
             store = self._vectors[name] = Vectors()
             store.add(list(documents[0]), replace(rows(vectors, order), windows=bounds))
             self._ranks.pop(name, None)
-        self._aligned = tuple(names)
+        self._aligned, self._documents = tuple(names), list(documents[0])
+        self._document_ranks = tie_ranks(self._documents)
 
     def _side(self, name: str) -> Embeddings:
         """Vectors of all documents under a name, in the order of their ids."""
@@ -186,7 +201,7 @@ class ExactIndex:
         return set().union(*(store.position for store in self._vectors.values()))
 
     def _tie_ranks(self, origin: Origin) -> np.ndarray:
-        """Of the documents in their present order, which is that of contiguous vectors."""
+        """Of the positions in their present order, which is that of contiguous vectors."""
         if origin.name not in self._ranks:
-            self._ranks[origin.name] = tie_ranks(list(dict.fromkeys(self._vectors[origin.name].ids)))
+            self._ranks[origin.name] = tie_ranks(self._vectors[origin.name].ids)
         return self._ranks[origin.name]

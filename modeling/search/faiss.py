@@ -76,15 +76,15 @@ class FaissIndex(FolderIndex):
         if not len(asked) or not self.count():
             return [[] for _ in range(len(asked))]
         values = self._scaled(asked.values)
-        return by_document(lambda depth: self._nearest(values, depth), k, self.count(), self.documents.used)
+        return by_document(lambda depth: self._nearest(values, depth), min(k, self.count()), self.documents.each)
 
     def _nearest(self, values: np.ndarray, wanted: int) -> list[list[Hit]]:
         """The positions with the highest scores, as hits of their documents."""
-        total = len(self.documents.ids)
+        total, wanted = len(self.documents.ids), min(wanted, self.documents.used)
         selector = self._selector() if self.documents.unused else None
         if self.settings["index"] == "flat":
             scores, found = self.engine.search(values, wanted, params=self.faiss.SearchParameters(sel=selector))
-            return self.documents.hits(found, scores)
+            return self.documents.hits(found, scores, self._by_window)
         # Candidates that are passed over count as well, so that more of them are needed.
         depth = max(self.ef_search, wanted) * total // self.documents.used
         params = self.faiss.SearchParametersHNSW(sel=selector, efSearch=depth)
@@ -94,7 +94,7 @@ class FaissIndex(FolderIndex):
             storage = self.faiss.downcast_index(self.engine.storage)
             params = self.faiss.SearchParameters(sel=selector)
             scores[short], found[short] = storage.search(values[short], wanted, params=params)
-        return self.documents.hits(found, scores)
+        return self.documents.hits(found, scores, self._by_window)
 
     def _open(self, folder: Path | None, ids: list[str], arrays: dict[str, np.ndarray]) -> None:
         self.documents = Documents(ids)

@@ -51,8 +51,12 @@ def _graph(file: BinaryIO, size: int, count: int) -> None:
     neighbours = _vector(file, size, "<i4")
     entry, highest = _number(file, "<i4"), _number(file, "<i4")
     file.read(12)  # settings that every search and every build sets anew
-    if len(levels) != count or not count or not len(room):
+    if len(levels) != count or not len(room):
         raise ValueError(f"levels of {len(levels)} vectors for {count} ids")
+    if not count:  # all were deleted
+        if entry != -1 or highest != -1 or len(neighbours) or starts.tolist() != [0]:
+            raise ValueError("links without a vector")
+        return
     rising = room[0] == 0 and (np.diff(room) >= 0).all()
     if not rising or levels.min() < 1 or levels.max() >= len(room) or highest != levels.max() - 1:
         raise ValueError("levels that a graph cannot have")

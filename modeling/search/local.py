@@ -162,10 +162,28 @@ class Documents:
         self.restore(np.arange(len(self.ids)))
         return live
 
-    def hits(self, positions: np.ndarray, scores: np.ndarray) -> list[list[Hit]]:
-        """What was found, from ``(queries, k)`` positions, -1 where there is nothing, and scores."""
+    def places(self, name: str) -> range:
+        """Positions of a document, none if it is not there."""
+        start = self.position.get(name)
+        return range(0) if start is None else range(start, start + self.windows.get(name, 1))
+
+    @property
+    def each(self) -> int:
+        """Positions of a document on average, rounded up."""
+        return -(-self.used // max(1, len(self.position)))
+
+    def hits(self, positions: np.ndarray, scores: np.ndarray, by_window: bool = False) -> list[list[Hit]]:
+        """What was found, from ``(queries, k)`` positions, -1 where there is nothing, and scores.
+
+        With ``by_window`` positions are those of windows, and hits say which.
+        """
+
+        def hit(place: int, score: float) -> Hit:
+            name = self.ids[place]
+            return Hit(name, score, window=place - self.position[name] if by_window else None)
+
         return [
-            [Hit(self.ids[place], score) for place, score in zip(*row, strict=True) if place >= 0]
+            [hit(place, score) for place, score in zip(*row, strict=True) if place >= 0]
             for row in zip(positions.tolist(), scores.tolist(), strict=True)
         ]
 
@@ -224,6 +242,10 @@ class FolderIndex(ABC):
     def count(self) -> int:
         """See :class:`polyrep.search.Index`."""
         return len(self.documents.position)
+
+    @property
+    def _by_window(self) -> bool:
+        return any(origin.by_window for origin in self.origins.values())
 
     def add(self, shards: Iterable[Shard]) -> Added:
         """See :class:`polyrep.search.Index`; all shards are added, or after an error none."""

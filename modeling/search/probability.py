@@ -49,29 +49,47 @@ class Searcher:
         if calibration is None:
             return found
         wide = uncertainty_of(self._model, texts) if "uncertainty" in calibration.weights else None
+        sparse = self._origin(name).kind == "sparse"  # type: ignore[union-attr]
         return [
-            _probable(calibration, hits, None if wide is None else wide[row : row + 1])[:k]
+            _probable(calibration, hits, None if wide is None else wide[row : row + 1], sparse)[:k]
             for row, hits in enumerate(found)
         ]
 
+    def _origin(self, name: str) -> Origin | None:
+        origins: dict[str, Origin] = self._index.origins
+        return origins.get(name or next(iter(origins), ""))
+
     def _applicable(self, name: str) -> Calibration | None:
         """The calibration, unless it is of other scores than those of these vectors."""
-        origins: dict[str, Origin] = self._index.origins
-        origin = origins.get(name or next(iter(origins), ""))
-        if self._calibration is None or origin is None:
+        origin, made = self._origin(name), self._calibration
+        if made is None or origin is None:
             return None
-        if origin.fingerprint != self._fingerprint or origin.precision == "binary":
-            why = "are signs" if origin.precision == "binary" else "were made by another model"
+        why = None
+        if origin.precision == "binary":
+            why = "are signs"
+        elif origin.fingerprint != self._fingerprint:
+            why = "were made by another model"
+        elif (origin.window, origin.stride) != (made.window, made.stride):
+            cuts = [_cut(origin.window, origin.stride), _cut(made.window, made.stride)]
+            why = "are of {}, the calibration of {}".format(*cuts)
+        if why:
             if origin.name not in self._told:
                 logger.warning("Vectors %r %s, so their scores have no probabilities.", origin.name, why)
             self._told.add(origin.name)
             return None
-        return self._calibration
+        return made
 
 
-def _probable(calibration: Calibration, hits: list[Hit], uncertainty: np.ndarray | None) -> list[Hit]:
+def _cut(window: int, stride: int) -> str:
+    return f"--window {window} --stride {stride}" if window else "whole documents"
+
+
+def _probable(calibration: Calibration, hits: list[Hit], uncertainty: np.ndarray | None, sparse: bool) -> list[Hit]:
     """Hits of one query, best first, with their probabilities."""
     if not hits:
         return hits
-    found = calibration.probabilities(np.array([[hit.score for hit in hits]]), uncertainty)[0]
+    scores = [hit.score for hit in hits]
+    if sparse and len(scores) == 1:
+        scores.append(0.0)  # of a document without a word of the query, which not every engine finds
+    found = calibration.probabilities(np.array([scores]), uncertainty)[0, : len(hits)]
     return [hit._replace(probability=value) for hit, value in zip(hits, found.tolist(), strict=True)]

@@ -37,11 +37,14 @@ class Hit(NamedTuple):
         score: Of the model.
         probability: That the document is judged relevant, from 0 to 1, where the model is calibrated (``polyrep
             calibrate``) and its :class:`~polyrep.search.Service` or ``polyrep search`` was asked; else None.
+        window: Which of the document's windows has the score, from 0 on, where documents are cut into windows with
+            vectors of their own; of a weighted sum, where those of one name alone are cut. Else None.
     """
 
     id: str
     score: float
     probability: float | None = None
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -261,7 +264,7 @@ def tell_without_candidates(queries: int, total: int, names: Sequence[str], wher
         )
 
 
-def by_document(search: Callable[[int], list[list[Hit]]], k: int, documents: int, positions: int) -> list[list[Hit]]:
+def by_document(search: Callable[[int], list[list[Hit]]], k: int, each: int) -> list[list[Hit]]:
     """The best ``k`` documents of each query, from an engine that finds positions, of which a document may have many.
 
     It is asked deeper until every query has ``k`` documents or there is no more to be found.
@@ -269,22 +272,18 @@ def by_document(search: Callable[[int], list[list[Hit]]], k: int, documents: int
     Args:
         search: Gives for a depth the best positions of each query, as hits of their documents.
         k: Documents.
-        documents: Of the index.
-        positions: Of the index; as many as documents unless these are cut into windows.
+        each: Positions of a document, more or less; 1 unless documents are cut into windows.
     """
-    if positions == documents:
-        return search(min(k, documents))
-    depth = min(positions, k * -(-positions // documents))
+    depth = k * each
     while True:
         found = search(depth)
-        best = [_first_of_each(hits)[:k] for hits in found]
-        short = any(len(few) < k and len(hits) == depth for few, hits in zip(best, found, strict=True))
-        if not short or depth == positions:
+        best = [first_of_each(hits)[:k] for hits in found]
+        if all(len(few) == k or len(hits) < depth for few, hits in zip(best, found, strict=True)):
             return best
-        depth = min(positions, 2 * depth)
+        depth *= 2
 
 
-def _first_of_each(hits: Iterable[Hit]) -> list[Hit]:
+def first_of_each(hits: Iterable[Hit]) -> list[Hit]:
     """Of each document the first hit."""
     found: dict[str, Hit] = {}
     for hit in hits:

@@ -66,6 +66,9 @@ NUMBER = 20
 QUERIES = 64
 """Queries in a request."""
 
+WINDOWS = 4
+"""How many points are asked for at first for each document, where documents are cut into windows."""
+
 
 def open_embedded(parts: SplitResult, settings: dict[str, str], *, force: bool = False) -> QdrantIndex:
     """Open ``qdrant:///PATH?prefetch=&quantization=&on_disk=``; see :func:`polyrep.search.open_index`.
@@ -184,11 +187,10 @@ class QdrantIndex:
             if not self._windowed:
                 return self._weighted(summed, k, max(k, candidates))
             ((_, _, weight),) = summed  # since there are no vectors of another name beside windows
-            return [[Hit(hit.id, weight * hit.score) for hit in hits] for hits in self.search(queries, k)]
+            return [[hit._replace(score=weight * hit.score) for hit in hits] for hits in self.search(queries, k)]
         asked_for = stages(self.origins, queries, k, self.where)
-        if not self._windowed:
-            return self._nearest(asked_for, k)
-        return by_document(lambda depth: self._nearest(asked_for, depth), k, self.count(), self.engine.count())
+        # How many points a document has is not asked for, since counting reads every point.
+        return by_document(lambda depth: self._nearest(asked_for, depth), k, WINDOWS if self._windowed else 1)
 
     def _weighted(
         self, asked_for: Sequence[tuple[Origin, Embeddings, float]], k: int, candidates: int
@@ -261,7 +263,7 @@ class QdrantIndex:
             found = self.engine.query(Request(names, list(asked.values()), k, max(k, self.prefetch), quantized))
             for (row, vector), points in zip(asked.items(), found, strict=True):
                 scale = _scale(last, vector[-1])
-                hits[row] = [Hit(point.payload["id"], scale * point.score) for point in points]
+                hits[row] = [_hit(point, scale, self._windowed) for point in points]
         return hits
 
     def delete(self, ids: Iterable[str]) -> int:
@@ -408,6 +410,11 @@ def point_id(identifier: str, window: int = 0) -> str:
     """The UUID of a document's point, or of one of its windows."""
     point = uuid.uuid5(NAMESPACE, identifier)
     return str(uuid.uuid5(point, str(window)) if window else point)
+
+
+def _hit(point: Any, scale: float, by_window: bool) -> Hit:
+    window = point.payload.get("window", 0) if by_window else None
+    return Hit(point.payload["id"], scale * point.score, window=window)
 
 
 def _points_of(shard: Shard) -> tuple[list[tuple[str, int]], Embeddings]:

@@ -262,7 +262,7 @@ class Embedded:
                     query=rest[0] if rest else first,
                     prefetches=[found] if found else None,
                     params=None if found else params,
-                    with_payload=["id"],
+                    with_payload=["id", "window"],
                 )
             )
         return self.shard.query_batch(edge.QueryBatchRequest(requests)) if requests else []

@@ -137,7 +137,7 @@ class Server:
         m, requests = self.types, []
         quantized = m.QuantizationSearchParams(**QUANTIZED)
         params = m.SearchParams(quantization=quantized) if request.quantized else None
-        wanted: dict[str, Any] = {"limit": request.k, "with_payload": ["id"]}
+        wanted: dict[str, Any] = {"limit": request.k, "with_payload": ["id", "window"]}
         exact = m.SearchParams(exact=True, quantization=m.QuantizationSearchParams(ignore=True))
         for parts in request.sums():
             nearest = [_nearest(m, vector, name) for name, vector, _, _ in parts]

@@ -83,7 +83,7 @@ class SeismicIndex(FolderIndex):
         asked = self._query_vectors(queries, k, weights)
         if not self.count():
             return [[] for _ in range(len(asked))]
-        return by_document(lambda depth: self._nearest(asked, depth), k, self.count(), self.documents.used)
+        return by_document(lambda depth: self._nearest(asked, depth), min(k, self.count()), self.documents.each)
 
     def _nearest(self, asked: Embeddings, wanted: int) -> list[list[Hit]]:
         """The positions with the highest scores, as hits of their documents."""
@@ -117,8 +117,9 @@ class SeismicIndex(FolderIndex):
         order = np.lexsort((-scores, pairs[:, 0]))
         chosen = np.unique(pairs[:, 0])
         groups = np.split(order, np.searchsorted(pairs[order, 0], chosen[1:]))
+        hits, cut = self.documents.hits, self._by_window
         return [
-            (int(query), self.documents.hits(pairs[None, group, 1], scores[None, group])[0])
+            (int(query), hits(pairs[None, group, 1], scores[None, group], cut)[0])
             for query, group in zip(chosen, groups, strict=True)
         ]
 

@@ -8,13 +8,14 @@ them. They differ in size, a cosine being 1 at most and a sum over words some te
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ..encoding.embeddings import Embeddings, rows
+from ..encoding.embeddings import Embeddings, rows, side_by_side
 from .ranking import exact_search, refuse_not_finite_scores, score_candidates, scores_of, sort_keys
 
 
@@ -125,3 +126,19 @@ def find_candidates(
         refuse_not_finite_scores(torch.from_numpy(scored))
         said.append(scored)
     return Candidates(positions, said, not_by_first)
+
+
+def best_windows_of(view: View, row: int, positions: np.ndarray) -> list[int]:
+    """Which window of each document scores best for the query at ``row``, the first of equals.
+
+    Args:
+        view: Documents may be cut into windows.
+        row: Of the query.
+        positions: ``(documents,)`` their places.
+    """
+    if view.documents.windows is None or not len(positions):
+        return [0] * len(positions)
+    places, bounds = side_by_side(view.documents.windows, positions)
+    vectors = replace(view.documents, windows=None)
+    scores = score_candidates(view.queries, vectors, row, places, view.similarity, "cpu").numpy()
+    return [int(scores[start:stop].argmax()) for start, stop in pairwise(bounds.tolist())]

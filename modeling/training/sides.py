@@ -22,7 +22,7 @@ from ..encoding.cache import embed
 from ..encoding.embeddings import Embeddings, in_memory, mean_of_tokens, sum_of_tokens
 from ..encoding.windows import Windows
 from ..errors import InputError
-from ..hub.polyrep_room import begin_words, prompt_tokens
+from ..hub.polyrep_room import begin_words_of, prompt_tokens
 
 Features = dict[str, Tensor]
 """Name -> tensor, whose first axis is that of the texts."""
@@ -178,9 +178,7 @@ def _tokenized(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of texts without the words of a prompt: ``(tokens of all texts,)``, and bounds ``(texts + 1,)``."""
     prompt = (model.prompts or {}).get(task) or None
-    if prompt and tokenizer is None:
-        size = max(model.tokenizer.get_vocab().values()) + 1
-        begin = begin_words(model.tokenizer.convert_ids_to_tokens(i) or "" for i in range(size))
+    begin = begin_words_of(model.tokenizer) if prompt and tokenizer is None else None
     rows, lengths = [], []
     for start in range(0, len(texts), 1024):
         part = texts[start : start + 1024]

@@ -133,7 +133,7 @@ def _of_texts(teacher: CrossEncoder, pairs: list[tuple[str, str]], folder: Path 
     keys = np.fromiter((_key(*pair) for pair in pairs), np.uint64, len(pairs))
     file, said = None, np.empty(0, _SAID)
     if folder is not None:
-        model = [describe(teacher.model), teacher.max_length]
+        model = [[describe(module) for module in teacher], teacher.max_length]
         file = folder / f"teacher-{digest(model)[:16]}.npy"
         said = np.load(file, allow_pickle=False) if file.is_file() else said
     _, first = np.unique(keys, return_index=True)

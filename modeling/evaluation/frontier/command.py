@@ -31,7 +31,7 @@ from ...registry import ROOMS
 from ...report import hardware, print_and_write, provenance, refuse_unwritable_results
 from ..bm25 import analyzer, rank_with_bm25
 from ..metrics import METRICS, per_query_metrics
-from ..rerank import RERANK_NOTE, THEN, Reranker, open_reranker, refuse_depths
+from ..rerank import THEN, Reranker, open_reranker, refuse_depths, rerank_notes
 from ..systems import Ranking, costs_of, keep_ranking, latency, refuse_uncut, timed_rows
 from ..table import display_name, metric_rows, notes_on, refuse_doubles, settings_of, window_notes
 from .advice import Budget, fronts, learned_margins, parse_budget, recommend
@@ -189,7 +189,7 @@ def frontier(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
             NOTE,
             *window_notes(args.window, args.stride),
             *([WINDOWS_NOTE] if args.window else ()),
-            *([RERANK_NOTE] if args.rerank else ()),
+            *rerank_notes(args.rerank, args.window),
             *(full.fit_data.note for full in models if full.fit_data.note),
             *(note for full in models for note in notes_on(full.dataset)),
         ],
@@ -220,9 +220,9 @@ def _open(args: FrontierArguments, source: str) -> list[FullModel]:
             refuse_uncut(dataset, args.window)
     refuse_doubles(args.dataset, [dataset.name for dataset, _ in parts])
     for dataset, _ in parts:
-        texts = list(dataset.corpus.values())
-        if args.language != "en" and isinstance(texts[0], str):  # with the default, it is the row alone that may fail
-            analyzer(args.language, texts)
+        # With the default, it is the row alone that may fail.
+        if args.language != "en" and isinstance(next(iter(dataset.corpus.values())), str):
+            analyzer(args.language, list(dataset.corpus.values()))
     folder = fetch(source, revision=args.revision, trust_remote_code=args.trust_remote_code)
     weights = fastest_dtype(args.model_dtype)
     model: Any = load(folder, trust_remote_code=args.trust_remote_code, dtype=weights)
@@ -340,7 +340,7 @@ def _jobs(full: FullModel, methods: list[str], learned: Any) -> Iterator[Job]:
     whole = Candidate(FULL, lambda: Encoded(full.queries, full.documents, full.similarity))
     yield Job(FULL, code_digest(*COMMON), lambda: _ranked(full, whole))
     if isinstance(next(iter(full.dataset.corpus.values())), str):  # images have no words to find them by
-        code = code_digest(*COMMON, "evaluation/bm25.py", "data/words.py")
+        code = code_digest(*COMMON, "evaluation/bm25.py", "encoding/bm25.py", "data/words.py")
         yield Job(BM25, [code, full.language], lambda: _bm25(full), True)
     known = all_methods()
     for name in methods:
@@ -372,6 +372,7 @@ def _bm25(full: FullModel) -> Ranking:
 def _ordered(full: FullModel, first: Ranking, reranker: Reranker, depth: int, depends: Any) -> Job:
     """The best of a first stage, or of the full model, in the order of ``--rerank``."""
     depends = [depends, depth, reranker.fingerprint, str(reranker.model.dtype), code_digest("evaluation/rerank.py")]
+    depends.append(reranker.windows and reranker.windows.key)
     return Job(reranker.system(first, depth), depends, lambda: reranker.rank(first, full.dataset, depth))
 
 

@@ -47,6 +47,8 @@ from .polyrep_room import (
     SentenceTransformer,
     Transformer,
     begin_words,
+    begin_words_of,
+    entries_of,
     pool_tokens,
     prompt_tokens,
     text_inputs,
@@ -76,6 +78,9 @@ _CHOICES = {
     "pooling": ("mean", "cls", "lasttoken"),
     "word_mark": ("##", "▁", "Ġ"),
 }
+
+_LONG_PROMPT = 8
+"""Tokens by which a prompt is known without the last."""
 
 _CONTROL = re.compile(r"<[^<>\s]+>")
 """What SentencePiece has beside words: bytes such as <0x0A>, and entries for special tokens."""
@@ -112,6 +117,7 @@ class Dense2SparseConfig(PretrainedConfig):
             bytes and pieces of a character.
         word_mark (str): How the vocabulary tells words from their pieces: ## before what goes on (WordPiece), or ▁
             (SentencePiece) or Ġ (byte-level BPE) before what begins.
+        space_tokens (bool): A space at a text's end is a token of its own, so that a prompt's may be.
         foreign_words (bool): The words are of another vocabulary than the encoder's, whose token ids mean others.
         added_tokens (int): Tokens that the encoder's tokenizer adds to any text.
         vocabulary_bytes (int): Length of the stored vocabulary in bytes; set by ``from_mlm``.
@@ -126,6 +132,7 @@ class Dense2SparseConfig(PretrainedConfig):
         "average_length",
         "special_token_ids",
         "word_mark",
+        "space_tokens",
         "foreign_words",
         "added_tokens",
         "vocabulary_bytes",
@@ -165,6 +172,7 @@ class Dense2SparseConfig(PretrainedConfig):
         average_length: float = 1.0,
         special_token_ids: list[int] | None = None,
         word_mark: str = "##",
+        space_tokens: bool = False,
         foreign_words: bool = False,
         added_tokens: int = 2,
         vocabulary_bytes: int = 0,
@@ -236,7 +244,7 @@ class Dense2SparseModel(WholeWeights, PreTrainedModel):
         self.log_scale = nn.Parameter(torch.tensor(0.0))  # of scores, against the teacher's; ranks do not need it
         # The words, one a line: they travel with the weights, so no second file can be lost or be of another model.
         self.register_buffer("vocabulary_text", torch.zeros(config.vocabulary_bytes, dtype=torch.uint8))
-        self._begin = None
+        self.begin = None  # of the encoder's tokens, see prompt_tokens
         self.post_init()
 
     def _init_weights(self, module):
@@ -275,16 +283,15 @@ class Dense2SparseModel(WholeWeights, PreTrainedModel):
             model = whole_encoder(kind.from_pretrained(model, trust_remote_code=False), cls.__name__)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False)
         mark = _mark_of(tokenizer)
-        size = max(tokenizer.get_vocab().values()) + 1
-        words = [tokenizer.convert_ids_to_tokens(i) or "" for i in range(size)]
-        words = ["" if "\n" in word else word for word in words]
+        words = ["" if "\n" in word else word for word in entries_of(tokenizer)]
         none = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         none |= {i for i, word in enumerate(words) if not _readable(word, mark)}
         stored = torch.frombuffer(bytearray("\n".join(words).encode()), dtype=torch.uint8)
         settings = {
-            "vocab_size": size,
+            "vocab_size": len(words),
             "special_token_ids": sorted(none),
             "word_mark": mark,
+            "space_tokens": begin_words_of(tokenizer) is not None,
             "added_tokens": tokenizer.num_special_tokens_to_add(),
         } | config
         head = cls(Dense2SparseConfig(input_dim=input_dim, vocabulary_bytes=len(stored), **settings))
@@ -491,11 +498,11 @@ class Dense2SparseModel(WholeWeights, PreTrainedModel):
 
     def prompt_tokens(self, input_ids: Tensor, attention_mask: Tensor, prompt_length) -> Tensor:
         """What :meth:`forward` takes as ``prompt``, of a prompt's length in tokens; see :func:`prompt_tokens`."""
-        begin = None
-        if not self.config.foreign_words and self.config.word_mark != "##":
-            self._begin = begin_words(self.words) if self._begin is None else self._begin
-            begin = self._begin = self._begin.to(input_ids.device)
-        return prompt_tokens(input_ids, attention_mask, prompt_length, begin)
+        if self.begin is None and self.config.space_tokens and not self.config.foreign_words:
+            self.begin = begin_words(self.words)
+        if self.begin is not None:
+            self.begin = self.begin.to(input_ids.device)
+        return prompt_tokens(input_ids, attention_mask, prompt_length, self.begin)
 
     def decode(self, embeddings: Tensor, top_k: int | None = None) -> list:
         """Words and weights of sparse vectors, heaviest first.
@@ -801,9 +808,10 @@ class Dense2SparseForRetrieval(WholeWeights, Trunk, PreTrainedModel):
             place = mask.long().cumsum(1)  # from 1, on whichever side texts are padded
             expected = torch.tensor([0, *ids], device=input_ids.device)[place.clamp(max=len(ids))]
             inside = mask.bool() & (place <= len(ids))
-            there = ((input_ids == expected) | ~inside).all(1, keepdim=True) & (place[:, -1:] >= len(ids))
-            known = there & inside  # not by where: onnxruntime has none of booleans
-            found = known if found is None else known | (~there & found)
+            # By the last of many it may have grown into the text: Query: and a quotation mark are one token of some.
+            same = (input_ids == expected) | ~inside | (place == len(ids)) & (len(ids) > _LONG_PROMPT)
+            prompt = same.all(1, keepdim=True) & (place[:, -1:] >= len(ids)) & inside
+            found = prompt if found is None else found | prompt
         return found
 
     def encode_image(self, pixel_values: Tensor, task: str | None = None) -> Dense2SparseOutput:
@@ -836,8 +844,8 @@ class CheckedTransformer(ImageInputs, Transformer):
     """
 
     def on_model_ready(self, model):
-        """Let the model's ``decode`` read the head's own words where the encoder has others, or marks them."""
-        _read_words(model, self.model)
+        """See :func:`_read_words`."""
+        _read_words(model, self.model, self.model.head)
 
 
 class Dense2SparsePooling(HeadModule, Module):
@@ -879,12 +887,18 @@ class Dense2SparsePooling(HeadModule, Module):
                     f"{config.vocab_size:,} words of the head, so own tokens would be taken for other words. Use the "
                     "backbone it was trained on, or a head with own_tokens='none'."
                 )
-        _read_words(model, self.model)
+        _read_words(model, self.model, self.model)
 
 
-def _read_words(model, owner) -> None:
-    if getattr(owner.config, "foreign_words", False) or getattr(owner.config, "word_mark", "##") != "##":
+def _read_words(model, owner, head) -> None:
+    """Let a model's ``decode`` read the head's own words where the encoder has others or marks them.
+
+    And tell a head of other words the encoder's tokens, by which it finds where a prompt ends.
+    """
+    if head.config.foreign_words or head.config.word_mark != "##":
         model.decode = owner.decode
+    if head.config.foreign_words and (tokenizer := getattr(model, "tokenizer", None)) is not None:
+        head.begin = begin_words_of(tokenizer)
 
 
 def _towers_of(backbone: str) -> TwoTowers | None:

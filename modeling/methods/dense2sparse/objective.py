@@ -35,6 +35,9 @@ class Dense2SparseLoss(Objective):
     Args:
         model: The head.
         teacher_temperature (float): Softmax temperature of the dense scores.
+        teacher_unit (str): What the temperature is counted in. deviation: the standard deviation of a query's scores
+            over the documents, since one encoder's cosines spread from 0 to 1 and another's from .6 to 1. score: as
+            it is.
         teacher_lexical (float): Share of BM25 in the teacher's scores; 0 distils the dense model alone.
         label_weight (float): Share of the loss on labelled pairs (InfoNCE); 0 uses no label at all.
         bidirectional (bool): Also distil from documents to queries, as the paper does.
@@ -66,7 +69,8 @@ class Dense2SparseLoss(Objective):
     def __init__(
         self,
         model: Dense2SparseModel,
-        teacher_temperature: float = 0.05,
+        teacher_temperature: float = 0.55,
+        teacher_unit: str = "deviation",
         teacher_lexical: float = 0.0,
         label_weight: float = 0.0,
         bidirectional: bool = False,
@@ -89,6 +93,7 @@ class Dense2SparseLoss(Objective):
         given = {name: value for name, value in locals().items() if name not in ("self", "model", "__class__")}
         super().__init__()
         for name, value, known in (
+            ("teacher_unit", teacher_unit, ("deviation", "score")),
             ("regularizer", regularizer, ("joint", "flops", "l1")),
             ("initialization", initialization, ("words", "random")),
             ("alignment", alignment, ("ridge", "none")),
@@ -152,6 +157,7 @@ class Dense2SparseLoss(Objective):
         if self.teacher_lexical:
             self.lexical = copy.deepcopy(head).requires_grad_(False)
             self.lexical.config.expansion, self.lexical.config.own_tokens = "none", "learned"
+        if self.label_weight < 1:
             self._measure_teachers(data)
         return data
 
@@ -200,23 +206,25 @@ class Dense2SparseLoss(Objective):
             yield images, captions
 
     def _measure_teachers(self, data: HeadData) -> None:
-        """Standard deviation of both teachers' scores over documents, so that their shares mean what they say."""
+        """Standard deviation of each teacher's scores of a query over the documents, the mean over some queries."""
         queries = next(iter(data.batches("query")))
-        sums = torch.zeros(2, 2, len(queries["input_ids"]), dtype=torch.float64)  # (teacher, moment, queries)
-        texts = 0
+        sums, texts = torch.zeros(2, 2, len(queries["index"]), dtype=torch.float64), 0  # (teacher, moment, queries)
         for batch in data.batches("document"):
             for teacher, scores in enumerate(self._teachers(queries, batch)):
                 sums[teacher] += torch.stack([scores.double().sum(1), scores.double().square().sum(1)])
-            texts += len(batch["input_ids"])
+            texts += len(batch["index"])
         first, second = sums.unbind(1)
         deviation = (second / texts - (first / texts) ** 2).clamp(min=1e-12).sqrt().mean(1)
         self.deviations = [float(x) for x in deviation]
 
-    def _teachers(self, queries: Features, documents: Features) -> tuple[Tensor, Tensor]:
-        """Dense scores and BM25 scores, each ``(queries, documents)``."""
-        dense = dot(queries["sentence_embedding"], documents["sentence_embedding"])
-        sides = [self._encode(self.lexical, f, task) for f, task in ((queries, "query"), (documents, "document"))]
-        return dense, dot(*sides)
+    def _teachers(self, queries: Features, documents: Features) -> list[Tensor]:
+        """Dense scores, and BM25's if they teach too, each ``(queries, documents)``."""
+        found = [dot(queries["sentence_embedding"], documents["sentence_embedding"])]
+        if self.teacher_lexical:
+            found.append(
+                dot(*(self._encode(self.lexical, f, t) for f, t in ((queries, "query"), (documents, "document"))))
+            )
+        return found
 
     @staticmethod
     def _encode(head: Any, features: Features, task: str, gate: Tensor | None = None) -> Tensor:
@@ -336,7 +344,7 @@ class Dense2SparseLoss(Objective):
             # In units of the dense model's spread, so that the temperature keeps its meaning.
             lexical = dot(*words) * (self.deviations[0] / self.deviations[1])
             scores = (1 - self.teacher_lexical) * scores + self.teacher_lexical * lexical
-        return scores / self.teacher_temperature
+        return scores / (self.teacher_temperature * (self.deviations[0] if self.teacher_unit == "deviation" else 1.0))
 
     def _draw_gate(self, batch: int, step: int, steps: int) -> Tensor | None:
         """Which words each query may be expanded to, or None for all: the paper's control, and two finer ones."""

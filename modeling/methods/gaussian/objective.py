@@ -184,7 +184,7 @@ class _GaussianContrast(Objective):
         """Arguments, for the model card."""
         learned = {"learn_tau": True} if self.log_scale.requires_grad else {}
         weights = {f"{name}_weight": value for name, value in self.weights.items()}
-        more = {"inclusion_documents": True} if self.inclusion_documents else {}
+        more: dict[str, Any] = {"inclusion_documents": True} if self.inclusion_documents else {}
         more |= {"distill": self.distill} if self.weights["distill"] else {}
         return {"tau": self.tau, "variance_rate": self.variance_rate} | weights | more | learned
 

@@ -46,7 +46,7 @@ class LateInteractionObjective(Objective):
             model, scale=scale, similarity_fct=self._scores, gather_across_devices=gather_across_devices
         )
 
-    def _scores(self, *vectors: Tensor, **masks: Tensor) -> Tensor:
+    def _scores(self, *vectors: Any, **masks: Any) -> Tensor:
         """MaxSim ``(queries, queries x documents of each)``, kept for the teacher's part of the loss."""
         self.scores = colbert_scores(*vectors, **masks)
         return self.scores
