@@ -18,7 +18,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         lambda value: 1 <= value < 2**31 and value == int(value),
         (
             *("batch_size", "gradient_accumulation_steps", "max_length", "query_texts", "cloze_sentences", "depth"),
-            *("k", "dataloader_prefetch_factor", "settings_tried", "window", "stride"),
+            *("k", "candidates", "dataloader_prefetch_factor", "settings_tried", "window", "stride"),
         ),
     ),
     (
@@ -36,7 +36,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     (
         "a number from 0 on",
         lambda value: 0 <= value < math.inf,
-        ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "eval_delay"),
+        ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "eval_delay", "hybrid_weight"),
     ),
     (
         "a number above 0",

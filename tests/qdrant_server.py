@@ -232,22 +232,35 @@ def condition(content: dict[str, Any] | None) -> Any:
         return None
     if "is_empty" in content["must"][0]:
         return edge.Filter(must=[edge.IsEmptyCondition(content["must"][0]["is_empty"]["key"])])
-    has_id, has_vector = content["must"]
-    return edge.Filter(
-        must=[edge.HasIdCondition(set(has_id["has_id"])), edge.HasVectorCondition(has_vector["has_vector"])]
-    )
+    *has_id, has_vector = content["must"]
+    ids = [edge.HasIdCondition(set(one["has_id"])) for one in has_id]
+    return edge.Filter(must=[*ids, edge.HasVectorCondition(has_vector["has_vector"])])
 
 
 def nearest(request: dict[str, Any]) -> Any:
     return edge.Query.Nearest(vector_of(request["query"]["nearest"]), using=request["using"])
 
 
+def prefetches_of(request: dict[str, Any]) -> Any:
+    found = [
+        edge.Prefetch(limit=p["limit"], query=nearest(p), prefetches=prefetches_of(p))
+        for p in request.get("prefetch") or []
+    ]
+    return found or None
+
+
+def sum_of(query: dict[str, Any]) -> Any:
+    write = edge.Expression
+    pairs = [term["mult"] for term in query["formula"]["sum"]]
+    terms = [write.Mult([write.Constant(factor), write.Variable(variable)]) for factor, variable in pairs]
+    return edge.Formula(write.Sum(terms), query["defaults"])
+
+
 def request_of(request: dict[str, Any]) -> Any:
-    prefetches = [edge.Prefetch(limit=p["limit"], query=nearest(p)) for p in request.get("prefetch") or []]
     return edge.QueryRequest(
         limit=request["limit"],
-        query=nearest(request),
-        prefetches=prefetches or None,
+        query=sum_of(request["query"]) if "formula" in request["query"] else nearest(request),
+        prefetches=prefetches_of(request),
         with_payload=request["with_payload"],
     )
 

@@ -17,9 +17,11 @@ from world import write_world
 from polyrep import InputError
 from polyrep.cli import main
 from polyrep.data import RetrievalDataset
+from polyrep.encoding.bm25 import _OTHER_CODES, STOP_WORDS, Bm25, analyzer, language_of
 from polyrep.evaluation import bm25 as bm25_rows
-from polyrep.evaluation.bm25 import analyzer, language_of, rank_with_bm25
+from polyrep.evaluation.bm25 import rank_with_bm25
 from polyrep.publishing.after_training import _language
+from polyrep.search.ranking import sparse_rows
 from polyrep.training.arguments import RecipeArguments
 
 STEMMER = EnglishStemmer()  # not the one that is tested, though of the same rules
@@ -128,11 +130,11 @@ SENTENCES = {
 
 
 def test_stop_words_of_every_language_are_a_list_and_have_a_stemmer():
-    for code in bm25_rows.STOP_WORDS:
+    for code in STOP_WORDS:
         found = analyzer(code)
         assert found.language == code and len(found.stop_words) > 30
         assert found.words([" ".join(found.stop_words)]) == [[]]
-    assert set(bm25_rows._OTHER_CODES.values()) == set(bm25_rows.STOP_WORDS)
+    assert set(_OTHER_CODES.values()) == set(STOP_WORDS)
 
 
 @pytest.mark.parametrize(
@@ -221,3 +223,54 @@ def test_the_table_says_the_language_and_the_command_refuses_an_unknown_one(tmp_
     assert main_rows["german"]["settings"]["language"] == "de"
     assert main([*argv, "--language", "klingon"]) == 2
     assert "--language klingon: PyStemmer knows no such language" in capsys.readouterr().err
+
+
+# As sparse vectors
+
+
+def test_vectors_of_bm25_give_its_scores(tmp_path):
+    """Whatever is asked: words that repeat, that nobody has, and none at all."""
+    found = rank_with_bm25(small(TEXTS, ASKED))
+    made = Bm25.of(analyzer("en"), TEXTS.values())
+    documents, queries = made.of_documents(TEXTS.values()), made.of_queries(ASKED.values())
+    assert (documents.kind, documents.dim, len(documents), len(queries)) == (
+        "sparse",
+        made.dim,
+        len(TEXTS),
+        len(ASKED),
+    )
+    scores = (
+        sparse_rows(queries, 0, len(queries), "dot") @ sparse_rows(documents, 0, len(documents), "dot").T
+    ).toarray()
+    for row, query in enumerate(ASKED.values()):
+        assert scores[row].tolist() == pytest.approx(bm25(query, list(TEXTS.values())), abs=1e-6)
+        assert np.take(scores[row], found.positions[row]) == pytest.approx(found.scores[row], abs=1e-5)
+    made.save(tmp_path)
+    again = Bm25.load(tmp_path)
+    assert (
+        (again, again.fingerprint)
+        == (made, made.fingerprint)
+        != (None, Bm25.of(analyzer("de"), TEXTS.values()).fingerprint)
+    )
+    with pytest.raises(InputError, match="none of 2 documents has a word"):
+        Bm25.of(analyzer("en"), ["the", "!"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"k1": 2},
+        {"words": []},
+        {"words": ["one"]},
+        {"documents": 0},
+        {"average": "x"},
+        {"format": None},
+        {"language": 3},
+    ],
+)
+def test_damaged_words_of_bm25_are_refused(change, tmp_path):
+    Bm25.of(analyzer("en"), TEXTS.values()).save(tmp_path)
+    said = json.loads((tmp_path / "bm25.json").read_text())
+    (tmp_path / "bm25.json").write_text(json.dumps(said | change))
+    with pytest.raises(InputError, match="bm25.json.* Encode the corpus again"):
+        Bm25.load(tmp_path)

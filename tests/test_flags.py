@@ -33,12 +33,17 @@ WHOLE = [
 COMMANDS = {
     "encode MODEL --input x --output y": [*EVERYWHERE, ("shard_size", "-1"), ("shard_size", HUGE)],
     "evaluate MODEL --dataset x": MEASURED,
+    "evaluate ONE TWO --dataset x --hybrid": [
+        ("hybrid_weight", "-1"),
+        ("hybrid_weight", "nan"),
+        ("hybrid_weight", "inf"),
+    ],
     "evaluate MODEL --frontier --dataset x": [*MEASURED, ("fit_seconds", "nan")],
     "calibrate MODEL --dataset x": [
         *EVERYWHERE,
         *(("depth", "0"), ("seed", "-1"), ("window", "0"), ("window", HUGE), ("stride", "-1")),
     ],
-    "search words --uri faiss:///x": [("k", "0"), ("k", "-1"), ("k", HUGE)],
+    "search words --uri faiss:///x": [("k", "0"), ("k", "-1"), ("k", HUGE), ("candidates", "0"), ("candidates", HUGE)],
     "train dense2sparse-minilm": [*STEPS, *HEADS],
     "train late-interaction-minilm": [*STEPS, *WHOLE],
 }

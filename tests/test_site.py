@@ -99,7 +99,8 @@ def public_names() -> dict[str, list[str]]:
 
 def test_every_page_is_there_and_the_front_door_leads_to_it(site, pages):
     wanted = {
-        f"docs/{page}.html" for page in ("index", "choose", "data", "add-a-method", "scale", "serving", "api/index")
+        f"docs/{page}.html"
+        for page in ("index", "choose", "data", "add-a-method", "scale", "hybrid", "serving", "api/index")
     }
     wanted |= {f"docs/methods/{method}.html" for method in METHODS}
     wanted |= {file.relative_to(ROOT).with_suffix(".html").as_posix() for file in (ROOT / "results").glob("*.md")}

@@ -4,6 +4,9 @@ The input is a stream, cut into shards at fixed places. Process ``r`` of ``n`` t
 passes over those that are there already, and never waits for another process; the one that finds all shards done says
 so in ``complete.json``. So memory does not grow with the corpus, whatever is killed loses its open shard at most, and
 the same command goes on, with more processes or fewer.
+
+Of a model with several views each is a corpus of its own, and ``bm25`` in place of a model reads the input twice: once
+to count its words, once to write them as sparse vectors.
 """
 
 from __future__ import annotations
@@ -12,12 +15,11 @@ import itertools
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,10 +34,13 @@ from ..flags import parse
 from ..hub.fingerprint import fingerprint
 from ..hub.folder import Encoder, fastest_dtype, fetch, load
 from ..report import provenance
+from . import bm25
+from .arrays import plain_name
 from .cache import CHUNK
 from .embeddings import Embeddings, Kind, by_document, joined, rows
 from .encoders import encode_chunk, kind_of, refuse_broken_prompts, refuse_not_finite_vectors
 from .shards import PRECISIONS, Origin, manifest_of, read_record, shard_path, write_shard
+from .views import encode_views, refuse_unknown_views, views_of
 from .windows import Windows, refuse_stride
 
 SHARD_SIZES = {False: 4096, True: 512}
@@ -60,8 +65,15 @@ class EncodeArguments:
     )
     output: str = field(default="", metadata={"help": "Folder for the shards; one that is begun goes on."})
     task: str = field(default="document", metadata={"help": "Encode as document or as query."})
+    views: str = field(
+        default="",
+        metadata={
+            "help": "Comma-separated, of a model that gives several: a corpus of each in a folder below --output."
+        },
+    )
+    language: str = field(default="en", metadata={"help": "Of bm25's stems and stop words, as for evaluate."})
     name: str = field(
-        default="", metadata={"help": "What an index calls these vectors; default: dense, multi or sparse."}
+        default="", metadata={"help": "What an index calls these vectors; default: dense, multi, sparse or bm25."}
     )
     precision: str = field(default="float16", metadata={"help": f"Of the numbers: {', '.join(PRECISIONS)}."})
     batch_size: int = field(default=32, metadata={"help": "Texts or images per forward pass."})
@@ -97,54 +109,149 @@ def encode(argv: list[str], *, prog: str = "polyrep encode") -> dict[str, Any]:
         prog: How it was called.
 
     Returns:
-        ``shards``, ``done`` (how many are there now), ``documents`` and ``errors`` in them.
+        ``shards``, ``done`` (how many are there now), ``documents`` and ``errors`` in them; with ``--views`` these of
+        each view by name.
 
     Raises:
         InputError: A model, an input or a flag cannot be used; the folder holds something else; or, with ``--strict``,
             a record could not be used.
     """
     about = "Encode a corpus into shards, from which `polyrep index` builds an index. Run it again to go on."
-    args, name = parse(EncodeArguments, argv, prog, about, "MODEL", "Folder, Hub id, or minilm.")
+    wanted = "Folder, Hub id, or minilm; or bm25, and for its queries the folder of the documents it encoded."
+    args, name = parse(EncodeArguments, argv, prog, about, "MODEL", wanted)
     _refuse_unusable(args)
     state = _process()
     fields = Fields(args.id_field, args.text_field, args.title_field, args.image_field)
     where = {"split": args.split, "config": args.config, "revision": args.input_revision}
     source = open_source(args.input, fields, **where)
-    folder = fetch(name, revision=args.revision, trust_remote_code=args.trust_remote_code)
-    dtype, device = fastest_dtype(args.model_dtype), str(state.device)
-    model = load(folder, trust_remote_code=args.trust_remote_code, dtype=dtype, device=device)
-    _refuse_unfit(model, source, args, name)
-    windows = Windows.of(model, args.window, args.stride, name)
-    origin, output = _origin(args, model, folder, windows), Path(args.output)
     size = args.shard_size or SHARD_SIZES[source.images]
-    manifest = manifest_of(
-        origin,
-        model={"name": name, "revision": args.revision, "family": type(model).__name__},
-        model_dtype=args.model_dtype,
-        input={"fields": fields._asdict(), "images": source.images, **source.identity},
-        task=args.task,
-        prompt=(model.prompts or {}).get(args.task) or "",
-        max_length=str(model.max_seq_length),
-        shard_size=size,
-        **provenance(shlex.join([*prog.split(), *argv])),
-    )
-    _refuse_another(output, manifest)
-    work = _Work(model, origin, args.task, args.batch_size, output, manifest, windows)
-    with _progress(output, source, state) as progress:
+    opened = (_open_bm25 if _is_bm25(name) else _open_model)(args, name, source, size, str(state.device))
+    corpora = []
+    for origin in opened.origins:
+        manifest = manifest_of(
+            origin,
+            **opened.said,
+            input={"fields": fields._asdict(), "images": source.images, **source.identity},
+            task=args.task,
+            shard_size=size,
+            **provenance(shlex.join([*prog.split(), *argv])),
+        )
+        output = Path(args.output, origin.name) if args.views else Path(args.output)
+        _refuse_another(output, manifest)
+        corpora.append(_Corpus(origin, output, manifest))
+    work = _Work(opened, corpora, args.batch_size)
+    with _progress(Path(args.output), source, state) as progress:
         shards = work.through(_own(source.spans(size), state), progress)
     if not shards:
         raise InputError(f"{args.input}: holds no record, so there is nothing to encode.")
-    summary = _finish(output, shards)
-    if state.is_main_process or summary["complete"]:
-        print(_said(summary, output), flush=True)
+    summaries = {corpus.origin.name: _finish(corpus.output, shards) for corpus in corpora}
+    for corpus, summary in zip(corpora, summaries.values(), strict=True):
+        if state.is_main_process or summary["complete"]:
+            print(_said(summary, corpus.output), flush=True)
     state.destroy_process_group()
     # Not before all is done: a process that fails has its launcher end the others.
+    summary = next(iter(summaries.values()))
     if args.strict and summary["complete"] and summary["errors"]:
         raise InputError(
-            f"{args.input}: {summary['errors']} records could not be used (errors.jsonl in {output} says which and "
-            "why); all others are encoded. Mend them, or leave out --strict."
+            f"{args.input}: {summary['errors']} records could not be used (errors.jsonl in {corpora[0].output} says "
+            "which and why); all others are encoded. Mend them, or leave out --strict."
         )
-    return summary
+    return summaries if args.views else summary
+
+
+class _Corpus(NamedTuple):
+    """What is written to, and what it says of itself."""
+
+    origin: Origin
+    output: Path
+    manifest: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What encodes.
+
+    Attributes:
+        encode: Gives of some contents the vectors of each origin.
+        origins: What the vectors are; several of a model with views.
+        said: What a manifest says of the model.
+        windows: How documents are cut.
+        keep: Writes what else the folder of a corpus has.
+    """
+
+    encode: Callable[[list[Any]], list[Embeddings]]
+    origins: list[Origin]
+    said: dict[str, Any]
+    windows: Windows | None = None
+    keep: Callable[[Path], None] = lambda folder: None
+
+
+def _open_model(args: EncodeArguments, name: str, source: Source, size: int, device: str) -> _Opened:
+    folder = fetch(name, revision=args.revision, trust_remote_code=args.trust_remote_code)
+    dtype = fastest_dtype(args.model_dtype)
+    model = load(folder, trust_remote_code=args.trust_remote_code, dtype=dtype, device=device)
+    _refuse_unfit(model, source, args, name)
+    windows = Windows.of(model, args.window, args.stride, name)
+    said = {
+        "model": {"name": name, "revision": args.revision, "family": type(model).__name__},
+        "model_dtype": args.model_dtype,
+        "prompt": (model.prompts or {}).get(args.task) or "",
+        "max_length": str(model.max_seq_length),
+    }
+    if not args.views:
+        origin = _origin(args, model, folder, windows)
+
+        def encoded(content: list[Any]) -> list[Embeddings]:
+            values, lengths, indices, dim = encode_chunk(model, content, args.task, origin.kind, args.batch_size)
+            offsets = None if lengths is None else np.cumsum([0, *lengths], dtype=np.int64)
+            terms = None if indices is None else indices.astype(np.int32)
+            return [Embeddings(origin.kind, values, offsets, terms, dim, 0.0, Path())]
+
+        return _Opened(encoded, [origin], said, windows)
+    views, names, print_ = views_of(model), args.views.split(","), fingerprint(folder)
+    refuse_unknown_views(views, names, name)
+    cut = (windows.tokens, windows.stride) if windows else ()
+    origins = [
+        Origin(n, views[n].kind, views[n].dim, views[n].similarity, print_, args.precision, *cut) for n in names
+    ]
+    for origin in origins:
+        _refuse_narrow(origin.kind, args.precision)
+
+    def viewed(content: list[Any]) -> list[Embeddings]:
+        found = encode_views(model, content, names, task=args.task, batch_size=args.batch_size)
+        return [found[n] for n in names]
+
+    return _Opened(viewed, origins, said, windows)
+
+
+def _is_bm25(name: str) -> bool:
+    return name == "bm25" or Path(name, bm25.FILE).is_file()
+
+
+def _open_bm25(args: EncodeArguments, name: str, source: Source, size: int, device: str) -> _Opened:
+    if args.views or args.window:
+        flag = "--views" if args.views else "--window"
+        raise InputError(f"{flag}: BM25 has one kind of vectors, of whole texts. Leave it out.")
+    if source.images:
+        raise InputError("bm25: finds no words in images. Encode texts, or name a model.")
+    _refuse_narrow("sparse", args.precision)
+    if (name == "bm25") != (args.task == "document"):
+        raise InputError(
+            f"--task {args.task}: BM25 knows words by the documents that have them. Encode these with bm25, and then "
+            "queries with --task query and the folder of the documents in place of bm25."
+        )
+    if name == "bm25":
+        texts = (str(document.content) for span in source.spans(size) for document in span.read()[0])
+        some = list(itertools.islice(texts, bm25.SAMPLE))
+        read = bm25.analyzer(args.language, some)
+        made = bm25.Bm25.of(read, itertools.chain(some, texts))
+    else:
+        made = bm25.Bm25.load(Path(name))
+    vectors: Callable[[Iterable[str]], Embeddings] = made.of_documents if name == "bm25" else made.of_queries
+    said = {"model": {"name": name, "revision": None, "family": "BM25"}, "language": made.analyzer.language}
+    origin = Origin(args.name or "bm25", "sparse", made.dim, "dot", made.fingerprint, args.precision)
+    keep = made.save if name == "bm25" else lambda folder: None
+    return _Opened(lambda content: [vectors(content)], [origin], said, keep=keep)
 
 
 def _process() -> PartialState:
@@ -184,18 +291,8 @@ def _progress(output: Path, source: Source, state: PartialState) -> Any:
 class _Work:
     """The shards of one process. The last shard is being written while the next is encoded."""
 
-    def __init__(
-        self,
-        model: Encoder,
-        origin: Origin,
-        task: str,
-        batch_size: int,
-        output: Path,
-        manifest: dict[str, Any],
-        windows: Windows | None,
-    ):
-        self.model, self.origin, self.task, self.batch_size, self.output = model, origin, task, batch_size, output
-        self.manifest, self.windows = manifest, windows
+    def __init__(self, opened: _Opened, corpora: Sequence[_Corpus], batch_size: int):
+        self.opened, self.corpora, self.batch_size = opened, corpora, batch_size
 
     def through(self, spans: Iterator[tuple[Span, bool]], progress: Any) -> int:
         """Encode what is this process's and not there yet; returns the number of spans."""
@@ -203,20 +300,22 @@ class _Work:
         with ThreadPoolExecutor(1) as writer:
             for span, own in spans:
                 shards += 1
-                if own and not self._is_done(span):
+                if own and not all([self._is_done(span, corpus.output) for corpus in self.corpora]):
                     made = self._encoded(span, progress)
                     _settled(writing)
                     if writing is None:  # not before a shard is there to be written, lest a refusal leave anything
-                        _begin(self.output, self.manifest)
+                        for corpus in self.corpora:
+                            _begin(corpus.output, corpus.manifest)
+                            self.opened.keep(corpus.output)
                     writing = writer.submit(made)
                 elif own:
                     progress.update(span.records)
             _settled(writing)
         return shards
 
-    def _is_done(self, span: Span) -> bool:
-        path = shard_path(self.output, span.number)
-        record = _record(self.output, span.number)
+    def _is_done(self, span: Span, output: Path) -> bool:
+        path = shard_path(output, span.number)
+        record = _record(output, span.number)
         if not record or not path.is_file() or path.stat().st_size != record["bytes"]:
             return False
         if record["input_sha256"] != span.digest():
@@ -238,18 +337,23 @@ class _Work:
                 f"{errors[0]['error']}."
             )
         record = {"records": span.records, "input_sha256": span.digest(), "errors": errors}
-        return partial(write_shard, self.output, span.number, ids, vectors, self.origin.precision, **record)
+
+        def write() -> None:
+            for (origin, output, _), found in zip(self.corpora, vectors, strict=True):
+                write_shard(output, span.number, ids, found, origin.precision, **record)
+
+        return write
 
     def vectors(
         self, documents: Sequence[Document], progress: Any
-    ) -> tuple[list[str], Embeddings, list[dict[str, str]]]:
+    ) -> tuple[list[str], list[Embeddings], list[dict[str, str]]]:
         """Encode the longest texts first, side by side with others of their length; the order is then restored."""
-        origin, kind = self.origin, self.origin.kind
-        dtype = "float32" if origin.precision == "float32" else "float16"
+        origins, windows = [corpus.origin for corpus in self.corpora], self.opened.windows
+        dtype = "float32" if origins[0].precision == "float32" else "float16"
         images = bool(documents) and not isinstance(documents[0].content, str)
         ids, bounds = [document.id for document in documents], np.arange(len(documents) + 1)
-        if self.windows:
-            cuts = [[Document(d.id, piece) for piece in self.windows.cut(str(d.content))] for d in documents]
+        if windows:
+            cuts = [[Document(d.id, piece) for piece in windows.cut(str(d.content))] for d in documents]
             bounds = np.cumsum([0, *map(len, cuts)], dtype=np.int64)
             documents = list(itertools.chain.from_iterable(cuts))
         order = list(range(len(documents)))
@@ -258,7 +362,7 @@ class _Work:
         step = self.batch_size if images else max(CHUNK, self.batch_size)
         kept: list[int] = []
         errors: list[dict[str, str]] = []
-        parts = [_no_vectors(kind, origin.dim, dtype)]
+        parts = [[_no_vectors(origin.kind, origin.dim, dtype)] for origin in origins]
         for start in range(0, len(order), step):
             numbers = order[start : start + step]
             content: list[Any] = [documents[i].content for i in numbers]
@@ -267,19 +371,20 @@ class _Work:
                 content, numbers = self._pictures(documents, numbers, errors)
             if not content:
                 continue
-            values, lengths, indices, dim = encode_chunk(self.model, content, self.task, kind, self.batch_size)
-            if dim != origin.dim:
-                raise InputError(f"the model says {origin.dim} dimensions and gives {dim}. Its config is wrong.")
-            with np.errstate(over="ignore"):  # refused in the next line, by the id of its document
-                values = values.astype(dtype)
-            refuse_not_finite_vectors(values, lengths, [documents[i].id for i in numbers], dtype)
-            offsets = None if lengths is None else np.cumsum([0, *lengths], dtype=np.int64)
-            terms = None if indices is None else indices.astype(np.int32)
-            parts.append(Embeddings(kind, values, offsets, terms, dim, 0.0, Path()))
+            for origin, part, found in zip(origins, parts, self.opened.encode(content), strict=True):
+                if found.dim != origin.dim:
+                    raise InputError(
+                        f"the model says {origin.dim} dimensions and gives {found.dim}. Its config is wrong."
+                    )
+                with np.errstate(over="ignore"):  # refused in the next line, by the id of its document
+                    values = found.values.astype(dtype)
+                lengths = None if found.offsets is None else found.lengths
+                refuse_not_finite_vectors(values, lengths, [documents[i].id for i in numbers], dtype)
+                part.append(replace(found, values=values))
             kept += numbers
-        vectors = rows(joined(parts), np.argsort(kept))
-        if self.windows:
-            return ids, by_document(vectors, bounds), errors
+        vectors = [rows(joined(part), np.argsort(kept)) for part in parts]
+        if windows:
+            return ids, [by_document(one, bounds) for one in vectors], errors
         return [ids[i] for i in sorted(kept)], vectors, errors
 
     @staticmethod
@@ -382,6 +487,11 @@ def _refuse_unusable(args: EncodeArguments) -> None:
         if not getattr(args, flag):
             raise InputError(f"--{flag}: missing. Say what to encode with --input, and where to with --output.")
     refuse_no_text(args.name, "--name")
+    if args.views and args.name:
+        raise InputError(f"--name {args.name}: views have names of their own ({args.views}). Leave it out.")
+    names = args.views.split(",")
+    if args.views and (not all(plain_name(name) for name in names) or len({*names}) < len(names)):
+        raise InputError(f"--views {args.views}: expected names of views, each once, e.g. dense,lexicon.")
     if Path(args.input).is_dir() and Path(args.output).resolve().is_relative_to(Path(args.input).resolve()):
         raise InputError(f"--output {args.output}: lies in the input, which it would become part of. Name another.")
     refuse_unwritable(Path(args.output), "--output")
@@ -392,7 +502,6 @@ def _refuse_unusable(args: EncodeArguments) -> None:
 
 
 def _refuse_unfit(model: Any, source: Source, args: EncodeArguments, name: str) -> None:
-    precision = args.precision
     if isinstance(model, PreTrainedModel):
         raise InputError(
             f"{name}: is a head alone, which reads vectors and not documents. Name the folder of the whole model."
@@ -405,7 +514,12 @@ def _refuse_unfit(model: Any, source: Source, args: EncodeArguments, name: str) 
     if args.window and source.images:
         raise InputError(f"--window {args.window}: images have no tokens to be cut at. Leave it out.")
     refuse_broken_prompts(model)
-    if kind_of(model) == "sparse" and precision in ("int8", "binary"):
+    if not args.views:
+        _refuse_narrow(kind_of(model), args.precision)
+
+
+def _refuse_narrow(kind: str, precision: str) -> None:
+    if kind == "sparse" and precision in ("int8", "binary"):
         raise InputError(
             f"--precision {precision}: sparse vectors are weights of words, kept in float16 or float32 alone."
         )

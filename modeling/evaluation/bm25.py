@@ -1,162 +1,19 @@
-"""BM25 as whoever compares with it would set it up: by ``bm25s``, with the stop words and the stems of a language.
-
-Texts of scripts without spaces are read by characters and pairs of them, see :func:`polyrep.data.words.words_of`,
-whatever the language.
-"""
+"""BM25 as whoever compares with it would set it up: by ``bm25s``, over the words of :mod:`polyrep.encoding.bm25`."""
 
 from __future__ import annotations
 
-import re
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from ..data.dataset import RetrievalDataset
-from ..data.words import SPACELESS, words_of
+from ..data.words import words_of
+from ..encoding.bm25 import K1, Analyzer, B, analyzer
 from ..errors import InputError
 from ..search.ranking import deeper, without
 from .systems import DEPTH, Ranking, bytes_per_document, flops, latency
-
-K1, B = 1.5, 0.75
-"""Saturation of a repeated word, and how much a document's length counts."""
-
-STOP_WORDS = {
-    "da": "DANISH",
-    "de": "GERMAN",
-    "en": "EN",
-    "es": "SPANISH",
-    "fr": "FRENCH",
-    "it": "ITALIAN",
-    "nl": "DUTCH",
-    "no": "NORWEGIAN",
-    "pt": "PORTUGUESE",
-    "ru": "RUSSIAN",
-    "sv": "SWEDISH",
-    "tr": "TURKISH",
-}
-"""ISO 639-1 code -> the list of ``bm25s``, of languages that have a stemmer, too.
-
-English is Lucene's 33 words: NLTK's 179 were no better on the dev splits of tldr_pages, SciTLDR and SciFact.
-"""
-
-_OTHER_CODES = {
-    **{"dan": "da", "deu": "de", "dut": "nl", "eng": "en", "esl": "es", "fra": "fr", "fre": "fr", "ger": "de"},
-    **{"ita": "it", "nld": "nl", "nor": "no", "por": "pt", "rus": "ru", "spa": "es", "swe": "sv", "tur": "tr"},
-    **{"nb": "no", "nob": "no"},  # as Norwegian texts are labelled
-}
-
-SAMPLE = 1000
-"""Documents, spread over the corpus, by which a language is told."""
-
-
-@dataclass(frozen=True)
-class Analyzer:
-    """What BM25 takes from a text.
-
-    Attributes:
-        language: ISO 639 code of the stems; ``none`` for words as they are.
-        stop_words: Words that are left out.
-    """
-
-    language: str = "none"
-    stop_words: frozenset[str] = frozenset()
-
-    def words(self, texts: Iterable[str]) -> list[list[str]]:
-        """Stems of each text, in order, without stop words."""
-        if self.language == "tr":  # whose small I has no dot
-            texts = (text.replace("I", "ı") for text in texts)
-        kept = [[word for word in words_of(text) if word not in self.stop_words] for text in texts]
-        if self.language == "none":
-            return kept
-        import Stemmer
-
-        stemmer = Stemmer.Stemmer(self.language)  # it has a state, so that threads cannot share one
-        return [stemmer.stemWords(words) for words in kept]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What a reader of the table should know."""
-        stemmer = "none" if self.language == "none" else "Snowball"
-        return {
-            "language": self.language,
-            "stemmer": stemmer,
-            "stop_words": len(self.stop_words),
-            "k1": K1,
-            "b": B,
-        }
-
-
-def analyzer(language: str, texts: Sequence[str] = ()) -> Analyzer:
-    """The stop words and the stemmer of a language; of one that ``bm25s`` has no stop words of, the stemmer alone.
-
-    Args:
-        language: ISO 639 code of two or three letters, ``none``, or ``auto`` for the language of the texts.
-        texts: What ``auto`` reads.
-
-    Raises:
-        InputError: ``bm25s`` or PyStemmer is not installed, there is no such stemmer, or the texts do not tell.
-    """
-    try:
-        import Stemmer
-        from bm25s import stopwords
-    except ModuleNotFoundError:
-        raise InputError(
-            'bm25: the packages bm25s and PyStemmer are not both installed. Run `pip install "polyrep[quickstart]"`.'
-        ) from None
-    code = language_of(texts) if language == "auto" else language.lower()
-    if code is None:
-        raise InputError(
-            f"--language auto: the words of {len(texts):,} documents do not tell one of {', '.join(STOP_WORDS)}, so "
-            "BM25 might be weaker than it is. Name the language, or none for words as they are."
-        )
-    if code == "none":
-        return Analyzer()
-    code = _OTHER_CODES.get(code, code)
-    try:
-        if not re.fullmatch("[a-z]{2,3}", code):  # a name, and some are of algorithms
-            raise KeyError(code)
-        Stemmer.Stemmer(code)
-    except KeyError:
-        raise InputError(
-            f"--language {language}: PyStemmer knows no such language, so BM25 would miss inflected words. Use an ISO "
-            "639 code such as en, de, fi or ar, none for words as they are, or auto."
-        ) from None
-    listed = getattr(stopwords, f"STOPWORDS_{STOP_WORDS[code]}") if code in STOP_WORDS else ()
-    return Analyzer(code, frozenset(listed))
-
-
-def language_of(texts: Sequence[str]) -> str | None:
-    """The language of which most stop words are in the texts, or None if they do not tell.
-
-    One word in ten must be a stop word of it, and of words that one of two languages has, twice as many its own. So
-    texts in two languages tell none; but one without a list here may be taken for its neighbour, as Catalan for
-    Spanish.
-
-    Returns:
-        A code of :data:`STOP_WORDS`, or ``none`` if most is in scripts without spaces.
-    """
-    from bm25s import stopwords
-
-    sample = texts[:: max(1, len(texts) // SAMPLE)]
-    counts = Counter(word for text in sample for word in words_of(text))
-    if 2 * sum(count for word, count in counts.items() if re.match(f"[{SPACELESS}]", word)) > counts.total():
-        return "none"
-    # Against the long lists of the others, the short one of English would look rare.
-    names = STOP_WORDS | {"en": "EN_PLUS"}
-    lists = {code: frozenset(getattr(stopwords, f"STOPWORDS_{name}")) for code, name in names.items()}
-
-    def found(words: frozenset[str]) -> int:
-        return sum(counts[word] for word in words)
-
-    best = max(lists, key=lambda code: found(lists[code]))
-    own = found(lists[best])
-    sure = all(found(lists[best] - words) >= 2 * found(words - lists[best]) for c, words in lists.items() if c != best)
-    return best if sure and own >= max(10, counts.total() / 10) else None
 
 
 def analyzer_of(dataset: RetrievalDataset, language: str | Analyzer) -> Analyzer:

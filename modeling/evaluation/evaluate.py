@@ -28,6 +28,7 @@ from ..hub.folder import Encoder, family_of, fastest_dtype, fetch, load
 from ..hub.reading import set_length
 from ..report import print_and_write, provenance, refuse_unwritable_results
 from .bm25 import analyzer_of, rank_with_bm25
+from .hybrid import HYBRID_NOTE, Side, load_dev, rank_hybrid, refuse_unfit_hybrid, side_of_bm25, side_of_model
 from .mteb import Suite, left_out, mteb_package, open_suites, refuse_unfit, run_suites
 from .rerank import open_reranker, refuse_depths, rerank_notes
 from .systems import Ranking, rank_with_model, refuse_uncut
@@ -66,6 +67,16 @@ class EvaluationArguments:
     token_pooling: list[str] = field(
         default_factory=list,
         metadata={"help": "Extra rows for multi-vector models: mean, or vectors kept (1 2 4 ...)."},
+    )
+    hybrid: bool = field(
+        default=False,
+        metadata={
+            "help": "Sum the scores of two MODELs in a further row: the first finds candidates, and the weight of the "
+            "second is chosen on dev. bm25 may be one of them."
+        },
+    )
+    hybrid_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the second MODEL's scores, instead of one that is chosen on dev."}
     )
     rerank: str | None = field(
         default=None,
@@ -185,11 +196,14 @@ def evaluate_models(args: EvaluationArguments, models: Sequence[str], *, command
     fastest_dtype(args.model_dtype)
     refuse_stride(args.window, args.stride)
     refuse_depths(args.rerank, args.rerank_depth, args.rerank_revision)
+    refuse_unfit_hybrid(args, models, bool(args.dataset))
     datasets, suites = _open_data(args)
     systems, reference = _open_systems(args, models, bool(datasets))
     _refuse_unfit(args, systems, datasets, suites)
+    devs = [load_dev(path, dataset, args) for path, dataset in zip(args.dataset, datasets, strict=True)]
     data = made_here(*args.dataset)
-    found = _measure(args, systems, datasets, suites)
+    pair = [next(system for system in systems if system.source == model) for model in models] if args.hybrid else []
+    found = _measure(args, systems, datasets, suites, pair, devs)
     rows = [
         row | hub_source(*on_hub(path))
         for path, dataset in zip(args.dataset, datasets, strict=True)
@@ -209,6 +223,7 @@ def evaluate_models(args: EvaluationArguments, models: Sequence[str], *, command
         "data": data,
         "notes": [
             *window_notes(args.window, args.stride),
+            *([HYBRID_NOTE] if args.hybrid else ()),
             *rerank_notes(args.rerank, args.window),
             *(note for d in datasets for note in notes_on(d)),
         ],
@@ -298,23 +313,37 @@ def _refuse_unfit(
 
 
 def _measure(
-    args: EvaluationArguments, systems: Sequence[System], datasets: Sequence[RetrievalDataset], suites: Sequence[Suite]
+    args: EvaluationArguments,
+    systems: Sequence[System],
+    datasets: Sequence[RetrievalDataset],
+    suites: Sequence[Suite],
+    pair: Sequence[System],
+    devs: Sequence[RetrievalDataset | None],
 ) -> Measurements:
-    """Rank every data set by every system, and run the benchmarks, one model in memory at a time."""
+    """Rank every data set by every system and by the sum of a pair, and run the benchmarks.
+
+    One model is in memory at a time.
+    """
     found = Measurements({dataset.name: [] for dataset in datasets})
+    sides: dict[tuple[str, str], Side] = {}  # of a system and a data set
     for system in systems:
         if not system.folder:
-            for dataset in datasets:
+            for dataset, dev in zip(datasets, devs, strict=True):
                 found.rankings[dataset.name].append(rank_with_bm25(dataset, language=args.language))
+                if system in pair:
+                    sides[system.name, dataset.name] = side_of_bm25(system.name, dataset, dev, args.language)
             continue
         digest = found.fingerprints[system.name] = fingerprint(system.folder)
         model = system.open(args)
         options: dict[str, Any] = {"cache_dir": args.cache_dir, "dtype": args.dtype, "batch_size": args.batch_size}
         options["windows"] = system.windows(model, args)
+        pooling = None
         if isinstance(model, MultiVectorEncoder):
-            options["pooling"] = list(dict.fromkeys(args.token_pooling))  # twins would be taken for seeds
-        for dataset in datasets:
-            found.rankings[dataset.name] += rank_with_model(system.name, model, dataset, **options)
+            pooling = list(dict.fromkeys(args.token_pooling))  # twins would be taken for seeds
+        for dataset, dev in zip(datasets, devs, strict=True):
+            found.rankings[dataset.name] += rank_with_model(system.name, model, dataset, pooling=pooling, **options)
+            if system in pair:
+                sides[system.name, dataset.name] = side_of_model(system.name, model, dataset, dev, **options)
         if suites:
             measured = run_suites(
                 system.name,
@@ -332,6 +361,9 @@ def _measure(
         for dataset in datasets:
             first = list(found.rankings[dataset.name])
             found.rankings[dataset.name] += [reranker.rank(r, dataset, d) for r in first for d in reranker.depths]
+    for dataset, dev in zip(datasets, devs, strict=True) if pair else ():
+        one, other = (sides[system.name, dataset.name] for system in pair)
+        found.rankings[dataset.name] += rank_hybrid(one, other, dataset, dev, args.hybrid_weight)
     return found
 
 

@@ -21,7 +21,7 @@ def per_query_metrics(dataset: RetrievalDataset, ranking: Ranking) -> dict[str, 
 
     Gains are the judgments themselves, those of 0 and below being none, and the document at rank r counts
     ``1 / log2(r + 1)`` of its gain (trec_eval's ``ndcg_cut``). A query without a relevant document has 0 everywhere.
-    A query's own document (``dataset.own``) is none that it found.
+    A query's own document (``dataset.own``) is none that it found, nor is one with a score of -inf.
     """
     found = _grades_found(dataset, ranking)  # (queries, depth)
     best = _best_grades(dataset)  # (queries, most relevant documents of a query)
@@ -54,7 +54,8 @@ def _grades_found(dataset: RetrievalDataset, ranking: Ranking) -> np.ndarray:
     keys, grades = np.array(sorted(judged), np.int64).T  # of query and document together, in rising order
     wanted = np.arange(len(positions))[:, None] * len(place) + positions
     at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
-    return np.where(keys[at] == wanted, grades[at], 0)
+    there = np.take_along_axis(scores, order, 1) > -np.inf  # else it fills a place for which nothing was found
+    return np.where((keys[at] == wanted) & there, grades[at], 0)
 
 
 def _best_grades(dataset: RetrievalDataset) -> np.ndarray:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from ..encoding import bm25
 from ..encoding.cache import embed
 from ..encoding.encoders import kind_of
-from ..encoding.shards import EncodedCorpus, Shard
+from ..encoding.shards import EncodedCorpus, Origin, Shard
+from ..encoding.views import encode_views, views_of
 from ..errors import InputError, refuse_no_text
 from ..flags import parse
 from ..hub.fingerprint import fingerprint, told
 from ..hub.folder import fastest_dtype, fetch, load
 from .backends import open_index
 from .probability import Searcher
-from .protocol import Hit
+from .protocol import CANDIDATES, Hit, Index, Queries, refuse_unusable_weights
 
 
 @dataclass
@@ -41,8 +44,22 @@ class SearchArguments:
     _argument_group_name = "search"
 
     uri: str = field(default="", metadata={"help": "The index."})
-    model: str = field(default="minilm", metadata={"help": "Folder or Hub id of the model that encoded it."})
+    model: str = field(
+        default="minilm",
+        metadata={
+            "help": "Folder or Hub id of the model that encoded it; for --weights several, comma-separated. BM25's is "
+            "the folder of the documents that it encoded."
+        },
+    )
     name: str = field(default="", metadata={"help": "Which vectors, where the index has several kinds."})
+    weights: str = field(
+        default="",
+        metadata={
+            "help": "Rank by the weighted sum of several kinds, e.g. lexicon=1,dense=0.3; the first finds candidates. "
+            "Default: what a model with views says of these."
+        },
+    )
+    candidates: int = field(default=CANDIDATES, metadata={"help": "Documents of a query that a weighted sum ranks."})
     k: int = field(default=10, metadata={"help": "Documents to print."})
     revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of a Hub model."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the model carries."})
@@ -107,28 +124,124 @@ def search(argv: list[str], *, prog: str = "polyrep search") -> list[list[Hit]]:
     _refuse_no_uri(args.uri)
     for query in queries:
         refuse_no_text(query, f"query {query!r}")
-    folder = fetch(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
-    name, print_ = args.name, fingerprint(folder)
-    target = open_index(args.uri, fingerprint=print_, force=args.force)
-    if not name:  # the vectors of this model, where the index has those of several
-        name = next((n for n, origin in target.origins.items() if origin.fingerprint == print_), "")
-    elif name in target.origins and target.origins[name].fingerprint != print_ and not args.force:
-        raise InputError(
-            f"{args.uri}: its vectors {name!r} were made by model {told(target.origins[name].fingerprint)}, not by "
-            f"{told(print_)}, so scores would mean nothing. Name the model that made them, or pass --force."
-        )
-    model = load(folder, trust_remote_code=args.trust_remote_code, dtype=fastest_dtype(args.model_dtype))
-    searcher = Searcher(model, target, print_)
-    texts = {str(number): query for number, query in enumerate(queries)}
-    options: dict[str, Any] = {"task": "query", "dtype": "float32", "kind": kind_of(model), "show_progress": False}
-    asked = embed(model, texts, name="queries", **options)
-    found = searcher.search(queries, asked, args.k, name)
+    if args.weights and args.name:
+        raise InputError(f"--name {args.name}: --weights says which vectors are searched. Leave one of them out.")
+    models = [_Asker.open(source, args) for source in _sources(args.model)]
+    target = open_index(args.uri, fingerprint=models[0].fingerprint, force=args.force)
+    weights = weights_of(args.weights) if args.weights else {} if args.name else models[0].weights(target.origins)
+    if weights:
+        there = weights if weights.keys() <= target.origins.keys() else target.origins
+        refuse_unusable_weights(weights, list(there), args.uri)
+        askers = {name: _asker_of(target.origins[name], models, args) for name in weights}
+        asked = {name: asker.ask(queries, name) for name, asker in askers.items()}
+        found = target.search(asked, args.k, weights=weights, candidates=args.candidates)
+    elif len(models) > 1:
+        raise InputError(f"--model {args.model}: several models, but no --weights. Add it, or name one model.")
+    else:
+        found = _by_one(models[0], target, queries, args)
     for query, hits in zip(queries, found, strict=True):
         print(query)
         for hit in hits:
             sure = "" if hit.probability is None else f"p={hit.probability:.3f}  "
             where = "" if hit.window is None else f"  window {hit.window}"
             print(f"  {hit.score:10.4f}  {sure}{hit.id}{where}")
+    return found
+
+
+def _by_one(asker: _Asker, target: Index, queries: Sequence[str], args: SearchArguments) -> list[list[Hit]]:
+    """Search one kind of vectors."""
+    name = args.name
+    if not name:  # the vectors of this model, where the index has those of several
+        name = next((n for n, origin in target.origins.items() if origin.fingerprint == asker.fingerprint), "")
+    elif name in target.origins and target.origins[name].fingerprint != asker.fingerprint and not args.force:
+        raise InputError(
+            f"{args.uri}: its vectors {name!r} were made by model {told(target.origins[name].fingerprint)}, not by "
+            f"{told(asker.fingerprint)}, so scores would mean nothing. Name the model that made them, or pass --force."
+        )
+    asked = asker.ask(queries, name)
+    if isinstance(asker.model, bm25.Bm25):
+        return target.search({name: asked} if name else asked, args.k)
+    return Searcher(asker.model, target, asker.fingerprint).search(queries, asked, args.k, name)
+
+
+@dataclass(frozen=True)
+class _Asker:
+    """What makes vectors of queries: a model, or the words that BM25 has counted."""
+
+    source: str
+    model: Any
+    fingerprint: str
+
+    @classmethod
+    def open(cls, source: str, args: SearchArguments) -> _Asker:
+        """Open a model as ``--model`` names it."""
+        if Path(source, bm25.FILE).is_file():
+            words = bm25.Bm25.load(Path(source))
+            return cls(source, words, words.fingerprint)
+        if source == "bm25":
+            raise InputError(
+                "--model bm25: its queries are read by the words of the documents. Name the folder of the corpus that "
+                "`polyrep encode bm25` wrote."
+            )
+        folder = fetch(source, revision=args.revision, trust_remote_code=args.trust_remote_code)
+        model = load(folder, trust_remote_code=args.trust_remote_code, dtype=fastest_dtype(args.model_dtype))
+        return cls(source, model, fingerprint(folder))
+
+    def weights(self, origins: Mapping[str, Origin]) -> dict[str, float]:
+        """What the model says of its views, where the index has more than one of them; else nothing."""
+        views = {} if isinstance(self.model, bm25.Bm25) else views_of(self.model)
+        there = {n: view.weight for n, view in views.items() if n in origins and self.made(origins[n])}
+        return there if len(there) > 1 else {}
+
+    def made(self, origin: Origin) -> bool:
+        """Whether it is what made vectors."""
+        return self.fingerprint == origin.fingerprint
+
+    def ask(self, queries: Sequence[str], name: str) -> Queries:
+        """Vectors of queries, of the view ``name`` where there are views."""
+        if isinstance(self.model, bm25.Bm25):
+            return self.model.of_queries(queries)
+        if name in views_of(self.model):
+            return encode_views(self.model, queries, [name], task="query")[name]
+        texts = {str(number): query for number, query in enumerate(queries)}
+        options: dict[str, Any] = {"dtype": "float32", "kind": kind_of(self.model), "show_progress": False}
+        return embed(self.model, texts, task="query", name="queries", **options)
+
+
+def _asker_of(origin: Origin, models: Sequence[_Asker], args: SearchArguments) -> _Asker:
+    """The model that made some vectors; with ``--force`` the only one."""
+    for asker in models:
+        if asker.made(origin) or (args.force and len(models) == 1):
+            return asker
+    raise InputError(
+        f"{args.uri}: its vectors {origin.name!r} were made by model {told(origin.fingerprint)}, which is none of "
+        f"--model {args.model}, so scores would mean nothing. Name it there, too, separated by a comma."
+    )
+
+
+def _sources(models: str) -> list[str]:
+    """What ``--model`` names; a folder may have commas in its name."""
+    return [models] if Path(models).exists() else models.split(",")
+
+
+def weights_of(said: str) -> dict[str, float]:
+    """What ``--weights`` says, e.g. ``lexicon=1,dense=0.3``, in its order.
+
+    Raises:
+        InputError: It is of another form, or names vectors twice.
+    """
+    found: dict[str, float] = {}
+    for part in said.split(","):
+        name, _, number = part.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = None
+        if not name or value is None or name in found:
+            raise InputError(
+                f"--weights {said}: {part!r} is no name and number, or names vectors again. Write lexicon=1,dense=0.3."
+            )
+        found[name] = value
     return found
 
 

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from urllib.parse import SplitResult
 
 import numpy as np
 
-from ..encoding.embeddings import rows
+from ..encoding.embeddings import Embeddings, rows, side_by_side
 from ..encoding.shards import KINDS, Origin, Shard
 from ..errors import InputError
 from .local import Vectors
 from .protocol import (
+    CANDIDATES,
     Added,
     Hit,
     Queries,
     by_document,
     checked_origin,
+    first_of_each,
     refuse_unknown,
     stages,
+    tell_without_candidates,
     unique_ids,
+    weighted_stages,
     whole_number,
 )
 from .ranking import exact_search, rescore, tie_ranks
+from .weighted import View, best_windows_of, find_candidates
 
 
 class ExactIndex:
@@ -51,12 +57,17 @@ class ExactIndex:
         self._vectors: dict[str, Vectors] = {}
         self._shards: set[tuple[str, str]] = set()
         self._ranks: dict[str, np.ndarray] = {}  # by name, as long as its documents stay the same
+        self._aligned: tuple[str, ...] = ()  # names whose documents are known to be in one order, and these
+        self._documents: list[str] = []
+        self._document_ranks = np.empty(0, np.int64)
 
     def add(self, shards: Iterable[Shard]) -> Added:
         """See :class:`polyrep.search.Index`."""
         written = replaced = known = 0
         for shard in shards:
-            origin = checked_origin(self.origins, shard.origin, self.where, kinds=KINDS, force=self.force)
+            origin = checked_origin(
+                self.origins, shard.origin, self.where, kinds=KINDS, force=self.force, beside_windows=True
+            )
             key = origin.name, shard.checksum
             if key in self._shards:
                 known += 1
@@ -64,38 +75,111 @@ class ExactIndex:
             self.origins[origin.name] = origin
             replaced += self._vectors.setdefault(origin.name, Vectors()).add(shard.ids, shard.vectors)
             self._ranks.pop(origin.name, None)
+            self._aligned = ()
             written += len(shard.ids)
             if shard.checksum:
                 self._shards.add(key)
         return Added(written, replaced, known)
 
-    def search(self, queries: Queries | Mapping[str, Queries], k: int = 10) -> list[list[Hit]]:
+    def search(
+        self,
+        queries: Queries | Mapping[str, Queries],
+        k: int = 10,
+        *,
+        weights: Mapping[str, float] | None = None,
+        candidates: int = CANDIDATES,
+    ) -> list[list[Hit]]:
         """See :class:`polyrep.search.Index`. Ties go to the higher id."""
+        if weights is not None:
+            return self._weighted(
+                weighted_stages(self.origins, queries, k, self.where, weights, candidates), k, candidates
+            )
         (origin, asked), *second = stages(self.origins, queries, k, self.where)
+        found = self._nearest(origin, asked, max(k, self.prefetch) if second else k)
+        return self._ranked_anew(*second[0], found, k) if second else found
+
+    def _nearest(self, origin: Origin, asked: Embeddings, k: int) -> list[list[Hit]]:
+        """The best ``k`` documents of each query under one name."""
         store = self._vectors[origin.name]
         vectors = store.contiguous()
         if not len(asked) or not len(vectors):
             return [[] for _ in range(len(asked))]
-        ranks, similarity = self._tie_ranks(origin), origin.similarity
+        ranks = self._tie_ranks(origin)
 
-        def nearest(depth: int) -> tuple[np.ndarray, np.ndarray]:
-            return exact_search(asked, vectors, ranks, similarity=similarity, k=depth)
+        def nearest(depth: int) -> list[list[Hit]]:
+            found = exact_search(asked, vectors, ranks, similarity=origin.similarity, k=depth)
+            return store.hits(*found, origin.by_window)
 
-        if not second:
-            by_window = origin.by_window
-            return by_document(lambda depth: store.hits(*nearest(depth), by_window), min(k, self.count()), store.each)
-        positions, _ = nearest(max(k, self.prefetch))
-        ((origin, asked),) = second
-        other = self._vectors[origin.name]
-        vectors, ranks = other.contiguous(), self._tie_ranks(origin)
-        found = []
-        for row, candidates in enumerate(positions.tolist()):
-            places = [other.position.get(store.ids[candidate], -1) for candidate in candidates]
-            kept = np.array([[place for place in places if place >= 0]], np.int64)
+        return by_document(nearest, min(k, self.count()), store.each)
+
+    def _ranked_anew(self, origin: Origin, asked: Embeddings, first: list[list[Hit]], k: int) -> list[list[Hit]]:
+        """The best ``k`` of the documents that a first stage found for each query, by their vectors under a name."""
+        store = self._vectors[origin.name]
+        vectors = store.contiguous()
+        ranks, found = self._tie_ranks(origin), []
+        for row, hits in enumerate(first):
+            kept = np.array([[place for hit in hits for place in store.places(hit.id)]], np.int64)
             query = rows(asked, np.array([row]))
             best = rescore(query, vectors, kept, ranks, similarity=origin.similarity) if kept.size else (kept, kept)
-            found += other.hits(best[0][:, :k], best[1][:, :k])
+            found += [first_of_each(several)[:k] for several in store.hits(best[0], best[1], origin.by_window)]
         return found
+
+    def _weighted(
+        self, asked_for: Sequence[tuple[Origin, Embeddings, float]], k: int, candidates: int
+    ) -> list[list[Hit]]:
+        names = [origin.name for origin, _, _ in asked_for]
+        self._align(names)
+        views = [View(asked, self._side(origin.name), origin.similarity) for origin, asked, _ in asked_for]
+        ids, ranks = self._documents, self._document_ranks
+        found = find_candidates(views, ranks, count=max(k, candidates))
+        tell_without_candidates(found.not_by_first, len(found.positions), names, self.where)
+        best = found.best([weight for _, _, weight in asked_for], ranks, k)
+        # Where windows of one name alone count, a sum is that of one of them; of several, each name has its own best.
+        cut = [view for view, (o, _, weight) in zip(views, asked_for, strict=True) if o.by_window and weight]
+        hits = []
+        for row, (places, scores) in enumerate(best):
+            which: Sequence[int | None] = [None] * len(places)
+            if len(cut) == 1:
+                which = best_windows_of(cut[0], row, places)
+            said = zip(places.tolist(), scores.tolist(), which, strict=True)
+            hits.append([Hit(ids[place], score, window=window) for place, score, window in said])
+        return hits
+
+    def _align(self, names: Sequence[str]) -> None:
+        """Put documents under several names into the order of the first.
+
+        Raises:
+            InputError: Some have no vectors under one of the names.
+        """
+        if {*names} <= {*self._aligned}:
+            return
+        sides = [self._side(name) for name in names]  # which leaves no gaps among ids
+        documents = [dict.fromkeys(self._vectors[name].ids) for name in names]
+        for name, theirs in zip(names, documents, strict=True):
+            for other, those in zip(names, documents, strict=True):
+                if lacking := theirs.keys() - those.keys():
+                    raise InputError(
+                        f"{self.where}: {len(lacking):,} documents, e.g. {min(lacking)!r:.80}, have vectors {name!r} "
+                        f"and no {other!r}, so their sums would lack a part. Add these to the index, or delete them."
+                    )
+        for name, vectors, theirs in zip(names, sides, documents, strict=True):
+            if list(theirs) == list(documents[0]):
+                continue
+            place = {identifier: number for number, identifier in enumerate(theirs)}
+            order, bounds = np.array([place[identifier] for identifier in documents[0]]), None
+            if vectors.windows is not None:
+                order, bounds = side_by_side(vectors.windows, order)
+            store = self._vectors[name] = Vectors()
+            store.add(list(documents[0]), replace(rows(vectors, order), windows=bounds))
+            self._ranks.pop(name, None)
+        self._aligned, self._documents = tuple(names), list(documents[0])
+        self._document_ranks = tie_ranks(self._documents)
+
+    def _side(self, name: str) -> Embeddings:
+        """Vectors of all documents under a name, in the order of their ids."""
+        store = self._vectors[name]
+        vectors = store.contiguous()
+        return replace(vectors, windows=store.bounds())
 
     def delete(self, ids: Iterable[str]) -> int:
         """See :class:`polyrep.search.Index`. Shards are forgotten, so that adding one again brings documents back."""
@@ -106,6 +190,7 @@ class ExactIndex:
         if removed:
             self._shards.clear()
             self._ranks.clear()
+            self._aligned = ()
         return len(removed)
 
     def count(self) -> int:

@@ -7,6 +7,7 @@ it found 6 % of the top 10. Compare a graph with ``index=flat`` once before you 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult
@@ -17,7 +18,7 @@ from ..encoding.shards import Shard
 from ..errors import InputError
 from .faiss_file import check_faiss_file
 from .local import Documents, FolderIndex, package
-from .protocol import Hit, Queries, by_document, refuse_unknown, whole_number
+from .protocol import CANDIDATES, Hit, Queries, by_document, refuse_unknown, whole_number
 
 FILE = "index.faiss"
 
@@ -62,9 +63,16 @@ class FaissIndex(FolderIndex):
                 "settings out, or name another folder and add the shards there."
             )
 
-    def search(self, queries: Queries, k: int = 10) -> list[list[Hit]]:
-        """See :class:`polyrep.search.Index`."""
-        asked = self._query_vectors(queries, k)
+    def search(
+        self,
+        queries: Queries | Mapping[str, Queries],
+        k: int = 10,
+        *,
+        weights: Mapping[str, float] | None = None,
+        candidates: int = CANDIDATES,
+    ) -> list[list[Hit]]:
+        """See :class:`polyrep.search.Index`; there is no weighted sum."""
+        asked = self._query_vectors(queries, k, weights)
         if not len(asked) or not self.count():
             return [[] for _ in range(len(asked))]
         values = self._scaled(asked.values)

@@ -162,6 +162,11 @@ class Documents:
         self.restore(np.arange(len(self.ids)))
         return live
 
+    def places(self, name: str) -> range:
+        """Positions of a document, none if it is not there."""
+        start = self.position.get(name)
+        return range(0) if start is None else range(start, start + self.windows.get(name, 1))
+
     @property
     def each(self) -> int:
         """Positions of a document on average, rounded up."""
@@ -292,8 +297,15 @@ class FolderIndex(ABC):
             )
         return known
 
-    def _query_vectors(self, queries: Queries | Mapping[str, Queries], k: int) -> Embeddings:
+    def _query_vectors(
+        self, queries: Queries | Mapping[str, Queries], k: int, weights: Mapping[str, float] | None
+    ) -> Embeddings:
         """Queries of the one stage that there can be."""
+        if weights is not None:
+            raise InputError(
+                f"{self.where}: weights={dict(weights)}, but it holds one kind of vectors, so there is no sum. Use "
+                "memory: or qdrant:, which hold several."
+            )
         if isinstance(queries, Mapping) and len(queries) > 1:
             raise InputError(
                 f"{self.where}: asked for {', '.join(queries)}, but it holds one kind of vectors, so there is no "

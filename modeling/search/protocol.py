@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +19,11 @@ from ..encoding.shards import Origin, Shard
 from ..errors import InputError
 from ..hub.fingerprint import told
 
+logger = logging.getLogger(__name__)
+
+CANDIDATES = 1000
+"""Documents of a query that a weighted sum ranks."""
+
 Queries = Any
 """What ``encode_query`` returns: ``(queries, dim)`` as array or tensor; a list of ``(vectors, dim)`` where a query has
 several; ``(queries, vocabulary)`` sparse, of torch or scipy; or :class:`polyrep.encoding.embeddings.Embeddings`."""
@@ -31,7 +38,7 @@ class Hit(NamedTuple):
         probability: That the document is judged relevant, from 0 to 1, where the model is calibrated (``polyrep
             calibrate``) and its :class:`~polyrep.search.Service` or ``polyrep search`` was asked; else None.
         window: Which of the document's windows has the score, from 0 on, where documents are cut into windows with
-            vectors of their own; else None.
+            vectors of their own; of a weighted sum, where those of one name alone are cut. Else None.
     """
 
     id: str
@@ -76,16 +83,30 @@ class Index(Protocol):
                 came from another model and ``force`` was not set.
         """
 
-    def search(self, queries: Queries | Mapping[str, Queries], k: int = 10) -> list[list[Hit]]:
+    def search(
+        self,
+        queries: Queries | Mapping[str, Queries],
+        k: int = 10,
+        *,
+        weights: Mapping[str, float] | None = None,
+        candidates: int = CANDIDATES,
+    ) -> list[list[Hit]]:
         """The best ``k`` documents of each query, best first, or fewer where there are not as many.
 
         Args:
             queries: Vectors of the queries. Of an index with vectors of several kinds: name -> vectors; with two
                 names, the first finds candidates, of which the second, scored exactly, takes the best.
             k: How many.
+            weights: Name -> weight, for each name of ``queries``. Documents are then ranked by the weighted sum of
+                their scores under all names, as the models give them: the first name of ``queries`` finds candidates,
+                and all score these exactly. Sparse vectors find only documents that share a word with the query;
+                where there is none, the next name finds the candidates, and a warning says for how many queries.
+            candidates: With ``weights``, documents of a query that are ranked, or ``k`` if that is more. Where there
+                are no more documents, all of them are.
 
         Raises:
-            InputError: The index is empty, or the queries are of another kind or width.
+            InputError: The index is empty, the queries are of another kind or width, a weight cannot be used,
+                documents lack vectors that a sum needs, or the back end holds one kind of vectors and has no sum.
         """
 
     def delete(self, ids: Iterable[str]) -> int:
@@ -96,7 +117,13 @@ class Index(Protocol):
 
 
 def checked_origin(
-    origins: Mapping[str, Origin], new: Origin, where: str, *, kinds: Sequence[str], force: bool
+    origins: Mapping[str, Origin],
+    new: Origin,
+    where: str,
+    *,
+    kinds: Sequence[str],
+    force: bool,
+    beside_windows: bool = False,
 ) -> Origin:
     """The origin that an index goes on with once ``new`` is added, or a refusal.
 
@@ -106,6 +133,7 @@ def checked_origin(
         where: The index, for messages.
         kinds: What it can hold.
         force: Accept another fingerprint.
+        beside_windows: Whether it can hold vectors of another name beside those of windows.
 
     Raises:
         InputError: Another kind, width, similarity or model.
@@ -114,10 +142,10 @@ def checked_origin(
         raise InputError(f"{where}: holds {' or '.join(kinds)} vectors, not {new.kind}. Use another back end.")
     known = origins.get(new.name)
     if known is None:
-        if any(origin.by_window for origin in (*origins.values(), new)) and origins:
+        if origins and not beside_windows and any(origin.by_window for origin in (*origins.values(), new)):
             raise InputError(
                 f"{where}: holds vectors {', '.join(origins)}, and {new.name!r} would join them, but a document's "
-                "windows have no vectors of another name beside theirs. Use an index of their own."
+                "windows have no vectors of another name beside theirs. Use an index of their own, or memory:."
             )
         return new
     for field in ("kind", "dim", "similarity", "window", "stride"):
@@ -142,13 +170,13 @@ def checked_origin(
 
 
 def stages(
-    origins: Mapping[str, Origin], queries: Queries | Mapping[str, Queries], k: int, where: str
+    origins: Mapping[str, Origin], queries: Queries | Mapping[str, Queries], k: int, where: str, most: int = 2
 ) -> list[tuple[Origin, Embeddings]]:
     """The stages of a search: one, or candidates and what ranks them anew.
 
     Raises:
-        InputError: ``k`` is less than 1, the index is empty, a name is unknown or missing, there are more than two
-            stages, or queries do not fit the vectors of the index.
+        InputError: ``k`` is less than 1, the index is empty, a name is unknown or missing, there are more stages than
+            ``most``, or queries do not fit the vectors of the index.
     """
     if k < 1:
         raise InputError(f"{where}: k={k}, so nothing could be found. Pass 1 or more.")
@@ -161,15 +189,79 @@ def stages(
                 f"search({{{next(iter(origins))!r}: queries}})."
             )
         queries = {next(iter(origins)): queries}
-    if not 1 <= len(queries) <= 2 or queries.keys() - origins.keys():
+    if not 1 <= len(queries) <= most or queries.keys() - origins.keys():
         raise InputError(
             f"{where}: asked for {', '.join(queries) or 'nothing'}; it has {', '.join(origins)}. Name one, or two of "
-            "which the first finds candidates and the second ranks them."
+            "which the first finds candidates and the second ranks them; weights= sums the scores of any number."
         )
     found = [(origins[name], as_embeddings(asked, origins[name], where)) for name, asked in queries.items()]
     if len({len(asked) for _, asked in found}) > 1:
         raise InputError(f"{where}: the two stages have {' and '.join(str(len(a)) for _, a in found)} queries.")
     return found
+
+
+def weighted_stages(
+    origins: Mapping[str, Origin],
+    queries: Queries | Mapping[str, Queries],
+    k: int,
+    where: str,
+    weights: Mapping[str, float],
+    candidates: int,
+) -> list[tuple[Origin, Embeddings, float]]:
+    """What a search by a weighted sum asks, and the weight of each; the first finds candidates.
+
+    Raises:
+        InputError: As :func:`stages`, and where weights or the number of candidates cannot be used.
+    """
+    names = list(queries) if isinstance(queries, Mapping) else list(origins)
+    refuse_unusable_weights(weights, names, where)
+    if type(candidates) is not int or candidates < 1:
+        raise InputError(f"{where}: candidates={candidates!r}, so nothing could be ranked. Pass 1 or more.")
+    found = stages(origins, queries, k, where, most=len(origins))
+    return [(origin, asked, float(weights[origin.name])) for origin, asked in found]
+
+
+def refuse_unusable_weights(weights: Mapping[str, float], names: Sequence[str], where: str) -> None:
+    """Refuse weights that no sum could be made with.
+
+    Args:
+        weights: Name -> weight.
+        names: What is summed.
+        where: Who asks, for messages.
+
+    Raises:
+        InputError: A name has no weight or is unknown, a weight is not finite or below 0, or all are 0.
+    """
+    if unknown := [name for name in weights if name not in names]:
+        raise InputError(
+            f"{where}: weights[{unknown[0]!r}]={weights[unknown[0]]!r}: there are no scores of that name, only of "
+            f"{', '.join(map(repr, names))}. Leave it out, or pass queries for it."
+        )
+    for name in names:
+        if name not in weights:
+            raise InputError(
+                f"{where}: weights has no {name!r}, so its part of the sum is not known. Add it; 0 leaves it out."
+            )
+        value = weights[name]
+        if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 <= value < math.inf:
+            raise InputError(f"{where}: weights[{name!r}]={value!r}: expected a number from 0 on, e.g. 0.3.")
+    if not any(weights.values()):
+        raise InputError(
+            f"{where}: weights are all 0, so every document would have the score 0. Raise one, e.g. to 1."
+        )
+
+
+def tell_without_candidates(queries: int, total: int, names: Sequence[str], where: str) -> None:
+    """Warn of queries for which the first of several kinds of vectors found nothing."""
+    if queries:
+        logger.warning(
+            "%s: %d of %d queries share no word with any document by %r, so %s finds their candidates.",
+            where,
+            queries,
+            total,
+            names[0],
+            " or ".join(map(repr, names[1:])) or "nothing",
+        )
 
 
 def by_document(search: Callable[[int], list[list[Hit]]], k: int, each: int) -> list[list[Hit]]:
@@ -185,13 +277,13 @@ def by_document(search: Callable[[int], list[list[Hit]]], k: int, each: int) -> 
     depth = k * each
     while True:
         found = search(depth)
-        best = [_first_of_each(hits)[:k] for hits in found]
+        best = [first_of_each(hits)[:k] for hits in found]
         if all(len(few) == k or len(hits) < depth for few, hits in zip(best, found, strict=True)):
             return best
         depth *= 2
 
 
-def _first_of_each(hits: Iterable[Hit]) -> list[Hit]:
+def first_of_each(hits: Iterable[Hit]) -> list[Hit]:
     """Of each document the first hit."""
     found: dict[str, Hit] = {}
     for hit in hits:

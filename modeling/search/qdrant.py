@@ -32,6 +32,7 @@ from ..encoding.shards import Origin, Shard, origin_of
 from ..errors import InputError
 from .local import folder_of
 from .protocol import (
+    CANDIDATES,
     Added,
     Hit,
     Queries,
@@ -39,12 +40,15 @@ from .protocol import (
     checked_origin,
     refuse_unknown,
     stages,
+    tell_without_candidates,
     unique_ids,
+    weighted_stages,
     whole_number,
 )
 from .qdrant_engine import SIMILARITIES, Embedded, Engine, Request
 from .qdrant_remote import Server, Unreachable
 from .ranking import sparse_rows
+from .scoring import EMPTY_DOCUMENT_SCORE
 
 VERSION, LAYOUT, ORIGIN, SHARD = "polyrep", "polyrep/layout", "polyrep/origin/", "polyrep/shard/"
 NAMESPACE = uuid.UUID("5f1c6a1e-6d3c-5d0e-9a57-0c2b8f6f7a11")
@@ -121,6 +125,7 @@ class QdrantIndex:
     def __init__(self, engine: Engine, prefetch: int, layout: dict[str, Any], force: bool):
         self.engine, self.where, self.prefetch, self.force = engine, engine.where, prefetch, force
         self.records = engine.open()
+        self._counts: dict[str, int] = {}  # points with a vector of a name, until this process changes them
         self.layout: dict[str, Any] = self.records.get(LAYOUT, layout)
         if not isinstance(self.layout, dict):
             raise InputError(f"{self.where}: its layout is {self.layout!r:.80}, so the index is damaged. Delete it.")
@@ -149,6 +154,7 @@ class QdrantIndex:
             InputError: The vectors do not belong here, or the server stayed away; then running it again goes on.
         """
         added = Added()
+        self._counts.clear()
         try:
             for shard in shards:
                 added = self._add(shard, added)
@@ -161,21 +167,91 @@ class QdrantIndex:
             ) from None
         return added
 
-    def search(self, queries: Queries | Mapping[str, Queries], k: int = 10) -> list[list[Hit]]:
-        """The best ``k`` documents of each query; two stages are one request to the engine.
+    def search(
+        self,
+        queries: Queries | Mapping[str, Queries],
+        k: int = 10,
+        *,
+        weights: Mapping[str, float] | None = None,
+        candidates: int = CANDIDATES,
+    ) -> list[list[Hit]]:
+        """The best ``k`` documents of each query; two stages and a weighted sum are one request to the engine.
+
+        Only queries without candidates, see :class:`polyrep.search.Index`, are asked again.
 
         Raises:
-            InputError: The index is empty, or the queries do not fit.
+            InputError: The index is empty, the queries or weights do not fit, or documents lack vectors.
         """
+        if weights is not None:
+            summed = weighted_stages(self.origins, queries, k, self.where, weights, candidates)
+            if not self._windowed:
+                return self._weighted(summed, k, max(k, candidates))
+            ((_, _, weight),) = summed  # since there are no vectors of another name beside windows
+            return [[hit._replace(score=weight * hit.score) for hit in hits] for hits in self.search(queries, k)]
         asked_for = stages(self.origins, queries, k, self.where)
         # How many points a document has is not asked for, since counting reads every point.
         return by_document(lambda depth: self._nearest(asked_for, depth), k, WINDOWS if self._windowed else 1)
+
+    def _weighted(
+        self, asked_for: Sequence[tuple[Origin, Embeddings, float]], k: int, candidates: int
+    ) -> list[list[Hit]]:
+        """The best ``k`` documents by the weighted sum of their scores."""
+        names, total = [origin.name for origin, _, _ in asked_for], len(asked_for[0][1])
+        documents = self._checked_points(names)
+        whole, candidates = candidates >= documents, max(1, min(candidates, documents))
+        sides = [self._vectors(asked, 0, total, origin.similarity) for origin, asked, _ in asked_for]
+        hits: list[list[Hit]] = [[] for _ in range(total)]
+        waiting = list(range(total))
+        for start in range(len(names)):  # which name finds the candidates of those that have none
+            order = [*range(start, len(names)), *range(start)]
+            first = sides[start]
+            asked = [row for row in waiting if first[row] is not None]
+            for batch in (asked[at : at + QUERIES] for at in range(0, len(asked), QUERIES)):
+                vectors = [tuple(sides[place][row] for place in order) for row in batch]
+                views = [asked_for[place] for place in order]
+                request = Request(
+                    [names[place] for place in order],
+                    vectors,
+                    k,
+                    candidates,
+                    self._quantized and views[0][0].kind == "sentence",
+                    [tuple(_factor(*pair) for pair in zip(views, row, strict=True)) for row in vectors],
+                    [EMPTY_DOCUMENT_SCORE if origin.kind == "tokens" else 0.0 for origin, _, _ in views],
+                    whole,
+                )
+                for row, points in zip(batch, self.engine.query(request), strict=True):
+                    hits[row] = [Hit(point.payload["id"], point.score) for point in points]
+            waiting = [row for row in waiting if not hits[row]]
+            if not start:
+                tell_without_candidates(len(waiting), total, names, self.where)
+        return hits
+
+    def _checked_points(self, names: Sequence[str]) -> int:
+        """How many points there are, each with a vector under every name that gives all documents one.
+
+        Raises:
+            InputError: Some have none.
+        """
+        for name in ["", *(name for name in names if self.origins[name].kind == "sentence")]:
+            if name not in self._counts:
+                self._counts[name] = self.engine.count(name=name)
+            if lacking := self._counts[""] - self._counts[name]:
+                self._counts.clear()  # another process may be adding them
+                raise InputError(
+                    f"{self.where}: {lacking:,} documents have no vector {name!r}, so their sums would lack a part. "
+                    "Add these to the index, or delete them."
+                )
+        return self._counts[""]
+
+    @property
+    def _quantized(self) -> bool:
+        return self.layout.get("quantization", "none") != "none"
 
     def _nearest(self, asked_for: list[tuple[Origin, Embeddings]], k: int) -> list[list[Hit]]:
         """The best ``k`` points of each query, as hits of their documents."""
         names = [origin.name for origin, _ in asked_for]
         last = asked_for[-1][0].similarity
-        quantized = self.layout.get("quantization", "none") != "none" and asked_for[0][0].kind == "sentence"
+        quantized = self._quantized and asked_for[0][0].kind == "sentence"
         hits: list[list[Hit]] = [[] for _ in range(len(asked_for[0][1]))]
         for start in range(0, len(hits), QUERIES):
             stop = min(start + QUERIES, len(hits))
@@ -186,16 +262,14 @@ class QdrantIndex:
             }
             found = self.engine.query(Request(names, list(asked.values()), k, max(k, self.prefetch), quantized))
             for (row, vector), points in zip(asked.items(), found, strict=True):
-                # Qdrant's distances are better when smaller, as the oracle's negated ones are when larger.
-                scale = -1.0 if last in ("euclidean", "manhattan") else 1.0
-                if last == "meanmaxsim":
-                    scale = 1 / len(vector[-1])
+                scale = _scale(last, vector[-1])
                 hits[row] = [_hit(point, scale, self._windowed) for point in points]
         return hits
 
     def delete(self, ids: Iterable[str]) -> int:
         """Remove documents; returns how many were there."""
         documents = dict.fromkeys(unique_ids(ids), 0)
+        self._counts.clear()
         points = self._points_from(documents) if self.origins else []
         if points:
             # Forgotten before, not after: a shard that is said to be whole must be.
@@ -318,6 +392,18 @@ class QdrantIndex:
         bounds = embeddings.offsets[start : stop + 1]
         values = np.asarray(embeddings.values[bounds[0] : bounds[-1]], np.float32)
         return [part if len(part) else None for part in np.split(values, bounds[1:-1] - bounds[0])]
+
+
+def _scale(similarity: str, vector: Any) -> float:
+    """What Qdrant's score of a query's vector is multiplied by to be the oracle's."""
+    if similarity == "meanmaxsim":
+        return 1 / len(vector)
+    # Qdrant's distances are better when smaller, as the oracle's negated ones are when larger.
+    return -1.0 if similarity in ("euclidean", "manhattan") else 1.0
+
+
+def _factor(view: tuple[Origin, Embeddings, float], vector: Any) -> float:
+    return 0.0 if vector is None else view[2] * _scale(view[0].similarity, vector)
 
 
 def point_id(identifier: str, window: int = 0) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
@@ -27,11 +27,16 @@ class Request(NamedTuple):
     """What an engine is asked in one go: the best ``k`` points of each query.
 
     Attributes:
-        names: Names of vectors, one or two. With two, the first finds ``prefetch`` candidates, which the second ranks.
+        names: Names of vectors. With two, the first finds ``prefetch`` candidates, which the second ranks; with
+            ``factors`` it is the sum over all names that ranks them.
         queries: Of each query a vector for each name.
         k: Points.
         prefetch: Candidates.
         quantized: Whether the first vectors are.
+        factors: Of each query what the score of each name is multiplied by, where points are ranked by the sum. Of
+            these queries a name may lack its vector.
+        absent: For each name the score of a point without such a vector, or without a common word.
+        whole: Whether all points are candidates.
     """
 
     names: Sequence[str]
@@ -39,6 +44,15 @@ class Request(NamedTuple):
     k: int
     prefetch: int
     quantized: bool
+    factors: Sequence[tuple[float, ...]] = ()
+    absent: Sequence[float] = ()
+    whole: bool = False
+
+    def sums(self) -> Iterator[list[tuple[str, Any, float, float]]]:
+        """Of each query to be summed its names that have a vector, with vector, factor and score of what is absent."""
+        for vectors, factors in zip(self.queries, self.factors, strict=True) if self.factors else ():
+            parts = zip(self.names, vectors, factors, self.absent, strict=True)
+            yield [part for part in parts if part[1] is not None]
 
 
 class Engine(Protocol):
@@ -84,8 +98,8 @@ class Engine(Protocol):
     def query(self, request: Request) -> list[list[Any]]:
         """The best points of each query, with ``payload`` and ``score``."""
 
-    def count(self, documents: bool = False) -> int:
-        """Points; or those that are no further window of a document."""
+    def count(self, documents: bool = False, name: str = "") -> int:
+        """Points; or those that are no further window of a document, or that have a vector of this name."""
 
     def close(self) -> None:
         """Let go of everything."""
@@ -215,7 +229,29 @@ class Embedded:
         edge, requests = self.edge, []
         quantized = edge.QuantizationSearchParams(**QUANTIZED)
         params = edge.SearchParams(quantization=quantized) if request.quantized else None
-        for vectors in request.queries:
+        exact = edge.SearchParams(exact=True, quantization=edge.QuantizationSearchParams(ignore=True))
+        for parts in request.sums():
+            variables = [f"$score[{place}]" for place in range(len(parts))]
+            nearest = [edge.Query.Nearest(vector, using=name) for name, vector, _, _ in parts]
+            whole, limit = request.whole, request.prefetch
+            found = edge.Prefetch(limit=limit, query=nearest[0], params=exact if whole else params)
+            around = None if whole else [found]
+            others = [edge.Prefetch(limit=limit, query=q, prefetches=around, params=exact) for q in nearest[1:]]
+            write = edge.Expression
+            terms = [
+                write.Mult([write.Constant(factor), write.Variable(variable)])
+                for variable, (_, _, factor, _) in zip(variables, parts, strict=True)
+            ]
+            absent = {variable: part[3] for variable, part in zip(variables, parts, strict=True)}
+            requests.append(
+                edge.QueryRequest(
+                    limit=request.k,
+                    query=edge.Formula(write.Sum(terms), absent),
+                    prefetches=[found, *others],
+                    with_payload=["id"],
+                )
+            )
+        for vectors in () if request.factors else request.queries:
             first, *rest = (
                 edge.Query.Nearest(vector, using=name) for vector, name in zip(vectors, request.names, strict=True)
             )
@@ -231,10 +267,14 @@ class Embedded:
             )
         return self.shard.query_batch(edge.QueryBatchRequest(requests)) if requests else []
 
-    def count(self, documents: bool = False) -> int:
+    def count(self, documents: bool = False, name: str = "") -> int:
         """See :class:`Engine`."""
-        first = self.edge.Filter(must=[self.edge.IsEmptyCondition("window")]) if documents else None
-        return self.shard.count(self.edge.CountRequest(exact=True, filter=first))
+        edge, among = self.edge, []
+        if documents:
+            among.append(edge.IsEmptyCondition("window"))
+        if name:
+            among.append(edge.HasVectorCondition(name))
+        return self.shard.count(edge.CountRequest(exact=True, filter=edge.Filter(must=among) if among else None))
 
     def close(self) -> None:
         """See :class:`Engine`."""

@@ -138,11 +138,20 @@ class Server:
         quantized = m.QuantizationSearchParams(**QUANTIZED)
         params = m.SearchParams(quantization=quantized) if request.quantized else None
         wanted: dict[str, Any] = {"limit": request.k, "with_payload": ["id", "window"]}
-        for vectors in request.queries:
-            first, *rest = (
-                {"query": m.NearestQuery(nearest=v if hasattr(v, "indices") else v.tolist()), "using": name}
-                for v, name in zip(vectors, request.names, strict=True)
-            )
+        exact = m.SearchParams(exact=True, quantization=m.QuantizationSearchParams(ignore=True))
+        for parts in request.sums():
+            nearest = [_nearest(m, vector, name) for name, vector, _, _ in parts]
+            whole, limit = request.whole, request.prefetch
+            found = m.Prefetch(**nearest[0], limit=limit, params=exact if whole else params)
+            around = None if whole else [found]
+            others = [m.Prefetch(**q, limit=limit, prefetch=around, params=exact) for q in nearest[1:]]
+            variables = [f"$score[{place}]" for place in range(len(parts))]
+            terms = [m.MultExpression(mult=[p[2], name]) for name, p in zip(variables, parts, strict=True)]
+            absent = {name: part[3] for name, part in zip(variables, parts, strict=True)}
+            formula = m.FormulaQuery(formula=m.SumExpression(sum=terms), defaults=absent)
+            requests.append(m.QueryRequest(query=formula, prefetch=[found, *others], **wanted))
+        for vectors in () if request.factors else request.queries:
+            first, *rest = (_nearest(m, v, name) for v, name in zip(vectors, request.names, strict=True))
             if rest:
                 found = m.Prefetch(**first, limit=request.prefetch, params=params)
                 requests.append(m.QueryRequest(**rest[0], prefetch=[found], **wanted))
@@ -151,11 +160,14 @@ class Server:
         found = self._call("query_batch_points", requests=requests) if requests else []
         return [response.points for response in found]
 
-    def count(self, documents: bool = False) -> int:
+    def count(self, documents: bool = False, name: str = "") -> int:
         """See :class:`Engine`."""
-        m = self.types
-        first = m.Filter(must=[m.IsEmptyCondition(is_empty=m.PayloadField(key="window"))]) if documents else None
-        return self._call("count", count_filter=first, exact=True).count
+        m, among = self.types, []
+        if documents:
+            among.append(m.IsEmptyCondition(is_empty=m.PayloadField(key="window")))
+        if name:
+            among.append(m.HasVectorCondition(has_vector=name))
+        return self._call("count", count_filter=m.Filter(must=among) if among else None, exact=True).count
 
     def close(self) -> None:
         """See :class:`Engine`."""
@@ -214,6 +226,12 @@ class Server:
                 logger.warning("%s: %s failed (%s); next try in %.1f s.", self.where, method, _line(failure), pause)
                 time.sleep(pause)
         raise Unreachable(f"{self.where}: no answer to {method} in {tries} tries ({_line(failure)}).")
+
+
+def _nearest(types: Any, vector: Any, name: str) -> dict[str, Any]:
+    """What asks for the nearest vectors of a name."""
+    nearest = vector if hasattr(vector, "indices") else vector.tolist()
+    return {"query": types.NearestQuery(nearest=nearest), "using": name}
 
 
 def _line(error: Exception) -> str:

@@ -15,7 +15,7 @@ from sentence_transformers.util import SimilarityFunction
 from torch import Tensor
 from tqdm import tqdm
 
-from ..encoding.embeddings import Embeddings, side_by_side
+from ..encoding.embeddings import Embeddings, rows, side_by_side
 from ..errors import InputError
 from .scoring import (
     CHUNK_ELEMENTS,
@@ -126,7 +126,7 @@ def rescore(
     All documents of a query are scored at once, from their vectors side by side, without padding.
 
     Args:
-        queries: Encoded queries, of kind ``sentence`` or ``tokens``.
+        queries: Encoded queries.
         documents: Encoded documents of the same kind; of these only what ``positions`` names is read.
         positions: ``(queries, candidates)`` places of documents in the corpus.
         ranks: ``(documents,)`` what decides ties; see :func:`tie_ranks`.
@@ -140,18 +140,16 @@ def rescore(
         InputError: The two sides do not fit together, or a score is not finite.
     """
     refuse_unlike_sides(queries, documents)
-    if queries.kind == "sparse":
-        raise InputError("rescore: sparse vectors are no second stage. Pass both sides of a model with dense vectors.")
     found = torch.empty(positions.shape, device=device)
     for row, candidates in enumerate(positions):
-        found[row] = _score_candidates(queries, documents, row, candidates, similarity, device)
+        found[row] = score_candidates(queries, documents, row, candidates, similarity, device)
     refuse_not_finite_scores(found)
     keys = sort_keys(found.cpu(), torch.from_numpy(ranks[positions]))
     order = keys.argsort(dim=1, descending=True)
     return positions[np.arange(len(positions))[:, None], order.numpy()], scores_of(keys.gather(1, order)).numpy()
 
 
-def _score_candidates(
+def score_candidates(
     queries: Embeddings,
     documents: Embeddings,
     row: int,
@@ -160,18 +158,23 @@ def _score_candidates(
     device: str | torch.device,
 ) -> Tensor:
     """Scores ``(candidates,)`` of some documents for the query at ``row``."""
+    bounds: np.ndarray | None = None
+    if documents.windows is not None:  # those of all candidates, side by side
+        candidates, bounds = side_by_side(documents.windows, candidates)
+    if queries.kind == "sparse":
+        chosen = rows(documents, candidates)
+        left, right = sparse_rows(queries, row, row + 1, similarity), sparse_rows(chosen, 0, len(chosen), similarity)
+        scores = torch.from_numpy((left @ right.T).toarray())[0]
+        return scores if bounds is None else best_windows(scores[None], bounds)[0]
     if queries.offsets is None or documents.offsets is None:
         pairwise = SimilarityFunction.to_similarity_pairwise_fn(similarity)
-        bounds = None
-        if documents.windows is not None:  # those of all candidates, side by side
-            candidates, bounds = side_by_side(documents.windows, candidates)
         query, vectors = (
-            torch.from_numpy(np.asarray(values, np.float32)).to(device)
+            torch.from_numpy(np.array(values, np.float32)).to(device)
             for values in (queries.values[row : row + 1], documents.values[candidates])
         )
         scores = pairwise(query.expand(len(vectors), -1), vectors)
         return scores if bounds is None else best_windows(scores[None], bounds)[0]
-    query = torch.from_numpy(np.asarray(queries.values[slice(*queries.offsets[row : row + 2])], np.float32))
+    query = torch.from_numpy(np.array(queries.values[slice(*queries.offsets[row : row + 2])], np.float32))
     places, bounds = side_by_side(documents.offsets, candidates)
     tokens = torch.from_numpy(np.asarray(documents.values[places], np.float32)).to(device)
     return maxsim_of_flat(query.to(device), tokens, torch.from_numpy(bounds), similarity)[:, 0]
@@ -258,10 +261,6 @@ class _Scorer:
             yield members, scores / counts.clamp(min=1)[:, None] if self.similarity == "meanmaxsim" else scores
 
     def _sparse(self, start: int, stop: int) -> _Scored:
-        if self.similarity not in ("dot", "cosine"):
-            raise InputError(
-                f"similarity {self.similarity!r} is not defined for an inverted index; use dot or cosine."
-            )
         batch = sparse_rows(self.queries, start, stop, self.similarity)
         step = max(1, CHUNK_ELEMENTS // max(stop - start, 1))
         for members, first, last in self._parts(step):
@@ -299,6 +298,8 @@ def filled(embeddings: Embeddings, members: np.ndarray) -> np.ndarray:
 
 def sparse_rows(embeddings: Embeddings, start: int, stop: int, similarity: str) -> csr_matrix:
     """Rows ``start:stop`` of a sparse cache as ``(stop - start, vocabulary)``; of unit length for cosine."""
+    if similarity not in ("dot", "cosine"):
+        raise InputError(f"similarity {similarity!r} is not defined for an inverted index; use dot or cosine.")
     assert embeddings.offsets is not None and embeddings.indices is not None
     bounds = embeddings.offsets[start : stop + 1]
     part = slice(int(bounds[0]), int(bounds[-1]))

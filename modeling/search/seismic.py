@@ -7,6 +7,7 @@ has no option against it.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ..encoding.shards import Shard
 from ..errors import InputError
 from ..files import file_sha256, known_sha256, user_cache
 from .local import FolderIndex, Vectors, package
-from .protocol import Hit, Queries, by_document, refuse_unknown, whole_number
+from .protocol import CANDIDATES, Hit, Queries, by_document, refuse_unknown, whole_number
 from .ranking import sparse_rows
 
 STEP = 65_536
@@ -70,9 +71,16 @@ class SeismicIndex(FolderIndex):
         }
         refuse_unknown(settings, self.where, ", ".join(self.settings | self.pruning))
 
-    def search(self, queries: Queries, k: int = 10) -> list[list[Hit]]:
-        """See :class:`polyrep.search.Index`."""
-        asked = self._query_vectors(queries, k)
+    def search(
+        self,
+        queries: Queries | Mapping[str, Queries],
+        k: int = 10,
+        *,
+        weights: Mapping[str, float] | None = None,
+        candidates: int = CANDIDATES,
+    ) -> list[list[Hit]]:
+        """See :class:`polyrep.search.Index`; there is no weighted sum."""
+        asked = self._query_vectors(queries, k, weights)
         if not self.count():
             return [[] for _ in range(len(asked))]
         return by_document(lambda depth: self._nearest(asked, depth), min(k, self.count()), self.documents.each)

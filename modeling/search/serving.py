@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 
+from ..encoding.views import encode_views, views_of
 from ..errors import InputError
 from ..hub.fingerprint import told
 from .probability import Searcher
-from .protocol import Hit, Index
+from .protocol import Hit, Index, refuse_unusable_weights
 
 Task = Literal["query", "document"]
 _Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -42,14 +43,23 @@ class Service:
         fingerprint: :func:`polyrep.hub.fingerprint` of the model.
         batch_texts: Texts that are answered together at most.
         waiting_texts: Texts that may wait; of a request that would exceed it, none is taken.
+        weights: Name -> weight, for an index that holds several views of the model, whose scores are summed; default:
+            what the model says of them.
 
     Raises:
         InputError: The model cannot encode texts, its calibration is damaged or another model's, the index holds
-            vectors of another model, or a number is below 1.
+            vectors of another model, or a number or a weight cannot be used.
     """
 
     def __init__(
-        self, model: Any, index: Index, *, fingerprint: str, batch_texts: int = 64, waiting_texts: int = 1024
+        self,
+        model: Any,
+        index: Index,
+        *,
+        fingerprint: str,
+        batch_texts: int = 64,
+        waiting_texts: int = 1024,
+        weights: Mapping[str, float] | None = None,
     ):
         if batch_texts < 1 or waiting_texts < 1:
             raise InputError(
@@ -68,6 +78,11 @@ class Service:
                     f"{told(fingerprint)}, so scores would mean nothing. Encode the corpus with the model served."
                 )
         self._model, self._index, self._fingerprint = model, index, fingerprint
+        there = {name: view.weight for name, view in views_of(model).items() if name in index.origins}
+        self._weights = there if len(there) > 1 else {}
+        if weights is not None:
+            refuse_unusable_weights(weights, list(there), "the service")
+            self._weights = dict(weights)
         self._searcher = Searcher(model, index, fingerprint)
         self._batch_texts, self._batches = batch_texts, 0
         # Texts of a forward pass, which sorts them by length: of more, a processor computes mostly padding.
@@ -158,10 +173,15 @@ class Service:
 
     def _encode(self, jobs: list[_Job]) -> Any:
         self._batches += 1
+        if self._weights and jobs[0].task == "search":
+            texts, names = [job.text for job in jobs], list(self._weights)
+            return encode_views(self._model, texts, names, task="query", batch_size=self._together)
         encode = self._model.encode_document if jobs[0].task == "document" else self._model.encode_query
         return encode([job.text for job in jobs], batch_size=self._together, show_progress_bar=False)
 
     def _finish(self, jobs: list[_Job], vectors: Any) -> list[Any]:
+        if jobs[0].task == "search" and self._weights:
+            return self._index.search(vectors, max(job.k for job in jobs), weights=self._weights)
         if jobs[0].task == "search":
             return self._searcher.search([job.text for job in jobs], vectors, max(job.k for job in jobs))
         return [_numbers(vector) for vector in vectors]

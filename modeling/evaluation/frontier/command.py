@@ -340,7 +340,7 @@ def _jobs(full: FullModel, methods: list[str], learned: Any) -> Iterator[Job]:
     whole = Candidate(FULL, lambda: Encoded(full.queries, full.documents, full.similarity))
     yield Job(FULL, code_digest(*COMMON), lambda: _ranked(full, whole))
     if isinstance(next(iter(full.dataset.corpus.values())), str):  # images have no words to find them by
-        code = code_digest(*COMMON, "evaluation/bm25.py", "data/words.py")
+        code = code_digest(*COMMON, "evaluation/bm25.py", "encoding/bm25.py", "data/words.py")
         yield Job(BM25, [code, full.language], lambda: _bm25(full), True)
     known = all_methods()
     for name in methods:

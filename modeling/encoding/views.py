@@ -1,0 +1,162 @@
+"""Models that give several kinds of vectors of a text in one pass, each of which is called a view.
+
+Some part of such a model, a :class:`~transformers.PreTrainedModel`, has a method ``views()`` that says what its
+``forward`` gives, as name -> fields of :class:`View`, the view that finds candidates first::
+
+    {"lexicon": {"kind": "sparse", "dim": 30522, "similarity": "dot", "output": "lexicon"},
+     "dense": {"kind": "sentence", "dim": 384, "similarity": "dot", "output": "dense", "weight": 0.3}}
+
+Whatever the family that opens the model hands out, all of it lies in what that part returned.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers.util import batch_to_device
+from transformers import PreTrainedModel
+
+from ..errors import InputError
+from .embeddings import Embeddings, Kind, joined
+
+
+@dataclass(frozen=True)
+class View:
+    """What a model says of one of its views.
+
+    Attributes:
+        kind: ``sentence``, ``sparse`` or ``tokens``.
+        dim: Width of a vector; of sparse ones the size of the vocabulary.
+        similarity: How two vectors are compared.
+        output: Field of the model's output: ``(batch, dim)``, for sparse vectors too; or ``(batch, tokens, dim)``.
+        mask: For ``tokens`` the field ``(batch, tokens)`` that is not 0 where a vector counts.
+        weight: Of its scores in a sum of those of all views.
+    """
+
+    kind: Kind
+    dim: int
+    similarity: str
+    output: str
+    mask: str = ""
+    weight: float = 1.0
+
+
+def views_of(model: Any) -> dict[str, View]:
+    """Views of a model by name, the one that finds candidates first; none for most models."""
+    part = _part_with_views(model)
+    return {} if part is None else {name: View(**said) for name, said in part.views().items()}
+
+
+@torch.inference_mode()
+def encode_views(
+    model: Any, texts: Sequence[str], names: Sequence[str], *, task: str, batch_size: int = 32
+) -> dict[str, Embeddings]:
+    """Encode texts once, into several kinds of vectors.
+
+    Args:
+        model: Opened by :func:`polyrep.load`, with a part that has ``views()``.
+        texts: As many as fit into memory, encoded.
+        names: Of the views that are wanted.
+        task: ``query`` or ``document``.
+        batch_size: Texts per forward pass.
+
+    Returns:
+        Name -> vectors in float32, in the order of the texts.
+
+    Raises:
+        InputError: The model has no such view, or its output is not what it says of it.
+    """
+    views = views_of(model)
+    refuse_unknown_views(views, names, type(model).__name__)
+    rows: dict[str, list[Embeddings]] = {name: [] for name in names}
+    prompt = _prompt(model, task)
+    model.eval()
+    with _outputs_of(_part_with_views(model)) as said:
+        for start in range(0, len(texts), batch_size):
+            said.clear()
+            batch = model.preprocess(list(texts[start : start + batch_size]), prompt=prompt, task=task)
+            model(batch_to_device(batch, model.device), task=task)
+            for name in names:
+                rows[name].append(_flat(views[name], name, said[-1]))
+    return {name: _one_after_another(views[name], parts) for name, parts in rows.items()}
+
+
+def refuse_unknown_views(views: Mapping[str, View], names: Sequence[str], source: str) -> None:
+    """InputError if a model has no view of a name."""
+    for name in names:
+        if name not in views:
+            has = f"it has {', '.join(views)}" if views else "it has one kind of vectors, which has no name"
+            raise InputError(f"{source}: has no view {name!r}; {has}. Name those, or leave --views out.")
+
+
+def _part_with_views(model: Any) -> Any:
+    modules: Iterable[Any] = getattr(model, "modules", tuple)()
+    parts = (part for part in modules if isinstance(part, PreTrainedModel))
+    return next((part for part in parts if callable(getattr(part, "views", None))), None)
+
+
+@contextmanager
+def _outputs_of(part: Any) -> Iterator[list[Any]]:
+    """What a part of a model returns from now on. No hook, which sentence-transformers would pass by."""
+    said: list[Any] = []
+    forward, own = part.forward, "forward" in vars(part)
+
+    @functools.wraps(forward)
+    def kept(*arguments: Any, **more: Any) -> Any:
+        said.append(forward(*arguments, **more))
+        return said[-1]
+
+    part.forward = kept
+    try:
+        yield said
+    finally:
+        if own:
+            part.forward = forward
+        else:
+            del part.forward
+
+
+def _prompt(model: Any, task: str) -> str | None:
+    """What ``encode_query`` and ``encode_document`` put before a text."""
+    prompts = model.prompts or {}
+    names = ("query",) if task == "query" else ("document", "passage", "corpus")
+    return next((prompts[name] for name in (*names, model.default_prompt_name) if name in prompts), None)
+
+
+def _flat(view: View, name: str, output: Any) -> Embeddings:
+    """A batch of one view as flat arrays."""
+    tensor = output.get(view.output)
+    if tensor is None or tensor.shape[-1] != view.dim:
+        shape = "nothing" if tensor is None else f"{tuple(tensor.shape)}"
+        raise InputError(f"view {name!r}: said to have {view.dim} numbers, and gives {shape}. The model is broken.")
+    if view.kind == "sentence":
+        return _embeddings(view, tensor.float().cpu().numpy())
+    if view.kind == "tokens":
+        mask = output[view.mask].bool()
+        return _embeddings(view, tensor[mask].float().cpu().numpy(), mask.sum(1).cpu().numpy())
+    text_of, word = tensor.nonzero(as_tuple=True)
+    counts = text_of.bincount(minlength=len(tensor)).cpu().numpy()
+    return _embeddings(view, tensor[text_of, word].float().cpu().numpy(), counts, word.cpu().numpy())
+
+
+def _embeddings(
+    view: View, values: np.ndarray, lengths: np.ndarray | None = None, words: np.ndarray | None = None
+) -> Embeddings:
+    offsets = None if lengths is None else np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    indices = None if words is None else words.astype(np.int32)
+    return Embeddings(view.kind, values, offsets, indices, view.dim, 0.0, Path())
+
+
+def _one_after_another(view: View, parts: Sequence[Embeddings]) -> Embeddings:
+    if parts:
+        return joined(parts)
+    empty = np.empty(0 if view.kind == "sparse" else (0, view.dim), np.float32)
+    none = np.empty(0, np.int64)
+    return _embeddings(view, empty, None if view.kind == "sentence" else none, none if view.kind == "sparse" else None)

@@ -1,0 +1,175 @@
+"""Models that give several kinds of vectors in one pass: what is encoded, searched and served of them."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import DOCUMENTS, QUERIES
+from sentence_transformers import SentenceTransformer
+from test_encode import read, write_lines
+from test_search import same
+from transformers import BertModel
+
+from polyrep import InputError
+from polyrep.encoding import EncodedCorpus
+from polyrep.encoding import encode as encoding
+from polyrep.encoding.encode import encode
+from polyrep.encoding.views import encode_views, views_of
+from polyrep.hub import fingerprint
+from polyrep.search import Hit, Service, commands, open_index
+from polyrep.search.commands import search
+
+DIM, WEIGHT = 32, 0.3
+
+
+class TwoViews(BertModel):
+    """A mean over tokens, and the largest positive parts; it counts what it is asked."""
+
+    texts = 0
+
+    def views(self) -> dict[str, dict[str, Any]]:
+        return {
+            "lexicon": {"kind": "sparse", "dim": DIM, "similarity": "dot", "output": "largest"},
+            "dense": {"kind": "sentence", "dim": DIM, "similarity": "cosine", "output": "means", "weight": WEIGHT},
+            "tokens": {
+                "kind": "tokens",
+                "dim": DIM,
+                "similarity": "maxsim",
+                "output": "last_hidden_state",
+                "mask": "counts",
+            },
+        }
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, **more: Any) -> Any:
+        TwoViews.texts += len(input_ids)
+        found = super().forward(input_ids=input_ids, attention_mask=attention_mask, **more)
+        states, mask = found.last_hidden_state, attention_mask[..., None]
+        found["means"] = (states * mask).sum(1) / mask.sum(1)
+        found["largest"] = (states - 0.7).relu().masked_fill(mask == 0, 0).amax(1)
+        found["counts"] = attention_mask
+        return found
+
+
+@pytest.fixture
+def model(sentence_model: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The model, which ``load`` gives for its folder."""
+    sentence_model.save_pretrained(str(tmp_path / "model"), create_model_card=False)
+    double: Any = SentenceTransformer(str(tmp_path / "model"))
+    double[0].model.__class__ = TwoViews
+    for module in (encoding, commands):
+        monkeypatch.setattr(module, "load", lambda *_, **__: double)
+    return double
+
+
+def alone(model: Any, text: str) -> dict[str, np.ndarray]:
+    """Views of one text, without padding."""
+    with torch.inference_mode():
+        batch = model.tokenizer(text, return_tensors="pt")
+        states = model[0].model(**batch).last_hidden_state[0].numpy()
+    return {"lexicon": np.maximum(states - 0.7, 0).max(0), "dense": states.mean(0), "tokens": states}
+
+
+def encoded(tmp_path: Path, *flags: str) -> Any:
+    source = write_lines(tmp_path / "corpus.jsonl", DOCUMENTS)
+    words = [str(tmp_path / "model"), "--input", str(source), "--output", str(tmp_path / "out"), "--shard_size", "2"]
+    return encode([*words, "--precision", "float32", *flags])
+
+
+def test_one_pass_writes_a_corpus_of_each_view(model, tmp_path):
+    expected = {name: alone(model, text) for name, text in DOCUMENTS.items()}
+    TwoViews.texts = 0
+    said = encoded(tmp_path, "--views", "dense,lexicon,tokens")
+    assert TwoViews.texts == len(DOCUMENTS)
+    assert {name: summary["documents"] for name, summary in said.items()} == dict.fromkeys(
+        ["dense", "lexicon", "tokens"], 5
+    )
+    for name, view in views_of(model).items():
+        corpus = EncodedCorpus(tmp_path / "out" / name)
+        origin = corpus.origin
+        assert (origin.name, origin.kind, origin.dim, origin.similarity) == (name, view.kind, DIM, view.similarity)
+        assert origin.fingerprint == fingerprint(tmp_path / "model") and len(corpus.records) == 3
+        ids, found = read(corpus)
+        assert ids == list(DOCUMENTS)
+        for identifier, vectors in zip(ids, found, strict=True):
+            np.testing.assert_allclose(vectors, expected[identifier][name], atol=1e-5)
+    # A shard of one view that is lost is made again, and only the texts in it are read.
+    (tmp_path / "out" / "lexicon" / "shards" / "00000001.json").unlink()
+    encoded(tmp_path, "--views", "dense,lexicon,tokens")
+    assert TwoViews.texts == len(DOCUMENTS) + 2
+    assert len(EncodedCorpus(tmp_path / "out" / "lexicon")) == 5
+
+
+def test_views_are_summed_by_the_weights_of_the_model_or_by_others(model, tmp_path):
+    pytest.importorskip("qdrant_edge")
+    encoded(tmp_path, "--views", "dense,lexicon")
+    uri = f"qdrant://{tmp_path}/index"
+    commands.index([str(tmp_path / "out" / name) for name in ("dense", "lexicon")] + ["--uri", uri])
+    queries, argv = list(QUERIES.values()), ["--uri", uri, "--model", str(tmp_path / "model"), "--k", "3"]
+
+    def expected(weights: dict[str, float]) -> list[list[Hit]]:
+        documents, found = {name: alone(model, text) for name, text in DOCUMENTS.items()}, []
+        for query in queries:
+            asked = alone(model, query)
+            hits = []
+            for name, views in documents.items():
+                cosine = asked["dense"] @ views["dense"]
+                cosine /= np.linalg.norm(asked["dense"]) * np.linalg.norm(views["dense"])
+                lexical = asked["lexicon"] @ views["lexicon"]
+                hits.append(Hit(name, float(weights.get("lexicon", 0) * lexical + weights.get("dense", 0) * cosine)))
+            found.append(sorted(hits, key=lambda hit: -hit.score)[:3])
+        return found
+
+    assert same(search([*queries, *argv]), expected({"lexicon": 1, "dense": WEIGHT}))
+    weights = ["--weights", "dense=2,lexicon=0.5", "--candidates", "5"]
+    assert same(search([*queries, *argv, *weights]), expected({"lexicon": 0.5, "dense": 2}))
+    assert same(search([*queries, *argv, "--name", "dense"]), expected({"dense": 1}))
+    with pytest.raises(InputError, match="--name dense: --weights says which vectors"):
+        search([*queries, *argv, "--name", "dense", *weights])
+
+    index = open_index("memory:")
+    for name in ("dense", "lexicon"):
+        index.add(EncodedCorpus(tmp_path / "out" / name))
+
+    async def served(**options: Any) -> list[list[Hit]]:
+        async with Service(model, index, fingerprint=fingerprint(tmp_path / "model"), **options) as service:
+            return await service.search(queries, 3)
+
+    assert same(asyncio.run(served()), expected({"lexicon": 1, "dense": WEIGHT}))
+    assert same(asyncio.run(served(weights={"dense": 1, "lexicon": 2})), expected({"lexicon": 2, "dense": 1}))
+    with pytest.raises(InputError, match=r"the service: weights\['other'\]=1: there are no scores of that name"):
+        asyncio.run(served(weights={"other": 1}))
+
+
+def test_queries_have_views_too_and_none_is_no_text(model):
+    found = encode_views(model, list(QUERIES.values()), ["tokens", "lexicon"], task="query", batch_size=2)
+    assert list(found) == ["tokens", "lexicon"] and len(found["tokens"]) == len(found["lexicon"]) == len(QUERIES)
+    empty = encode_views(model, [], ["tokens", "lexicon", "dense"], task="query")
+    assert [len(vectors) for vectors in empty.values()] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--views", "dense,sparse"], "has no view 'sparse'; it has lexicon, dense, tokens"),
+        (["--views", "dense,dense"], "expected names of views, each once"),
+        (["--views", "dense,"], "expected names of views, each once"),
+        (["--views", "../dense"], "expected names of views, each once"),
+        (["--views", "dense", "--name", "x"], "--name x: views have names of their own"),
+        (["--views", "lexicon", "--precision", "int8"], "kept in float16 or float32 alone"),
+    ],
+)
+def test_views_that_there_are_not_are_refused(flags, words, model, tmp_path):
+    with pytest.raises(InputError, match=words):
+        encoded(tmp_path, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_most_models_have_no_views(sentence_model, tmp_path):
+    sentence_model.save_pretrained(str(tmp_path / "model"), create_model_card=False)
+    with pytest.raises(InputError, match="has no view 'dense'; it has one kind of vectors, which has no name"):
+        encoded(tmp_path, "--views", "dense")
