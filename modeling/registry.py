@@ -59,6 +59,8 @@ class Room:
             likewise. None of these is imported before it is asked for.
         mean_pooled: A function, named likewise, that turns a late-interaction model into one whose vectors are the
             mean of its tokens. Exactly one room gives it.
+        settled: A function ``(model, datasets)``, named likewise, that once a whole model is trained sets in its
+            config what is chosen on the development queries of the data sets that have some.
         seeded: Whether the head draws what is not learned: its config then takes the ``seed`` of the run.
         joins_vision: Whether the head brings the vectors of a text encoder and of a vision encoder (``--vision``) into
             one space: its config then takes ``image_dim`` and ``vision_model_id``, and where the vision encoder is a
@@ -82,6 +84,7 @@ class Room:
     example: str = "example:build"
     frontier: str = ""
     mean_pooled: str = ""
+    settled: str = ""
     seeded: bool = False
     joins_vision: bool = False
     open_backbone: Callable[[str, torch.dtype], Any] | None = None

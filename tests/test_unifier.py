@@ -16,6 +16,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
+from test_encode import write_lines
 from torch.nn import functional as F
 from transformers import (
     AlbertConfig,
@@ -33,6 +34,9 @@ from transformers import (
 
 import polyrep
 from polyrep import InputError
+from polyrep.data import RetrievalDataset
+from polyrep.encoding.encode import encode
+from polyrep.hub.example import one_folder
 from polyrep.methods import (
     UnifierConfig,
     UnifierHead,
@@ -42,7 +46,9 @@ from polyrep.methods import (
     UnifierObjective,
     UnifierPooling,
 )
-from polyrep.methods.unifier import modeling_unifier
+from polyrep.methods.unifier import modeling_unifier, weight
+from polyrep.methods.unifier.weight import choose_dense_weight
+from polyrep.search import commands
 
 TEXTS = list(DOCUMENTS.values())
 SIZES: dict[str, Any] = {
@@ -523,8 +529,6 @@ print("REPORT" + json.dumps(said))
 
 def test_both_folders_open_without_polyrep_and_are_the_same_weights(backbone, tmp_path):
     whole = stirred(UnifierModel.from_encoder(str(backbone), gate="query", query_top_k=9), 0.05).eval()
-    from polyrep.hub.example import one_folder
-
     model = one_folder(whole, backbone, tmp_path / "made", transformer=modeling_unifier.UnifierTransformer)
     model.prompts = {"query": "", "document": ""}
     folders = [polyrep.save(model, tmp_path / view, view=view) for view in ("dense", "lexicon")]
@@ -541,11 +545,65 @@ def test_both_folders_open_without_polyrep_and_are_the_same_weights(backbone, tm
             np.testing.assert_allclose(said[f"auto {view}"][name], expected[name], atol=1e-5)
         np.testing.assert_allclose(said[f"auto {view}"]["sentence_embedding"], expected[view], atol=1e-5)
         names, both = said[f"views {view}"]
-        assert names == ["dense", "lexicon"]
+        assert names == ["lexicon", "dense"]
         for name, vectors in modeling_unifier.weighed(expected).items():
             np.testing.assert_allclose(both[name], vectors, atol=1e-5)
     np.testing.assert_allclose(said["SentenceTransformer"], expected.dense, atol=1e-5)
     np.testing.assert_allclose(said["SparseEncoder"], expected.lexicon, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", ["none", "query"])
+def test_one_pass_is_encoded_indexed_and_searched_by_the_weight_of_the_config(gate, backbone, tmp_path):
+    how: dict[str, Any] = {"gate": gate, "normalize": True, "dense_weight": 3.5}
+    whole = stirred(UnifierModel.from_encoder(str(backbone), **how), 0.05).eval()
+    model = one_folder(whole, backbone, tmp_path / "made", transformer=modeling_unifier.UnifierTransformer)
+    folder = polyrep.save(model, tmp_path / "model")
+    corpus = write_lines(tmp_path / "corpus.jsonl", DOCUMENTS)
+    flags = ["--views", "dense,lexicon", "--precision", "float32", "--model_dtype", "float32"]
+    encode([str(folder), "--input", str(corpus), "--output", str(tmp_path / "both"), *flags])
+    uri = f"qdrant://{tmp_path}/index"
+    commands.index([*(str(tmp_path / "both" / view) for view in ("lexicon", "dense")), "--uri", uri])
+    queries = list(QUERIES.values())
+    found = commands.search([*queries, "--uri", uri, "--model", str(folder), "--model_dtype", "float32", "--k", "3"])
+    with torch.no_grad():
+        asked = whole.encode_views(**batch_of(model, queries, "query"), task="query")
+        there = whole.encode_views(**batch_of(model, TEXTS), task="document")
+    expected = asked["lexicon"] @ there["lexicon"].T + 3.5 * asked["dense"] @ there["dense"].T
+    for row, hits in zip(expected, found, strict=True):
+        scores, places = row.topk(3)
+        assert [hit.id for hit in hits] == [list(DOCUMENTS)[place] for place in places]
+        np.testing.assert_allclose([hit.score for hit in hits], scores, rtol=1e-4)
+
+
+def test_the_weight_of_the_dense_view_is_the_best_on_dev(backbone, tmp_path, monkeypatch):
+    whole = stirred(UnifierModel.from_encoder(str(backbone), gate="query", normalize=True), 0.3).eval()
+    model = one_folder(whole, backbone, tmp_path / "made", transformer=modeling_unifier.UnifierTransformer)
+    config, ids = model[0].model.config, list(DOCUMENTS)
+    judged = {q: {ids[(3 * number + 1) % len(ids)]: 1} for number, q in enumerate(QUERIES)}
+    dev = RetrievalDataset("tiny", "dev", DOCUMENTS, QUERIES, judged)
+    choose_dense_weight(model, [])
+    assert config.dense_weight is None
+    choose_dense_weight(model, [dev, dev])
+    with torch.no_grad():
+        asked = whole.encode_views(**batch_of(model, list(QUERIES.values()), "query"), task="query")
+        there = whole.encode_views(**batch_of(model, TEXTS), task="document")
+    sums = [asked[view] @ there[view].T for view in ("lexicon", "dense")]
+
+    def worth(weight: float) -> float:
+        order = (sums[0] + weight * sums[1]).argsort(dim=1, descending=True)
+        ranks = [order[row].tolist().index(ids.index(next(iter(judged[q])))) for row, q in enumerate(QUERIES)]
+        return float(np.mean([1 / math.log2(2 + rank) for rank in ranks]))
+
+    unit = float(sums[0].std(1).mean() / sums[1].std(1).mean())
+    others = [worth(unit * 2.0**power) for power in range(-5, 6)]
+    assert worth(config.dense_weight) >= max(others) - 1e-9 and max(others) > min(others)
+    config.dense_weight = 0.25
+    choose_dense_weight(model, [dev])
+    assert config.dense_weight == 0.25, "what was given stays"
+    config.dense_weight = None
+    monkeypatch.setattr(weight, "DOCUMENTS", 2)
+    choose_dense_weight(model, [dev])
+    assert config.dense_weight is not None
 
 
 def test_the_head_attaches_behind_any_transformer_and_shows_either_view(backbone, tmp_path):
@@ -555,7 +613,7 @@ def test_the_head_attaches_behind_any_transformer_and_shows_either_view(backbone
         expected = UnifierModel.from_modules(plain, made).eval()(**batch_of(plain, TEXTS))
     model = SentenceTransformer(modules=[Transformer(str(backbone)), UnifierPooling(made)], device="cpu")
     np.testing.assert_allclose(model.encode_document(TEXTS), expected.dense, atol=1e-6)
-    both = model({**model.preprocess(TEXTS), "views": model[1].views()}, task="document")
+    both = model({**model.preprocess(TEXTS), "views": tuple(model[1].views())}, task="document")
     torch.testing.assert_close(both["lexicon"], expected.lexicon)
     folder = polyrep.save(model, tmp_path / "words", view="lexicon")
     again = polyrep.load(folder)

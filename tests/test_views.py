@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import DOCUMENTS, QUERIES
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 from test_encode import read, write_lines
 from test_search import same
-from transformers import BertModel
 
 from polyrep import InputError
 from polyrep.encoding import EncodedCorpus
@@ -27,32 +27,30 @@ from polyrep.search.commands import search
 DIM, WEIGHT = 32, 0.3
 
 
-class TwoViews(BertModel):
-    """A mean over tokens, and the largest positive parts; it counts what it is asked."""
+class SeveralViews(Pooling):
+    """A mean over tokens, the largest positive parts, and the tokens; it counts what it is asked."""
 
     texts = 0
 
     def views(self) -> dict[str, dict[str, Any]]:
         return {
-            "lexicon": {"kind": "sparse", "dim": DIM, "similarity": "dot", "output": "largest"},
+            "lexicon": {"kind": "sparse", "dim": DIM, "similarity": "dot", "output": "largest", "weight": 1.0},
             "dense": {"kind": "sentence", "dim": DIM, "similarity": "cosine", "output": "means", "weight": WEIGHT},
             "tokens": {
                 "kind": "tokens",
                 "dim": DIM,
                 "similarity": "maxsim",
-                "output": "last_hidden_state",
-                "mask": "counts",
+                "output": "token_embeddings",
+                "mask": "attention_mask",
             },
         }
 
-    def forward(self, input_ids: Any = None, attention_mask: Any = None, **more: Any) -> Any:
-        TwoViews.texts += len(input_ids)
-        found = super().forward(input_ids=input_ids, attention_mask=attention_mask, **more)
-        states, mask = found.last_hidden_state, attention_mask[..., None]
-        found["means"] = (states * mask).sum(1) / mask.sum(1)
-        found["largest"] = (states - 0.7).relu().masked_fill(mask == 0, 0).amax(1)
-        found["counts"] = attention_mask
-        return found
+    def forward(self, features: Any) -> Any:
+        SeveralViews.texts += len(features["input_ids"])
+        states, mask = features["token_embeddings"], features["attention_mask"][..., None]
+        features["means"] = (states * mask).sum(1) / mask.sum(1)
+        features["largest"] = (states - 0.7).relu().masked_fill(mask == 0, 0).amax(1)
+        return super().forward(features)
 
 
 @pytest.fixture
@@ -60,7 +58,7 @@ def model(sentence_model: SentenceTransformer, tmp_path: Path, monkeypatch: pyte
     """The model, which ``load`` gives for its folder."""
     sentence_model.save_pretrained(str(tmp_path / "model"), create_model_card=False)
     double: Any = SentenceTransformer(str(tmp_path / "model"))
-    double[0].model.__class__ = TwoViews
+    double[1].__class__ = SeveralViews
     for module in (encoding, commands):
         monkeypatch.setattr(module, "load", lambda *_, **__: double)
     return double
@@ -82,9 +80,9 @@ def encoded(tmp_path: Path, *flags: str) -> Any:
 
 def test_one_pass_writes_a_corpus_of_each_view(model, tmp_path):
     expected = {name: alone(model, text) for name, text in DOCUMENTS.items()}
-    TwoViews.texts = 0
+    SeveralViews.texts = 0
     said = encoded(tmp_path, "--views", "dense,lexicon,tokens")
-    assert TwoViews.texts == len(DOCUMENTS)
+    assert SeveralViews.texts == len(DOCUMENTS)
     assert {name: summary["documents"] for name, summary in said.items()} == dict.fromkeys(
         ["dense", "lexicon", "tokens"], 5
     )
@@ -100,7 +98,7 @@ def test_one_pass_writes_a_corpus_of_each_view(model, tmp_path):
     # A shard of one view that is lost is made again, and only the texts in it are read.
     (tmp_path / "out" / "lexicon" / "shards" / "00000001.json").unlink()
     encoded(tmp_path, "--views", "dense,lexicon,tokens")
-    assert TwoViews.texts == len(DOCUMENTS) + 2
+    assert SeveralViews.texts == len(DOCUMENTS) + 2
     assert len(EncodedCorpus(tmp_path / "out" / "lexicon")) == 5
 
 
@@ -173,3 +171,14 @@ def test_most_models_have_no_views(sentence_model, tmp_path):
     sentence_model.save_pretrained(str(tmp_path / "model"), create_model_card=False)
     with pytest.raises(InputError, match="has no view 'dense'; it has one kind of vectors, which has no name"):
         encoded(tmp_path, "--views", "dense")
+
+
+def test_views_whose_sum_has_no_weight_are_summed_by_a_weight_that_is_given(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.WEIGHT", None)
+    encoded(tmp_path, "--views", "dense,lexicon")
+    index = open_index("memory:")
+    for name in ("dense", "lexicon"):
+        index.add(EncodedCorpus(tmp_path / "out" / name))
+    with pytest.raises(InputError, match="has chosen no weight for 'dense' in the sum of lexicon and dense"):
+        Service(model, index, fingerprint=fingerprint(tmp_path / "model"))
+    Service(model, index, fingerprint=fingerprint(tmp_path / "model"), weights={"lexicon": 1, "dense": 2})

@@ -1,19 +1,18 @@
 """Models that give several kinds of vectors of a text in one pass, each of which is called a view.
 
-Some part of such a model, a :class:`~transformers.PreTrainedModel`, has a method ``views()`` that says what its
-``forward`` gives, as name -> fields of :class:`View`, the view that finds candidates first::
+Some module of such a model has a method ``views()`` that says what there is, as name -> fields of :class:`View`, the
+view that finds candidates first::
 
-    {"lexicon": {"kind": "sparse", "dim": 30522, "similarity": "dot", "output": "lexicon"},
-     "dense": {"kind": "sentence", "dim": 384, "similarity": "dot", "output": "dense", "weight": 0.3}}
+    {"lexicon": {"kind": "sparse", "dim": 30522, "similarity": "dot", "output": "lexicon", "weight": 1.0},
+     "dense": {"kind": "sentence", "dim": 384, "similarity": "dot", "output": "dense", "weight": 12.5}}
 
-Whatever the family that opens the model hands out, all of it lies in what that part returned.
+A batch asks it for some of them by ``views``, their names, and then holds their fields when the model has read it. A
+method ``weighed(batch)`` of that module, where there is one, gives these fields as a search sums them.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers.util import batch_to_device
-from transformers import PreTrainedModel
+from torch import nn
 
 from ..errors import InputError
-from .embeddings import Embeddings, Kind, joined
+from .embeddings import Embeddings, Kind, joined, rows
 
 
 @dataclass(frozen=True)
@@ -35,9 +34,9 @@ class View:
         kind: ``sentence``, ``sparse`` or ``tokens``.
         dim: Width of a vector; of sparse ones the size of the vocabulary.
         similarity: How two vectors are compared.
-        output: Field of the model's output: ``(batch, dim)``, for sparse vectors too; or ``(batch, tokens, dim)``.
+        output: Field of the batch: ``(batch, dim)``, for sparse vectors too; or ``(batch, tokens, dim)``.
         mask: For ``tokens`` the field ``(batch, tokens)`` that is not 0 where a vector counts.
-        weight: Of its scores in a sum of those of all views.
+        weight: Of its scores in a sum of those of all views; None where none was chosen.
     """
 
     kind: Kind
@@ -45,13 +44,35 @@ class View:
     similarity: str
     output: str
     mask: str = ""
-    weight: float = 1.0
+    weight: float | None = None
 
 
 def views_of(model: Any) -> dict[str, View]:
     """Views of a model by name, the one that finds candidates first; none for most models."""
-    part = _part_with_views(model)
+    part = part_with_views(model)
     return {} if part is None else {name: View(**said) for name, said in part.views().items()}
+
+
+def weights_of_views(model: Any, names: Sequence[str], subject: str) -> dict[str, float]:
+    """What a model says that its views weigh in a sum, of those that are there; empty where there are less than two.
+
+    Args:
+        model: Any model.
+        names: What there is to be summed.
+        subject: What is searched, for the refusal.
+
+    Raises:
+        InputError: It has not chosen a weight.
+    """
+    there = {name: view.weight for name, view in views_of(model).items() if name in names}
+    if len(there) < 2:
+        return {}
+    if missing := [name for name, weight in there.items() if weight is None]:
+        raise InputError(
+            f"{subject}: the model has chosen no weight for {missing[0]!r} in the sum of {' and '.join(there)}, and "
+            "their scores differ in size. Give the weights, or train it with a data set that has dev queries."
+        )
+    return {name: float(weight) for name, weight in there.items() if weight is not None}
 
 
 @torch.inference_mode()
@@ -75,17 +96,20 @@ def encode_views(
     """
     views = views_of(model)
     refuse_unknown_views(views, names, type(model).__name__)
-    rows: dict[str, list[Embeddings]] = {name: [] for name in names}
+    encoded: dict[str, list[Embeddings]] = {name: [] for name in names}
     prompt = _prompt(model, task)
     model.eval()
-    with _outputs_of(_part_with_views(model)) as said:
-        for start in range(0, len(texts), batch_size):
-            said.clear()
-            batch = model.preprocess(list(texts[start : start + batch_size]), prompt=prompt, task=task)
-            model(batch_to_device(batch, model.device), task=task)
-            for name in names:
-                rows[name].append(_flat(views[name], name, said[-1]))
-    return {name: _one_after_another(views[name], parts) for name, parts in rows.items()}
+    part = part_with_views(model)
+    order = sorted(
+        range(len(texts)), key=lambda number: -len(texts[number])
+    )  # side by side with others of their length
+    for start in range(0, len(texts), batch_size):
+        batch = model.preprocess([texts[i] for i in order[start : start + batch_size]], prompt=prompt, task=task)
+        found = model({**batch_to_device(batch, model.device), "views": tuple(names)}, task=task)
+        found = part.weighed(found) if hasattr(part, "weighed") else found
+        for name in names:
+            encoded[name].append(_flat(views[name], name, found))
+    return {name: rows(_one_after_another(views[name], encoded[name]), np.argsort(order)) for name in names}
 
 
 def refuse_unknown_views(views: Mapping[str, View], names: Sequence[str], source: str) -> None:
@@ -96,31 +120,10 @@ def refuse_unknown_views(views: Mapping[str, View], names: Sequence[str], source
             raise InputError(f"{source}: has no view {name!r}; {has}. Name those, or leave --views out.")
 
 
-def _part_with_views(model: Any) -> Any:
-    modules: Iterable[Any] = getattr(model, "modules", tuple)()
-    parts = (part for part in modules if isinstance(part, PreTrainedModel))
+def part_with_views(model: Any) -> Any:
+    """The module of a model that has several views; None for most models."""
+    parts = model.children() if isinstance(model, nn.Module) else ()
     return next((part for part in parts if callable(getattr(part, "views", None))), None)
-
-
-@contextmanager
-def _outputs_of(part: Any) -> Iterator[list[Any]]:
-    """What a part of a model returns from now on. No hook, which sentence-transformers would pass by."""
-    said: list[Any] = []
-    forward, own = part.forward, "forward" in vars(part)
-
-    @functools.wraps(forward)
-    def kept(*arguments: Any, **more: Any) -> Any:
-        said.append(forward(*arguments, **more))
-        return said[-1]
-
-    part.forward = kept
-    try:
-        yield said
-    finally:
-        if own:
-            part.forward = forward
-        else:
-            del part.forward
 
 
 def _prompt(model: Any, task: str) -> str | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -184,7 +184,7 @@ def rank_hybrid(
     if weight is None:
         assert dev is not None
         candidates = find_candidates([first.dev_view, second.dev_view], ranks, count=DEPTH, left_out=dev.own)
-        weight = choose_weight(candidates, dev, ranks)
+        weight = choose_weight([Tuned(candidates, dev, ranks)])
         settings = {"chosen_on": f"dev ({len(dev.queries):,} queries)"}
     names = (first.name, second.name) if first.name != second.name else (first.system, second.system)
     settings = {"weights": f"{names[0]}=1,{names[1]}={weight:g}"} | settings
@@ -209,23 +209,39 @@ def rank_hybrid(
     ]
 
 
-def choose_weight(candidates: Candidates, dev: RetrievalDataset, ranks: np.ndarray) -> float:
-    """The weight of the second system with the highest nDCG@10 on dev, the smallest of equals.
+class Tuned(NamedTuple):
+    """What a weight is chosen by.
 
-    Args:
-        candidates: With the scores of both.
+    Attributes:
+        candidates: With the scores of both systems.
         dev: Whose queries they are of.
         ranks: See :func:`polyrep.search.ranking.tie_ranks`.
     """
-    real = [scores[:, (scores > EMPTY_DOCUMENT_SCORE).all(0)] for scores in candidates.scores]
+
+    candidates: Candidates
+    dev: RetrievalDataset
+    ranks: np.ndarray
+
+
+def choose_weight(tuned: Sequence[Tuned]) -> float:
+    """The weight of the second system with the highest nDCG@10 on dev, the smallest of equals.
+
+    Args:
+        tuned: One or more data sets, on whose mean it is chosen.
+    """
+    everything = [scores for one in tuned for scores in one.candidates.scores]
+    real = [scores[:, (scores > EMPTY_DOCUMENT_SCORE).all(0)] for scores in everything]
     within = [scores - scores.mean(1, keepdims=True) for scores in real if scores.size]
     spreads = np.concatenate(within, 1).std(1) if within else np.zeros(2)
     unit = float(spreads[0] / spreads[1]) if spreads.all() else 1.0
     tried: dict[float, float] = {}
     for multiple in MULTIPLES:
         weight = float(f"{multiple * unit:.3g}")  # as it is printed, so that what is measured is what is used
-        found = _filled(candidates.best((1.0, weight), ranks, DEPTH), len(ranks))
-        tried[weight] = float(per_query_metrics(dev, Ranking("tried", *found))["nDCG@10"].mean())
+        values = []
+        for candidates, dev, ranks in tuned:
+            found = _filled(candidates.best((1.0, weight), ranks, DEPTH), len(ranks))
+            values.append(per_query_metrics(dev, Ranking("tried", *found))["nDCG@10"].mean())
+        tried[weight] = float(np.mean(values))
     return max(tried, key=lambda weight: (tried[weight], -weight))
 
 

@@ -14,7 +14,7 @@ from ..encoding import bm25
 from ..encoding.cache import embed
 from ..encoding.encoders import kind_of
 from ..encoding.shards import EncodedCorpus, Origin, Shard
-from ..encoding.views import encode_views, views_of
+from ..encoding.views import encode_views, views_of, weights_of_views
 from ..errors import InputError, refuse_no_text
 from ..flags import parse
 from ..hub.fingerprint import fingerprint, told
@@ -128,12 +128,16 @@ def search(argv: list[str], *, prog: str = "polyrep search") -> list[list[Hit]]:
         raise InputError(f"--name {args.name}: --weights says which vectors are searched. Leave one of them out.")
     models = [_Asker.open(source, args) for source in _sources(args.model)]
     target = open_index(args.uri, fingerprint=models[0].fingerprint, force=args.force)
-    weights = weights_of(args.weights) if args.weights else {} if args.name else models[0].weights(target.origins)
+    weights = (
+        weights_of(args.weights) if args.weights else {} if args.name else models[0].weights(target.origins, args.uri)
+    )
     if weights:
         there = weights if weights.keys() <= target.origins.keys() else target.origins
         refuse_unusable_weights(weights, list(there), args.uri)
         askers = {name: _asker_of(target.origins[name], models, args) for name in weights}
-        asked = {name: asker.ask(queries, name) for name, asker in askers.items()}
+        asked: dict[str, Queries] = {}
+        for model in dict.fromkeys(askers.values()):  # one pass of each
+            asked |= model.ask(queries, [name for name, asker in askers.items() if asker is model])
         found = target.search(asked, args.k, weights=weights, candidates=args.candidates)
     elif len(models) > 1:
         raise InputError(f"--model {args.model}: several models, but no --weights. Add it, or name one model.")
@@ -158,13 +162,13 @@ def _by_one(asker: _Asker, target: Index, queries: Sequence[str], args: SearchAr
             f"{args.uri}: its vectors {name!r} were made by model {told(target.origins[name].fingerprint)}, not by "
             f"{told(asker.fingerprint)}, so scores would mean nothing. Name the model that made them, or pass --force."
         )
-    asked = asker.ask(queries, name)
+    asked = asker.ask(queries, [name])[name]
     if isinstance(asker.model, bm25.Bm25):
         return target.search({name: asked} if name else asked, args.k)
     return Searcher(asker.model, target, asker.fingerprint).search(queries, asked, args.k, name)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Asker:
     """What makes vectors of queries: a model, or the words that BM25 has counted."""
 
@@ -187,25 +191,23 @@ class _Asker:
         model = load(folder, trust_remote_code=args.trust_remote_code, dtype=fastest_dtype(args.model_dtype))
         return cls(source, model, fingerprint(folder))
 
-    def weights(self, origins: Mapping[str, Origin]) -> dict[str, float]:
+    def weights(self, origins: Mapping[str, Origin], uri: str) -> dict[str, float]:
         """What the model says of its views, where the index has more than one of them; else nothing."""
-        views = {} if isinstance(self.model, bm25.Bm25) else views_of(self.model)
-        there = {n: view.weight for n, view in views.items() if n in origins and self.made(origins[n])}
-        return there if len(there) > 1 else {}
+        return weights_of_views(self.model, [name for name, origin in origins.items() if self.made(origin)], uri)
 
     def made(self, origin: Origin) -> bool:
         """Whether it is what made vectors."""
         return self.fingerprint == origin.fingerprint
 
-    def ask(self, queries: Sequence[str], name: str) -> Queries:
-        """Vectors of queries, of the view ``name`` where there are views."""
+    def ask(self, queries: Sequence[str], names: Sequence[str]) -> dict[str, Queries]:
+        """Vectors of queries by name: of a model with views those that are named, else the same for all names."""
         if isinstance(self.model, bm25.Bm25):
-            return self.model.of_queries(queries)
-        if name in views_of(self.model):
-            return encode_views(self.model, queries, [name], task="query")[name]
+            return dict.fromkeys(names, self.model.of_queries(queries))
+        if any(name in views_of(self.model) for name in names):
+            return dict(encode_views(self.model, queries, names, task="query"))
         texts = {str(number): query for number, query in enumerate(queries)}
         options: dict[str, Any] = {"dtype": "float32", "kind": kind_of(self.model), "show_progress": False}
-        return embed(self.model, texts, task="query", name="queries", **options)
+        return dict.fromkeys(names, embed(self.model, texts, task="query", name="queries", **options))
 
 
 def _asker_of(origin: Origin, models: Sequence[_Asker], args: SearchArguments) -> _Asker:

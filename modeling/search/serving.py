@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ..encoding.views import encode_views, views_of
+from ..encoding.views import encode_views, views_of, weights_of_views
 from ..errors import InputError
 from ..hub.fingerprint import told
 from .probability import Searcher
@@ -78,11 +78,10 @@ class Service:
                     f"{told(fingerprint)}, so scores would mean nothing. Encode the corpus with the model served."
                 )
         self._model, self._index, self._fingerprint = model, index, fingerprint
-        there = {name: view.weight for name, view in views_of(model).items() if name in index.origins}
-        self._weights = there if len(there) > 1 else {}
+        names = list(index.origins)
         if weights is not None:
-            refuse_unusable_weights(weights, list(there), "the service")
-            self._weights = dict(weights)
+            refuse_unusable_weights(weights, [name for name in views_of(model) if name in names], "the service")
+        self._weights = weights_of_views(model, names, "the index") if weights is None else dict(weights)
         self._searcher = Searcher(model, index, fingerprint)
         self._batch_texts, self._batches = batch_texts, 0
         # Texts of a forward pass, which sorts them by length: of more, a processor computes mostly padding.

@@ -16,11 +16,12 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ..errors import InputError, refusals
 from ..files import read_json, staged_folder, write_json
 from ..hub.code import listed_activation, listed_module, localize, may_run
-from ..hub.folder import family_of, fetch, opening, save
+from ..hub.folder import Encoder, family_of, fetch, opening, save
 from ..hub.reading import positions_in
 from ..hub.vision import fetch_vision
 from ..hub.weights import check_sizes
 from ..registry import Room
+from .datasets import dev_of
 from .recipes import Plan
 
 _CONFIGS = ("config.json", "config_sentence_transformers.json", "modules.json", "sentence_bert_config.json")
@@ -157,6 +158,12 @@ def _untrained(plan: Plan, part: dict[str, Any], width: int | None) -> nn.Module
     if "activation_function" in config:  # Dense names a class and takes an instance
         config["activation_function"] = listed_activation(config["activation_function"], plan.run / part["path"])
     return kind(**config)
+
+
+def settle(plan: Plan, model: Encoder) -> None:
+    """Let the method set in a trained model's config what it chooses on development queries."""
+    if plan.room and plan.room.settled:
+        plan.room.named(plan.room.settled)(model, dev_of(plan.recipe))
 
 
 def _inherit(folder: Path, backbone: Path, model: PreTrainedModel) -> None:

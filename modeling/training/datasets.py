@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 from ..data.dataset import RetrievalDataset
 from ..data.load import load_corpus, load_retrieval_dataset
@@ -33,3 +34,12 @@ def datasets_of(recipe: RecipeArguments, head: HeadArguments | None = None) -> I
             yield inverse_cloze(dataset, head.cloze_sentences)
         if head and queries in ("texts", "judged+texts"):
             yield texts_as_queries(dataset, head.query_texts)
+
+
+def dev_of(recipe: RecipeArguments) -> list[RetrievalDataset]:
+    """Development queries of a run's data sets, of those that have some."""
+    found = []
+    for source in recipe.datasets:
+        with suppress(InputError):  # which would have been refused before, but for its lack of such queries
+            found.append(load_retrieval_dataset(source, "dev", keep_empty=recipe.keep_empty, restval=recipe.restval))
+    return found

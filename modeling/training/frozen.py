@@ -18,7 +18,7 @@ from ..hub.fingerprint import fingerprint
 from ..hub.folder import Encoder, family_of, fastest_dtype, fetch, load, save
 from ..hub.reading import set_length
 from ..hub.vision import VisionEncoder, fetch_vision
-from .build import build, freeze, refuse_cut
+from .build import build, freeze, refuse_cut, settle
 from .checkpoints import CheckpointCallback, restore_state
 from .datasets import datasets_of
 from .head_trainer import HeadTrainer
@@ -112,6 +112,7 @@ class HeadTraining:
         made = {"head": save(self.model, output / "head")}
         if not self.plan.head.head_only:
             whole, card = with_backbone(self.plan, self.model, self.backbone), self.plan.card
+            settle(self.plan, whole)
             readme = str(render_card(whole, card, recipe=context)) if card else None
             made["final"] = save(whole, output / "final", readme=readme)
         return made

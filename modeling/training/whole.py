@@ -15,7 +15,7 @@ from ..hub.folder import Encoder, load, save
 from ..hub.reading import check_length, positions_of
 from .adapters import AdapterTrainerMixin, add_adapters, merge_adapters
 from .arguments import TRAINERS
-from .build import freeze
+from .build import freeze, settle
 from .checkpoints import CheckpointCallback, OneWriterMixin, WholeRunMixin, restore_state
 from .datasets import datasets_of
 from .mining import Miner, RemineCallback
@@ -97,6 +97,7 @@ class WholeTraining:
         if self.plan.recipe.lora_rank and self.model is self.trainer.model:
             merge_adapters(self.model)
         self.objective.complete(self.pairs)
+        settle(self.plan, self.model)
         card = self.plan.card
         readme = str(render_card(self.model, card, recipe=context)) if card else None
         return {"final": save(self.model, output / "final", readme=readme)}

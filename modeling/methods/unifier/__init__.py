@@ -41,6 +41,7 @@ register(
         transformer=UnifierTransformer,
         objectives={"UnifierObjective": UnifierObjective, "UnifierHeadObjective": UnifierHeadObjective},
         card="unifier",
+        settled="weight:choose_dense_weight",
         graphs={
             UnifierModel: {"model": Graph(outputs=("dense", "lexicon"))},
             UnifierHead: {"model": Graph(HEAD_READS, outputs=("dense", "lexicon"))},

@@ -209,6 +209,14 @@ class UnifierHeadConfig(PretrainedConfig):
         """Of the vectors of that view."""
         return self.hidden_size if self.view == "dense" else self.vocab_size
 
+    def views(self) -> dict[str, dict]:
+        """What a search can sum, as name -> fields of the ``View`` of polyrep's ``encoding.views``."""
+        # A query's gate is the length of its dense vector, which a cosine would not see.
+        compared = "cosine" if self.normalize and self.gate == "none" else "dot"
+        lexicon = {"kind": "sparse", "dim": self.vocab_size, "similarity": "dot", "output": "lexicon", "weight": 1.0}
+        dense = {"kind": "sentence", "dim": self.hidden_size, "similarity": compared, "output": "dense"}
+        return {"lexicon": lexicon, "dense": dense | {"weight": self.dense_weight}}
+
     @property
     def reads_global(self) -> bool:
         """Whether the dense vector enters the branch."""
@@ -646,9 +654,9 @@ class UnifierModel(WholeWeights, PreTrainedModel):
         """What stands between encoder and head: nothing."""
         return []
 
-    def views(self) -> tuple[str, ...]:
-        """Names of the views of a text, which :meth:`encode_views` gives."""
-        return VIEWS
+    def views(self) -> dict[str, dict]:
+        """What :meth:`encode_views` gives, as the config says."""
+        return self.config.views()
 
     def forward(
         self,
@@ -713,14 +721,26 @@ class UnifierModel(WholeWeights, PreTrainedModel):
 
 
 def weighed(output) -> dict[str, Tensor]:
-    """Both views of an output, or of a batch's features, each multiplied by what the gate gives it."""
-    gate = output.get("gate")
-    if gate is None:
-        return {"dense": output["dense"], "lexicon": output["lexicon"]}
-    return {"dense": output["dense"] * gate[:, None], "lexicon": output["lexicon"] * (2 - gate[:, None])}
+    """The views in an output, or in a batch's features, each multiplied by what the gate gives it, if there is one."""
+    found = {view: output[view] for view in VIEWS if output.get(view) is not None}
+    if (gate := output.get("gate")) is not None:
+        found = {"dense": found["dense"] * gate[:, None], "lexicon": found["lexicon"] * (2 - gate[:, None])}
+    return found
 
 
-class UnifierTransformer(TrunkTransformer):
+class _TwoViews:
+    """What a module of sentence-transformers with two views says of itself: see ``encoding/views.py`` of polyrep."""
+
+    def views(self) -> dict[str, dict]:
+        """What a batch with ``views`` asks for, as the config says."""
+        return self.model.config.views()
+
+    def weighed(self, features) -> dict[str, Tensor]:
+        """The views of a batch, of queries multiplied by what the gate gives each."""
+        return weighed(features)
+
+
+class UnifierTransformer(TrunkTransformer, _TwoViews):
     """The stock Transformer around a UnifierModel, which computes the view that its family reads.
 
     A batch with ``views`` asks for others: then there are ``dense``, ``lexicon`` and ``gate`` as well.
@@ -739,7 +759,7 @@ class UnifierTransformer(TrunkTransformer):
         _check_family(model, self.model.config, type(self).__name__)
 
 
-class UnifierPooling(HeadModule, Module):
+class UnifierPooling(HeadModule, Module, _TwoViews):
     """The head behind any stock Transformer that returns its hidden states, in the place of a pooling.
 
     With ``view="lexicon"`` the model is a SparseEncoder, else a SentenceTransformer. A batch with ``views`` asks for
@@ -754,10 +774,6 @@ class UnifierPooling(HeadModule, Module):
     head_class, inside = UnifierHead, UnifierConfig.model_type
     reads, gives = "hidden_size", "width"
     forward_kwargs = {"task"}
-
-    def views(self) -> tuple[str, ...]:
-        """Names of the views of a text."""
-        return VIEWS
 
     def forward(self, features, task=None):
         """Add ``sentence_embedding`` to a batch's features."""
