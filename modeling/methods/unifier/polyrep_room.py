@@ -125,9 +125,18 @@ def prompt_tokens(input_ids: Tensor, mask: Tensor, prompt_length, begin: Tensor 
 
 def begin_words(tokens: Iterable[str]) -> Tensor:
     """Which tokens begin a word and hold the space before it, of SentencePiece or byte-level BPE: ``(tokens,)``."""
-    return torch.tensor(
-        [t[:1] in ("▁", "Ġ") and (t[1:2].isalnum() or t[1:2] > "\x7f") and t[1] != t[0] for t in tokens]
-    )
+    return torch.tensor([t[:1] in ("▁", "Ġ") and len(t) > 1 and t[1] != t[0] for t in tokens])
+
+
+def begin_words_of(tokenizer) -> Tensor | None:
+    """:func:`begin_words` of a tokenizer; None where no prompt's last token is a space: it is dropped, or no mark."""
+    last = tokenizer.convert_ids_to_tokens(tokenizer("a ", add_special_tokens=False)["input_ids"])[-1:]
+    return begin_words(entries_of(tokenizer)) if last in (["▁"], ["Ġ"]) else None
+
+
+def entries_of(tokenizer) -> list[str]:
+    """A tokenizer's vocabulary, by id; empty where an id is no token's."""
+    return [tokenizer.convert_ids_to_tokens(i) or "" for i in range(max(tokenizer.get_vocab().values()) + 1)]
 
 
 def pooling_of(
