@@ -360,8 +360,9 @@ class Reader:
         assert (Path(arguments[0]) / "calibration.png").is_file()
 
     def _encoded(self, arguments: list[str], output: str) -> None:
-        corpus = EncodedCorpus(flag(arguments, "--output"))
-        assert len(corpus) > 0 and f"{len(corpus):,} documents" in output, output
+        views = flag(arguments, "--views").split(",")  # "" without
+        for corpus in [EncodedCorpus(Path(flag(arguments, "--output"), view)) for view in views]:
+            assert len(corpus) > 0 and f"{len(corpus):,} documents" in output, output
         assert "could not be used" not in output, output
 
     def _indexed(self, arguments: list[str], output: str) -> None:

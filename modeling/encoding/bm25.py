@@ -204,13 +204,13 @@ class Bm25:
         return cls(read, documents, total / documents, dict(frequencies))
 
     @classmethod
-    def load(cls, folder: Path) -> Bm25:
+    def load(cls, folder: str | Path) -> Bm25:
         """What :meth:`save` wrote.
 
         Raises:
             InputError: The file is damaged, or of another format.
         """
-        path, remedy = folder / FILE, "Encode the corpus again."
+        path, remedy = Path(folder, FILE), "Encode the corpus again."
         said = read_json(path, remedy=remedy, words=list, stop_words=list, language=str)
         try:
             if (said["format"], said["k1"], said["b"]) != (FORMAT, K1, B):
