@@ -120,6 +120,14 @@ def test_a_weight_that_is_given_is_used(bag, static_model, tmp_path, beir):
     assert row["settings"] == {"weights": "bm25=1,dense=0.5"}
 
 
+def test_sums_are_ranked_again_like_every_row(bag, tmp_path, beir):
+    flags = ["--hybrid", "--hybrid_weight", "0.5", "--rerank", bag, "--rerank_depth", "5"]
+    rows = rows_of(run(tmp_path, "bm25", bag, "--dataset", beir, *flags))
+    again = rows["BM25 + bag, summed, then 5 best by bag"]
+    assert again["value"] == pytest.approx(rows["bag"]["value"])  # five documents are all
+    assert "BM25 + bag, RRF, then 5 best by bag" in rows
+
+
 def test_a_place_for_which_nothing_was_found_counts_for_nothing():
     """Where fewer documents share a word with the query than a ranking has places."""
     dataset = RetrievalDataset("any", "test", {"a": "", "b": "", "c": ""}, {"q": ""}, {"q": {"a": 1, "c": 1}})
@@ -204,6 +212,9 @@ def test_queries_of_bm25_are_encoded_by_the_words_of_its_documents(encoded, tmp_
     flags = ["--input", str(source), "--output", str(tmp_path / "queries"), "--task", "query"]
     with pytest.raises(InputError, match="BM25 knows words by the documents that have them"):
         encode(["bm25", *flags])
+    for source in (encoded / "words", encoded / "bag"):
+        with pytest.raises(InputError, match="--language de: "):
+            encode([str(source), *flags, "--language", "de"])
     encode([str(encoded / "words"), *flags, "--precision", "float32"])
     (asked,) = EncodedCorpus(tmp_path / "queries")
     index = open_index("memory:")

@@ -22,6 +22,9 @@ from polyrep.encoding.windows import Windows
 from polyrep.evaluation.bm25 import rank_with_bm25
 from polyrep.evaluation.evaluate import evaluate
 from polyrep.evaluation.frontier.command import frontier
+from polyrep.evaluation.rerank import Reranker
+from polyrep.evaluation.systems import Ranking
+from polyrep.hub import load
 
 
 def write_cross_encoder(folder: Path, backbone: Path, labels: int = 1) -> Path:
@@ -65,6 +68,23 @@ def logits(folder: Path) -> dict[tuple[str, str], float]:
                 batch = tokenizer(text, document, return_tensors="pt", truncation="longest_first", max_length=64)
                 found[query, name] = float(model(**batch).logits[0, 0])
     return found
+
+
+@pytest.mark.parametrize("name", ["cross", "bag"])
+def test_what_the_first_stage_did_not_find_stays_behind(name, tmp_path, beir, models):
+    dataset = load_retrieval_dataset(beir, "test")
+    open_model = CrossEncoder if name == "cross" else load
+    model = Reranker(name, models[name], open_model(str(models[name])), (5,), tmp_path / "cache")
+    places = np.tile([4, 2, 0, 1, 3], (len(dataset.queries), 1))
+    costs, seconds = {"bytes_per_document": 1.0}, np.ones(len(places))
+    whole = model.rank(Ranking("all", places, np.zeros(places.shape, np.float32), costs, seconds), dataset, 5)
+    scores = np.zeros(places.shape, np.float32)
+    scores[0, 3:] = -np.inf
+    part = model.rank(Ranking("some", places, scores, costs, seconds), dataset, 5)
+    assert part.positions[0, :3].tolist() == [place for place in whole.positions[0] if place in (4, 2, 0)]
+    assert np.isinf(part.scores[0, 3:]).all() and sorted(part.positions[0, 3:]) == [1, 3]
+    np.testing.assert_array_equal(part.positions[1:], whole.positions[1:])
+    np.testing.assert_array_equal(part.scores[1:], whole.scores[1:])
 
 
 def test_the_best_of_a_system_come_in_the_order_of_a_cross_encoder(tmp_path, beir, models, monkeypatch):

@@ -71,7 +71,9 @@ class EncodeArguments:
             "help": "Comma-separated, of a model that gives several: a corpus of each in a folder below --output."
         },
     )
-    language: str = field(default="en", metadata={"help": "Of bm25's stems and stop words, as for evaluate."})
+    language: str | None = field(
+        default=None, metadata={"help": "Of bm25's stems and stop words, as for evaluate; default: en."}
+    )
     name: str = field(
         default="", metadata={"help": "What an index calls these vectors; default: dense, multi, sparse or bm25."}
     )
@@ -187,6 +189,8 @@ class _Opened:
 
 
 def _open_model(args: EncodeArguments, name: str, source: Source, size: int, device: str) -> _Opened:
+    if args.language:
+        raise InputError(f"--language {args.language}: of bm25 alone, and {name} is a model. Leave it out.")
     folder = fetch(name, revision=args.revision, trust_remote_code=args.trust_remote_code)
     dtype = fastest_dtype(args.model_dtype)
     model = load(folder, trust_remote_code=args.trust_remote_code, dtype=dtype, device=device)
@@ -240,10 +244,14 @@ def _open_bm25(args: EncodeArguments, name: str, source: Source, size: int, devi
             f"--task {args.task}: BM25 knows words by the documents that have them. Encode these with bm25, and then "
             "queries with --task query and the folder of the documents in place of bm25."
         )
+    if args.language and name != "bm25":
+        raise InputError(
+            f"--language {args.language}: queries are read as {name} says of its documents. Leave it out."
+        )
     if name == "bm25":
         texts = (str(document.content) for span in source.spans(size) for document in span.read()[0])
         some = list(itertools.islice(texts, bm25.SAMPLE))
-        read = bm25.analyzer(args.language, some)
+        read = bm25.analyzer(args.language or "en", some)
         made = bm25.Bm25.of(read, itertools.chain(some, texts))
     else:
         made = bm25.Bm25.load(Path(name))

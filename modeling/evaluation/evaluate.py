@@ -356,14 +356,14 @@ def _measure(
             )
             found.benchmark_rows += measured.rows
             found.unavailable = measured.unavailable
+    for dataset, dev in zip(datasets, devs, strict=True) if pair else ():
+        one, other = (sides[system.name, dataset.name] for system in pair)
+        found.rankings[dataset.name] += rank_hybrid(one, other, dataset, dev, args.hybrid_weight)
     if reranker := open_reranker(args, datasets):
         found.fingerprints[reranker.name] = reranker.fingerprint
         for dataset in datasets:
             first = list(found.rankings[dataset.name])
             found.rankings[dataset.name] += [reranker.rank(r, dataset, d) for r in first for d in reranker.depths]
-    for dataset, dev in zip(datasets, devs, strict=True) if pair else ():
-        one, other = (sides[system.name, dataset.name] for system in pair)
-        found.rankings[dataset.name] += rank_hybrid(one, other, dataset, dev, args.hybrid_weight)
     return found
 
 

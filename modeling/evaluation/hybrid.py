@@ -262,10 +262,11 @@ def fused(views: Sequence[View], dataset: RetrievalDataset, ranks: np.ndarray) -
 
 
 def _filled(best: Sequence[tuple[np.ndarray, np.ndarray]], documents: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of equal length, ``(queries, depth)``, in which what is lacking has a score of -inf."""
+    """Rows of equal length, ``(queries, depth)``, in which what is lacking is some other document, at -inf."""
     depth = min(DEPTH, documents)
     positions = np.zeros((len(best), depth), np.int64)
     scores = np.full((len(best), depth), -np.inf, np.float32)
     for row, (places, said) in enumerate(best):
-        positions[row, : len(places)], scores[row, : len(said)] = places, said
+        others = np.setdiff1d(np.arange(min(2 * depth, documents)), places)[: depth - len(places)]
+        positions[row], scores[row, : len(said)] = np.concatenate([places, others]), said
     return positions, scores

@@ -178,7 +178,8 @@ class Reranker:
         key = digest([self._settings, data, hardware(), str(self.model.device)])  # times are of the machine
         place = self.cache_dir / "reranked" / f"{dataset.name}-{dataset.split}-{key}.safetensors"
         how = self._by_pairs if isinstance(self.model, CrossEncoder) else self._by_vectors
-        return _of_both(first, keep_ranking(place, system, lambda: how(system, found, dataset), depth))
+        ranking = keep_ranking(place, system, lambda: how(system, found, dataset), depth)
+        return _of_both(first, _without_unfound(ranking, found, first.scores[:, :depth] > -np.inf))
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
@@ -226,9 +227,26 @@ class Reranker:
         return Ranking(system, positions, scores, costs_of(queries, documents), taken)
 
 
+def _without_unfound(ranking: Ranking, asked: np.ndarray, found: np.ndarray) -> Ranking:
+    """What the first stage did not find, where it found less than it was asked for, at -inf behind the rest."""
+    if found.all():
+        return ranking
+    there = np.zeros(ranking.positions.shape, bool)
+    for row in np.flatnonzero(~found.all(1)):
+        there[row] = np.isin(ranking.positions[row], asked[row, found[row]])
+    there |= found.all(1)[:, None]
+    scores = np.where(there, ranking.scores, -np.inf).astype(np.float32)
+    order = np.argsort(~there, axis=1, kind="stable")
+    at = (np.take_along_axis(part, order, 1) for part in (ranking.positions, scores))
+    return replace(ranking, **dict(zip(("positions", "scores"), at, strict=True)))
+
+
 def _of_both(first: Ranking, second: Ranking) -> Ranking:
-    """A second stage with the bytes and the seconds of both."""
-    assert first.seconds is not None and second.seconds is not None
-    own, seconds = first.costs["bytes_per_document"], first.seconds + second.seconds
+    """A second stage with the bytes and the seconds of both; without seconds where the first was not timed."""
+    assert second.seconds is not None
+    own = first.costs["bytes_per_document"]
     costs = {"first_stage_bytes": own, "bytes_per_document": own + second.costs["bytes_per_document"]}
+    if first.seconds is None:
+        return replace(second, costs=costs, seconds=None)
+    seconds = first.seconds + second.seconds
     return replace(second, costs=costs | latency(seconds[~np.isnan(seconds)].tolist()), seconds=seconds)
