@@ -726,8 +726,12 @@ def test_the_benchmark_runs_whole_and_its_second_run_fits_nothing(backbone, tmp_
         shutil.copy(data / "qrels" / "train.tsv", data / "qrels" / f"{split}.tsv")
     command = [str(ROOT / "benchmarks" / "unifier_text.py"), "--datasets", str(data), "--backbone", str(backbone)]
     command += ["--cache_dir", str(tmp_path / "cache"), "--output", str(tmp_path / "out"), "--seeds", "0"]
+    command += ["--max_length", "64"]
     command += ["--systems", "UnifieR", "dense only", "lexicon only", "gate", "BM25 negatives"]
-    command += ["--flags", "--max_steps 2 --per_device_train_batch_size 2 --depth 3 --initial_active 8"]
+    command += [
+        "--flags",
+        "--max_steps 2 --per_device_train_batch_size 2 --depth 3 --document_top_k 20 --query_top_k 10",
+    ]
     first = run_python(*command)
     assert first.returncode == 0, first.stderr[-3000:]
     results = json.loads((tmp_path / "out" / "unifier-text.json").read_text(encoding="utf-8"))
