@@ -92,7 +92,13 @@ class Bench(FitBench):
         return per_query_metrics(self.split(split), self.ranked(system, setting, seed, split))["nDCG@10"]
 
 
-def fitted(bench: Bench, flags: list[str], seed: int, head_of: Callable[[Plan], Any], data_of: Callable) -> Any:
+def planned(bench: FitBench, flags: list[str], seed: int, output: str = "fit") -> Plan:
+    """The shipped run with flags over it."""
+    argv = [bench.run.name, "--datasets", bench.source, "--seed", str(seed), "--output_dir", output, *flags]
+    return resolve([*argv, "--save_strategy", "no", "--disable_tqdm", "true"], prog="train.py")
+
+
+def fitted(bench: FitBench, flags: list[str], seed: int, head_of: Callable[[Plan], Any], data_of: Callable) -> Any:
     """The trainer of a fitted head, with the shipped run's steps.
 
     Args:
@@ -103,8 +109,7 @@ def fitted(bench: Bench, flags: list[str], seed: int, head_of: Callable[[Plan], 
         data_of: Gives the training pairs of a plan and an objective.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        argv = [bench.run.name, "--datasets", bench.source, "--seed", str(seed), "--output_dir", scratch, *flags]
-        plan = resolve([*argv, "--save_strategy", "no", "--disable_tqdm", "true"], prog="train.py")
+        plan = planned(bench, flags, seed, scratch)
         set_seed(seed)
         objective: Any = plan.objective(head_of(plan), **plan.objective_arguments)
         data: HeadData = data_of(plan, objective)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import DOCUMENTS, QUERIES, run_python
+from conftest import DOCUMENTS, QUERIES, ROOT, run_python, write_beir
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Normalize, Transformer
@@ -182,7 +183,7 @@ def test_the_lexicon_view_follows_the_formula(read, config):
 
 @pytest.mark.parametrize("block", [1, 3, 4096])
 def test_gradients_through_the_largest_scores_are_those_of_the_whole_table(monkeypatch, block):
-    monkeypatch.setattr(modeling_unifier, "WORD_BLOCK", block)
+    monkeypatch.setattr(modeling_unifier, "CACHED_BLOCK", block)
     monkeypatch.setattr(modeling_unifier, "PAIR_BLOCK", 4)
     generator = torch.Generator().manual_seed(2)
     parts = [torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((2, 5, 4), (7, 4), (7,))]
@@ -197,6 +198,21 @@ def test_gradients_through_the_largest_scores_are_those_of_the_whole_table(monke
         (made * slopes).sum().backward()
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("block", [3, 4096])
+def test_a_processor_finds_the_largest_scores_that_other_devices_find(monkeypatch, block):
+    monkeypatch.setattr(modeling_unifier, "WORD_BLOCK", 2)
+    monkeypatch.setattr(modeling_unifier, "CACHED_BLOCK", block)
+    generator = torch.Generator().manual_seed(2)
+    parts = [torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((3, 5, 4), (7, 4), (7,))]
+    counted = torch.tensor([[True, False, True, True, False], [False] * 5, [False, False, True, False, False]])
+    values, places = modeling_unifier._most(*parts, counted)
+    monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)  # which takes the other way
+    expected, others = modeling_unifier._most(*parts, counted)
+    torch.testing.assert_close(values, expected)
+    assert torch.equal(places, others) and torch.equal(places[2], torch.full((7,), 2))
+    assert (values[1] == -math.inf).all()
 
 
 def test_the_top_words_of_a_side_are_kept(read):
@@ -457,6 +473,7 @@ def test_the_sum_trains_the_gate_and_not_the_views():
         ({"dense_loss": 0.0, "lexicon_loss": 0.0}, "no view would learn"),
         ({"dense_loss": 0.0}, "--dense_loss 0 with --kl forward.*Add --kl none"),
         ({"lexicon_loss": 0.0, "kl": "none", "gate": "query"}, "--gate query.*Use --gate none"),
+        ({"lexicon_loss": 0.0, "kl": "none"}, "--lexicon_loss 0: .*Add --projection true"),
     ],
     ids=str,
 )
@@ -470,6 +487,25 @@ def test_a_batch_that_has_lost_its_words_is_refused():
     documents["lexicon"] = torch.zeros_like(documents["lexicon"])
     with pytest.raises(InputError, match="every document of a step has lost its words.*--flops_weight"):
         objective().losses(queries, documents, own)
+
+
+def test_the_dense_view_alone_scores_no_word_and_nothing_but_its_loss_trains_it(backbone, tmp_path, monkeypatch):
+    plain = encoder_of(backbone)
+    whole, made = UnifierModel.from_modules(encoder_of(backbone)), tmp_path / "model"
+    model = one_folder(whole, backbone, made, transformer=modeling_unifier.UnifierTransformer).eval()
+    features = [batch_of(plain, TEXTS[:2], "query"), batch_of(plain, TEXTS[2:4])]
+
+    def no_words(*args: Any) -> None:
+        raise AssertionError("a word was scored")
+
+    monkeypatch.setattr(UnifierHead, "_lexicon", no_words)
+    alone = UnifierObjective(model, lexicon_loss=0.0, kl="none", tau=0.5)
+    parts = alone(features)
+    dense = [plain(dict(side))["sentence_embedding"] for side in features]
+    expected = F.cross_entropy(dense[0] @ dense[1].T / 0.5, torch.arange(2))
+    assert parts.keys() == {"dense"} and parts["dense"].item() == pytest.approx(expected.item(), rel=1e-5)
+    parts["dense"].backward()
+    assert all(parameter.grad is None for parameter in model[0].model.head.parameters())
 
 
 def test_words_that_occur_are_trained_and_kept_in_the_end(backbone):
@@ -681,3 +717,38 @@ def test_an_opened_model_says_what_it_was_made_of(backbone, tmp_path):
     config = AutoModel.from_pretrained(tmp_path / "model").config
     assert isinstance(config, UnifierConfig) and config.dense_weight == 0.3 and config.num_heads == 4
     assert (config.split_layer, config.num_hidden_layers, config.hidden_size) == (-3, 2, 32)
+
+
+def test_the_benchmark_runs_whole_and_its_second_run_fits_nothing(backbone, tmp_path):
+    pytest.importorskip("qdrant_edge")
+    data = write_beir(tmp_path / "tiny", "train")
+    for split in ("dev", "test"):
+        shutil.copy(data / "qrels" / "train.tsv", data / "qrels" / f"{split}.tsv")
+    command = [str(ROOT / "benchmarks" / "unifier_text.py"), "--datasets", str(data), "--backbone", str(backbone)]
+    command += ["--cache_dir", str(tmp_path / "cache"), "--output", str(tmp_path / "out"), "--seeds", "0"]
+    command += ["--max_length", "64"]
+    command += ["--systems", "UnifieR", "dense only", "lexicon only", "gate", "BM25 negatives"]
+    command += [
+        "--flags",
+        "--max_steps 2 --per_device_train_batch_size 2 --depth 3 --document_top_k 20 --query_top_k 10",
+    ]
+    first = run_python(*command)
+    assert first.returncode == 0, first.stderr[-3000:]
+    results = json.loads((tmp_path / "out" / "unifier-text.json").read_text(encoding="utf-8"))
+    rows = {row["system"]: row["value"] for row in results["rows"] if row["metric"] == "nDCG@10"}
+    views = {f"{system}, {view}" for system in ("UnifieR", "gate") for view in ("dense", "lexicon", "sum")}
+    hybrids = {
+        f"{one} + {other}, sum" for one in ("dense only", "all-MiniLM-L6-v2") for other in ("BM25", "Dense2Sparse")
+    }
+    assert views | hybrids | {"UnifieR, RRF", "UnifieR, sum of 200", "dense only + lexicon only, sum"} <= rows.keys()
+    claims = {claim["claim"]: claim for claim in results["claims"]}
+    gain = rows["UnifieR, sum"] - max(rows["UnifieR, dense"], rows["UnifieR, lexicon"])
+    assert claims["unifier.uni_gain"]["value"] == pytest.approx(100 * gain)
+    assert claims["unifier.engine_exact"]["value"] == 1.0
+    assert 0.5 < claims["unifier.encode_flops_ratio"]["value"] < 1
+    assert claims["unifier.candidates_200_loss"]["value"] == 0, "there are fewer documents"
+    assert (tmp_path / "out" / "unifier-text.png").stat().st_size > 10_000
+    second = run_python(*command)
+    assert second.returncode == 0 and "train_runtime" in first.stdout and "train_runtime" not in second.stdout
+    again = json.loads((tmp_path / "out" / "unifier-text.json").read_text(encoding="utf-8"))
+    assert [again["rows"], again["claims"]] == [results["rows"], results["claims"]]

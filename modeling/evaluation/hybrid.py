@@ -202,7 +202,7 @@ def rank_hybrid(
     costs = {"bytes_per_document": sum(both)}
     title = f"{first.system} + {second.system}"
     timed = costs | latency(seconds[~np.isnan(seconds)].tolist())
-    summed = _filled(candidates.best((1.0, weight), ranks, DEPTH), len(ranks))
+    summed = filled(candidates.best((1.0, weight), ranks, DEPTH), len(ranks))
     return [
         Ranking(f"{title}, summed", *summed, timed, seconds, settings),
         Ranking(f"{title}, RRF", *fused(views, dataset, ranks), costs),
@@ -239,7 +239,7 @@ def choose_weight(tuned: Sequence[Tuned]) -> float:
         weight = float(f"{multiple * unit:.3g}")  # as it is printed, so that what is measured is what is used
         values = []
         for candidates, dev, ranks in tuned:
-            found = _filled(candidates.best((1.0, weight), ranks, DEPTH), len(ranks))
+            found = filled(candidates.best((1.0, weight), ranks, DEPTH), len(ranks))
             values.append(per_query_metrics(dev, Ranking("tried", *found))["nDCG@10"].mean())
         tried[weight] = float(np.mean(values))
     return max(tried, key=lambda weight: (tried[weight], -weight))
@@ -261,7 +261,7 @@ def fused(views: Sequence[View], dataset: RetrievalDataset, ranks: np.ndarray) -
     return without(dataset.own, order, np.take_along_axis(scores, order, 1), DEPTH)
 
 
-def _filled(best: Sequence[tuple[np.ndarray, np.ndarray]], documents: int) -> tuple[np.ndarray, np.ndarray]:
+def filled(best: Sequence[tuple[np.ndarray, np.ndarray]], documents: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of equal length, ``(queries, depth)``, in which what is lacking is some other document, at -inf."""
     depth = min(DEPTH, documents)
     positions = np.zeros((len(best), depth), np.int64)

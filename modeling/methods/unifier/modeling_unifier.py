@@ -59,6 +59,9 @@ FAMILIES = {"dense": "SentenceTransformer", "lexicon": "SparseEncoder"}
 WORD_BLOCK = 4096
 """Words that are scored at a time: all of them at all tokens of a batch would be a gigabyte."""
 
+CACHED_BLOCK = 1024
+"""Likewise on a processor."""
+
 PAIR_BLOCK = 2**15
 """Words of texts whose gradients are computed at a time."""
 
@@ -533,11 +536,33 @@ class UnifierHead(WholeWeights, PreTrainedModel):
 
 def _most(states: Tensor, weight: Tensor, bias: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     """Largest score of each word at a token that counts, ``(batch, words)``, and where; without one, -infinity."""
-    values, places = [], []
+    followed = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if states.device.type == "cpu" and not followed:
+        return _most_of_each(states, weight, bias, counted)
+    values, places, left_out = [], [], ~counted[..., None]
     for start in range(0, weight.shape[0], WORD_BLOCK):
         block = slice(start, start + WORD_BLOCK)
         scores = F.linear(states, weight[block], bias[block])  # (batch, tokens, words)
-        value, place = scores.masked_fill(~counted[..., None], -math.inf).max(1)
+        value, place = scores.masked_fill(left_out, -math.inf).max(1)
+        values.append(value)
+        places.append(place)
+    return torch.cat(values, 1), torch.cat(places, 1)
+
+
+def _most_of_each(states: Tensor, weight: Tensor, bias: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """The same text by text: padding is not scored, and so few words at a time that a processor's cache holds them."""
+    lengths, place_of = counted.sum(1).tolist(), counted.nonzero()[:, 1]
+    packed, place_of = states[counted], place_of.split(lengths)  # (tokens, dim)
+    values, places = [], []
+    for start in range(0, weight.shape[0], CACHED_BLOCK):
+        block = slice(start, start + CACHED_BLOCK)
+        scores = F.linear(packed, weight[block], bias[block])  # (tokens, words)
+        value = scores.new_full((len(lengths), scores.shape[1]), -math.inf)
+        place = counted.new_zeros(value.shape, dtype=torch.int64)
+        for row, part in enumerate(scores.split(lengths)):
+            if len(part):
+                value[row], best = part.max(0)
+                place[row] = place_of[row][best]
         values.append(value)
         places.append(place)
     return torch.cat(values, 1), torch.cat(places, 1)

@@ -51,7 +51,8 @@ class _TwoViews(Objective):
         tau: Temperature of the dense scores. Default: .05 for vectors of unit length, else 1.
         lexicon_tau: Temperature of the lexicon scores.
         dense_loss: Weight of the dense view's own loss; 0 trains the lexicon view alone, as a control.
-        lexicon_loss: Weight of the lexicon view's own loss; 0 trains the dense view alone, as a control.
+        lexicon_loss: Weight of the lexicon view's own loss; 0 trains the dense view alone, as a control, and then no
+            word is scored.
         kl: What the views learn from each other: forward, the lexicon's distribution is to cover the dense one's;
             reverse, the other way round; or none.
         kl_weight: Its weight.
@@ -93,6 +94,11 @@ class _TwoViews(Objective):
             )
         if self.head.config.gate == "query" and not all(weights.values()):
             raise InputError("--gate query: weighs two views, and one of them does not learn. Use --gate none.")
+        if not lexicon_loss and self.trains_on and not self.head.config.projection:
+            raise InputError(
+                "--lexicon_loss 0: of a frozen encoder the dense view learns nothing. Add --projection true, a "
+                "linear map behind it."
+            )
         self.tau, self.lexicon_tau, self.dense_loss, self.lexicon_loss = tau, lexicon_tau, dense_loss, lexicon_loss
         self.kl, self.kl_weight, self.flops_weight, self.rows = kl, kl_weight, flops_weight, rows
 
@@ -100,6 +106,11 @@ class _TwoViews(Objective):
     def head(self) -> Any:
         """The UnifierHead that is trained."""
         raise NotImplementedError
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Those that a step computes: both, unless nothing is learned of words, which cost the most."""
+        return VIEWS if self.lexicon_loss else ("dense",)
 
     def losses(
         self,
@@ -111,8 +122,9 @@ class _TwoViews(Objective):
         """Parts of the loss of some queries against all documents.
 
         Args:
-            queries: ``dense (queries, dim)``, ``lexicon (queries, words)``, and perhaps ``gate (queries,)``.
-            documents: ``dense (documents, dim)`` and ``lexicon (documents, words)``.
+            queries: :attr:`views`, ``dense (queries, dim)`` and ``lexicon (queries, words)``, and perhaps ``gate
+                (queries,)``.
+            documents: Likewise ``dense (documents, dim)``, ``lexicon (documents, words)``.
             own: ``(queries,)`` row of each query's own document.
             known: ``(queries, documents)`` True for what is relevant, the own document among it, and so no negative.
 
@@ -120,38 +132,38 @@ class _TwoViews(Objective):
             InputError: There is no other document, or all queries or all documents have lost their words.
         """
         refuse_single(documents["dense"])
-        # Summed over processes, so that all of them stop, or none.
-        filled = torch.stack([queries["lexicon"].detach().sum(), documents["lexicon"].detach().sum()])
-        filled = gather(filled[None]).sum(0)
-        if self.lexicon_loss and not filled.all():
-            raise InputError(
-                f"every {'query' if filled[1] else 'document'} of a step has lost its words, so nothing can be "
-                f"learned: --flops_weight {self.flops_weight:g} outweighs the pairs. Lower it tenfold."
-            )
+        if "lexicon" in self.views:
+            # Summed over processes, so that all of them stop, or none.
+            filled = torch.stack([queries["lexicon"].detach().sum(), documents["lexicon"].detach().sum()])
+            filled = gather(filled[None]).sum(0)
+            if not filled.all():
+                raise InputError(
+                    f"every {'query' if filled[1] else 'document'} of a step has lost its words, so nothing can be "
+                    f"learned: --flops_weight {self.flops_weight:g} outweighs the pairs. Lower it tenfold."
+                )
         with torch.autocast(own.device.type, enabled=False):
-            dense, lexicon = (
-                dot(queries[view].float(), documents[view].float()) / tau
-                for view, tau in (("dense", self.tau), ("lexicon", self.lexicon_tau))
-            )
-            hot = F.one_hot(own, dense.shape[1]).bool()
+            taus = {"dense": self.tau, "lexicon": self.lexicon_tau}
+            scores = {view: dot(queries[view].float(), documents[view].float()) / taus[view] for view in self.views}
+            hot = F.one_hot(own, len(documents["dense"])).bool()
             left_out = torch.zeros_like(hot) if known is None else known & ~hot
 
             def ranked(scores: Tensor) -> Tensor:
                 return scores.masked_fill(left_out, -1e9)  # finite: the divergence of two infinities is none
 
-            parts = {
-                "dense": self.dense_loss * F.cross_entropy(ranked(dense), own),
-                "lexicon": self.lexicon_loss * F.cross_entropy(ranked(lexicon), own),
-            }
+            weights = {"dense": self.dense_loss, "lexicon": self.lexicon_loss}
+            parts = {view: weights[view] * F.cross_entropy(ranked(said), own) for view, said in scores.items()}
+            self.metrics = {}
+            if "lexicon" not in scores:
+                return parts
             if self.kl != "none":
-                first, second = (ranked(scores).log_softmax(1) for scores in (dense, lexicon))
+                first, second = (ranked(scores[view]).log_softmax(1) for view in VIEWS)
                 first, second = (first, second) if self.kl == "forward" else (second, first)
                 parts["kl"] = self.kl_weight * F.kl_div(second, first, reduction="batchmean", log_target=True)
             sides = gather(queries["lexicon"]).float(), documents["lexicon"].float()
             parts["flops"] = self.flops_weight * torch.stack([side.mean(0).square().sum() for side in sides]).sum()
             if "gate" in queries:
                 gate = queries["gate"].float()[:, None]
-                total = gate * dense.detach() + (2 - gate) * lexicon.detach()
+                total = gate * scores["dense"].detach() + (2 - gate) * scores["lexicon"].detach()
                 parts["sum"] = F.cross_entropy(ranked(total), own)
         active = [(side.detach() > 0).sum(1).float().mean() for side in sides]
         self.metrics = dict(zip(("query_words", "document_words"), active, strict=True))
@@ -219,9 +231,8 @@ class UnifierObjective(_TwoViews):
         def encode() -> None:
             for start in range(0, len(sample), 16):
                 batch = model.preprocess(sample[start : start + 16], task="document")
-                self._views(
-                    {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}, "document"
-                )
+                there = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                self._views(there, "document", VIEWS)
 
         head.calibrate(encode)
         model.train(training)
@@ -235,17 +246,17 @@ class UnifierObjective(_TwoViews):
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> dict[str, Tensor]:
         """Parts of the loss of a batch: columns of queries, their documents, and hard negatives."""
         queries, *columns = (
-            self._views(features, "document" if column else "query")
+            self._views(features, "document" if column else "query", self.views)
             for column, features in enumerate(sentence_features)
         )
-        documents = {view: gather(torch.cat([column[view] for column in columns])) for view in VIEWS}
+        documents = {view: gather(torch.cat([column[view] for column in columns])) for view in self.views}
         batch = len(queries["dense"])
         return self.losses(queries, documents, in_batch_labels(batch, documents["dense"].device, len(columns)))
 
-    def _views(self, features: Mapping[str, Any], task: str) -> dict[str, Tensor]:
-        """Both views of texts, and of queries the gate."""
-        output = self.model({**features, "views": VIEWS, "prune": False}, task=task)
-        return {name: output[name] for name in (*VIEWS, "gate") if name in output}
+    def _views(self, features: Mapping[str, Any], task: str, views: tuple[str, ...]) -> dict[str, Tensor]:
+        """Views of texts, and of queries the gate."""
+        output = self.model({**features, "views": views, "prune": False}, task=task)
+        return {name: output[name] for name in (*views, "gate") if name in output}
 
 
 class UnifierHeadObjective(_TwoViews):
@@ -296,21 +307,23 @@ class UnifierHeadObjective(_TwoViews):
                 rows = torch.arange(0, len(part.documents), -(-len(part.documents) * len(data.parts) // SAMPLE))
                 for some in rows.split(16):
                     features = part.documents.features(some.numpy())
-                    self._views({name: value.to(head.device) for name, value in features.items()}, "document")
+                    self._views({name: value.to(head.device) for name, value in features.items()}, "document", VIEWS)
 
         head.calibrate(encode)
         return data
 
     def forward(self, features: list[Features], labels: Tensor) -> dict[str, Tensor]:
         """Parts of the loss of a batch of :class:`~polyrep.training.pairs.HeadData`: queries, and all documents."""
-        queries, local = (self._views(side, task) for side, task in zip(features, ("query", "document"), strict=True))
-        documents = {view: gather(local[view]) for view in VIEWS}
+        queries, local = (
+            self._views(side, task, self.views) for side, task in zip(features, ("query", "document"), strict=True)
+        )
+        documents = {view: gather(local[view]) for view in self.views}
         own = labels + get_rank() * len(local["dense"])
         return self.losses(queries, documents, own, judged_relevant(features))
 
-    def _views(self, features: Features, task: str) -> dict[str, Tensor]:
-        """Both views of texts, and of queries the gate."""
+    def _views(self, features: Features, task: str, views: tuple[str, ...]) -> dict[str, Tensor]:
+        """Views of texts, and of queries the gate."""
         states, mask = features["token_states"], features["attention_mask"]
         pooled = pool_tokens(states[:, :, -1], mask, self.model.config.pooling)
-        output = self.model(states[:, :, 0], pooled, features["input_ids"], mask, task, prune=False)
-        return {name: output[name] for name in (*VIEWS, "gate") if output.get(name) is not None}
+        output = self.model(states[:, :, 0], pooled, features["input_ids"], mask, task, views, prune=False)
+        return {name: output[name] for name in (*views, "gate") if output.get(name) is not None}
