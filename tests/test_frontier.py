@@ -63,7 +63,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, pages: Path, sparse_model: 
     backbone = folder / "backbone"
     BertTokenizer(str(folder / "vocab.txt"), model_max_length=64).save_pretrained(backbone)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     AutoModel.from_config(BertConfig(vocab_size=WORDS, max_position_embeddings=64, **sizes)).save_pretrained(backbone)
     names = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
     narrow = Dense(32, 16, bias=False, activation_function=torch.nn.Identity(), **names)
@@ -204,13 +204,16 @@ def test_the_files_show_fronts_advice_and_what_was_measured(late):
 def test_a_dense_model_has_the_methods_that_apply_to_it(tmp_path, pages, models):
     results = run(tmp_path, models["dense"], "--dataset", pages)
     single = {f"{FULL}, int8", f"{FULL}, one-bit", "CSR, 32", "CSR, 64", "CSR, 128", "BM25"}
-    single |= {"Dense2Sparse, 48/128 words", "Dense2Sparse, 12/128 words"}
+    single |= {"Dense2Sparse, 48/128 words", "Dense2Sparse, 12/128 words", "UnifieR, lexicon", "UnifieR, both views"}
     rows = main_rows(results)
-    stages = single - {"CSR, 32", "CSR, 64"}
+    stages = single - {"CSR, 32", "CSR, 64", "UnifieR, both views"}
     assert rows.keys() == {FULL, *single, *(f"{name}, rerank {n}" for name in stages for n in (50, 200))}
     assert results["failures"] == [] and rows[f"{FULL}, one-bit"]["bytes_per_document"] == 32 / 8
     assert [entry["budget"] for entry in results["recommendations"]] == [{"bytes": n} for n in (256, 1024, 4096)]
     assert rows["CSR, 128, rerank 50"]["value"] == rows[FULL]["value"]
+    words, both = rows["UnifieR, lexicon"], rows["UnifieR, both views"]
+    assert both["bytes_per_document"] == words["bytes_per_document"] + 32 * 2 and both["steps"] >= 1
+    assert {"active_dims", "flops"} <= words.keys() and all(both[name] == words[name] for name in ("active_dims", "flops"))
 
 
 @pytest.mark.parametrize(
@@ -309,7 +312,7 @@ def test_without_the_full_model_there_is_no_table(tmp_path, monkeypatch, pages, 
     "model,flags,message",
     [
         ("late", ["--methods", "mean", "pca"], "--methods pca: unknown.*hierarchical"),
-        ("dense", ["--methods", "muvera"], "not for a SentenceTransformer.*dense2sparse, csr, quantization"),
+        ("dense", ["--methods", "muvera"], "not for a SentenceTransformer.*dense2sparse, unifier, csr, quantization"),
         ("sparse", [], "SparseEncoder.*MultiVectorEncoder"),
         ("late", ["--budget", "kb=3"], "'kb=3' is no limit"),
         ("late", ["--queries", "mine"], "judged or inverse_cloze"),
@@ -564,7 +567,7 @@ def test_the_picture_joins_the_front_and_rings_its_rows(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "methods"),
-    [("late", ["mean", "reinpool", "dense2sparse"]), ("dense", ["quantization", "dense2sparse", "csr"])],
+    [("late", ["mean", "reinpool", "dense2sparse"]), ("dense", ["quantization", "dense2sparse", "unifier", "csr"])],
 )
 def test_every_row_is_of_all_windows(tmp_path, pages, models, name, methods):
     flags = ["--dataset", pages, "--window", 20, "--stride", 10, "--methods", *methods]
@@ -584,7 +587,7 @@ def test_every_row_is_of_all_windows(tmp_path, pages, models, name, methods):
         sizes = {"full model": 32 * 2, "full model, int8": 32, "full model, one-bit": 32 // 8}
         for system, size in sizes.items():
             assert rows[system]["bytes_per_document"] == pytest.approx(mean * size)
-        names = [name for name in rows if name.startswith(("CSR", "Dense2Sparse")) and "rerank" not in name]
+        names = [name for name in rows if name.startswith(("CSR", "Dense2Sparse", "UnifieR")) and "rerank" not in name]
         learned = [rows[name] for name in names]
         assert learned and all(row["windows_per_document"] == pytest.approx(mean) for row in learned)
     # The second stage scores all documents of so small a corpus as the full model does.

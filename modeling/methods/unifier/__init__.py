@@ -41,6 +41,7 @@ register(
         transformer=UnifierTransformer,
         objectives={"UnifierObjective": UnifierObjective, "UnifierHeadObjective": UnifierHeadObjective},
         card="unifier",
+        frontier="frontier:METHOD",
         settled="weight:choose_dense_weight",
         graphs={
             UnifierModel: {"model": Graph(outputs=("dense", "lexicon"))},
