@@ -149,7 +149,8 @@ def dense_weight(full: FullModel, head: UnifierHead, documents: Views) -> tuple[
     """What the dense view weighs in the sum, and how that was chosen: never by a query that is measured.
 
     The best on dev is taken. Without dev queries it is the weight at which the scores of both views are spread alike,
-    for which no judgment is needed.
+    for which no judgment is needed. Of documents that are cut, each view tells its own best window here, and the row
+    takes the window whose sum is best: the weight need not be exact.
 
     Args:
         full: The model.
