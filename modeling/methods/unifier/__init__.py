@@ -44,8 +44,8 @@ register(
         frontier="frontier:METHOD",
         settled="weight:choose_dense_weight",
         graphs={
-            UnifierModel: {"model": Graph(outputs=("dense", "lexicon"))},
-            UnifierHead: {"model": Graph(HEAD_READS, outputs=("dense", "lexicon"))},
+            UnifierModel: {"model": Graph(outputs=("dense", "lexicon", "gate"))},
+            UnifierHead: {"model": Graph(HEAD_READS, outputs=("dense", "lexicon", "gate"))},
         },
     )
 )
