@@ -35,6 +35,7 @@ from polyrep.methods import (
     MultiLayerHeadConfig,
     MultiLayerModel,
     ReinPoolForRetrievalConfig,
+    UnifierConfig,
 )
 from polyrep.methods.dual_encoder.backbone import load_processor
 from polyrep.methods.dual_encoder.example import dual_encoder, image_text_folder, tiny_vision
@@ -167,6 +168,20 @@ def test_queries_and_documents_are_two_graphs_unless_they_are_the_same(exported)
     for (room, kind), it in exported.items():
         alike = kind == "head of single"
         assert ("model" in it.graphs) == alike and ({"query", "document"} <= it.graphs.keys()) != alike, (room, kind)
+
+
+def test_graphs_of_two_views_give_both_and_the_gate_of_a_query(shallow_backbone, tmp_path):
+    model = EXAMPLES[UnifierConfig.model_type](shallow_backbone, tmp_path / "example").models["retriever"]
+    it = Exported(model, polyrep.save(model, tmp_path / "model"))
+    tokens = AutoTokenizer.from_pretrained(it.folder)(MIXED, padding=True, return_tensors="pt")
+    for task in ("query", "document"):
+        with torch.no_grad():
+            expected = model[0].model.encode_views(**tokens, task=task)
+        found = it.run(task, **tokens)
+        assert ("gate" in found) == (task == "query")
+        gate = found.get("gate", np.ones(len(MIXED)))[:, None]
+        close(found["dense"] * gate, expected["dense"], task)
+        close(found["lexicon"] * (2 - gate), expected["lexicon"], task)
 
 
 def test_a_query_says_how_uncertain_it_is(exported):

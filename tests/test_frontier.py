@@ -35,8 +35,13 @@ from polyrep.evaluation.frontier.full_model import FullModel
 from polyrep.evaluation.frontier.picture import area, draw, labelled
 from polyrep.evaluation.frontier.rivals import RIVALS
 from polyrep.evaluation.frontier.rows import FULL, Candidate, Encoded, Method, quantized
+from polyrep.evaluation.frontier.timed import rank_when_ready
 from polyrep.hub import load
+from polyrep.methods import UnifierModel
+from polyrep.methods.unifier import frontier as unifier
 from polyrep.report import write_results
+from polyrep.search import exact_search
+from polyrep.search.weighted import View, find_candidates
 from polyrep.training.arguments import HeadArguments, RecipeArguments
 from polyrep.training.datasets import datasets_of
 
@@ -63,7 +68,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, pages: Path, sparse_model: 
     backbone = folder / "backbone"
     BertTokenizer(str(folder / "vocab.txt"), model_max_length=64).save_pretrained(backbone)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     AutoModel.from_config(BertConfig(vocab_size=WORDS, max_position_embeddings=64, **sizes)).save_pretrained(backbone)
     names = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
     narrow = Dense(32, 16, bias=False, activation_function=torch.nn.Identity(), **names)
@@ -204,13 +209,143 @@ def test_the_files_show_fronts_advice_and_what_was_measured(late):
 def test_a_dense_model_has_the_methods_that_apply_to_it(tmp_path, pages, models):
     results = run(tmp_path, models["dense"], "--dataset", pages)
     single = {f"{FULL}, int8", f"{FULL}, one-bit", "CSR, 32", "CSR, 64", "CSR, 128", "BM25"}
-    single |= {"Dense2Sparse, 48/128 words", "Dense2Sparse, 12/128 words"}
+    single |= {"Dense2Sparse, 48/128 words", "Dense2Sparse, 12/128 words", "UnifieR, lexicon", "UnifieR, both views"}
     rows = main_rows(results)
-    stages = single - {"CSR, 32", "CSR, 64"}
+    stages = single - {"CSR, 32", "CSR, 64", "UnifieR, both views"}
     assert rows.keys() == {FULL, *single, *(f"{name}, rerank {n}" for name in stages for n in (50, 200))}
     assert results["failures"] == [] and rows[f"{FULL}, one-bit"]["bytes_per_document"] == 32 / 8
     assert [entry["budget"] for entry in results["recommendations"]] == [{"bytes": n} for n in (256, 1024, 4096)]
     assert rows["CSR, 128, rerank 50"]["value"] == rows[FULL]["value"]
+    words, both = rows["UnifieR, lexicon"], rows["UnifieR, both views"]
+    assert both["bytes_per_document"] == words["bytes_per_document"] + 32 * 2 and both["steps"] >= 1
+    assert both["active_dims"] == words["active_dims"] <= 128 and both["flops"] == words["flops"]
+
+
+# UnifieR's two views
+
+
+@pytest.fixture(scope="module")
+def unified(tmp_path_factory, pages, models) -> tuple[FullModel, dict[str, Encoded], Path]:
+    """A tiny model whose similarity is the cosine, its two rows, and the folder of the head."""
+    folder = tmp_path_factory.mktemp("unified")
+    full = full_model(folder, models["dense"], *judged_queries(str(pages), "test"))
+    found = {candidate.system.partition(", ")[2]: candidate.make() for candidate in unifier.METHOD.rows(full)}
+    (head,) = (folder / "kept" / "heads").glob("*/head")
+    return full, found, head
+
+
+def views_by_hand(full: FullModel, folder: Path) -> list[dict[str, np.ndarray]]:
+    """Both views of queries and of documents by the whole model, a text at a time."""
+    head = AutoModel.from_pretrained(folder)
+    head.config.query_top_k, head.config.document_top_k = 48, 128
+    whole = UnifierModel.from_modules(load(full.folder), head).eval()
+    sides = []
+    for task, texts in (("query", full.dataset.queries), ("document", full.dataset.corpus)):
+        with torch.no_grad():
+            given = [whole.encode_views(**full.model.preprocess([text]), task=task) for text in texts.values()]
+        sides.append({view: torch.cat([one[view] for one in given]).double().numpy() for view in given[0]})
+    return sides
+
+
+def test_a_row_of_two_views_ranks_by_their_weighted_sum(unified):
+    full, found, head = unified
+    both = found["both views"]
+    queries, documents = views_by_hand(full, head)
+    assert np.linalg.norm(documents["dense"], axis=1) == pytest.approx(1)  # as a cosine compares them
+    weight = float(both.settings["weights"].partition("dense=")[2])
+    assert weight > 0
+    expected = sum(
+        times * queries[view] @ documents[view].T for view, times in (("lexicon", 1), ("dense", weight))
+    )  # (queries, documents)
+    options: dict[str, Any] = {"similarity": both.similarity, "left_out": full.dataset.own}
+    ranking = rank_when_ready("both", both.queries, both.documents, full.ranks, **options)
+    assert ranking.positions.shape == expected.shape
+    np.testing.assert_allclose(ranking.scores, np.take_along_axis(expected, ranking.positions, 1), rtol=5e-3)
+    assert (np.diff(np.take_along_axis(expected, ranking.positions, 1)) < 5e-3 * np.abs(expected).max()).all()
+    assert both.documents.values.min() < 0 and both.documents.values.dtype == np.float16
+
+
+def test_a_row_of_two_views_is_what_a_search_of_all_candidates_sums(unified):
+    full, found, _ = unified
+    both, lexicon = found["both views"], found["lexicon"]
+    words = full.model.tokenizer.vocab_size
+    sides: list[list[Any]] = []
+    for summed, alone in ((both.queries, lexicon.queries), (both.documents, lexicon.documents)):
+        is_dense = summed.indices >= words
+        np.testing.assert_array_equal(summed.values[~is_dense], alone.values)
+        np.testing.assert_array_equal(summed.indices[~is_dense], alone.indices)
+        sides.append([alone, dense(summed.values[is_dense].reshape(len(alone), 32))])
+    views = [View(*side, "dot") for side in zip(*sides, strict=True)]
+    count = len(full.dataset.corpus)
+    expected = find_candidates(views, full.ranks, count=count).best((1, 1), full.ranks, count)
+    summed = exact_search(both.queries, both.documents, full.ranks, similarity="dot", k=count)
+    for places, scores, (wanted, sums) in zip(*summed, expected, strict=True):
+        np.testing.assert_allclose(scores, sums, rtol=1e-5)
+        apart = np.abs(np.diff(sums)) > 1e-4  # else rounding decides
+        clear = np.append(True, apart) & np.append(apart, True)
+        assert places[clear].tolist() == wanted[clear].tolist() and clear.any()
+
+
+def test_the_weight_of_the_dense_view_is_chosen_on_what_is_not_measured(tmp_path, monkeypatch, pages, models):
+    asked = []
+    stock = unifier.encoded
+
+    def encoded(full: FullModel, head: Any, task: str, dataset: Any = None, most: int | None = None) -> Any:
+        if dataset is not None:
+            asked.append((dataset, most))
+        return stock(full, head, task, dataset, most)
+
+    monkeypatch.setattr(unifier, "encoded", encoded)
+    said = []
+    for split in ("test", "dev"):
+        results = run(tmp_path, models["dense"], "--dataset", pages, "--methods", "unifier", "--split", split)
+        assert results["failures"] == []
+        said.append(main_rows(results)["UnifieR, both views"]["settings"])
+    (dev, _), (train, most) = asked
+    measured, fit_data = judged_queries(str(pages), "dev")
+    assert dev.queries == measured.queries and most == unifier.SAMPLE
+    assert train.queries == fit_data.dataset.queries and not train.queries.keys() & dev.queries.keys()
+    assert said[0]["chosen_on"] == f"dev ({len(dev.queries)} queries)"
+    assert said[1]["chosen_on"].endswith(f"{len(train.queries)} queries that heads learn from")
+
+
+def test_other_judgments_of_dev_make_the_rows_anew_that_read_them(tmp_path, pages, models):
+    full = full_model(tmp_path, models["dense"], *judged_queries(str(pages), "test"))
+    assert full.dev is not None and not full.dev.queries.keys() & full.dataset.queries.keys()
+    assert not full.dev.queries.keys() & full.fit_data.dataset.queries.keys()
+
+    def depends() -> dict[str, str]:
+        jobs = frontier._jobs(full, ["dense2sparse", "unifier"], [])
+        return {job.system: json.dumps(job.depends) for job in jobs}
+
+    before = depends()
+    full.dev.qrels[next(iter(full.dev.queries))] = {next(iter(full.dataset.corpus)): 1}
+    changed = {system for system, depended in depends().items() if depended != before[system]}
+    assert changed == {"UnifieR, lexicon", "UnifieR, both views"}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [("similarity", "scores by euclidean"), ("module", "UnifierModel.*Dense"), ("depth", "split_layer=-3")],
+)
+def test_a_model_that_has_no_two_views_says_why(tmp_path, pages, models, change, reason):
+    model = load(models["dense"])
+    if change == "similarity":
+        model.similarity_fn_name = "euclidean"
+    elif change == "module":
+        narrow = Dense(32, 16, bias=False, activation_function=torch.nn.Identity())
+        model = SentenceTransformer(modules=[*model.children(), narrow], device="cpu")
+    else:
+        inner = model[0].model
+        inner.encoder.layer, inner.config.num_hidden_layers = inner.encoder.layer[:1], 1
+    model.save_pretrained(str(tmp_path / "model"))
+    results = run(tmp_path, tmp_path / "model", "--dataset", pages, "--methods", "unifier")
+    assert [failure["system"] for failure in results["failures"]] == ["UnifieR, lexicon", "UnifieR, both views"]
+    assert all(re.search(reason, failure["reason"]) for failure in results["failures"])
+    assert FULL in main_rows(results) and not list(tmp_path.glob("embeddings/*states*"))
+
+
+# Heads without queries
 
 
 @pytest.mark.parametrize(
@@ -309,7 +444,7 @@ def test_without_the_full_model_there_is_no_table(tmp_path, monkeypatch, pages, 
     "model,flags,message",
     [
         ("late", ["--methods", "mean", "pca"], "--methods pca: unknown.*hierarchical"),
-        ("dense", ["--methods", "muvera"], "not for a SentenceTransformer.*dense2sparse, csr, quantization"),
+        ("dense", ["--methods", "muvera"], "not for a SentenceTransformer.*dense2sparse, unifier, csr, quantization"),
         ("sparse", [], "SparseEncoder.*MultiVectorEncoder"),
         ("late", ["--budget", "kb=3"], "'kb=3' is no limit"),
         ("late", ["--queries", "mine"], "judged or inverse_cloze"),
@@ -564,7 +699,7 @@ def test_the_picture_joins_the_front_and_rings_its_rows(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "methods"),
-    [("late", ["mean", "reinpool", "dense2sparse"]), ("dense", ["quantization", "dense2sparse", "csr"])],
+    [("late", ["mean", "reinpool", "dense2sparse"]), ("dense", ["quantization", "dense2sparse", "unifier", "csr"])],
 )
 def test_every_row_is_of_all_windows(tmp_path, pages, models, name, methods):
     flags = ["--dataset", pages, "--window", 20, "--stride", 10, "--methods", *methods]
@@ -584,7 +719,7 @@ def test_every_row_is_of_all_windows(tmp_path, pages, models, name, methods):
         sizes = {"full model": 32 * 2, "full model, int8": 32, "full model, one-bit": 32 // 8}
         for system, size in sizes.items():
             assert rows[system]["bytes_per_document"] == pytest.approx(mean * size)
-        names = [name for name in rows if name.startswith(("CSR", "Dense2Sparse")) and "rerank" not in name]
+        names = [name for name in rows if name.startswith(("CSR", "Dense2Sparse", "UnifieR")) and "rerank" not in name]
         learned = [rows[name] for name in names]
         assert learned and all(row["windows_per_document"] == pytest.approx(mean) for row in learned)
     # The second stage scores all documents of so small a corpus as the full model does.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from test_retrievers import vectors_of
 from test_scoring import brute_force, dense, ragged, sparse, texts_of
 
 from polyrep import InputError
+from polyrep.encoding.embeddings import Embeddings
 from polyrep.evaluation.frontier import timed as ready
 from polyrep.evaluation.frontier.timed import ReadyIndex, rank_in_two_stages, rank_when_ready
 from polyrep.evaluation.systems import Ranking, costs_of, keep_ranking
@@ -27,6 +29,13 @@ def sides(kind: str) -> tuple:
     if kind == "sparse":
         return sparse(rng, 3), sparse(rng, 12)
     return dense(rng.normal(size=(3, 6)).astype(np.float16)), dense(rng.normal(size=(12, 6)).astype(np.float16))
+
+
+def in_terms(matrix: np.ndarray) -> Embeddings:
+    text_of, term = matrix.nonzero()
+    offsets = np.append(0, np.bincount(text_of, minlength=len(matrix)).cumsum())
+    values = matrix[text_of, term].astype(np.float32)
+    return Embeddings("sparse", values, offsets, term.astype(np.int32), matrix.shape[1], 0.0, Path())
 
 
 CASES = [
@@ -54,6 +63,23 @@ def test_a_ready_index_finds_what_exact_search_finds(monkeypatch, kind, similari
     positions, scores = index.search(queries, 5)
     np.testing.assert_array_equal(positions, expected[0])
     np.testing.assert_allclose(scores, expected[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_terms_of_every_document_are_scored_as_a_dense_vector(similarity):
+    rng = np.random.default_rng(5)
+    matrix = rng.normal(size=(12, 9)) * (rng.random((12, 9)) < 0.4)
+    matrix[:, [2, 7]] = rng.normal(size=(12, 2))  # of either sign
+    asked = rng.normal(size=(3, 9)) * (rng.random((3, 9)) < 0.5)
+    asked[0] = 0
+    queries, documents = in_terms(asked), in_terms(matrix)
+    index = ReadyIndex(documents, RANKS, similarity)
+    assert index.everywhere.tolist() == [2, 7] and index.postings.nnz == np.count_nonzero(matrix) - 24
+    positions, scores = index.search(queries, 12)
+    if similarity == "cosine":
+        asked, matrix = (part / np.maximum(np.linalg.norm(part, axis=1)[:, None], 1e-12) for part in (asked, matrix))
+    np.testing.assert_allclose(scores, np.take_along_axis(asked @ matrix.T, positions, 1), rtol=1e-5, atol=1e-6)
+    assert (np.diff(scores) <= 0).all() and positions[0].tolist() == list(range(11, -1, -1))
 
 
 @pytest.mark.parametrize("kind,similarity", [case for case in CASES if case[0] != "sparse"])

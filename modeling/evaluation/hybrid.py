@@ -229,11 +229,7 @@ def choose_weight(tuned: Sequence[Tuned]) -> float:
     Args:
         tuned: One or more data sets, on whose mean it is chosen.
     """
-    everything = [scores for one in tuned for scores in one.candidates.scores]
-    real = [scores[:, (scores > EMPTY_DOCUMENT_SCORE).all(0)] for scores in everything]
-    within = [scores - scores.mean(1, keepdims=True) for scores in real if scores.size]
-    spreads = np.concatenate(within, 1).std(1) if within else np.zeros(2)
-    unit = float(spreads[0] / spreads[1]) if spreads.all() else 1.0
+    unit = ratio_of_spreads([scores for one in tuned for scores in one.candidates.scores])
     tried: dict[float, float] = {}
     for multiple in MULTIPLES:
         weight = float(f"{multiple * unit:.3g}")  # as it is printed, so that what is measured is what is used
@@ -243,6 +239,21 @@ def choose_weight(tuned: Sequence[Tuned]) -> float:
             values.append(per_query_metrics(dev, Ranking("tried", *found))["nDCG@10"].mean())
         tried[weight] = float(np.mean(values))
     return max(tried, key=lambda weight: (tried[weight], -weight))
+
+
+def ratio_of_spreads(scores: Sequence[np.ndarray]) -> float:
+    """The weight of the second system at which the scores of both differ alike among the candidates of a query.
+
+    Args:
+        scores: Of each query ``(2, candidates)``.
+
+    Returns:
+        The ratio of standard deviations; 1 where one is 0.
+    """
+    real = [part[:, (part > EMPTY_DOCUMENT_SCORE).all(0)] for part in scores]
+    within = [part - part.mean(1, keepdims=True) for part in real if part.size]
+    spreads = np.concatenate(within, 1).std(1) if within else np.zeros(2)
+    return float(spreads[0] / spreads[1]) if spreads.all() else 1.0
 
 
 def fused(views: Sequence[View], dataset: RetrievalDataset, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +186,8 @@ def _write(model: PreTrainedModel, signature: Signature, staged: Path, part: Pat
         except ValueError as error:  # of one task perhaps, as of images that are documents alone
             refusals.append(error)
             continue
-        signature.outputs = tuple(name for name in signature.outputs if output.get(name) is not None)
+        there = tuple(name for name in signature.outputs if output.get(name) is not None)
+        wrapped[task].signature = replace(signature, outputs=there)  # which may differ between tasks
         try:
             traced[task] = torch.export.export(wrapped[task], values, dynamic_shapes={"values": dynamic}, strict=False)
         except Exception as error:  # torch raises many kinds
@@ -200,13 +201,13 @@ def _write(model: PreTrainedModel, signature: Signature, staged: Path, part: Pat
         stem = "_".join(filter(None, (None if task and signature.name == "model" else signature.name, task)))
         file = staged / f"{stem}.onnx"
         reference = wrapped[task] if task in wrapped else wrapped["query"]
-        opset = _convert(program, signature, file, part, model)
+        opset = _convert(program, reference.signature, file, part, model)
         seconds = round(time.monotonic() - started, 1)
         entries[file.name] = {
             "method": signature.method,
             "task": task,
             "opset": opset,
-            **compare(reference, signature, file, part),
+            **compare(reference, reference.signature, file, part),
             "bytes": sum(f.stat().st_size for f in staged.glob(f"{file.name}*")),
             "seconds": seconds,
         }

@@ -174,6 +174,8 @@ def frontier(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
     models = _open(args, source)
     methods = chosen_methods(args.methods, source, models[0].model)
     reranker = open_reranker(args, [full.dataset for full in models])
+    if any(all_methods()[name].reads_dev for name in methods):
+        _ = [full.dev for full in models]  # read before anything is encoded, since it may be refused
     results = {
         "name": args.name or f"frontier-{'-'.join(full.dataset.name for full in models)}",
         **provenance(command_line(prog, argv)),
@@ -346,6 +348,8 @@ def _jobs(full: FullModel, methods: list[str], learned: Any) -> Iterator[Job]:
     for name in methods:
         method = known[name]
         depends = [method.digest(), learned if method.run else None]
+        if method.reads_dev:
+            depends.append([full.dev.queries, full.dev.qrels] if full.dev else None)
         for candidate in method.rows(full):
             yield Job(candidate.system, depends, lambda c=candidate: _ranked(full, c), candidate.first_stage)  # type: ignore[misc]
 
@@ -354,7 +358,7 @@ def _ranked(full: FullModel, candidate: Candidate) -> Ranking:
     row = candidate.make()
     options: dict[str, Any] = {"similarity": row.similarity, "device": full.model.device, "left_out": full.dataset.own}
     ranking = rank_when_ready(candidate.system, row.queries, row.documents, full.ranks, **options)
-    return replace(ranking, costs=ranking.costs | row.costs)
+    return replace(ranking, costs=ranking.costs | row.costs, settings=row.settings)
 
 
 def _bm25(full: FullModel) -> Ranking:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -12,16 +12,17 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from ...data.dataset import RetrievalDataset
+from ...data.load import load_retrieval_dataset
 from ...encoding.cache import embed, store
 from ...encoding.embeddings import Embeddings, mean_of_tokens, sum_of_tokens
 from ...encoding.encoders import kind_of
 from ...encoding.windows import Windows
-from ...errors import InputError
+from ...errors import InputError, NoSplit
 from ...files import digest
 from ...hub.folder import Encoder, load, save
 from ...registry import ROOMS
 from ...search.ranking import tie_ranks
-from ...training.sides import SentenceSide
+from ...training.sides import SentenceSide, StatesSide
 from .fit_data import FitData
 
 
@@ -90,6 +91,26 @@ class FullModel:
         return tie_ranks(list(self.dataset.corpus))
 
     @cached_property
+    def dev(self) -> RetrievalDataset | None:
+        """Judged queries of the split dev that are not measured, to choose settings on; None without any.
+
+        Raises:
+            InputError: There are some, and they cannot be used.
+        """
+        if not isinstance(self.dataset.corpus, dict):  # of images, each split has its own
+            return None
+        try:
+            keep_empty = self.fit_data.settings.get("keep_empty", False)
+            found = load_retrieval_dataset(self.fit_data.source, "dev", keep_empty=keep_empty)
+        except NoSplit:
+            return None
+        queries = {query: text for query, text in found.queries.items() if query not in self.dataset.queries}
+        if not queries:
+            return None
+        qrels = {query: found.qrels[query] for query in queries}
+        return replace(found, corpus=self.dataset.corpus, queries=queries, qrels=qrels)
+
+    @cached_property
     def single(self) -> tuple[Path, SentenceTransformer]:
         """A model with one vector a text, and its folder: of a late-interaction model, the mean of its tokens."""
         if self.kind == "sentence":
@@ -113,6 +134,12 @@ class FullModel:
             vectors = (sum_of_tokens if task == "query" else mean_of_tokens)(tokens).values
             store(model, texts, vectors, task=task, name=name, **kept)
         return SentenceSide.encode(model, texts, task, name, batch_size=self.batch_size, **kept)
+
+    def states(self, dataset: RetrievalDataset, task: Literal["query", "document"], **options: Any) -> StatesSide:
+        """Queries or documents as token states; ``options`` are ``layers`` and ``token`` of ``StatesSide.encode``."""
+        texts, name = _texts_of(dataset, task)
+        options |= self._kept(dataset, task)
+        return StatesSide.encode(self.model, texts, task, name, batch_size=self.batch_size, **options)
 
     def _kept(self, dataset: RetrievalDataset, task: str) -> dict[str, Any]:
         """Where embeddings are kept, and how their texts are cut."""

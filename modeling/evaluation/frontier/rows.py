@@ -42,12 +42,14 @@ class Encoded:
         documents: Encoded documents.
         similarity: As for :func:`polyrep.search.ranking.exact_search`.
         costs: What replaces or joins the costs that follow from the arrays.
+        settings: How it was set, for a line below the table.
     """
 
     queries: Embeddings
     documents: Embeddings
     similarity: str
     costs: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Method:
         code: Files of the package that its rows depend on.
         run: What is fitted by it: the name of a shipped run, or anything else that tells its settings.
         title: What stands before a comma in the rows of a room; empty for a rival.
+        reads_dev: Whether something is chosen on :attr:`FullModel.dev`.
     """
 
     rows: Callable[[FullModel], Iterator[Candidate]]
@@ -82,6 +85,7 @@ class Method:
     code: tuple[str, ...] = ()
     run: str = ""
     title: str = ""
+    reads_dev: bool = False
 
     def digest(self) -> str:
         """Hash of the code and of the recipe that its rows depend on."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_matrix
 from sentence_transformers.util import SimilarityFunction
 from torch import Tensor
 
@@ -71,7 +72,8 @@ class ReadyIndex:
         self.rank_of = torch.from_numpy(ranks)
         self.vectors = torch.empty(0)
         if documents.kind == "sparse":
-            self.postings = sparse_rows(documents, 0, len(documents), similarity).T.tocsr()  # (vocabulary, documents)
+            matrix = sparse_rows(documents, 0, len(documents), similarity).T.tocsr()  # (vocabulary, documents)
+            self.postings, self.everywhere, self.numbers = _without_full_rows(matrix)
         elif self.in_memory:
             self.vectors = torch.from_numpy(self.documents.values).to(device)
             if similarity == "cosine":
@@ -98,7 +100,11 @@ class ReadyIndex:
 
     def _scores(self, queries: Embeddings, start: int, stop: int) -> Tensor:
         if queries.kind == "sparse":
-            return torch.from_numpy((sparse_rows(queries, start, stop, self.similarity) @ self.postings).toarray())
+            sparse = sparse_rows(queries, start, stop, self.similarity)
+            found = (sparse @ self.postings).toarray()
+            if len(self.everywhere):
+                found += sparse[:, self.everywhere].toarray() @ self.numbers
+            return torch.from_numpy(found)
         if queries.offsets is None:
             batch = torch.from_numpy(np.asarray(queries.values[start:stop], np.float32)).to(self.device)
             if self.similarity == "cosine":
@@ -120,6 +126,23 @@ class ReadyIndex:
             scores[: block.shape[1], first:last] = block.T
             first = last
         return scores
+
+
+def _without_full_rows(matrix: csr_matrix) -> tuple[csr_matrix, np.ndarray, np.ndarray]:
+    """Postings without those that name every document, which are scored as dense vectors are: many times as fast.
+
+    Args:
+        matrix: ``(vocabulary, documents)``.
+
+    Returns:
+        The matrix with these rows emptied, their places, and their numbers ``(rows, documents)``.
+    """
+    lengths = np.diff(matrix.indptr)
+    full = lengths == matrix.shape[1]
+    kept = np.repeat(~full, lengths)
+    offsets = np.concatenate([[0], np.cumsum(np.where(full, 0, lengths))])
+    rest = csr_matrix((matrix.data[kept], matrix.indices[kept], offsets), shape=matrix.shape)
+    return rest, np.flatnonzero(full), matrix[full].toarray()
 
 
 def _batches(queries: Embeddings) -> Iterator[tuple[int, int]]:

@@ -41,10 +41,11 @@ register(
         transformer=UnifierTransformer,
         objectives={"UnifierObjective": UnifierObjective, "UnifierHeadObjective": UnifierHeadObjective},
         card="unifier",
+        frontier="frontier:METHOD",
         settled="weight:choose_dense_weight",
         graphs={
-            UnifierModel: {"model": Graph(outputs=("dense", "lexicon"))},
-            UnifierHead: {"model": Graph(HEAD_READS, outputs=("dense", "lexicon"))},
+            UnifierModel: {"model": Graph(outputs=("dense", "lexicon", "gate"))},
+            UnifierHead: {"model": Graph(HEAD_READS, outputs=("dense", "lexicon", "gate"))},
         },
     )
 )

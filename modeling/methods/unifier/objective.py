@@ -307,7 +307,7 @@ class UnifierHeadObjective(_TwoViews):
                 rows = torch.arange(0, len(part.documents), -(-len(part.documents) * len(data.parts) // SAMPLE))
                 for some in rows.split(16):
                     features = part.documents.features(some.numpy())
-                    self._views({name: value.to(head.device) for name, value in features.items()}, "document", VIEWS)
+                    self.encode({name: value.to(head.device) for name, value in features.items()}, "document")
 
         head.calibrate(encode)
         return data
@@ -315,15 +315,24 @@ class UnifierHeadObjective(_TwoViews):
     def forward(self, features: list[Features], labels: Tensor) -> dict[str, Tensor]:
         """Parts of the loss of a batch of :class:`~polyrep.training.pairs.HeadData`: queries, and all documents."""
         queries, local = (
-            self._views(side, task, self.views) for side, task in zip(features, ("query", "document"), strict=True)
+            self.encode(side, task, self.views) for side, task in zip(features, ("query", "document"), strict=True)
         )
         documents = {view: gather(local[view]) for view in self.views}
         own = labels + get_rank() * len(local["dense"])
         return self.losses(queries, documents, own, judged_relevant(features))
 
-    def _views(self, features: Features, task: str, views: tuple[str, ...]) -> dict[str, Tensor]:
-        """Views of texts, and of queries the gate."""
+    def encode(
+        self, features: Features, task: str, views: tuple[str, ...] = VIEWS, prune: bool = False
+    ) -> dict[str, Tensor]:
+        """Views of texts, and of queries the gate.
+
+        Args:
+            features: Of a :class:`~polyrep.training.sides.StatesSide` with ``state_layers``.
+            task: ``query`` or ``document``.
+            views: Those that are computed.
+            prune: Whether the top k words are kept.
+        """
         states, mask = features["token_states"], features["attention_mask"]
         pooled = pool_tokens(states[:, :, -1], mask, self.model.config.pooling)
-        output = self.model(states[:, :, 0], pooled, features["input_ids"], mask, task, views, prune=False)
+        output = self.model(states[:, :, 0], pooled, features["input_ids"], mask, task, views, prune=prune)
         return {name: output[name] for name in (*views, "gate") if output.get(name) is not None}
