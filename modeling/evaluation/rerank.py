@@ -231,14 +231,14 @@ def _without_unfound(ranking: Ranking, asked: np.ndarray, found: np.ndarray) -> 
     """What the first stage did not find, where it found less than it was asked for, at -inf behind the rest."""
     if found.all():
         return ranking
-    there = np.zeros(ranking.positions.shape, bool)
-    for row in np.flatnonzero(~found.all(1)):
+    whole = np.all(found, axis=1, keepdims=True)
+    there = np.repeat(whole, ranking.positions.shape[1], axis=1)
+    for row in np.flatnonzero(~whole):
         there[row] = np.isin(ranking.positions[row], asked[row, found[row]])
-    there |= found.all(1)[:, None]
-    scores = np.where(there, ranking.scores, -np.inf).astype(np.float32)
     order = np.argsort(~there, axis=1, kind="stable")
-    at = (np.take_along_axis(part, order, 1) for part in (ranking.positions, scores))
-    return replace(ranking, **dict(zip(("positions", "scores"), at, strict=True)))
+    scores = np.where(there, ranking.scores, -np.inf).astype(np.float32)
+    positions, scores = (np.take_along_axis(part, order, 1) for part in (ranking.positions, scores))
+    return replace(ranking, positions=positions, scores=scores)
 
 
 def _of_both(first: Ranking, second: Ranking) -> Ranking:
