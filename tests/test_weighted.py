@@ -280,3 +280,23 @@ def test_sums_are_of_whole_numbers_though_candidates_are_found_by_small_ones(tmp
     first = {name: asked[name] for name in ("dense", "words")}
     found = index.search(first, 8, weights=weights, candidates=60)
     assert same(found, summed(("dense", "words"), queries, documents, 8, 60, weights))
+
+
+def test_documents_of_another_process_are_summed_though_all_were_candidates_before():
+    pytest.importorskip("qdrant_edge")
+    pytest.importorskip("qdrant_client")
+    from qdrant_server import StandIn
+
+    names = ("words", "dense")
+    documents = {name: drawn(name, 40, seed) for seed, name in enumerate(names, start=1)}
+    few = {name: dict(list(some.items())[:6]) for name, some in documents.items()}
+    queries = {name: drawn(name, 5, seed, "q") for seed, name in enumerate(names, start=7)}
+    asked = {name: packed(KINDS[name][0], list(some.values())) for name, some in queries.items()}
+    weights = {name: WEIGHTS[name] for name in names}
+    with StandIn() as server:
+        uri = f"qdrant+http://{server.address}/sums"
+        index = open_index(uri)
+        added(index, few)
+        assert same(index.search(asked, 6, weights=weights), summed(names, queries, few, 6, 1000))
+        added(open_index(uri), documents)
+        assert same(index.search(asked, 6, weights=weights), summed(names, queries, documents, 6, 1000))

@@ -197,6 +197,8 @@ class QdrantIndex:
     ) -> list[list[Hit]]:
         """The best ``k`` documents by the weighted sum of their scores."""
         names, total = [origin.name for origin, _, _ in asked_for], len(asked_for[0][1])
+        if self._counts.get("", 0) <= candidates:  # all are candidates, unless another process has added some
+            self._counts.clear()
         documents = self._checked_points(names)
         whole, candidates = candidates >= documents, max(1, min(candidates, documents))
         sides = [self._vectors(asked, 0, total, origin.similarity) for origin, asked, _ in asked_for]
