@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from conftest import DOCUMENTS, QUERIES
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
+from test_calibration import MADE
 from test_encode import read, write_lines
 from test_search import same
 
@@ -21,6 +23,7 @@ from polyrep.encoding import encode as encoding
 from polyrep.encoding.encode import encode
 from polyrep.encoding.views import encode_views, views_of
 from polyrep.hub import fingerprint
+from polyrep.hub.calibration import write_calibration
 from polyrep.search import Hit, Service, commands, open_index
 from polyrep.search.commands import search
 
@@ -141,6 +144,49 @@ def test_views_are_summed_by_the_weights_of_the_model_or_by_others(model, tmp_pa
     assert same(asyncio.run(served(weights={"dense": 1, "lexicon": 2})), expected({"lexicon": 2, "dense": 1}))
     with pytest.raises(InputError, match=r"the service: weights\['other'\]=1: there are no scores of that name"):
         asyncio.run(served(weights={"other": 1}))
+
+
+def test_an_index_of_one_view_is_searched_and_served_by_that_view(model, tmp_path):
+    """Whatever the model gives by itself; and a calibration of that is none of another view."""
+    encoded(tmp_path, "--views", "dense,lexicon")
+    print_, query = fingerprint(tmp_path / "model"), next(iter(QUERIES.values()))
+    write_calibration(tmp_path / "model", replace(MADE, fingerprint=print_))
+    model._polyrep_folder = tmp_path / "model"
+    asked = alone(model, query)
+    scores = {name: float(asked["lexicon"] @ alone(model, text)["lexicon"]) for name, text in DOCUMENTS.items()}
+    expected = [[Hit(name, scores[name]) for name in sorted(scores, key=lambda name: -scores[name])[:3]]]
+
+    async def served(index: Any) -> list[list[Hit]]:
+        async with Service(model, index, fingerprint=print_) as service:
+            return await service.search([query], 3)
+
+    for name in ("lexicon", "dense"):
+        index = open_index("memory:")
+        index.add(EncodedCorpus(tmp_path / "out" / name))
+        found = asyncio.run(served(index))
+        assert all((hit.probability is not None) == (name == "dense") for hit in found[0])
+        assert name == "dense" or same(found, expected)
+        uri = f"qdrant://{tmp_path}/{name}"
+        commands.index([str(tmp_path / "out" / name), "--uri", uri])
+        assert same(search([query, "--uri", uri, "--model", str(tmp_path / "model"), "--k", "3"]), found)
+
+
+def test_a_view_is_summed_with_vectors_of_the_model_by_another_name(model, tmp_path):
+    encoded(tmp_path, "--views", "lexicon")
+    source = str(tmp_path / "corpus.jsonl")
+    encode([str(tmp_path / "model"), "--input", source, "--output", str(tmp_path / "own"), "--name", "own"])
+    uri, query = f"qdrant://{tmp_path}/index", next(iter(QUERIES.values()))
+    commands.index([str(tmp_path / "out" / "lexicon"), str(tmp_path / "own"), "--uri", uri])
+    argv = [query, "--uri", uri, "--model", str(tmp_path / "model"), "--k", "5"]
+    asked, own = alone(model, query), model.encode_query(query)
+    expected = {}
+    for name, text in DOCUMENTS.items():
+        cosine = float(model.similarity(own, model.encode_document(text)))
+        expected[name] = 2 * cosine + float(asked["lexicon"] @ alone(model, text)["lexicon"])
+    (hits,) = search([*argv, "--weights", "own=2,lexicon=1"])
+    assert {hit.id: hit.score for hit in hits} == pytest.approx(expected, rel=1e-3)
+    with pytest.raises(InputError, match="--candidates 7: of a weighted sum alone, and nothing is summed"):
+        search([*argv, "--name", "own", "--candidates", "7"])
 
 
 def test_queries_have_views_too_and_none_is_no_text(model):

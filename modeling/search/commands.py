@@ -131,6 +131,11 @@ def search(argv: list[str], *, prog: str = "polyrep search") -> list[list[Hit]]:
     weights = (
         weights_of(args.weights) if args.weights else {} if args.name else models[0].weights(target.origins, args.uri)
     )
+    if args.candidates != CANDIDATES and not weights:
+        raise InputError(
+            f"--candidates {args.candidates}: of a weighted sum alone, and nothing is summed. Add --weights, or leave "
+            "it out."
+        )
     if weights:
         there = weights if weights.keys() <= target.origins.keys() else target.origins
         refuse_unusable_weights(weights, list(there), args.uri)
@@ -200,14 +205,16 @@ class _Asker:
         return self.fingerprint == origin.fingerprint
 
     def ask(self, queries: Sequence[str], names: Sequence[str]) -> dict[str, Queries]:
-        """Vectors of queries by name: of a model with views those that are named, else the same for all names."""
+        """Vectors of queries by name: of a model with views those that are named, and for other names its own."""
         if isinstance(self.model, bm25.Bm25):
             return dict.fromkeys(names, self.model.of_queries(queries))
-        if any(name in views_of(self.model) for name in names):
-            return dict(encode_views(self.model, queries, names, task="query"))
+        views = [name for name in names if name in views_of(self.model)]
+        found: dict[str, Queries] = {**encode_views(self.model, queries, views, task="query")} if views else {}
+        if found.keys() == {*names}:
+            return found
         texts = {str(number): query for number, query in enumerate(queries)}
         options: dict[str, Any] = {"dtype": "float32", "kind": kind_of(self.model), "show_progress": False}
-        return dict.fromkeys(names, embed(self.model, texts, task="query", name="queries", **options))
+        return dict.fromkeys(names, embed(self.model, texts, task="query", name="queries", **options)) | found
 
 
 def _asker_of(origin: Origin, models: Sequence[_Asker], args: SearchArguments) -> _Asker:

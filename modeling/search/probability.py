@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..encoding.encoders import uncertainty_of
+from ..encoding.encoders import kind_of, uncertainty_of
 from ..encoding.shards import Origin
 from ..hub.calibration import Calibration, calibration_of
 from .protocol import Hit, Index
@@ -69,6 +69,8 @@ class Searcher:
             why = "are signs"
         elif origin.fingerprint != self._fingerprint:
             why = "were made by another model"
+        elif origin.kind != kind_of(self._model):
+            why = f"are a view of kind {origin.kind}, the calibration of kind {kind_of(self._model)}"
         elif (origin.window, origin.stride) != (made.window, made.stride):
             cuts = [_cut(origin.window, origin.stride), _cut(made.window, made.stride)]
             why = "are of {}, the calibration of {}".format(*cuts)

@@ -82,6 +82,8 @@ class Service:
         if weights is not None:
             refuse_unusable_weights(weights, [name for name in views_of(model) if name in names], "the service")
         self._weights = weights_of_views(model, names, "the index") if weights is None else dict(weights)
+        # An index of one view need not be of the one that the model gives by itself.
+        self._view = "" if self._weights else next((name for name in views_of(model) if names == [name]), "")
         self._searcher = Searcher(model, index, fingerprint)
         self._batch_texts, self._batches = batch_texts, 0
         # Texts of a forward pass, which sorts them by length: of more, a processor computes mostly padding.
@@ -172,9 +174,11 @@ class Service:
 
     def _encode(self, jobs: list[_Job]) -> Any:
         self._batches += 1
-        if self._weights and jobs[0].task == "search":
-            texts, names = [job.text for job in jobs], list(self._weights)
-            return encode_views(self._model, texts, names, task="query", batch_size=self._together)
+        names = list(self._weights) or [self._view]
+        if names != [""] and jobs[0].task == "search":
+            texts = [job.text for job in jobs]
+            found = encode_views(self._model, texts, names, task="query", batch_size=self._together)
+            return found if self._weights else found[self._view]
         encode = self._model.encode_document if jobs[0].task == "document" else self._model.encode_query
         return encode([job.text for job in jobs], batch_size=self._together, show_progress_bar=False)
 
