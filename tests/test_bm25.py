@@ -266,6 +266,8 @@ def test_vectors_of_bm25_give_its_scores(tmp_path):
         {"average": "x"},
         {"format": None},
         {"language": 3},
+        {"language": None},
+        {"language": "klingon"},
     ],
 )
 def test_damaged_words_of_bm25_are_refused(change, tmp_path):

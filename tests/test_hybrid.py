@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,18 @@ from polyrep import InputError
 from polyrep.cli import main
 from polyrep.data import RetrievalDataset, load_retrieval_dataset
 from polyrep.encoding import EncodedCorpus
+from polyrep.encoding import bm25 as words_of_bm25
+from polyrep.encoding.embeddings import in_memory
 from polyrep.encoding.encode import encode
+from polyrep.evaluation import hybrid
 from polyrep.evaluation.evaluate import evaluate
 from polyrep.evaluation.hybrid import MULTIPLES
 from polyrep.evaluation.metrics import per_query_metrics
 from polyrep.evaluation.systems import Ranking
 from polyrep.search import open_index
 from polyrep.search.commands import search, weights_of
+from polyrep.search.ranking import tie_ranks
+from polyrep.search.weighted import View
 
 Scores = dict[str, dict[str, float]]  # query -> document -> score
 
@@ -137,6 +143,26 @@ def test_a_place_for_which_nothing_was_found_counts_for_nothing():
     assert found["nDCG@10"] == pytest.approx([1 / (1 + 1 / math.log2(3))])
 
 
+def test_fusion_keeps_no_number_for_each_query_and_document(monkeypatch):
+    monkeypatch.setattr(hybrid, "DEPTH", 10)
+    draw = np.random.default_rng(0)
+    documents, queries = ({f"{n}": "" for n in range(count)} for count in (3000, 2000))
+    dataset = RetrievalDataset("any", "test", documents, queries, {"0": {"0": 1}})
+    views = [
+        View(*(in_memory(draw.standard_normal((len(side), 4)).astype(np.float32)) for side in sides), "dot")
+        for sides in [(queries, documents)] * 2
+    ]
+    tracemalloc.start()
+    positions, scores = hybrid.fused(views, dataset, tie_ranks(list(documents)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert positions.shape == scores.shape == (2000, 10) and peak < 2000 * 3000
+    best = [np.argsort(-(view.queries.values[7] @ view.documents.values.T))[:10].tolist() for view in views]
+    fusion = {place: sum(1 / (61 + side.index(place)) for side in best if place in side) for place in sum(best, [])}
+    assert scores[7].tolist() == pytest.approx(sorted(fusion.values(), reverse=True)[:10])
+    assert [fusion[place] for place in positions[7].tolist()] == pytest.approx(scores[7].tolist())
+
+
 @pytest.mark.parametrize(
     ("models", "flags", "words"),
     [
@@ -228,6 +254,9 @@ def test_queries_of_bm25_are_encoded_by_the_words_of_its_documents(encoded, tmp_
     (encoded / "words" / "shards" / "00000001.json").unlink()
     assert encode(["bm25", *source, "--precision", "float32"])["done"] == 3
     assert json.loads((encoded / "words" / "bm25.json").read_text()) == before
+    (encoded / "words" / "bm25.json").write_text("{")  # which is made again though all shards are there
+    encode(["bm25", *source, "--precision", "float32"])
+    assert json.loads((encoded / "words" / "bm25.json").read_text()) == before
     write_lines(tmp_path / "corpus.jsonl", DOCUMENTS | {"d6": "one more"})
     with pytest.raises(InputError, match="begun with another vectors"):
         encode(["bm25", *source, "--precision", "float32"])
@@ -247,3 +276,23 @@ def test_what_bm25_cannot_do_is_refused(flags, words, tmp_path):
     with pytest.raises(InputError, match=words):
         encode(["bm25", "--input", str(source), "--output", str(tmp_path / "out"), *flags])
     assert not (tmp_path / "out").exists()
+
+
+def test_the_language_of_a_corpus_is_told_from_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(words_of_bm25, "SAMPLE", 8)
+    german = "der Hund und die Katze sind in dem Haus, das nicht so alt ist"
+    english = "the dog and the cat are in the house that is not so old as this"
+    mixed = {f"d{n:02}": german if n < 20 else english for n in range(40)}
+    sources = {"mixed": mixed, "german": dict.fromkeys(mixed, german)}
+    for name, texts in sources.items():
+        write_lines(tmp_path / f"{name}.jsonl", texts)
+
+    def told(name: str) -> str:
+        argv = ["--input", str(tmp_path / f"{name}.jsonl"), "--output", str(tmp_path / name), "--language", "auto"]
+        encode(["bm25", *argv])
+        return words_of_bm25.Bm25.load(tmp_path / name).analyzer.language
+
+    assert told("german") == "de"
+    with pytest.raises(InputError, match="--language auto: the words of .* documents do not tell"):
+        told("mixed")
+    assert words_of_bm25.spread(map(str, range(100))) == [str(n) for n in range(0, 100, 8)]

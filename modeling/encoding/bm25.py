@@ -55,6 +55,8 @@ _OTHER_CODES = {
     **{"nb": "no", "nob": "no"},  # as Norwegian texts are labelled
 }
 
+_MISSING = 'bm25: the packages bm25s and PyStemmer are not both installed. Run `pip install "polyrep[quickstart]"`.'
+
 SAMPLE = 1000
 """Documents, spread over the corpus, by which a language is told."""
 
@@ -114,9 +116,7 @@ def analyzer(language: str, texts: Sequence[str] = ()) -> Analyzer:
         import Stemmer
         from bm25s import stopwords
     except ModuleNotFoundError:
-        raise InputError(
-            'bm25: the packages bm25s and PyStemmer are not both installed. Run `pip install "polyrep[quickstart]"`.'
-        ) from None
+        raise InputError(_MISSING) from None
     code = language_of(texts) if language == "auto" else language.lower()
     if code is None:
         raise InputError(
@@ -137,6 +137,18 @@ def analyzer(language: str, texts: Sequence[str] = ()) -> Analyzer:
         ) from None
     listed = getattr(stopwords, f"STOPWORDS_{STOP_WORDS[code]}") if code in STOP_WORDS else ()
     return Analyzer(code, frozenset(listed))
+
+
+def spread(texts: Iterable[str]) -> list[str]:
+    """Some of many texts, from first to last and equally far apart: all of a few, else not many more than SAMPLE."""
+    kept: list[str] = []
+    step = 1
+    for number, text in enumerate(texts):
+        if number % step == 0:
+            kept.append(text)
+        if len(kept) >= 2 * SAMPLE:
+            kept, step = kept[::2], 2 * step
+    return kept
 
 
 def language_of(texts: Sequence[str]) -> str | None:
@@ -208,7 +220,7 @@ class Bm25:
         """What :meth:`save` wrote.
 
         Raises:
-            InputError: The file is damaged, or of another format.
+            InputError: The file is damaged, or of another format, or PyStemmer is not installed.
         """
         path, remedy = Path(folder, FILE), "Encode the corpus again."
         said = read_json(path, remedy=remedy, words=list, stop_words=list, language=str)
@@ -223,7 +235,11 @@ class Bm25:
             frequencies = dict(zip(said["words"], counts, strict=True))
             if len(frequencies) != len(counts):
                 raise ValueError("a word twice")
-            return cls(Analyzer(said["language"], frozenset(said["stop_words"])), documents, average, frequencies)
+            read = Analyzer(str(said["language"]), frozenset(said["stop_words"]))
+            read.words([""])  # for which there must be a stemmer of the language
+            return cls(read, documents, average, frequencies)
+        except ModuleNotFoundError:
+            raise InputError(_MISSING) from None
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: no words of BM25 ({error}), so no query could be read. {remedy}") from None
 

@@ -146,6 +146,8 @@ def encode(argv: list[str], *, prog: str = "polyrep encode") -> dict[str, Any]:
         shards = work.through(_own(source.spans(size), state), progress)
     if not shards:
         raise InputError(f"{args.input}: holds no record, so there is nothing to encode.")
+    for corpus in corpora:  # each time, since a run before may have been killed, or the file lost
+        opened.keep(corpus.output)
     summaries = {corpus.origin.name: _finish(corpus.output, shards) for corpus in corpora}
     for corpus, summary in zip(corpora, summaries.values(), strict=True):
         if state.is_main_process or summary["complete"]:
@@ -249,10 +251,12 @@ def _open_bm25(args: EncodeArguments, name: str, source: Source, size: int, devi
             f"--language {args.language}: queries are read as {name} says of its documents. Leave it out."
         )
     if name == "bm25":
-        texts = (str(document.content) for span in source.spans(size) for document in span.read()[0])
-        some = list(itertools.islice(texts, bm25.SAMPLE))
-        read = bm25.analyzer(args.language or "en", some)
-        made = bm25.Bm25.of(read, itertools.chain(some, texts))
+
+        def texts() -> Iterator[str]:
+            return (str(document.content) for span in source.spans(size) for document in span.read()[0])
+
+        read = bm25.analyzer(args.language or "en", bm25.spread(texts()) if args.language == "auto" else ())
+        made = bm25.Bm25.of(read, texts())
     else:
         made = bm25.Bm25.load(Path(name))
     vectors: Callable[[Iterable[str]], Embeddings] = made.of_documents if name == "bm25" else made.of_queries
@@ -314,7 +318,6 @@ class _Work:
                     if writing is None:  # not before a shard is there to be written, lest a refusal leave anything
                         for corpus in self.corpora:
                             _begin(corpus.output, corpus.manifest)
-                            self.opened.keep(corpus.output)
                     writing = writer.submit(made)
                 elif own:
                     progress.update(span.records)

@@ -25,7 +25,7 @@ from ..encoding.encoders import kind_of
 from ..encoding.windows import Windows
 from ..errors import InputError
 from ..hub.folder import Encoder
-from ..search.ranking import deeper, exact_search, tie_ranks, without
+from ..search.ranking import exact_search, tie_ranks
 from ..search.scoring import EMPTY_DOCUMENT_SCORE
 from ..search.weighted import Candidates, View, find_candidates
 from .bm25 import analyzer_of
@@ -258,18 +258,22 @@ def ratio_of_spreads(scores: Sequence[np.ndarray]) -> float:
 
 def fused(views: Sequence[View], dataset: RetrievalDataset, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Positions and scores of reciprocal rank fusion, each ``(queries, depth)``, best first."""
-    total = np.zeros((len(dataset.queries), len(ranks)))
-    for view in views:
-        options: dict[str, Any] = {"similarity": view.similarity, "k": DEPTH, "left_out": dataset.own}
-        positions, scores = exact_search(view.queries, view.documents, ranks, **options)
-        found = scores > -np.inf
-        if view.documents.kind == "sparse":  # where documents that share no word are not found
-            found &= scores != 0
-        part = np.where(found, 1 / (CONSTANT + 1 + np.arange(positions.shape[1])), 0)
-        np.put_along_axis(total, positions, np.take_along_axis(total, positions, 1) + part, 1)
-    scores = np.where(total > 0, total, -np.inf).astype(np.float32)
-    order = np.lexsort((np.broadcast_to(ranks, scores.shape), -scores), axis=1)[:, : deeper(DEPTH, dataset.own)]
-    return without(dataset.own, order, np.take_along_axis(scores, order, 1), DEPTH)
+    options: dict[str, Any] = {"k": DEPTH, "left_out": dataset.own}
+    sides = [exact_search(v.queries, v.documents, ranks, similarity=v.similarity, **options) for v in views]
+    best = []
+    for row in range(len(dataset.queries)):  # one by one, lest there be a number for each query and document
+        places, parts = [], []
+        for view, (positions, scores) in zip(views, sides, strict=True):
+            found = scores[row] > -np.inf
+            if view.documents.kind == "sparse":  # where documents that share no word are not found
+                found &= scores[row] != 0
+            places.append(positions[row, found])
+            parts.append(1 / (CONSTANT + 1 + np.flatnonzero(found)))
+        united, which = np.unique(np.concatenate(places), return_inverse=True)
+        total = np.bincount(which, np.concatenate(parts), len(united)).astype(np.float32)
+        order = np.lexsort((ranks[united], -total))[:DEPTH]
+        best.append((united[order], total[order]))
+    return filled(best, len(ranks))
 
 
 def filled(best: Sequence[tuple[np.ndarray, np.ndarray]], documents: int) -> tuple[np.ndarray, np.ndarray]:
