@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -254,6 +255,20 @@ def test_vectors_of_bm25_give_its_scores(tmp_path):
     )
     with pytest.raises(InputError, match="none of 2 documents has a word"):
         Bm25.of(analyzer("en"), ["the", "!"])
+
+
+def test_a_long_document_takes_no_longer_than_its_words_in_short_ones():
+    words = [f"{number:05}" for number in range(20_000)]
+    short = [" ".join(words[start : start + 100]) for start in range(0, len(words), 100)]
+    made = Bm25.of(analyzer("none"), short)
+
+    def seconds(texts: list[str]) -> float:
+        made.of_documents(short[:1])
+        started = time.perf_counter()
+        made.of_documents(texts)
+        return time.perf_counter() - started
+
+    assert seconds([" ".join(words)]) < 5 * seconds(short) + 0.2
 
 
 @pytest.mark.parametrize(

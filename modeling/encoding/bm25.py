@@ -259,16 +259,14 @@ class Bm25:
 
     def of_documents(self, texts: Iterable[str]) -> Embeddings:
         """Texts of the corpus as sparse vectors in float32."""
-        rare = np.array(list(self.frequencies.values()), np.float64)
-        weight = np.log1p((self.documents - rare + 0.5) / (rare + 0.5))
-        return self._vectors(
-            (
-                (count / (count + K1 * (1 - B + B * sum(found.values()) / self.average)) * weight[place], place)
-                for word, count in found.items()
-                if (place := self._places.get(word)) is not None
-            )
-            for found in map(Counter, self.analyzer.through(texts))
-        )
+
+        def parts(found: Counter[str]) -> Iterator[tuple[float, int]]:
+            length = K1 * (1 - B + B * found.total() / self.average)
+            for word, count in found.items():
+                if (place := self._places.get(word)) is not None:
+                    yield count / (count + length) * self._rarity[place], place
+
+        return self._vectors(map(parts, map(Counter, self.analyzer.through(texts))))
 
     def of_queries(self, texts: Iterable[str]) -> Embeddings:
         """Queries as sparse vectors in float32; words that no document has are left out."""
@@ -288,6 +286,12 @@ class Bm25:
             bounds.append(len(places))
         numbers = np.array(values, np.float32), np.array(bounds, np.int64), np.array(places, np.int32)
         return Embeddings("sparse", *numbers, self.dim, 0.0, Path())
+
+    @cached_property
+    def _rarity(self) -> list[float]:
+        """What a word weighs, by its place."""
+        counts = np.array(list(self.frequencies.values()), np.float64)
+        return np.log1p((self.documents - counts + 0.5) / (counts + 0.5)).tolist()
 
     @cached_property
     def _places(self) -> dict[str, int]:
