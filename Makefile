@@ -116,6 +116,9 @@ results-sets: $(VENV)/.dev
 	$(BIN)/python benchmarks/gaussian_frozen.py --output results
 	$(BIN)/python benchmarks/gaussian_pictures.py --output results
 	$(BIN)/python benchmarks/unifier_text.py --output results
+	$(BIN)/accelerate launch train.py hub_configs/dense2sparse-minilm --datasets tldr_pages scitldr scifact \
+		--output_dir models/hybrids/dense2sparse-minilm --overwrite
+	$(BIN)/python benchmarks/hybrids.py --output results
 	$(BIN)/python benchmarks/calibration.py --output results
 	$(BIN)/accelerate launch train.py hub_configs/late-interaction-minilm --datasets $(FOUR) \
 		--backbone answerdotai/answerai-colbert-small-v1 --output_dir models/four/late-answerai-colbert-small-v1 --overwrite

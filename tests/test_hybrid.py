@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import DOCUMENTS, QUERIES, write_beir
+from conftest import DOCUMENTS, QUERIES, ROOT, run_python, write_beir
 from test_bm25 import bm25
 from test_encode import write_lines
 from test_evaluation import brute_force
@@ -132,6 +132,32 @@ def test_sums_are_ranked_again_like_every_row(bag, tmp_path, beir):
     again = rows["BM25 + bag, summed, then 5 best by bag"]
     assert again["value"] == pytest.approx(rows["bag"]["value"])  # five documents are all
     assert "BM25 + bag, RRF, then 5 best by bag" in rows
+
+
+def test_hybrids_are_compared_with_the_better_of_their_two(bag, sparse_model, multi_vector_model, tmp_path):
+    folder = write_world(tmp_path / "world", sizes={"train": 6, "dev": 8, "test": 10})
+    for name, model in (("words", sparse_model), ("late", multi_vector_model)):
+        model.save_pretrained(str(tmp_path / name), create_model_card=False)
+    command = [str(ROOT / "benchmarks" / "hybrids.py"), "--datasets", str(folder), "--dense", str(bag)]
+    command += ["--words", str(tmp_path / "words"), "--late", str(tmp_path / "late")]
+    done = run_python(*command, "--cache_dir", str(tmp_path / "cache"), "--output", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "out" / "hybrids.json").read_text(encoding="utf-8"))
+    rows, claims = rows_of(results), {claim["claim"]: claim for claim in results["claims"]}
+    pairs = [("dense", "BM25"), ("dense", "Dense2Sparse"), ("late interaction", "dense"), ("late interaction", "BM25")]
+    assert len(rows) == 4 + 2 * len(pairs) and len(claims) == 2 * len(pairs)
+    for one, other in pairs:
+        best = max(rows[one]["value"], rows[other]["value"])
+        label = f"hybrids.{one}_{other}".lower().replace(" ", "_")
+        for how in ("summed", "RRF"):
+            row = rows[f"{one} + {other}, {how}"]
+            assert rows[row["reference"]]["value"] == best and row["reference"] in (one, other)
+            assert row["difference"] == pytest.approx(row["value"] - best) and row["p_value"] <= 1
+        gain = 100 * rows[f"{one} + {other}, summed"]["difference"]
+        assert claims[f"{label}_gain"]["value"] == pytest.approx(gain)
+        over = 100 * (rows[f"{one} + {other}, summed"]["value"] - rows[f"{one} + {other}, RRF"]["value"])
+        assert claims[f"{label}_over_rrf"]["value"] == pytest.approx(over)
+    assert not any("reference" in rows[name] for name in ("BM25", "dense", "Dense2Sparse", "late interaction"))
 
 
 def test_a_place_for_which_nothing_was_found_counts_for_nothing():
