@@ -27,7 +27,7 @@ from ..errors import InputError
 from ..hub.folder import Encoder
 from ..search.ranking import exact_search, tie_ranks
 from ..search.scoring import EMPTY_DOCUMENT_SCORE
-from ..search.weighted import Candidates, View, find_candidates
+from ..search.weighted import ScoredCandidates, View, find_candidates
 from .bm25 import analyzer_of
 from .metrics import per_query_metrics
 from .systems import DEPTH, Ranking, costs_of, latency, timed_rows
@@ -218,7 +218,7 @@ class Tuned(NamedTuple):
         ranks: See :func:`polyrep.search.ranking.tie_ranks`.
     """
 
-    candidates: Candidates
+    candidates: ScoredCandidates
     dev: RetrievalDataset
     ranks: np.ndarray
 

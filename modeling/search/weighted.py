@@ -31,7 +31,7 @@ class View(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Candidates:
+class ScoredCandidates:
     """What was found for each query, and all its scores.
 
     Attributes:
@@ -68,7 +68,7 @@ def find_candidates(
     left_out: np.ndarray | None = None,
     device: str | torch.device = "cpu",
     show_progress: bool = False,
-) -> Candidates:
+) -> ScoredCandidates:
     """Find the best documents of each query by the first view, and score them by all.
 
     Sparse vectors find documents that share a word with the query. Where there is none, or the query has no word or no
@@ -125,7 +125,7 @@ def find_candidates(
                 ).cpu()
         refuse_not_finite_scores(torch.from_numpy(scored))
         said.append(scored)
-    return Candidates(positions, said, not_by_first)
+    return ScoredCandidates(positions, said, not_by_first)
 
 
 def best_windows_of(view: View, row: int, positions: np.ndarray) -> list[int]:

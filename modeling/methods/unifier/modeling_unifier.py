@@ -753,7 +753,7 @@ def weighed(output) -> dict[str, Tensor]:
     return found
 
 
-class _TwoViews:
+class TwoViews:
     """What a module of sentence-transformers with two views says of itself: see ``encoding/views.py`` of polyrep."""
 
     def views(self) -> dict[str, dict]:
@@ -765,7 +765,7 @@ class _TwoViews:
         return weighed(features)
 
 
-class UnifierTransformer(TrunkTransformer, _TwoViews):
+class UnifierTransformer(TrunkTransformer, TwoViews):
     """The stock Transformer around a UnifierModel, which computes the view that its family reads.
 
     A batch with ``views`` asks for others: then there are ``dense``, ``lexicon`` and ``gate`` as well.
@@ -784,7 +784,7 @@ class UnifierTransformer(TrunkTransformer, _TwoViews):
         _check_family(model, self.model.config, type(self).__name__)
 
 
-class UnifierPooling(HeadModule, Module, _TwoViews):
+class UnifierPooling(HeadModule, Module, TwoViews):
     """The head behind any stock Transformer that returns its hidden states, in the place of a pooling.
 
     With ``view="lexicon"`` the model is a SparseEncoder, else a SentenceTransformer. A batch with ``views`` asks for
