@@ -773,6 +773,18 @@ def test_the_card_says_that_words_were_left_out_only_where_some_were(backbone):
     assert "have been left out (7 are there)" in str(render_card(made, "unifier"))
 
 
+@pytest.mark.parametrize("gate", ["none", "query"])
+@pytest.mark.parametrize("lexicon_init", ["identity", "copy"])
+def test_the_card_tells_how_this_model_began(lexicon_init, gate, backbone, tmp_path):
+    plain = encoder_of(masked("bert", tmp_path / "bert", backbone))
+    made = UnifierHead.from_backbone(plain, lexicon_init=lexicon_init, gate=gate)
+    said = " ".join(str(render_card(made, "unifier")).split())
+    assert ("started as the last ones of the encoder" in said) == (lexicon_init == "copy")
+    assert ("change nothing at first" in said) == (lexicon_init == "identity")
+    assert "start as the output layer of the masked language model" in said and "as the word embeddings" not in said
+    assert ("gate in a picture" in said) == (gate == "query")
+
+
 def test_an_opened_model_says_what_it_was_made_of(backbone, tmp_path):
     UnifierModel.from_encoder(str(backbone), dense_weight=0.3).save_pretrained(tmp_path / "model")
     config = AutoModel.from_pretrained(tmp_path / "model").config

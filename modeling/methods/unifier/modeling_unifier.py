@@ -959,8 +959,8 @@ def _refuse_not_finite(*vectors: Tensor) -> None:
         bad = ~torch.isfinite(part).flatten(1).all(1)
         if bad.any():
             raise ValueError(
-                f"UnifierHead: the states of text {int(bad.int().argmax())} of the batch are not finite, so neither "
-                "would be its views. Encode in float32 or bfloat16; if it stays, the backbone is broken."
+                f"UnifierHead: the states of text {int(bad.int().argmax())} of the batch are not finite, so its "
+                "views would not be either. Encode in float32 or bfloat16; if it stays, the backbone is broken."
             )
 
 
