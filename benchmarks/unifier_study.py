@@ -383,12 +383,16 @@ class Study:
         return self.sources(bench, name, setting, seed) if name in SYSTEMS else self.hybrid(bench, name, seed)
 
     def hybrid(self, bench: Bench, name: str, seed: int) -> list[Source]:
-        """Two systems by the name of their sum, the words first."""
+        """Two systems by the name of their sum, the one that finds candidates first.
+
+        Two of our own models do it as UnifieR does, by words. With others it is the dense one, which is best for them:
+        BM25 and Dense2Sparse find no document that shares no word with a query.
+        """
         dense, words = name.split(" + ")
         lexical = {"BM25": lambda: bench.bm25, "Dense2Sparse": lambda: bench.dense2sparse}
         others = {RAW: lambda: bench.raw, OWN: lambda: bench.adapted(seed)}
-        first = lexical[words]() if words in lexical else self.one(bench, words, seed)
-        return [first, others[dense]() if dense in others else self.one(bench, dense, seed)]
+        meaning = others[dense]() if dense in others else self.one(bench, dense, seed)
+        return [meaning, lexical[words]()] if words in lexical else [self.one(bench, words, seed), meaning]
 
     def one(self, bench: Bench, system: str, seed: int) -> Source:
         """A system of one view, as it was tuned."""

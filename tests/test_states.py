@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -168,6 +170,29 @@ def test_one_vector_a_text_is_of_the_last_layer_that_is_kept(sentence_model, tok
         last = alone(sentence_model, text, [2])[0][:, 0]
         expected = {"mean": last.mean(0), "cls": last[0], "lasttoken": last[-1]}[token]
         np.testing.assert_allclose(vector, expected, rtol=2e-3, atol=1e-3)
+
+
+def test_one_vector_a_text_holds_few_states_in_memory():
+    texts, tokens, dim = 1024, 32, 16
+    values = np.ones((texts * tokens, 3, dim), np.float16)
+    offsets = np.arange(texts + 1) * tokens
+    found = StatesSide(Embeddings("states", values, offsets, np.zeros(len(values), np.int32), dim, 0.0, Path()))
+    tracemalloc.start()
+    single = found.single("document")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(single.values, np.ones((texts, dim), np.float32))
+    assert most < values.nbytes / 2
+
+
+def test_a_disk_that_is_too_small_for_all_states_is_told_after_some(sentence_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "CHUNK", 3)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(InputError, match="a text takes .* kB, so 4 more need .* GB of the disk are free.*--cache_dir"):
+        states_of(sentence_model, cache_dir=tmp_path, layers=[1])
+    assert not list(tmp_path.iterdir())
+    short = dict(list(TEXTS.items())[:2])
+    assert len(states_of(sentence_model, short, cache_dir=tmp_path, layers=[1])) == 2
 
 
 def test_pairs_of_states_come_in_batches_with_what_is_nearest(sentence_model):

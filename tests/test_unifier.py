@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,8 +37,10 @@ from transformers import (
 
 import polyrep
 from polyrep import InputError
+from polyrep.cli import main
 from polyrep.data import RetrievalDataset
 from polyrep.encoding.encode import encode
+from polyrep.hub.cards import render_card
 from polyrep.hub.example import one_folder
 from polyrep.methods import (
     UnifierConfig,
@@ -50,6 +54,8 @@ from polyrep.methods import (
 from polyrep.methods.unifier import modeling_unifier, weight
 from polyrep.methods.unifier.weight import choose_dense_weight
 from polyrep.search import commands
+from polyrep.training.arguments import RecipeArguments
+from polyrep.training.datasets import dev_of
 
 TEXTS = list(DOCUMENTS.values())
 SIZES: dict[str, Any] = {
@@ -638,8 +644,32 @@ def test_the_weight_of_the_dense_view_is_the_best_on_dev(backbone, tmp_path, mon
     assert config.dense_weight == 0.25, "what was given stays"
     config.dense_weight = None
     monkeypatch.setattr(weight, "DOCUMENTS", 2)
+    monkeypatch.setattr(weight, "QUERIES", 2)
+    encoded, whole_encode = [], weight.encode_views
+
+    def counted(model: Any, texts: list[str], *args: Any, **options: Any) -> Any:
+        encoded.append(len(texts))
+        return whole_encode(model, texts, *args, **options)
+
+    monkeypatch.setattr(weight, "encode_views", counted)
     choose_dense_weight(model, [dev])
     assert config.dense_weight is not None
+    assert encoded == [2, 2], "two queries, and the two documents that they judge"
+
+
+def test_development_queries_that_cannot_be_used_are_refused_before_training(backbone, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = write_beir(tmp_path / "tiny", "train")
+    assert dev_of(RecipeArguments(datasets=[str(data)])) == []
+    shutil.copy(data / "qrels" / "train.tsv", data / "qrels" / "dev.tsv")
+    (dev,) = dev_of(RecipeArguments(datasets=[str(data)]))
+    assert dev.queries == QUERIES
+    assert dev_of(RecipeArguments(datasets=[str(data)], split="dev")) == [], "the run learns from these"
+    with (data / "qrels" / "dev.tsv").open("a") as file:
+        file.write("q1\tnowhere\t1\n")
+    flags = ["--backbone", str(backbone), "--datasets", str(data), "--output_dir", "out", "--initial_active", "8"]
+    assert main(["train", "unifier-minilm-frozen", *flags]) == 2
+    assert "nowhere" in capsys.readouterr().err and not (tmp_path / "out" / "init").exists()
 
 
 def test_the_head_attaches_behind_any_transformer_and_shows_either_view(backbone, tmp_path):
@@ -710,6 +740,49 @@ def test_a_head_behind_another_vocabulary_is_refused(backbone, tmp_path):
     made = UnifierPooling(UnifierHead.from_backbone(encoder_of(backbone)))
     with pytest.raises(ValueError, match="vocab_size=.*the encoder knows 99 tokens"):
         SentenceTransformer(modules=[Transformer(str(folder)), made], device="cpu")
+    with pytest.raises(ValueError, match="vocab_size=.*the encoder knows 99 tokens"):
+        UnifierModel.from_modules(encoder_of(folder), made.model)
+    assert UnifierConfig(encoder_config=config).vocab_size == 99
+
+
+def test_rows_of_the_embeddings_that_no_token_has_are_no_words(backbone, tmp_path):
+    tokens = len(AutoTokenizer.from_pretrained(backbone))
+    folder = tiny(BertModel, BertConfig.from_pretrained(backbone, vocab_size=tokens + 3), tmp_path / "wide", backbone)
+    made = UnifierHead.from_backbone(encoder_of(folder), initial_active=10**4, view="lexicon")
+    assert made.config.vocab_size == tokens + 3 and int(made.terms.max()) == tokens - 1
+    model = SparseEncoder(modules=[Transformer(str(folder)), UnifierPooling(made)], device="cpu")
+    found = model.encode_document(TEXTS[:1])
+    assert found.shape[1] == model.get_embedding_dimension() == tokens + 3
+    assert all(isinstance(word, str) for word, _ in model.decode(found[0]))
+
+
+def test_a_language_model_whose_weights_lack_its_head_is_an_encoder_alone(backbone, tmp_path):
+    folder = shutil.copytree(backbone, tmp_path / "alone")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
+    made = UnifierHead.from_backbone(encoder_of(folder))
+    assert not made.config.mlm_head and made.config.split_layer == -3
+    with pytest.raises(ValueError, match="mlm_head=True, but the weights of .* lack cls.*Use mlm_head=False"):
+        UnifierHead.from_backbone(encoder_of(folder), mlm_head=True)
+
+
+def test_the_card_says_that_words_were_left_out_only_where_some_were(backbone):
+    made = UnifierHead.from_backbone(encoder_of(backbone), dense_weight=2.0)
+    assert "have been left out" not in str(render_card(made, "unifier"))
+    made.restrict(made.terms[:7].clone())
+    assert "have been left out (7 are there)" in str(render_card(made, "unifier"))
+
+
+@pytest.mark.parametrize("gate", ["none", "query"])
+@pytest.mark.parametrize("lexicon_init", ["identity", "copy"])
+def test_the_card_tells_how_this_model_began(lexicon_init, gate, backbone, tmp_path):
+    plain = encoder_of(masked("bert", tmp_path / "bert", backbone))
+    made = UnifierHead.from_backbone(plain, lexicon_init=lexicon_init, gate=gate)
+    said = " ".join(str(render_card(made, "unifier")).split())
+    assert ("started as the last ones of the encoder" in said) == (lexicon_init == "copy")
+    assert ("change nothing at first" in said) == (lexicon_init == "identity")
+    assert "start as the output layer of the masked language model" in said and "as the word embeddings" not in said
+    assert ("gate in a picture" in said) == (gate == "query")
 
 
 def test_an_opened_model_says_what_it_was_made_of(backbone, tmp_path):
@@ -752,3 +825,25 @@ def test_the_benchmark_runs_whole_and_its_second_run_fits_nothing(backbone, tmp_
     assert second.returncode == 0 and "train_runtime" in first.stdout and "train_runtime" not in second.stdout
     again = json.loads((tmp_path / "out" / "unifier-text.json").read_text(encoding="utf-8"))
     assert [again["rows"], again["claims"]] == [results["rows"], results["claims"]]
+
+
+def test_hybrids_of_the_benchmark_are_as_strong_as_they_can_be(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    study, text = importlib.import_module("unifier_study"), importlib.import_module("unifier_text")
+    made: Any = SimpleNamespace(one=lambda bench, system, seed: system, hybrids=[study.TWO_MODELS, study.ADAPTER_BM25])
+    bench: Any = SimpleNamespace(bm25="BM25", dense2sparse="words", raw="raw", adapted=lambda seed: "own")
+    for name, parts in {
+        study.TWO_MODELS: [study.WORDS, study.DENSE],
+        study.RAW_BM25: ["raw", "BM25"],
+        study.OWN_D2S: ["own", "words"],
+        study.ADAPTER_BM25: [study.DENSE, "BM25"],
+    }.items():
+        assert study.Study.hybrid(made, bench, name, 0) == parts, "what finds candidates comes first"
+    hybrids = [study.ADAPTER_BM25, study.ADAPTER_D2S, study.OWN_BM25, study.OWN_D2S, study.TWO_MODELS]
+    rows = [study.SUM, f"{study.UNIFIER}, lexicon", f"{study.UNIFIER}, dense", study.DENSE, study.FEWER]
+    values = dict.fromkeys([*rows, *(f"{name}, sum" for name in hybrids)], 0.5)
+    for better in (study.ADAPTER_BM25, study.OWN_BM25):
+        tests = {"one": {row: np.full(9, value) for row, value in (values | {f"{better}, sum": 0.6}).items()}}
+        claims = {claim["claim"]: claim for claim in text.gains(made, tests)}
+        claim = claims["unifier.margin_over_adapter_bm25"]
+        assert claim["rival"] == f"{better}, sum" and claim["value"] == pytest.approx(-10)

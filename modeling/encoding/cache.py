@@ -94,7 +94,7 @@ def embed(
 
     Raises:
         InputError: No text; images to be cut; no layers for ``states``, or some for another kind; a vector is not
-            finite in ``dtype``; a cache of this key is damaged.
+            finite in ``dtype``; the disk is too small; a cache of this key is damaged.
     """
     if not texts:
         raise InputError(f"{name}: no text to encode.")
@@ -314,6 +314,8 @@ def _write(
                         counts.append(lengths)
                     rows, shape_tail = rows + len(values), values.shape[1:]
                     owners.append(places)
+                    written = sum(file.tell() for file in files.values())
+                    _refuse_too_large(path, written, int(places[-1]) + 1, len(texts))
                     progress.update(int(places[-1]) + 1 - progress.n)
                     del values, lengths, indices
                     _return_freed_memory()
@@ -337,6 +339,19 @@ def _write(
         seconds = round(time.perf_counter() - started, 2)
         write_json(
             staged / "manifest.json", {"format": FORMAT, "key": key, "dim": dim, "arrays": arrays, "seconds": seconds}
+        )
+
+
+def _refuse_too_large(path: Path, written: int, done: int, total: int) -> None:
+    """InputError once what is written of many texts tells that the disk is too small for all of them."""
+    if done < CHUNK:
+        return
+    needed, free = written / done * (total - done), shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise InputError(
+            f"{path}: a text takes {written / done / 1000:,.0f} kB, so {total - done:,} more need {needed / 1e9:,.1f} "
+            f"GB, and {free / 1e9:,.1f} GB of the disk are free. Name another --cache_dir, fewer texts or a lower "
+            "--max_length."
         )
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 
 from ..data.dataset import RetrievalDataset
 from ..data.load import load_corpus, load_retrieval_dataset
 from ..data.made_queries import inverse_cloze, texts_as_queries
-from ..errors import InputError
+from ..errors import InputError, NoSplit
 from .arguments import QUERIES, HeadArguments, RecipeArguments
 
 
@@ -37,9 +36,15 @@ def datasets_of(recipe: RecipeArguments, head: HeadArguments | None = None) -> I
 
 
 def dev_of(recipe: RecipeArguments) -> list[RetrievalDataset]:
-    """Development queries of a run's data sets, of those that have some."""
+    """Development queries of a run's data sets, of those that have some; none where the run learns from them.
+
+    Raises:
+        InputError: There are some, and they cannot be used.
+    """
     found = []
-    for source in recipe.datasets:
-        with suppress(InputError):  # which would have been refused before, but for its lack of such queries
+    for source in recipe.datasets if recipe.split != "dev" else []:
+        try:
             found.append(load_retrieval_dataset(source, "dev", keep_empty=recipe.keep_empty, restval=recipe.restval))
+        except NoSplit:
+            continue
     return found

@@ -294,6 +294,10 @@ class LayerSide(Side):
         return replace(self.embeddings, kind="sentence", values=self.embeddings.values[:, -1])
 
 
+STATES_BLOCK = 256
+"""Texts whose token states are in memory at a time where all are read."""
+
+
 @dataclass(frozen=True)
 class StatesSide(Side):
     """Every token of a text at some layers of an encoder.
@@ -349,9 +353,10 @@ class StatesSide(Side):
         embeddings = self.embeddings
         assert embeddings.offsets is not None
         if self.token == "mean":
-            parts = [rows(embeddings, part) for part in np.array_split(np.arange(len(self)), -(-len(self) // 4096))]
-            last = [replace(part, kind="tokens", values=part.values[:, -1], indices=None) for part in parts]
-            values = np.concatenate([sum_of_tokens(part).values / part.lengths[:, None] for part in last])
+            last = replace(embeddings, kind="tokens", values=embeddings.values[:, -1], indices=None)
+            blocks = np.split(np.arange(len(self)), range(STATES_BLOCK, len(self), STATES_BLOCK))
+            sums = [sum_of_tokens(rows(last, block)).values for block in blocks]
+            values = np.concatenate(sums) / embeddings.lengths[:, None]
         else:
             place = embeddings.offsets[:-1] if self.token == "cls" else embeddings.offsets[1:] - 1
             values = np.asarray(embeddings.values[place, -1], np.float32)

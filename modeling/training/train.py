@@ -25,6 +25,7 @@ from ..files import refuse_unwritable, write_json, writing
 from ..hub.code import refuse_foreign_code
 from .build import build
 from .checkpoints import checkpoint_to_resume, last_checkpoint, steps_of
+from .datasets import dev_of
 from .frozen import HeadTraining
 from .recipes import Plan
 from .record import (
@@ -152,6 +153,8 @@ def _show(plan: Plan) -> None:
 def _prepared(plan: Plan, resume: Path | None) -> Training:
     """The untrained model, built by one process and opened by all, with its trainer."""
     args = plan.args
+    if plan.room and plan.room.settled:
+        dev_of(plan.recipe)  # which is read when all is trained, and may be refused
     init, settings = Path(args.output_dir) / "init", lasting_settings(plan)
     with nullcontext() if plan.recipe.dry_run else args.main_process_first(desc="build the untrained model"):
         if args.process_index == 0 and not (resume and init.exists()):

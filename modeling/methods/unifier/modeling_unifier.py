@@ -186,8 +186,8 @@ class UnifierHeadConfig(PretrainedConfig):
                 f"be uneven. Use a divisor, e.g. {_heads(self.hidden_size)}."
             )
 
-    def fit(self, num_hidden_layers: int | None, hidden_size: int) -> None:
-        """Take the depth of an encoder, or ValueError if it has no such layer or another shape than the head's own."""
+    def fit(self, num_hidden_layers: int | None, hidden_size: int, vocab_size: int | None = None) -> None:
+        """Take the depth of an encoder, or ValueError if it has no such layer, or another shape or vocabulary."""
         depth, name = num_hidden_layers, type(self).__name__
         if depth is not None and not -depth - 1 <= self.split_layer <= depth:
             raise ValueError(
@@ -199,6 +199,11 @@ class UnifierHeadConfig(PretrainedConfig):
                 f"{name}: made for num_hidden_layers={self.num_hidden_layers} and hidden_size={self.hidden_size}, but "
                 f"the encoder has {depth} layers of width {hidden_size}. Use the backbone it was trained on "
                 f"({self.base_model_id or 'not recorded'}), or train it anew."
+            )
+        if vocab_size not in (None, self.vocab_size):
+            raise ValueError(
+                f"{name}: vocab_size={self.vocab_size}, but the encoder knows {vocab_size:,} tokens, so words would "
+                f"be taken for others. Use the backbone it was made on ({self.base_model_id or 'not recorded'})."
             )
         self.num_hidden_layers = depth
 
@@ -649,7 +654,8 @@ class UnifierModel(WholeWeights, PreTrainedModel):
             head = UnifierHead.from_backbone(model, **config)
         else:
             cls.check_backbone(model)
-            head.config.fit(encoder.config.num_hidden_layers, encoder.config.hidden_size)
+            shape = encoder.config
+            head.config.fit(shape.num_hidden_layers, shape.hidden_size, getattr(shape, "vocab_size", None))
         return cls.around(encoder, head)
 
     @classmethod
@@ -840,13 +846,7 @@ class UnifierPooling(HeadModule, Module, TwoViews):
                 f"UnifierPooling: {type(encoder).__name__} tells no num_hidden_layers and hidden_size, so its hidden "
                 "states are not known. Use a text encoder such as BERT."
             )
-        config.fit(depth, width)
-        if (words := getattr(encoder.config, "vocab_size", config.vocab_size)) != config.vocab_size:
-            raise ValueError(
-                f"UnifierPooling: vocab_size={config.vocab_size}, but the encoder knows {words:,} tokens, so words "
-                "would be taken for others. Use the backbone it was made on "
-                f"({config.base_model_id or 'not recorded'})."
-            )
+        config.fit(depth, width, getattr(encoder.config, "vocab_size", None))
         if config.split_is_last:
             return
         if keep_states not in before._forward_hooks.values():
@@ -876,6 +876,8 @@ def _sizes(encoder: PretrainedConfig, given: dict) -> dict:
     """What a head's config takes from that of its encoder."""
     width = encoder.hidden_size
     found = {"hidden_size": width, "num_hidden_layers": encoder.num_hidden_layers}
+    if given.get("vocab_size") is None and isinstance(words := getattr(encoder, "vocab_size", None), int):
+        found["vocab_size"] = words
     heads, inside = (getattr(encoder, name, None) for name in ("num_attention_heads", "intermediate_size"))
     if given.get("num_heads") is None and isinstance(heads, int) and heads and width % heads == 0:
         found["num_heads"] = heads
@@ -891,6 +893,7 @@ def _words_of(model: SentenceTransformer) -> dict:
     """What a head's config says of a backbone's words."""
     size = model[0].model.get_input_embeddings().weight.shape[0]
     special = {*model.tokenizer.all_special_ids, *getattr(model.tokenizer, "added_tokens_decoder", ())}
+    special |= {*range(len(model.tokenizer), size)}  # rows beyond the tokenizer, which some backbones have
     special = sorted(i for i in special if i < size)
     return {"vocab_size": size, "words": size - len(special), "special_token_ids": special}
 
@@ -910,7 +913,7 @@ def _language_head(encoder: PreTrainedModel, wanted: bool | None, owner: str) ->
     """Transform, norm and output layer of the masked language model that an encoder was saved as; None without.
 
     Raises:
-        ValueError: There is none and it is wanted, or it is none of these three.
+        ValueError: There is none and it is wanted, or it is not of these three.
     """
     source, named = encoder.name_or_path, (getattr(encoder.config, "architectures", None) or [""])[0]
     if wanted is False or not source or not named.endswith("ForMaskedLM"):
@@ -921,7 +924,17 @@ def _language_head(encoder: PreTrainedModel, wanted: bool | None, owner: str) ->
             )
         return None
     revision = {"revision": getattr(encoder.config, "_commit_hash", None)}
-    model = AutoModelForMaskedLM.from_pretrained(source, trust_remote_code=False, **revision).eval()
+    model, loaded = AutoModelForMaskedLM.from_pretrained(
+        source, trust_remote_code=False, output_loading_info=True, **revision
+    )
+    if loaded["missing_keys"]:  # they would be random: the folder holds the encoder alone
+        if wanted:
+            raise ValueError(
+                f"{owner}: mlm_head=True, but the weights of {source} lack {min(loaded['missing_keys'])}. Use "
+                "mlm_head=False, which scores words by their embeddings."
+            )
+        return None
+    model.eval()
     body, output = set(model.base_model.modules()), model.get_output_embeddings()
     beside = [module for module in model.modules() if module not in body and module is not output]
     maps = [module for module in beside if isinstance(module, nn.Linear)]
@@ -946,8 +959,8 @@ def _refuse_not_finite(*vectors: Tensor) -> None:
         bad = ~torch.isfinite(part).flatten(1).all(1)
         if bad.any():
             raise ValueError(
-                f"UnifierHead: the states of text {int(bad.int().argmax())} of the batch are not finite, so neither "
-                "would be its views. Encode in float32 or bfloat16; if it stays, the backbone is broken."
+                f"UnifierHead: the states of text {int(bad.int().argmax())} of the batch are not finite, so its "
+                "views would not be either. Encode in float32 or bfloat16; if it stays, the backbone is broken."
             )
 
 

@@ -14,8 +14,11 @@ from ...evaluation.hybrid import Tuned, choose_weight
 from ...search.ranking import tie_ranks
 from ...search.weighted import View, find_candidates
 
+QUERIES = 2000
+"""Of a data set at most: a sample of dev, which may be a tenth of a million train queries."""
+
 DOCUMENTS = 20_000
-"""Of a corpus at most: all that dev judges, and a sample of the others."""
+"""Of a corpus at most: all that these queries judge, and a sample of the others."""
 
 CANDIDATES = 1000
 """Documents of a query that are summed: the best by the lexicon, as a search takes them."""
@@ -48,11 +51,16 @@ def choose_dense_weight(model: Any, datasets: Sequence[RetrievalDataset]) -> Non
 
 
 def _smaller(dataset: RetrievalDataset) -> RetrievalDataset:
-    """A data set whose corpus is no larger than ``DOCUMENTS``, unless dev judges more."""
+    """A data set of at most ``QUERIES`` queries, and ``DOCUMENTS`` documents unless these queries judge more."""
+    draw = np.random.default_rng(0)
+    if len(dataset.queries) > QUERIES:
+        names = list(dataset.queries)
+        asked = {names[i]: dataset.queries[names[i]] for i in np.sort(draw.permutation(len(names))[:QUERIES])}
+        dataset = replace(dataset, queries=asked, qrels={name: dataset.qrels[name] for name in asked})
     judged = {document for documents in dataset.qrels.values() for document in documents}
     others = [name for name in dataset.corpus if name not in judged]
     room = max(0, DOCUMENTS - len(judged))
     if len(others) > room:
-        kept = judged | {others[i] for i in np.random.default_rng(0).permutation(len(others))[:room]}
+        kept = judged | {others[i] for i in draw.permutation(len(others))[:room]}
         return replace(dataset, corpus={name: text for name, text in dataset.corpus.items() if name in kept})
     return dataset
