@@ -63,8 +63,8 @@ class Exported:
     The folder's own code would end the run: nothing of it may be read.
     """
 
-    def __init__(self, model: Any, folder: Path) -> None:
-        self.model, self.folder = model, folder
+    def __init__(self, model: Any, folder: Path, kind: str = "") -> None:
+        self.model, self.folder, self.kind = model, folder, kind
         assert main(["export-onnx", str(folder)]) == 0
         self.manifest = json.loads((folder / "onnx" / "export.json").read_text())
         self.graphs = {
@@ -118,19 +118,25 @@ OWN = {
 """Models with fewer operations than the shared examples have."""
 
 
-@pytest.fixture(scope="module")
-def exported(examples, shallow_backbone, tmp_path_factory) -> dict[tuple[str, str], Exported]:
-    folder, made = tmp_path_factory.mktemp("exported"), {}
-    for room, kinds in KINDS.items():
-        for kind in kinds:
-            own, name = OWN.get((room, kind)), kind.rpartition(" of ")[2]
-            model = own(shallow_backbone, folder / f"{kind}-own") if own else examples[room].models[name]
-            part = model[-1].model if kind.startswith("head") else model
-            saved = polyrep.save(part, folder / room / kind, form="pipeline" if kind.startswith("modules") else None)
-            for file in saved.rglob("*.py"):
-                file.write_text("raise SystemExit('the code of a folder was run')")
-            made[room, kind] = Exported(model, saved)
-    return made
+FOLDERS = [(room, kind) for room, kinds in KINDS.items() for kind in kinds]
+
+
+@pytest.fixture(scope="module", params=FOLDERS, ids=" ".join)
+def exported(request, examples, shallow_backbone, tmp_path_factory) -> Exported:
+    """One after another, so that no worker makes graphs of a folder that another worker tests."""
+    (room, kind), folder = request.param, tmp_path_factory.mktemp("exported")
+    own, name = OWN.get((room, kind)), kind.rpartition(" of ")[2]
+    model = own(shallow_backbone, folder / "own") if own else examples[room].models[name]
+    part = model[-1].model if kind.startswith("head") else model
+    saved = polyrep.save(part, folder / "model", form="pipeline" if kind.startswith("modules") else None)
+    for file in saved.rglob("*.py"):
+        file.write_text("raise SystemExit('the code of a folder was run')")
+    return Exported(model, saved, kind)
+
+
+def only(*folders: tuple[str, str]) -> pytest.MarkDecorator:
+    """A test of some folders alone."""
+    return pytest.mark.parametrize("exported", folders, indirect=True, ids=" ".join)
 
 
 def close(ours: Any, theirs: Any, message: str = "") -> None:
@@ -147,9 +153,9 @@ def in_order(found: np.ndarray) -> np.ndarray:
     return found[found.sum(1).argsort()]
 
 
-@pytest.mark.parametrize(("room", "kind"), RETRIEVERS)
-def test_graphs_of_a_retriever_give_the_vectors_of_encode(exported, room, kind):
-    it = exported[room, kind]
+@only(*RETRIEVERS)
+def test_graphs_of_a_retriever_give_the_vectors_of_encode(exported):
+    it = exported
     tokenizer = AutoTokenizer.from_pretrained(it.folder)
     for texts in (SHORT, MIXED, [" ".join(MIXED), *MIXED, *SHORT]):
         tokens = tokenizer(texts, padding=True, return_tensors="pt")
@@ -165,9 +171,8 @@ def test_graphs_of_a_retriever_give_the_vectors_of_encode(exported, room, kind):
 
 
 def test_queries_and_documents_are_two_graphs_unless_they_are_the_same(exported):
-    for (room, kind), it in exported.items():
-        alike = kind == "head of single"
-        assert ("model" in it.graphs) == alike and ({"query", "document"} <= it.graphs.keys()) != alike, (room, kind)
+    alike = exported.kind == "head of single"
+    assert ("model" in exported.graphs) == alike and ({"query", "document"} <= exported.graphs.keys()) != alike
 
 
 def test_graphs_of_two_views_give_both_and_the_gate_of_a_query(shallow_backbone, tmp_path):
@@ -184,8 +189,9 @@ def test_graphs_of_two_views_give_both_and_the_gate_of_a_query(shallow_backbone,
         close(found["lexicon"] * (2 - gate), expected["lexicon"], task)
 
 
+@only((GaussianConfig.model_type, "retriever"))
 def test_a_query_says_how_uncertain_it_is(exported):
-    it = exported[GaussianConfig.model_type, "retriever"]
+    it = exported
     tokens = AutoTokenizer.from_pretrained(it.folder)(MIXED, padding=True, return_tensors="pt")
     with torch.no_grad():
         variance = it.model[0].model(**tokens, task="query").variance.double()  # (batch, groups)
@@ -193,8 +199,9 @@ def test_a_query_says_how_uncertain_it_is(exported):
     close(it.run("query", **tokens)["uncertainty"], size * variance.log().sum(1) / 2)
 
 
+@only((Dense2SparseForRetrievalConfig.model_type, "images"))
 def test_images_have_a_graph_of_their_own(exported):
-    it = exported[Dense2SparseForRetrievalConfig.model_type, "images"]
+    it = exported
     assert set(it.graphs) == {"query", "document", "image"}, "images are the same to both tasks"
     drawn = np.random.default_rng(0).integers(0, 256, (3, 40, 50, 3), dtype=np.uint8)
     images = [Image.fromarray(pixels) for pixels in drawn]
@@ -204,63 +211,75 @@ def test_images_have_a_graph_of_their_own(exported):
         close(found, vectors(it.model, "document", images[:count]))
 
 
-@pytest.mark.parametrize(("batch", "tokens"), SIZES)
-def test_heads_give_torchs_numbers_at_any_size(exported, batch, tokens):
+def drawn_tokens(batch: int, tokens: int) -> tuple[torch.Generator, torch.Tensor]:
+    """A source of numbers, and the mask of as many texts of up to so many tokens."""
     generator = torch.Generator().manual_seed(batch * 100 + tokens)
     lengths = torch.randint(1, tokens + 1, (batch,), generator=generator)
-    mask = (torch.arange(tokens) < lengths[:, None]).long()
+    return generator, (torch.arange(tokens) < lengths[:, None]).long()
 
-    head = exported[ReinPoolForRetrievalConfig.model_type, "head of single"]
+
+@only((ReinPoolForRetrievalConfig.model_type, "head of single"))
+@pytest.mark.parametrize(("batch", "tokens"), SIZES)
+def test_a_head_of_tokens_gives_torchs_numbers_at_any_size(exported, batch, tokens):
+    generator, mask = drawn_tokens(batch, tokens)
     states = F.normalize(torch.randn(batch, tokens, 16, generator=generator), dim=-1)  # padding, too, is no zero
     with torch.no_grad():
-        expected = head.model[-1].model(states, mask)
-    gate = head.run("model", token_embeddings=states, attention_mask=mask)["keep_probability"]
+        expected = exported.model[-1].model(states, mask)
+    gate = exported.run("model", token_embeddings=states, attention_mask=mask)["keep_probability"]
     close(gate, expected.keep_probability)
     assert gate.shape == (batch, tokens) and not gate[mask.numpy() == 0].any() and gate[mask.numpy() == 1].all()
-    pooled = head.run("pooling", token_embeddings=states, attention_mask=mask)
+    pooled = exported.run("pooling", token_embeddings=states, attention_mask=mask)
     close(pooled["embeddings"], expected.embeddings)
     assert (pooled["mask"] == expected.mask.numpy()).all()
 
-    head = exported[MultiLayerConfig.model_type, "head of multi"]
-    states = torch.randn(batch, 2, 32, generator=generator)
+
+@only((MultiLayerConfig.model_type, "head of multi"))
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_a_head_of_layers_gives_torchs_numbers_at_any_size(exported, batch):
+    states = torch.randn(batch, 2, 32, generator=torch.Generator().manual_seed(batch))
     for task, count in (("query", 1), ("document", 2)):
         with torch.no_grad():
-            expected = head.model[-1].model(states, task=task).token_embeddings
-        found = head.run(task, layer_embeddings=states)["token_embeddings"]
+            expected = exported.model[-1].model(states, task=task).token_embeddings
+        found = exported.run(task, layer_embeddings=states)["token_embeddings"]
         assert found.shape == (batch, count, 32)
         close(found, expected)
 
-    head = exported[Dense2SparseForRetrievalConfig.model_type, "modules of pipeline"]
+
+@only((Dense2SparseForRetrievalConfig.model_type, "modules of pipeline"))
+@pytest.mark.parametrize(("batch", "tokens"), SIZES)
+def test_a_head_of_words_gives_torchs_numbers_at_any_size(exported, batch, tokens):
+    generator, mask = drawn_tokens(batch, tokens)
+    head = exported.model[-1].model
     states = F.normalize(torch.randn(batch, 32, generator=generator), dim=-1)
-    ids = torch.randint(5, head.model[-1].model.config.vocab_size, (batch, tokens), generator=generator)
+    ids = torch.randint(5, head.config.vocab_size, (batch, tokens), generator=generator)
     for task in ("query", "document"):
         with torch.no_grad():
-            expected = head.model[-1].model(states, ids, mask, task=task).sentence_embedding
-        found = head.run(task, input_sentence_embedding=states, input_ids=ids, attention_mask=mask)
+            expected = head(states, ids, mask, task=task).sentence_embedding
+        found = exported.run(task, input_sentence_embedding=states, input_ids=ids, attention_mask=mask)
         close(found["sentence_embedding"], expected)
 
 
 def test_the_manifest_says_what_was_made_of_what(exported):
-    for (room, kind), it in exported.items():
-        assert it.manifest["fingerprint"] == fingerprint(it.folder)
-        part = it.folder / it.manifest["part"]
-        assert json.loads((part / "config.json").read_text())["architectures"] == [it.manifest["model"]]
-        assert list(it.folder.glob("modeling_*.py")), "a folder that carries code"
-        assert (part == it.folder) == (not kind.startswith("modules")), room
-        assert it.manifest["versions"]["onnx"] == onnx.__version__
-        assert it.manifest["versions"]["torch"] == torch.__version__
-        assert {f.name for f in (it.folder / "onnx").iterdir()} == {"export.json", *it.manifest["graphs"]}
-        for name, entry in it.manifest["graphs"].items():
-            written = (it.folder / "onnx" / name).read_bytes()
-            for place in (b"site-packages", b"/modeling/", b"stack_trace", str(Path.home()).encode()):
-                assert place not in written, "where the code lay when it was traced is nobody's business"
-            graph = onnx.load(it.folder / "onnx" / name)
-            assert entry["opset"] == next(o.version for o in graph.opset_import if not o.domain)
-            assert {node.name for node in graph.graph.input} == set(entry["inputs"])
-            assert set(entry["outputs"]) == set(entry["difference"])
-            assert all(node["shape"][0] == "batch" for kind in ("inputs", "outputs") for node in entry[kind].values())
-            assert max(entry["difference"].values()) < 1e-4
-        assert not [f.name for f in it.folder.iterdir() if f.name.endswith(".partial")]
+    it = exported
+    assert it.manifest["fingerprint"] == fingerprint(it.folder)
+    part = it.folder / it.manifest["part"]
+    assert json.loads((part / "config.json").read_text())["architectures"] == [it.manifest["model"]]
+    assert list(it.folder.glob("modeling_*.py")), "a folder that carries code"
+    assert (part == it.folder) == (not it.kind.startswith("modules"))
+    assert it.manifest["versions"]["onnx"] == onnx.__version__
+    assert it.manifest["versions"]["torch"] == torch.__version__
+    assert {f.name for f in (it.folder / "onnx").iterdir()} == {"export.json", *it.manifest["graphs"]}
+    for name, entry in it.manifest["graphs"].items():
+        written = (it.folder / "onnx" / name).read_bytes()
+        for place in (b"site-packages", b"/modeling/", b"stack_trace", str(Path.home()).encode()):
+            assert place not in written, "where the code lay when it was traced is nobody's business"
+        graph = onnx.load(it.folder / "onnx" / name)
+        assert entry["opset"] == next(o.version for o in graph.opset_import if not o.domain)
+        assert {node.name for node in graph.graph.input} == set(entry["inputs"])
+        assert set(entry["outputs"]) == set(entry["difference"])
+        assert all(node["shape"][0] == "batch" for kind in ("inputs", "outputs") for node in entry[kind].values())
+        assert max(entry["difference"].values()) < 1e-4
+    assert not [f.name for f in it.folder.iterdir() if f.name.endswith(".partial")]
 
 
 @pytest.fixture

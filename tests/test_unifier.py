@@ -102,7 +102,7 @@ def batch_of(model: SentenceTransformer, texts: list[str], task: str = "document
 def encoder_of(folder: Path, pooling: str = "mean", unit: bool = True) -> SentenceTransformer:
     first = Transformer(str(folder))
     modules = [first, Pooling(first.get_embedding_dimension(), pooling), *([Normalize()] if unit else [])]
-    return SentenceTransformer(modules=modules, device="cpu")
+    return SentenceTransformer(modules=modules, device="cpu", similarity_fn_name="cosine" if unit else "dot")
 
 
 # The formulas.
@@ -267,6 +267,17 @@ def test_before_training_the_dense_view_is_the_backbones_to_the_bit(backbone, po
             for views in (("dense",), ("dense", "lexicon")):
                 assert torch.equal(model(**batch, task=task, views=views).dense, expected)
     assert model.config.similarity_fn_name == ("cosine" if unit else "dot")
+
+
+def test_a_backbone_that_is_compared_by_cosine_has_unit_vectors(backbone):
+    plain = encoder_of(backbone, unit=False)
+    plain.similarity_fn_name = "cosine"
+    model = UnifierModel.from_modules(plain).eval()
+    with torch.no_grad():
+        batch = batch_of(plain, TEXTS)
+        expected = F.normalize(plain.eval()(dict(batch))["sentence_embedding"], dim=-1)
+        torch.testing.assert_close(model(**batch).dense, expected)
+    assert model.config.similarity_fn_name == "cosine"
 
 
 def test_before_training_the_branch_changes_nothing_whether_or_not_it_reads_the_dense_vector(backbone):

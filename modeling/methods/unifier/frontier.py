@@ -47,9 +47,7 @@ def table_rows(full: FullModel) -> Iterator[Candidate]:
                 f"the model scores by {full.similarity}, which no inner product of its vectors follows, so none could "
                 "be added to one of words. Use a model with dot or cosine similarity."
             )
-        # The dense view is compared as the model compares, also where no module brings its vectors to unit length.
-        values: dict[str, Any] = {"normalize": True} if full.similarity == "cosine" else {}
-        folder = fit_run(full, METHOD.run, METHOD.fit_digest(), **values)
+        folder = fit_run(full, METHOD.run, METHOD.fit_digest())
         head = AutoModel.from_pretrained(folder).eval().to(full.model.device)
         head.config.query_top_k, head.config.document_top_k = WORDS
         return head, encoded(full, head, "query"), encoded(full, head, "document"), costs_of_fit(folder.parent)

@@ -670,11 +670,16 @@ class UnifierModel(WholeWeights, PreTrainedModel):
 
     @staticmethod
     def check_backbone(model: SentenceTransformer) -> tuple[str, bool]:
-        """Pooling of a SentenceTransformer and whether it normalises; ValueError if it does more than that."""
+        """Pooling of a SentenceTransformer, and whether it normalises, by a module or by its score.
+
+        Raises:
+            ValueError: It does more than that.
+        """
         if [type(module).__name__ for module in model] in (["Transformer"], ["Backbone"]):
             return "mean", False
         remedy = "Take its transformer alone: modules=[Transformer(backbone), UnifierPooling(head)]."
-        return pooling_of(model, "UnifierModel", _CHOICES["pooling"], remedy)
+        pooling, normalize = pooling_of(model, "UnifierModel", _CHOICES["pooling"], remedy)
+        return pooling, normalize or model.similarity_fn_name == "cosine"
 
     @property
     def width(self) -> int:
