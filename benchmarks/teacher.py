@@ -208,7 +208,7 @@ def main() -> None:
     opened = {name: load(fetch(name), dtype=fastest_dtype("auto")) for name in (args.backbone, args.several)}
     teacher = open_teacher(args.teacher, dtype=fastest_dtype("auto"))
     folder = fetch(args.teacher)
-    reranker = Reranker(args.teacher, folder, teacher, (50,), Path(args.cache_dir) / "embeddings", 64)
+    reranker = Reranker(args.teacher, folder, teacher, (50,), Path(args.cache_dir) / "embeddings")
     rows: list[dict[str, Any]] = []
     claims: list[dict[str, Any]] = []
     tried = 0

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from sentence_transformers import CrossEncoder, SparseEncoder
-from tqdm import tqdm
 
 from ..data.dataset import RetrievalDataset
 from ..encoding.cache import cache_key, embed
@@ -29,8 +28,8 @@ from ..hub.fingerprint import fingerprint
 from ..hub.folder import fastest_dtype, fetch
 from ..hub.reading import ready_to_read
 from ..report import hardware
-from ..search.ranking import refuse_not_finite_scores, rescore, scores_of, sort_keys, tie_ranks
-from ..training.teachers import LOGITS, open_teacher
+from ..search.ranking import rescore, scores_of, sort_keys, tie_ranks
+from ..training.teachers import open_teacher, score_pairs
 from .systems import DEPTH, Ranking, costs_of, keep_ranking, latency, timed_rows
 from .table import display_name
 
@@ -189,24 +188,19 @@ class Reranker:
 
     def _by_pairs(self, system: str, found: np.ndarray, dataset: RetrievalDataset) -> Ranking:
         queries, documents = list(dataset.queries.values()), list(dataset.corpus.values())
-
-        def scored(row: int) -> Any:
-            pairs = [(queries[row], documents[place]) for place in found[row].tolist()]
-            return model.predict(pairs, batch_size=self.batch_size, **options).float().cpu()
-
-        model: Any = self.model
-        options = {"activation_fn": LOGITS, "convert_to_tensor": True, "show_progress_bar": False}
-        scored(0)  # the first call allocates
-        taken, rows = np.empty(len(found)), []
-        for row in tqdm(range(len(found)), desc=system, unit="query"):
-            started = time.perf_counter()
-            rows.append(scored(row))
-            taken[row] = time.perf_counter() - started
-        scores = torch.stack(rows)
-        refuse_not_finite_scores(scores)
+        pairs = np.column_stack([np.repeat(np.arange(len(found)), found.shape[1]), found.ravel()])
+        how: dict[str, Any] = {"names": (f"{dataset.name}-{dataset.split}", dataset.name), "cache_dir": self.cache_dir}
+        said = score_pairs(self.model, dataset.queries, dataset.corpus, pairs, batch_size=self.batch_size, **how)
+        scores = torch.from_numpy(said.reshape(found.shape))
         keys = sort_keys(scores, torch.from_numpy(tie_ranks(list(dataset.corpus))[found]))
         keys, order = keys.sort(dim=1, descending=True)
         positions = np.take_along_axis(found, order.numpy(), 1)
+        taken = np.full(len(found), np.nan)
+        for row in timed_rows(len(found)):
+            texts = [(queries[row], documents[place]) for place in found[row].tolist()]
+            started = time.perf_counter()
+            self.model.predict(texts, batch_size=self.batch_size, show_progress_bar=False)
+            taken[row] = time.perf_counter() - started
         return Ranking(system, positions, scores_of(keys).numpy(), {"bytes_per_document": 0.0}, taken)
 
     def _by_vectors(self, system: str, found: np.ndarray, dataset: RetrievalDataset) -> Ranking:

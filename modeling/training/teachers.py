@@ -112,7 +112,7 @@ def score_pairs(
     scores = np.asarray(scores, np.float32)
     if scores.shape != (len(pairs),) or not np.isfinite(scores).all():
         raise InputError(
-            f"{names[1]}: the teacher gave {scores.shape} scores for {len(pairs)} pairs, or one that is not finite. "
+            f"{names[1]}: what scores pairs gave {scores.shape} for {len(pairs)} of them, or one not finite. "
             "It must give one number a pair; try float32 weights."
         )
     return scores
