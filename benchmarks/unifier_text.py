@@ -344,6 +344,8 @@ def notes(study: Study) -> list[str]:
         f"Sums are of raw scores: the words, or beside BM25 and Dense2Sparse the dense vectors, find {CANDIDATES:,} "
         f"candidates, both score them, and the weight of the other score is the best of {len(MULTIPLES)} on dev with "
         "the first seed, one for all sets.",
+        "encode_flops_ratio: the two models are this one twice, with one view each. That of the words runs the whole "
+        "encoder too, whose vector its branch reads; without it, it would end at the split.",
         "engine_exact: scores that are equal to 1e-5 may stand in any order. search_ms_ratio: medians of "
         f"{TIMED} queries a set, asked one at a time of Qdrant in this process.",
     ]
