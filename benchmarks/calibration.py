@@ -34,7 +34,7 @@ class Arguments:
     models: list[str] = field(
         default_factory=lambda: [
             *("minilm", "models/gaussian-minilm-frozen/final", "models/dense2sparse-minilm/final"),
-            "models/late-interaction-minilm/final",
+            "models/four/late-interaction-minilm/final",
         ],
         metadata={"help": "Folders, or minilm; MODEL@SET,SET for some sets alone."},
     )
