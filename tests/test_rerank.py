@@ -115,6 +115,30 @@ def test_the_best_of_a_system_come_in_the_order_of_a_cross_encoder(tmp_path, bei
     assert {name: row["value"] for name, row in again.items()} == {name: row["value"] for name, row in rows.items()}
 
 
+def test_what_was_said_of_a_pair_is_not_asked_again(tmp_path, beir, models, monkeypatch):
+    asked, predict = [], CrossEncoder.predict
+
+    def counted(model, pairs, **options):
+        asked.extend(pairs if "activation_fn" in options else [])  # without, it is timed
+        return predict(model, pairs, **options)
+
+    monkeypatch.setattr(CrossEncoder, "predict", counted)
+    for depth in (2, 3):
+        run(
+            tmp_path,
+            "bm25",
+            "--dataset",
+            beir,
+            "--baselines",
+            "none",
+            "--rerank",
+            models["cross"],
+            "--rerank_depth",
+            depth,
+        )
+        assert len(asked) == len(set(asked)) == depth * len(QUERIES)
+
+
 def test_high_scores_do_not_tie_as_the_sigmoid_would_have_them(tmp_path, beir, models, backbone):
     model = BertForSequenceClassification.from_pretrained(models["cross"])
     with torch.no_grad():
