@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,7 @@ def references(args: Arguments, bench: Any, reranker: Reranker) -> list[Ranking]
 
 
 def late_rows(args: Arguments) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of models that were trained beforehand, and what each gains over the first."""
+    """Rows of models that were trained beforehand, and what each gains over each before it."""
     dataset = load_retrieval_dataset(args.late_dataset, "test")
     rankings, values = [], {}
     for name in args.late:
@@ -195,10 +196,9 @@ def late_rows(args: Arguments) -> tuple[list[dict[str, Any]], list[dict[str, Any
         (found,) = rank_with_model(system, model, dataset, cache_dir=f"{args.cache_dir}/embeddings", batch_size=32)
         rankings.append(Ranking(system, found.positions, found.scores, {}))
         values[system] = per_query_metrics(dataset, found)["nDCG@10"]
-    control, *others = values
-    tests = {dataset.name: values}
-    claims = [gain_claim(f"teacher.late_interaction: {other}", tests, other, control) for other in others]
-    return table_rows(dataset, rankings, control), claims
+    pairs = list(combinations(values, 2))
+    claims = [gain_claim(f"teacher.late_interaction: {a} over {b}", {dataset.name: values}, a, b) for b, a in pairs]
+    return table_rows(dataset, rankings, next(iter(values))), claims
 
 
 def main() -> None:
