@@ -117,7 +117,7 @@ def test_a_cross_encoder_reads_a_pair_once_and_again_when_anything_changes(cross
     with torch.no_grad():
         teacher.model.classifier.bias.fill_(float("nan"))
     kept_before = set((tmp_path / "cache").iterdir())
-    with pytest.raises(InputError, match="one that is not finite"):
+    with pytest.raises(InputError, match="d: 2 of 2 scores are not finite"):
         scores()
     assert set((tmp_path / "cache").iterdir()) == kept_before, "what is refused is not kept"
 

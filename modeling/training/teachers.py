@@ -100,7 +100,7 @@ def score_pairs(
         query_texts, document_texts = list(queries.values()), list(documents.values())
         read = [(query_texts[q], document_texts[d]) for q, d in pairs]
         if all(isinstance(text, str) for text in document_texts):
-            scores = _of_texts(teacher, read, Path(cache_dir) if cache_dir else None, batch_size)
+            scores = _of_texts(teacher, read, Path(cache_dir) if cache_dir else None, batch_size, names[1])
         else:  # page images
             scores = teacher.predict(read, batch_size=batch_size, activation_fn=LOGITS)
     else:
@@ -109,13 +109,7 @@ def score_pairs(
         q = embed(encoder, queries, task="query", name=names[0], **options)
         d = embed(encoder, documents, task="document", name=names[1], **options)
         scores = _of_embeddings(q, d, np.asarray(pairs), str(teacher.similarity_fn_name), teacher.device)
-    scores = np.asarray(scores, np.float32)
-    if scores.shape != (len(pairs),) or not np.isfinite(scores).all():
-        raise InputError(
-            f"{names[1]}: what scores pairs gave {scores.shape} for {len(pairs)} of them, or one not finite. "
-            "It must give one number a pair; try float32 weights."
-        )
-    return scores
+    return _one_a_pair(scores, len(pairs), names[1])
 
 
 LOGITS = torch.nn.Identity()
@@ -128,7 +122,21 @@ _SAID = np.dtype([("pair", "<u8"), ("score", "<f4")])
 """A pair by eight bytes of its hash, of which a million meet with a probability of 3e-8; sorted by them."""
 
 
-def _of_texts(teacher: CrossEncoder, pairs: list[tuple[str, str]], folder: Path | None, batch_size: int) -> np.ndarray:
+def _one_a_pair(scores: Any, pairs: int, name: str) -> np.ndarray:
+    """``(pairs,)`` float32; InputError if they are not, or not finite."""
+    scores = np.asarray(scores, np.float32)
+    if scores.shape != (pairs,):
+        raise InputError(f"{name}: the model that scores pairs gave {scores.shape} numbers for {pairs} of them. Give one a pair.")
+    if lost := int((~np.isfinite(scores)).sum()):
+        raise InputError(
+            f"{name}: {lost} of {pairs} scores are not finite, and none is kept. Try float32 weights, or another model."
+        )
+    return scores
+
+
+def _of_texts(
+    teacher: CrossEncoder, pairs: list[tuple[str, str]], folder: Path | None, batch_size: int, name: str
+) -> np.ndarray:
     """Scores by a cross-encoder, pairs of like length together; what it has said before is read from ``folder``."""
     keys = np.fromiter((_key(*pair) for pair in pairs), np.uint64, len(pairs))
     file, said = None, np.empty(0, _SAID)
@@ -142,9 +150,7 @@ def _of_texts(teacher: CrossEncoder, pairs: list[tuple[str, str]], folder: Path 
     options: dict[str, Any] = {"batch_size": batch_size, "activation_fn": LOGITS, "show_progress_bar": False}
     for start in tqdm(range(0, len(new), KEPT), desc="teacher", unit=f"{KEPT} pairs"):
         part = new[start : start + KEPT]
-        found = np.asarray(teacher.predict([pairs[i] for i in part], **options))
-        if found.shape != (len(part),) or not np.isfinite(found).all():
-            return found  # what whoever asked refuses is not kept
+        found = _one_a_pair(teacher.predict([pairs[i] for i in part], **options), len(part), name)
         fresh = np.empty(len(part), _SAID)
         fresh["pair"], fresh["score"] = keys[part], found
         said = np.sort(np.concatenate([said, fresh]), order="pair")
