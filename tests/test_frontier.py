@@ -38,6 +38,7 @@ from polyrep.evaluation.frontier.rows import FULL, Candidate, Encoded, Method, q
 from polyrep.evaluation.frontier.timed import rank_when_ready
 from polyrep.hub import load
 from polyrep.methods import UnifierModel
+from polyrep.methods.dense2sparse import frontier as dense2sparse
 from polyrep.methods.unifier import frontier as unifier
 from polyrep.report import write_results
 from polyrep.search import exact_search
@@ -776,3 +777,18 @@ def test_images_are_not_opened_to_tell_their_language(monkeypatch):
         with pytest.raises(InputError, match="as far as the model"):
             frontier._open(frontier.FrontierArguments(dataset=["pictures"], language=language), "m")
     assert len(opened) <= 1
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("tokens", 0.22), ("sentence", None)])
+def test_words_of_a_mean_of_tokens_have_a_sharper_teacher(monkeypatch, kind, expected):
+    asked = {}
+
+    def caught(full, name, code, **values):
+        asked.update(values)
+        raise InputError("enough")
+
+    monkeypatch.setattr(dense2sparse, "fit_run", caught)
+    (first, *_) = dense2sparse.rows(SimpleNamespace(kind=kind))
+    with pytest.raises(InputError, match="enough"):
+        first.make()
+    assert asked.get("teacher_temperature") == expected
