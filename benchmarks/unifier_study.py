@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from transformers import AutoModel
 from polyrep.encoding import Embeddings
 from polyrep.encoding.bm25 import Bm25
 from polyrep.encoding.embeddings import rows
+from polyrep.errors import InputError
 from polyrep.evaluation.bm25 import analyzer_of, rank_with_bm25
 from polyrep.evaluation.hybrid import Tuned, choose_weight, filled, fused
 from polyrep.evaluation.metrics import per_query_metrics
@@ -104,6 +105,13 @@ class Arguments(frozen_tier.Arguments):
     max_length: int = field(
         default=128,
         metadata={"help": "Tokens of a text, of which states are kept; what is not fitted reads them all."},
+    )
+    tuning_steps: int = field(
+        default=100, metadata={"help": "Steps of the fits among which dev chooses; what it chose has the run's."}
+    )
+    dev: bool = field(default=False, metadata={"help": "Choose on dev alone, and write what was tried as NAME-dev."})
+    chosen: str | None = field(
+        default=None, metadata={"help": "The JSON that --dev wrote: its choice is taken, and nothing chosen again."}
     )
     name: str = field(default="unifier-text", metadata={"help": "Name of the files."})
 
@@ -414,30 +422,54 @@ class Study:
 
     # Choices
 
-    def tries(self, system: str) -> list[str]:
-        """Settings whose words cost no more than :data:`MOST_FLOPS` on dev; where there are none, the cheapest."""
-        if system == DENSE:
-            return TRIES[DENSE]
-        flops = {}
-        for setting in tqdm(TRIES[system], desc=system):
-            flops[setting] = max(
-                bench.ranking(
-                    system, [self.source(bench, system, setting, self.args.seeds[0], "lexicon")], "dev"
-                ).costs["flops"]
-                for bench in self.benches
-            )
-        allowed = [setting for setting, value in flops.items() if value <= MOST_FLOPS]
-        return allowed or [min(flops, key=lambda setting: flops[setting])]
+    @property
+    def fitted(self) -> list[str]:
+        """Systems that are fitted, in the order of the table."""
+        return [system for system in SYSTEMS if system in self.args.systems or system == UNIFIER]
+
+    @cached_property
+    def tried(self) -> list[dict[str, Any]]:
+        """Every setting of what is tuned, with the first seed and few steps: what it has on dev, and what it costs."""
+        rows, seed = [], self.args.seeds[0]
+        tuned = [(system, setting) for system in TUNED if system in self.fitted for setting in TRIES[system]]
+        for system, setting in tqdm(tuned, desc="tuning"):
+            few = rehearsed(setting, self.args.tuning_steps)
+            for bench in self.benches:
+                row = {
+                    "system": system,
+                    "dataset": bench.name,
+                    "split": "dev",
+                    "metric": "nDCG@10",
+                    "setting": setting,
+                }
+                row |= {"value": float(bench.ndcg(system, few, seed, "dev").mean())}
+                if system != DENSE:
+                    words = self.source(bench, system, few, seed, "lexicon")
+                    row["flops"] = bench.ranking(f"{system}, lexicon", [words], "dev").costs["flops"]
+                rows.append(row | {"queries": len(bench.split("dev").queries)})
+            tqdm.write(f"{system:<16} {setting:<70} {[round(row['value'], 4) for row in rows[-len(self.benches) :]]}")
+        return rows
 
     @cached_property
     def chosen(self) -> tuple[dict[str, str], dict[str, float]]:
         """Each system's setting, and its mean nDCG@10 on dev."""
-        fitted = [system for system in SYSTEMS if system in self.args.systems or system == UNIFIER]
-        tuned = {system: self.tries(system) for system in TUNED if system in fitted}
+        choice = self._choice() if self.args.chosen else best(self.tried)
+        tuned = {system: [choice[system]] for system in TUNED if system in self.fitted}
         settings, values = chosen_on_dev(self.benches, tuned, self.args.seeds)  # type: ignore[arg-type]
-        others = {system: [settings[UNIFIER]] for system in fitted if system not in TUNED}
+        others = {system: [settings[UNIFIER]] for system in self.fitted if system not in TUNED}
         more, more_values = chosen_on_dev(self.benches, others, self.args.ablation_seeds)  # type: ignore[arg-type]
         return settings | more, values | more_values
+
+    def _choice(self) -> dict[str, str]:
+        """What ``--chosen`` names; InputError unless it has a setting that is known for every system that is tuned."""
+        chosen = read_json(Path(self.args.chosen or "")).get("chosen")
+        for system in (system for system in TUNED if system in self.fitted):
+            if not isinstance(chosen, dict) or chosen.get(system) not in TRIES[system]:
+                raise InputError(
+                    f"--chosen {self.args.chosen}: has no setting of {system!r} that is among those tried here, so "
+                    "nothing says how to fit it. Name the JSON that --dev wrote with this code."
+                )
+        return chosen
 
     @property
     def settings(self) -> dict[str, str]:
@@ -479,6 +511,31 @@ class Study:
             for seed in self.args.seeds if name not in (RAW_BM25, RAW_D2S) else self.args.seeds[:1]:
                 found.append(self.summed(bench, f"{name}, sum", name, "", seed, split))
         return found
+
+
+def rehearsed(setting: str, steps: int) -> str:
+    """A setting with other steps than the run's; how many words are kept stays at its end."""
+    learned, between, kept = setting.partition(" --query_top_k")
+    return f"{learned} --max_steps {steps}{between}{kept}"
+
+
+def best(tried: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Each system's setting with the best mean on dev, one for all sets.
+
+    Settings whose words cost more than :data:`MOST_FLOPS` on any set are left out; where all do, the cheapest is it.
+    """
+    found = {}
+    for system in dict.fromkeys(row["system"] for row in tried):
+        by_setting: dict[str, list[Mapping[str, Any]]] = {}
+        for row in tried:
+            if row["system"] == system:
+                by_setting.setdefault(row["setting"], []).append(row)
+        costs = {setting: max(row.get("flops", 0.0) for row in rows_) for setting, rows_ in by_setting.items()}
+        allowed = [setting for setting, cost in costs.items() if cost <= MOST_FLOPS] or [
+            min(costs, key=costs.__getitem__)
+        ]
+        found[system] = max(allowed, key=lambda setting: np.mean([row["value"] for row in by_setting[setting]]))
+    return found
 
 
 HALF = fastest_dtype("auto") == torch.bfloat16

@@ -1,12 +1,13 @@
 """What two views of one pass gain together, beside their controls and the hybrids that need two models.
 
-    python benchmarks/unifier_text.py --output results
+    python benchmarks/unifier_text.py --dev --output results                                    # what dev chooses
+    python benchmarks/unifier_text.py --chosen results/unifier-text-dev.json --output results   # the table on test
 
 Token states of the frozen encoder are cached once, at two layers. Every system is then one fit over all data sets,
 with the shipped run's pairs, negatives and steps. UnifieR, the dense view alone and the lexicon view alone are each
-tuned on dev by as many settings, one for all sets; the other fits take over what UnifieR chose. The weight of every
-sum is chosen on dev, one for all sets, too. What was fitted and found is kept, see ``unifier_study.py``, so that an
-interrupted run goes on where it was.
+tuned on dev by as many settings, at a third of the steps, one for all sets; the other fits take over what UnifieR
+chose. The weight of every sum is chosen on dev, one for all sets, too. What was fitted and found is kept, see
+``unifier_study.py``, so that an interrupted run goes on where it was.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from unifier_study import (
     Arguments,
     Bench,
     Study,
+    best,
 )
 
 from polyrep.data.named import made_here
@@ -64,7 +66,7 @@ from polyrep.hub import fetch, fingerprint, load
 from polyrep.hub.folder import fastest_dtype
 from polyrep.hub.reading import set_length
 from polyrep.methods import UnifierHead, UnifierModel
-from polyrep.report import print_and_write, provenance
+from polyrep.report import print_and_write, provenance, write_results
 from polyrep.search import open_index
 from polyrep.search.weighted import View, find_candidates
 
@@ -299,6 +301,25 @@ def main() -> None:
     model, whole = (load(folder, dtype=fastest_dtype("auto")) for _ in range(2))
     set_length(model, args.max_length, args.backbone)
     study = Study(args, [Bench(args, source, model, whole) for source in args.datasets])
+    common = made_by | {
+        "models": {args.backbone: fingerprint(folder)},
+        "settings_tried": sum(len(TRIES[system]) for system in TUNED if system in study.fitted),
+        "data": made_here(*args.datasets),
+    }
+    output = Path(args.output) if args.output else None
+    if args.dev:
+        note = (
+            f"Fits of {args.tuning_steps} steps with one seed. Settings of words are allowed whose FLOPs are at most "
+        )
+        tried = [row | {"system": f"{row['system']}: {row['setting']}"} for row in study.tried]
+        found = {
+            "rows": tried,
+            "chosen": best(study.tried),
+            "claims": [],
+            "notes": [f"{note}{MOST_FLOPS:g} on each set."],
+        }
+        print(write_results(common | {"name": f"{args.name}-dev", "seeds": args.seeds[:1]} | found, output))
+        return
     rankings = {bench.name: study.rankings(bench) for bench in study.benches}
     reference = f"{study.hybrids[0]}, sum"
     found: list[dict[str, Any]] = []
@@ -314,17 +335,14 @@ def main() -> None:
         system = row["system"].partition(", ")[0]
         if row["metric"] == "nDCG@10" and system in study.chosen[1] and row["system"] in (system, f"{system}, sum"):
             row["dev_macro"] = study.chosen[1][system]
-    results = made_by | {
+    results = common | {
         "name": args.name,
         "seeds": args.seeds,
-        "models": {args.backbone: fingerprint(folder)},
-        "settings_tried": sum(len(TRIES[system]) for system in TUNED if system in study.settings),
         "rows": found,
         "claims": [*gains(study, tests), *ablations(study), *cost_claims(study, rankings)],
-        "data": made_here(*args.datasets),
         "notes": notes(study),
     }
-    print_and_write(results, Path(args.output) if args.output else None, draw)
+    print_and_write(results, output, draw)
 
 
 def notes(study: Study) -> list[str]:
@@ -340,7 +358,8 @@ def notes(study: Study) -> list[str]:
         f"One fit over {', '.join(bench.name for bench in study.benches)} together, of texts cut at "
         f"{study.args.max_length} tokens; {RAW}, Dense2Sparse and {OWN}, which are fitted to each set, the former "
         f"with seed {study.args.seeds[0]}, read the backbone's own length. {tuned} were tuned on dev, "
-        f"{len(TRIES[UNIFIER])} settings each, those of words with FLOPs of at most {MOST_FLOPS:g}.{beside}",
+        f"{len(TRIES[UNIFIER])} settings each, at {study.args.tuning_steps} steps, those of words with at most "
+        f"{MOST_FLOPS:g} FLOPs.{beside}",
         f"Sums are of raw scores: the words, or beside BM25 and Dense2Sparse the dense vectors, find {CANDIDATES:,} "
         f"candidates, both score them, and the weight of the other score is the best of {len(MULTIPLES)} on dev with "
         "the first seed, one for all sets.",
