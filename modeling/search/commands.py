@@ -67,7 +67,7 @@ class SearchArguments:
     budget: str = field(
         default="",
         metadata={
-            "help": "Of nested vectors, search the first so many of each document; with the query's: 4,8. Default: all."
+            "help": "Of nested vectors, search the first so many of a document; with the query's: 4,8. Default: all."
         },
     )
     first: str = field(default="", metadata={"help": "Likewise, what finds candidates, which --budget ranks."})

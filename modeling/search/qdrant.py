@@ -281,9 +281,9 @@ class QdrantIndex:
             return stage.origin
         if stage.documents not in prefixes:
             raise BudgetError(
-                f"{self.where}: of its vectors {stage.origin.name!r} the first {', '.join(map(str, prefixes))} and all "
-                f"{stage.origin.nested[-1][1]} are stored; {stage.documents} asked. Use one of these, or start an "
-                f"index with prefixes={stage.documents} in its URI; memory: searches any number."
+                f"{self.where}: stores the first {', '.join(map(str, prefixes))} and all {stage.origin.nested[-1][1]} "
+                f"of a document's vectors {stage.origin.name!r}; {stage.documents} asked. Use one of these, or start "
+                f"an index with prefixes={stage.documents} in its URI; memory: searches any number."
             )
         return prefixes[stage.documents]
 

@@ -35,6 +35,9 @@ class _Plan(NamedTuple):
     first: int | tuple[int | None, ...] | None = None
 
 
+_WHOLE = _Plan()
+
+
 class _Job(NamedTuple):
     task: str  # search, query or document
     text: str
@@ -155,7 +158,7 @@ class Service:
         """
         return await self._answers(task, texts, 0)
 
-    async def _answers(self, task: str, texts: list[str], k: int, plan: _Plan = _Plan()) -> list[Any]:  # noqa: B008
+    async def _answers(self, task: str, texts: list[str], k: int, plan: _Plan = _WHOLE) -> list[Any]:
         if self._queue.qsize() + len(texts) > self._queue.maxsize:
             raise Busy(f"{self._queue.qsize()} texts wait, {len(texts)} more are too many")
         loop = asyncio.get_running_loop()
