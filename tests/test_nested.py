@@ -367,7 +367,7 @@ def test_two_stages_and_a_prefix_are_one_request_and_outlive_the_process():
         open_index(uri + "?prefixes=8").add([shard(documents)])
         index = open_index(uri)
         assert {
-            name: v["multivector_config"] is None for name, v in server.collections["nested"]["vectors"].items()
+            name: "multivector_config" not in v for name, v in server.collections["nested"]["vectors"].items()
         } == {
             "multi": False,
             "multi-first-1": True,  # a single vector, for which there is a graph
@@ -440,6 +440,29 @@ def test_prefixes_that_there_are_not_are_refused(embedded):
         open_index(embedded + "?prefixes=4").add([shard(drawn(3, 16), ())])
     assert not Path(embedded.removeprefix("qdrant:")).exists(), "nothing was begun"
     open_index(embedded + "?prefixes=16").add([shard(drawn(3, 16))])  # all vectors, which are there anyway
+
+
+def test_small_numbers_find_what_whole_numbers_rank(embedded):
+    documents, queries = drawn(40, 16), drawn(6, 8, seed=1)
+    index = open_index(embedded + "?quantization=int8&prefixes=4")
+    index.add([shard(documents)])
+    assert same(index.search(flat(queries), 5, first=1, candidates=40), brute(queries, documents, (8, 16), 5))
+    assert same(index.search(flat(queries), 5, budget=4), brute(queries, documents, (2, 4), 5))
+
+
+@pytest.mark.parametrize("pair", [(1, 8), (3, 2), (8, 16)])
+def test_an_index_of_any_pair_opens_again_and_is_searched_by_what_is_within(pair, embedded):
+    documents, queries = drawn(20, 16), drawn(4, 8, seed=1)
+    index = open_index(embedded)
+    index.add(cut_shards([shard(documents)], pair))
+    index.close()
+    index = open_index(embedded)
+    within = tuple(one for one in GROUPS if one[0] <= pair[0] and one[1] <= pair[1] and one != pair)
+    assert index.origins["multi"].nested == (*within, pair)
+    assert same(index.search(flat(queries), 5), brute(queries, documents, pair, 5))
+    found = index.search(flat(queries), 5, first=1, candidates=6)
+    first = min(pair[0], QUERY_NUMBERS[1]), 1
+    assert same(found, brute(queries, documents, pair, 5, places(brute(queries, documents, first, 6))))
 
 
 def test_names_of_prefixes_are_taken(embedded, tmp_path):
@@ -554,6 +577,10 @@ class Nested(Module):
         super().__init__()
         generator = torch.Generator().manual_seed(3)
         self.register_buffer("turned", torch.randn(16, 32, DIM, generator=generator))
+
+    def get_embedding_dimension(self) -> int:
+        """Of each vector."""
+        return DIM
 
     def forward(self, features: dict[str, Any], task: str | None = None) -> dict[str, Any]:
         states, mask = features["token_embeddings"], features["attention_mask"][..., None]
@@ -678,7 +705,7 @@ def test_the_command_line_searches_at_a_budget(model, tmp_path, capsys):
         ("--budget", "many"): "--budget many: expected document vectors",
         ("--budget", "1,2,3"): "--budget 1,2,3: expected",
         ("--first", "x"): "--first x: expected",
-        ("--candidates", "9"): "--candidates 9: of a weighted sum alone",
+        ("--candidates", "9"): "--candidates 9: of a weighted sum or of two stages alone, and there is neither",
         ("--weights", "multi=1", "--budget", "4"): "a weighted sum is of all vectors",
     }.items():
         assert main(["search", *argv, *flags]) == 2

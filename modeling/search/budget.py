@@ -81,7 +81,9 @@ def budget_of(origin: Origin, asked: Asked, name: str, where: str) -> Budget:
     elif full.queries is None and queries is not None:
         raise BudgetError(f"{said}: queries keep the vectors of all their tokens. Use {documents} alone.")
     elif full.queries is not None and (type(queries) is not int or not 1 <= queries <= full.queries):
-        raise BudgetError(f"{said}: a query holds {full.queries} vectors; {queries!r:.80} asked. Use 1 to that.")
+        raise BudgetError(
+            f"{said}: a query holds {full.queries} vectors; {queries!r:.80} asked. Use 1 to {full.queries}."
+        )
     return Budget(queries, documents)
 
 
@@ -195,8 +197,9 @@ class _Cut(Shard):
     """A shard that is read once its content is asked for."""
 
     def __init__(self, shard: Shard, budget: Budget):
-        within = tuple(pair for pair in shard.origin.nested if pair[1] < budget.documents)
-        origin = replace(shard.origin, nested=(*within, tuple(budget)))
+        last = tuple(budget)
+        within = [one for one in shard.origin.nested if (one[0] or 0) <= (last[0] or 0) and one[1] <= last[1]]
+        origin = replace(shard.origin, nested=(*(one for one in within if one != last), last))
         self.__dict__ |= {"whole": shard, "origin": origin, "count": budget.documents, "checksum": shard.checksum}
 
     @property

@@ -73,7 +73,9 @@ class SearchArguments:
     first: str = field(default="", metadata={"help": "Likewise, what finds candidates, which --budget ranks."})
     candidates: int | None = field(
         default=None,
-        metadata={"help": "Documents of a query that a weighted sum or --budget ranks; default: 1000, or prefetch's."},
+        metadata={
+            "help": "Documents of a query that a sum ranks (default: 1000), or that --first finds (prefetch's)."
+        },
     )
     k: int = field(default=10, metadata={"help": "Documents to print."})
     revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of a Hub model."})
@@ -152,7 +154,7 @@ def search(argv: list[str], *, prog: str = "polyrep search") -> list[list[Hit]]:
     plan = {"budget": said_budget(args.budget, "--budget"), "first": said_budget(args.first, "--first")}
     if args.candidates is not None and not weights and plan["first"] is None:
         raise InputError(
-            f"--candidates {args.candidates}: of a weighted sum alone, and nothing is summed, or of two stages. Add "
+            f"--candidates {args.candidates}: of a weighted sum or of two stages alone, and there is neither. Add "
             "--weights or --first, or leave it out."
         )
     if weights:

@@ -428,8 +428,8 @@ class QdrantIndex:
                 )
             wanted = [count for count in sorted({1, *asked}) if count < full]
         names = {origin.name, *(_prefix(origin, count).name for count in wanted)}
-        others = {o.name for o in self._named().values()} - {origin.name}
-        others -= {prefix.name for prefix in self._prefixes.get(origin.name, {}).values()}
+        others = {name for name in self.origins if name != origin.name}
+        others |= {p.name for name, several in self._prefixes.items() if name != origin.name for p in several.values()}
         if taken := names & others:
             raise InputError(
                 f"{self.where}: has vectors {min(taken)!r} already, and those of {origin.name!r} would be called so. "
