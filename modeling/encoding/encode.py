@@ -289,8 +289,9 @@ def _origin(args: EncodeArguments, model: Encoder, folder: Path, windows: Window
         str(model.similarity_fn_name or "cosine"),
         fingerprint(folder),
         args.precision,
-        *((windows.tokens, windows.stride) if windows else ()),
-        nested=nested,
+        windows.tokens if windows else 0,
+        windows.stride if windows else 0,
+        nested,
     )
 
 

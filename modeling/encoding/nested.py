@@ -107,7 +107,7 @@ def refuse_other_lengths(vectors: Embeddings, ids: Sequence[str], count: int | N
     Raises:
         InputError: Names the first that has not.
     """
-    wrong = np.flatnonzero(vectors.lengths != count) if count is not None else ()
+    wrong = np.flatnonzero(vectors.lengths != (vectors.lengths if count is None else count))
     if len(wrong):
         raise InputError(
             f"{ids[wrong[0]]!r:.80}: has {vectors.lengths[wrong[0]]} vectors, and its nested groups say {count}, so a "

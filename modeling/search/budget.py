@@ -63,18 +63,18 @@ def budget_of(origin: Origin, asked: Asked, name: str, where: str) -> Budget:
     full = Budget(*origin.nested[-1])
     if asked is None:
         return full
-    pair = asked if isinstance(asked, Sequence) else (None, asked)
-    if isinstance(asked, str) or len(pair) != 2 or type(pair[1]) is not int:
+    paired = isinstance(asked, Sequence) and not isinstance(asked, str) and len(asked) == 2
+    queries, documents = asked if paired else (None, asked)  # type: ignore[misc]
+    if not isinstance(documents, int) or isinstance(documents, bool):
         raise BudgetError(
             f"{said}: expected a whole number of document vectors, e.g. 8, or a pair of query vectors and these, e.g. "
             "(4, 8)."
         )
-    queries, documents = pair
     if not 1 <= documents <= full.documents:
         raise BudgetError(
             f"{said}: a document holds {full.documents} vectors; {documents} asked. Use 1 to {full.documents}."
         )
-    if not isinstance(asked, Sequence):
+    if not paired:
         # The smallest that holds them, of groups with the same number of them the one with most query vectors.
         least = min(held for _, held in origin.nested if held >= documents)
         queries = [count for count, held in origin.nested if held == least][-1]
@@ -197,8 +197,8 @@ class _Cut(Shard):
     """A shard that is read once its content is asked for."""
 
     def __init__(self, shard: Shard, budget: Budget):
-        last = tuple(budget)
-        within = [one for one in shard.origin.nested if (one[0] or 0) <= (last[0] or 0) and one[1] <= last[1]]
+        last = budget.queries, budget.documents
+        within = (one for one in shard.origin.nested if (one[0] or 0) <= (last[0] or 0) and one[1] <= last[1])
         origin = replace(shard.origin, nested=(*(one for one in within if one != last), last))
         self.__dict__ |= {"whole": shard, "origin": origin, "count": budget.documents, "checksum": shard.checksum}
 

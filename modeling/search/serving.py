@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -142,8 +142,8 @@ class Service:
         if budget is not None or first is not None:
             if self._weights or len(self._index.origins) != 1:
                 refuse_budget(budget, first, "the index", "it holds no or several kinds of vectors. Leave it out.")
-            budgets_of(*self._index.origins.values(), budget, first, "the index")
-        plan = _Plan(*(tuple(one) if isinstance(one, list) else one for one in (budget, first)))
+            budgets_of(next(iter(self._index.origins.values())), budget, first, "the index")
+        plan = _Plan(_hashable(budget), _hashable(first))
         return [hits[:k] for hits in await self._answers("search", queries, k, plan)]
 
     async def encode(self, texts: list[str], task: Task) -> list[Any]:
@@ -268,6 +268,11 @@ class Deadline:
             headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
             await send({"type": "http.response.start", "status": 408, "headers": headers})
             await send({"type": "http.response.body", "body": b'{"detail": "the body came too slowly"}'})
+
+
+def _hashable(asked: Asked) -> int | tuple[int | None, ...] | None:
+    """A budget that was refused if it is no number and no pair."""
+    return tuple(asked) if isinstance(asked, Sequence) else asked
 
 
 def _numbers(vector: Any) -> Any:
