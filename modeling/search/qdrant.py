@@ -115,7 +115,7 @@ def _read_settings(settings: dict[str, str], uri: str, counts: tuple[str, ...]) 
             layout[name] = settings.pop(name)
             if layout[name] not in choices:
                 raise InputError(f"{uri}: {name}={layout[name]}: expected {' or '.join(choices)}.")
-    if said := settings.pop("prefixes", ""):
+    if (said := settings.pop("prefixes", None)) is not None:
         numbers = [int(part) if re.fullmatch("[0-9]+", part) else 0 for part in said.split(",")]
         if min(numbers) < 1:
             raise InputError(f"{uri}: prefixes={said}: expected numbers of first vectors, e.g. prefixes=4,8.")
