@@ -164,7 +164,7 @@ def check_hits(model: SentenceTransformer, query: str, hits: list[dict[str, Any]
 
 def test_example_is_short() -> None:
     lines = example().splitlines()
-    assert len([line for line in lines if line]) <= 41
+    assert len([line for line in lines if line]) <= 47
     assert max(map(len, lines)) <= 119
 
 
@@ -209,6 +209,8 @@ def test_encode_equals_the_model(server: Server, sentence_model: SentenceTransfo
         ("/search", {"query": ["a"] * 65}),
         ("/search", {"query": "a" * 10_001}),
         ("/search", {"query": "\ud800"}),
+        ("/search", {"query": "a", "budget": 0}),
+        ("/search", {"query": "a", "first": "many"}),
         ("/search", {}),
         ("/search", []),
         ("/encode", {"texts": ["a", ""], "task": "query"}),
@@ -220,6 +222,16 @@ def test_what_breaks_a_limit_is_refused(server: Server, path: str, body: Any) ->
     response = server.raw("POST", path, json.dumps(body))
     detail = "a value is missing, of another type or outside its limits"
     assert (response.status, json.load(response)) == (422, {"detail": detail})
+    assert server.health()["batches"] == before
+
+
+@pytest.mark.parametrize("name", ["budget", "first"])
+def test_a_budget_that_the_index_does_not_hold_is_refused(server: Server, name: str) -> None:
+    before = server.health()["batches"]
+    assert server.post("/search", query="a", **{name: 4}) == (
+        422,
+        {"detail": "the index cannot be searched at this budget"},
+    )
     assert server.health()["batches"] == before
 
 

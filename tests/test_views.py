@@ -185,7 +185,9 @@ def test_a_view_is_summed_with_vectors_of_the_model_by_another_name(model, tmp_p
         expected[name] = 2 * cosine + float(asked["lexicon"] @ alone(model, text)["lexicon"])
     (hits,) = search([*argv, "--weights", "own=2,lexicon=1"])
     assert {hit.id: hit.score for hit in hits} == pytest.approx(expected, rel=1e-3)
-    with pytest.raises(InputError, match="--candidates 7: of a weighted sum alone, and nothing is summed"):
+    with pytest.raises(
+        InputError, match="--candidates 7: of a weighted sum or of two stages alone, and there is neither"
+    ):
         search([*argv, "--name", "own", "--candidates", "7"])
 
 

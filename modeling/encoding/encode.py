@@ -39,6 +39,7 @@ from .arrays import plain_name
 from .cache import CHUNK
 from .embeddings import Embeddings, Kind, by_document, joined, rows
 from .encoders import encode_chunk, kind_of, refuse_broken_prompts, refuse_not_finite_vectors
+from .nested import groups_of, refuse_other_lengths
 from .shards import PRECISIONS, Origin, manifest_of, read_record, shard_path, write_shard
 from .views import encode_views, refuse_unknown_views, views_of
 from .windows import Windows, refuse_stride
@@ -279,6 +280,8 @@ def _process() -> PartialState:
 
 def _origin(args: EncodeArguments, model: Encoder, folder: Path, windows: Windows | None) -> Origin:
     kind = kind_of(model)
+    # Of a document in windows the first vectors are those of its first window, which is no prefix of the whole.
+    nested = groups_of(model) if kind == "tokens" and not windows else ()
     return Origin(
         args.name or NAMES[kind],
         kind,
@@ -286,7 +289,9 @@ def _origin(args: EncodeArguments, model: Encoder, folder: Path, windows: Window
         str(model.similarity_fn_name or "cosine"),
         fingerprint(folder),
         args.precision,
-        *((windows.tokens, windows.stride) if windows else ()),
+        windows.tokens if windows else 0,
+        windows.stride if windows else 0,
+        nested,
     )
 
 
@@ -360,6 +365,7 @@ class _Work:
     ) -> tuple[list[str], list[Embeddings], list[dict[str, str]]]:
         """Encode the longest texts first, side by side with others of their length; the order is then restored."""
         origins, windows = [corpus.origin for corpus in self.corpora], self.opened.windows
+        document = self.corpora[0].manifest["task"] == "document"
         dtype = "float32" if origins[0].precision == "float32" else "float16"
         images = bool(documents) and not isinstance(documents[0].content, str)
         ids, bounds = [document.id for document in documents], np.arange(len(documents) + 1)
@@ -389,8 +395,10 @@ class _Work:
                     )
                 with np.errstate(over="ignore"):  # refused in the next line, by the id of its document
                     values = found.values.astype(dtype)
-                lengths = None if found.offsets is None else found.lengths
-                refuse_not_finite_vectors(values, lengths, [documents[i].id for i in numbers], dtype)
+                lengths, names = None if found.offsets is None else found.lengths, [documents[i].id for i in numbers]
+                refuse_not_finite_vectors(values, lengths, names, dtype)
+                if origin.nested:
+                    refuse_other_lengths(found, names, origin.nested[-1][document])
                 part.append(replace(found, values=values))
             kept += numbers
         vectors = [rows(joined(part), np.argsort(kept)) for part in parts]

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from ..errors import InputError
 from ..files import file_sha256, read_json, staged_file, write_json
 from .arrays import check_bounds
 from .embeddings import Embeddings, Kind
+from .nested import Groups, checked_groups
 
 FORMAT = "polyrep-encoded-1"
 _AGAIN = "Encode the corpus again."
@@ -61,6 +62,8 @@ class Origin:
         precision: Of the numbers, one of :data:`PRECISIONS`.
         window: Tokens of the windows that documents are cut into; 0 for none.
         stride: Tokens from the start of one window to the start of the next; 0 without windows.
+        nested: Query vectors and document vectors of the prefixes that can be searched, see
+            :mod:`polyrep.encoding.nested`; empty where there are none.
     """
 
     name: str
@@ -71,6 +74,7 @@ class Origin:
     precision: str = "float16"
     window: int = 0
     stride: int = 0
+    nested: Groups = ()
 
     @property
     def by_window(self) -> bool:
@@ -78,9 +82,9 @@ class Origin:
         return self.window > 0 and self.kind != "tokens"
 
     def described(self) -> dict[str, Any]:
-        """The fields, as a manifest has them; those of windows only where there are windows."""
-        fields = asdict(self)
-        return fields if self.window else {n: v for n, v in fields.items() if n not in ("window", "stride")}
+        """The fields, as a manifest has them; those of windows and of groups only where there are any."""
+        without = {"window": self.window, "stride": self.window, "nested": self.nested}
+        return {name: value for name, value in asdict(self).items() if without.get(name, True)}
 
 
 def origin_of(content: Any, where: Path) -> Origin:
@@ -103,6 +107,10 @@ def origin_of(content: Any, where: Path) -> Origin:
             raise ValueError(f"kind {origin.kind!r:.40}, precision {origin.precision!r:.40}, width {origin.dim}")
         if not 0 <= origin.stride <= origin.window < 2**31 or bool(origin.stride) != bool(origin.window):
             raise ValueError(f"window {origin.window}, stride {origin.stride}")
+        if "nested" in content:
+            origin = replace(origin, nested=checked_groups(origin.nested, "nested"))
+            if origin.kind != "tokens" or origin.window:
+                raise ValueError(f"nested groups of {origin.kind} vectors, windows of {origin.window} tokens")
     except (TypeError, ValueError) as error:
         raise InputError(
             f"{where}: says of its vectors what nothing can be made of ({error}), so the numbers have no meaning. "

@@ -20,8 +20,9 @@ from ..flags import parse
 from ..hub.fingerprint import fingerprint, told
 from ..hub.folder import fastest_dtype, fetch, load
 from .backends import open_index
+from .budget import budget_of, cut_shards, said_budget
 from .probability import Searcher
-from .protocol import CANDIDATES, Hit, Index, Queries, refuse_unusable_weights
+from .protocol import Hit, Index, Queries, refuse_unusable_weights
 
 
 @dataclass
@@ -33,6 +34,10 @@ class IndexArguments:
     uri: str = field(
         default="",
         metadata={"help": "faiss:///PATH, seismic:///PATH, qdrant:///PATH, qdrant+https://HOST/COLLECTION."},
+    )
+    budget: str = field(
+        default="",
+        metadata={"help": "Of nested vectors, keep the first so many of each document; a search may use fewer."},
     )
     force: bool = field(default=False, metadata={"help": "Add to an index that another model's vectors are in."})
 
@@ -59,7 +64,19 @@ class SearchArguments:
             "Default: what a model with views says of these."
         },
     )
-    candidates: int = field(default=CANDIDATES, metadata={"help": "Documents of a query that a weighted sum ranks."})
+    budget: str = field(
+        default="",
+        metadata={
+            "help": "Of nested vectors, search the first so many of a document; with the query's: 4,8. Default: all."
+        },
+    )
+    first: str = field(default="", metadata={"help": "Likewise, what finds candidates, which --budget ranks."})
+    candidates: int | None = field(
+        default=None,
+        metadata={
+            "help": "Documents of a query that a sum ranks (default: 1000), or that --first finds (prefetch's)."
+        },
+    )
     k: int = field(default=10, metadata={"help": "Documents to print."})
     revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of a Hub model."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the model carries."})
@@ -88,11 +105,14 @@ def index(argv: list[str], *, prog: str = "polyrep index") -> dict[str, int]:
     for corpus in corpora:
         if corpus.manifest["task"] != "document":
             raise InputError(f"{corpus.folder}: holds queries, which are to be searched with. Encode the documents.")
+    budget = said_budget(args.budget, "--budget")
+    for corpus in corpora if budget is not None else ():
+        budget_of(corpus.origin, budget, "--budget", str(corpus.folder))
     target = open_index(args.uri, force=args.force)
     said = {"documents": 0, "replaced": 0, "shards_known": 0}
     started = time.perf_counter()
     for corpus in corpora:
-        added = target.add(_shown(corpus))
+        added = target.add(_shown(corpus) if budget is None else cut_shards(_shown(corpus), budget))
         said = {name: said[name] + getattr(added, name) for name in said}
     said["count"] = target.count()
     seconds = time.perf_counter() - started
@@ -131,10 +151,11 @@ def search(argv: list[str], *, prog: str = "polyrep search") -> list[list[Hit]]:
     weights = (
         weights_of(args.weights) if args.weights else {} if args.name else models[0].weights(target.origins, args.uri)
     )
-    if args.candidates != CANDIDATES and not weights:
+    plan = {"budget": said_budget(args.budget, "--budget"), "first": said_budget(args.first, "--first")}
+    if args.candidates is not None and not weights and plan["first"] is None:
         raise InputError(
-            f"--candidates {args.candidates}: of a weighted sum alone, and nothing is summed. Add --weights, or leave "
-            "it out."
+            f"--candidates {args.candidates}: of a weighted sum or of two stages alone, and there is neither. Add "
+            "--weights or --first, or leave it out."
         )
     if weights:
         there = weights if weights.keys() <= target.origins.keys() else target.origins
@@ -143,11 +164,11 @@ def search(argv: list[str], *, prog: str = "polyrep search") -> list[list[Hit]]:
         asked: dict[str, Queries] = {}
         for model in dict.fromkeys(askers.values()):  # one pass of each
             asked |= model.ask(queries, [name for name, asker in askers.items() if asker is model])
-        found = target.search(asked, args.k, weights=weights, candidates=args.candidates)
+        found = target.search(asked, args.k, weights=weights, candidates=args.candidates, **plan)
     elif len(models) > 1:
         raise InputError(f"--model {args.model}: several models, but no --weights. Add it, or name one model.")
     else:
-        found = _by_one(models[0], target, queries, args)
+        found = _by_one(models[0], target, queries, args, plan | {"candidates": args.candidates})
     for query, hits in zip(queries, found, strict=True):
         print(query)
         for hit in hits:
@@ -157,8 +178,10 @@ def search(argv: list[str], *, prog: str = "polyrep search") -> list[list[Hit]]:
     return found
 
 
-def _by_one(asker: _Asker, target: Index, queries: Sequence[str], args: SearchArguments) -> list[list[Hit]]:
-    """Search one kind of vectors."""
+def _by_one(
+    asker: _Asker, target: Index, queries: Sequence[str], args: SearchArguments, plan: dict[str, Any]
+) -> list[list[Hit]]:
+    """Search one kind of vectors, by the budget and the candidates of a plan."""
     name = args.name
     if not name:  # the vectors of this model, where the index has those of several
         name = next((n for n, origin in target.origins.items() if origin.fingerprint == asker.fingerprint), "")
@@ -169,8 +192,8 @@ def _by_one(asker: _Asker, target: Index, queries: Sequence[str], args: SearchAr
         )
     asked = asker.ask(queries, [name])[name]
     if isinstance(asker.model, bm25.Bm25):
-        return target.search({name: asked} if name else asked, args.k)
-    return Searcher(asker.model, target, asker.fingerprint).search(queries, asked, args.k, name)
+        return target.search({name: asked} if name else asked, args.k, **plan)
+    return Searcher(asker.model, target, asker.fingerprint).search(queries, asked, args.k, name, **plan)
 
 
 @dataclass(frozen=True, eq=False)

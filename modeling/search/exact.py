@@ -9,19 +9,23 @@ from urllib.parse import SplitResult
 import numpy as np
 
 from ..encoding.embeddings import Embeddings, rows, side_by_side
+from ..encoding.nested import first_vectors
 from ..encoding.shards import KINDS, Origin, Shard
 from ..errors import InputError
+from .budget import Stage, budgeted_stages, refuse_budget
 from .local import Vectors
 from .protocol import (
     CANDIDATES,
     Added,
+    Asked,
     Hit,
     Queries,
     by_document,
+    candidates_of,
     checked_origin,
     first_of_each,
     refuse_unknown,
-    stages,
+    refuse_unlike_groups,
     tell_without_candidates,
     unique_ids,
     weighted_stages,
@@ -29,6 +33,9 @@ from .protocol import (
 )
 from .ranking import exact_search, rescore, tie_ranks
 from .weighted import View, best_windows_of, find_candidates
+
+PREFIXES = 2
+"""How many prefixes of all documents are kept: what finds and what ranks, for the next queries at the same budget."""
 
 
 class ExactIndex:
@@ -57,6 +64,7 @@ class ExactIndex:
         self._vectors: dict[str, Vectors] = {}
         self._shards: set[tuple[str, str]] = set()
         self._ranks: dict[str, np.ndarray] = {}  # by name, as long as its documents stay the same
+        self._prefixes: dict[tuple[str, int], Embeddings] = {}  # likewise, the one used last at the end
         self._aligned: tuple[str, ...] = ()  # names whose documents are known to be in one order, and these
         self._documents: list[str] = []
         self._document_ranks = np.empty(0, np.int64)
@@ -72,9 +80,11 @@ class ExactIndex:
             if key in self._shards:
                 known += 1
                 continue
+            refuse_unlike_groups(shard)
             self.origins[origin.name] = origin
             replaced += self._vectors.setdefault(origin.name, Vectors()).add(shard.ids, shard.vectors)
             self._ranks.pop(origin.name, None)
+            self._prefixes.clear()
             self._aligned = ()
             written += len(shard.ids)
             if shard.checksum:
@@ -87,21 +97,23 @@ class ExactIndex:
         k: int = 10,
         *,
         weights: Mapping[str, float] | None = None,
-        candidates: int = CANDIDATES,
+        candidates: int | None = None,
+        budget: Asked = None,
+        first: Asked = None,
     ) -> list[list[Hit]]:
         """See :class:`polyrep.search.Index`. Ties go to the higher id."""
         if weights is not None:
-            return self._weighted(
-                weighted_stages(self.origins, queries, k, self.where, weights, candidates), k, candidates
-            )
-        (origin, asked), *second = stages(self.origins, queries, k, self.where)
-        found = self._nearest(origin, asked, max(k, self.prefetch) if second else k)
-        return self._ranked_anew(*second[0], found, k) if second else found
+            refuse_budget(budget, first, self.where, "a weighted sum is of all vectors. Leave one of the two out.")
+            summed = weighted_stages(self.origins, queries, k, self.where, weights)
+            return self._weighted(summed, k, candidates_of(candidates, CANDIDATES, self.where))
+        finds, *ranks = budgeted_stages(self.origins, queries, k, self.where, budget, first)
+        found = self._nearest(finds, max(k, candidates_of(candidates, self.prefetch, self.where)) if ranks else k)
+        return self._ranked_anew(ranks[0], found, k) if ranks else found
 
-    def _nearest(self, origin: Origin, asked: Embeddings, k: int) -> list[list[Hit]]:
+    def _nearest(self, stage: Stage, k: int) -> list[list[Hit]]:
         """The best ``k`` documents of each query under one name."""
-        store = self._vectors[origin.name]
-        vectors = store.contiguous()
+        origin, asked, _ = stage
+        store, vectors = self._vectors[origin.name], self._prefix(origin.name, stage.documents)
         if not len(asked) or not len(vectors):
             return [[] for _ in range(len(asked))]
         ranks = self._tie_ranks(origin)
@@ -112,16 +124,31 @@ class ExactIndex:
 
         return by_document(nearest, min(k, self.count()), store.each)
 
-    def _ranked_anew(self, origin: Origin, asked: Embeddings, first: list[list[Hit]], k: int) -> list[list[Hit]]:
+    def _prefix(self, name: str, count: int | None) -> Embeddings:
+        """The first vectors of every document under a name; None for all."""
+        vectors = self._vectors[name].contiguous()
+        if count is None:
+            return vectors
+        kept = self._prefixes.pop((name, count), None)
+        self._prefixes[name, count] = first_vectors(vectors, count) if kept is None else kept
+        if len(self._prefixes) > PREFIXES:
+            del self._prefixes[next(iter(self._prefixes))]
+        return self._prefixes[name, count]
+
+    def _ranked_anew(self, stage: Stage, first: list[list[Hit]], k: int) -> list[list[Hit]]:
         """The best ``k`` of the documents that a first stage found for each query, by their vectors under a name."""
+        origin, asked, count = stage
         store = self._vectors[origin.name]
         vectors = store.contiguous()
         ranks, found = self._tie_ranks(origin), []
         for row, hits in enumerate(first):
-            kept = np.array([[place for hit in hits for place in store.places(hit.id)]], np.int64)
-            query = rows(asked, np.array([row]))
-            best = rescore(query, vectors, kept, ranks, similarity=origin.similarity) if kept.size else (kept, kept)
-            found += [first_of_each(several)[:k] for several in store.hits(best[0], best[1], origin.by_window)]
+            kept = np.array([place for hit in hits for place in store.places(hit.id)], np.int64)
+            query, chosen = rows(asked, np.array([row])), rows(vectors, kept)  # what is not a candidate is not read
+            chosen = chosen if count is None else first_vectors(chosen, count)
+            places = scores = np.arange(len(kept))[None]
+            if kept.size:
+                places, scores = rescore(query, chosen, places, ranks[kept], similarity=origin.similarity)
+            found += [first_of_each(several)[:k] for several in store.hits(kept[places], scores, origin.by_window)]
         return found
 
     def _weighted(
@@ -172,6 +199,7 @@ class ExactIndex:
             store = self._vectors[name] = Vectors()
             store.add(list(documents[0]), replace(rows(vectors, order), windows=bounds))
             self._ranks.pop(name, None)
+            self._prefixes.clear()
         self._aligned, self._documents = tuple(names), list(documents[0])
         self._document_ranks = tie_ranks(self._documents)
 
@@ -190,6 +218,7 @@ class ExactIndex:
         if removed:
             self._shards.clear()
             self._ranks.clear()
+            self._prefixes.clear()
             self._aligned = ()
         return len(removed)
 

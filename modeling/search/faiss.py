@@ -18,7 +18,7 @@ from ..encoding.shards import Shard
 from ..errors import InputError
 from .faiss_file import check_faiss_file
 from .local import Documents, FolderIndex, package
-from .protocol import CANDIDATES, Hit, Queries, by_document, refuse_unknown, whole_number
+from .protocol import Asked, Hit, Queries, by_document, refuse_unknown, whole_number
 
 FILE = "index.faiss"
 
@@ -69,10 +69,12 @@ class FaissIndex(FolderIndex):
         k: int = 10,
         *,
         weights: Mapping[str, float] | None = None,
-        candidates: int = CANDIDATES,
+        candidates: int | None = None,
+        budget: Asked = None,
+        first: Asked = None,
     ) -> list[list[Hit]]:
-        """See :class:`polyrep.search.Index`; there is no weighted sum."""
-        asked = self._query_vectors(queries, k, weights)
+        """See :class:`polyrep.search.Index`; there is no weighted sum, and no budget."""
+        asked = self._query_vectors(queries, k, weights, budget, first)
         if not len(asked) or not self.count():
             return [[] for _ in range(len(asked))]
         values = self._scaled(asked.values)

@@ -33,7 +33,8 @@ from ..encoding.embeddings import Embeddings, Kind, joined, rows
 from ..encoding.shards import Origin, Shard, origin_of, packed_ids, unpacked_ids
 from ..errors import InputError
 from ..files import file_sha256, known_sha256, refuse_unwritable, write_json
-from .protocol import Added, Hit, Queries, checked_origin, stages, unique_ids
+from .budget import refuse_budget
+from .protocol import Added, Asked, Hit, Queries, checked_origin, stages, unique_ids
 
 FORMAT = "polyrep-index-1"
 MANIFEST = "polyrep.json"
@@ -298,9 +299,20 @@ class FolderIndex(ABC):
         return known
 
     def _query_vectors(
-        self, queries: Queries | Mapping[str, Queries], k: int, weights: Mapping[str, float] | None
+        self,
+        queries: Queries | Mapping[str, Queries],
+        k: int,
+        weights: Mapping[str, float] | None,
+        budget: Asked,
+        first: Asked,
     ) -> Embeddings:
         """Queries of the one stage that there can be."""
+        refuse_budget(
+            budget,
+            first,
+            self.where,
+            "it holds one vector a document, of which there is no prefix. Use memory: or qdrant:, which hold several.",
+        )
         if weights is not None:
             raise InputError(
                 f"{self.where}: weights={dict(weights)}, but it holds one kind of vectors, so there is no sum. Use "

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from ..encoding.encoders import kind_of, uncertainty_of
+from ..encoding.nested import groups_of
 from ..encoding.shards import Origin
 from ..hub.calibration import Calibration, calibration_of
-from .protocol import Hit, Index
+from .budget import budgets_of
+from .protocol import Asked, Hit, Index
 
 logger = logging.getLogger(__name__)
 
@@ -30,22 +32,39 @@ class Searcher:
 
     def __init__(self, model: Any, index: Index, fingerprint: str):
         self._model, self._index, self._fingerprint = model, index, fingerprint
-        self._told: set[str] = set()
+        self._told: set[tuple[str, str]] = set()
         self._calibration = calibration_of(model, fingerprint)
 
-    def search(self, texts: Sequence[str], vectors: Any, k: int, name: str = "") -> list[list[Hit]]:
+    def search(
+        self,
+        texts: Sequence[str],
+        vectors: Any,
+        k: int,
+        name: str = "",
+        *,
+        candidates: int | None = None,
+        budget: Asked = None,
+        first: Asked = None,
+    ) -> list[list[Hit]]:
         """The best ``k`` documents of each query, with probabilities where there is a calibration for their vectors.
+
+        That is of all vectors of a document, so scores at a smaller budget have none.
 
         Args:
             texts: The queries.
             vectors: What the model made of them, as :class:`polyrep.search.Index` takes it.
             k: How many documents.
             name: Which vectors of the index; default: its only ones.
+            candidates: As for :class:`polyrep.search.Index`.
+            budget: Likewise.
+            first: Likewise.
         """
-        calibration = self._applicable(name)
+        calibration = self._applicable(name, budget, first)
         # A document's lead needs another one beside it.
         depth = k if calibration is None else max(k, 2)
-        found = self._index.search({name: vectors} if name else vectors, depth)
+        plan: dict[str, Any] = {"candidates": candidates, "budget": budget, "first": first}
+        plan = {key: value for key, value in plan.items() if value is not None}
+        found = self._index.search({name: vectors} if name else vectors, depth, **plan)
         if calibration is None:
             return found
         wide = uncertainty_of(self._model, texts) if "uncertainty" in calibration.weights else None
@@ -59,7 +78,7 @@ class Searcher:
         origins: dict[str, Origin] = self._index.origins
         return origins.get(name or next(iter(origins), ""))
 
-    def _applicable(self, name: str) -> Calibration | None:
+    def _applicable(self, name: str, budget: Asked, first: Asked) -> Calibration | None:
         """The calibration, unless it is of other scores than those of these vectors."""
         origin, made = self._origin(name), self._calibration
         if made is None or origin is None:
@@ -74,10 +93,14 @@ class Searcher:
         elif (origin.window, origin.stride) != (made.window, made.stride):
             cuts = [_cut(origin.window, origin.stride), _cut(made.window, made.stride)]
             why = "are of {}, the calibration of {}".format(*cuts)
+        elif budget is not None or first is not None or origin.nested:
+            scored, full = budgets_of(origin, budget, first, "the index")[-1], groups_of(self._model)[-1:]
+            if full != (tuple(scored),):
+                why = f"are compared as {tuple(scored)}, the calibration is of {', '.join(map(str, full)) or 'all'}"
         if why:
-            if origin.name not in self._told:
+            if (origin.name, why) not in self._told:
                 logger.warning("Vectors %r %s, so their scores have no probabilities.", origin.name, why)
-            self._told.add(origin.name)
+            self._told.add((origin.name, why))
             return None
         return made
 

@@ -15,6 +15,7 @@ import torch
 from scipy.sparse import csr_matrix, issparse
 
 from ..encoding.embeddings import Embeddings, in_memory
+from ..encoding.nested import Groups, first_vectors, refuse_other_lengths
 from ..encoding.shards import Origin, Shard
 from ..errors import InputError
 from ..hub.fingerprint import told
@@ -23,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 CANDIDATES = 1000
 """Documents of a query that a weighted sum ranks."""
+
+Asked = int | Sequence[int | None] | None
+"""A budget of vectors as it is asked for: document vectors, or query vectors and these; None for all."""
 
 Queries = Any
 """What ``encode_query`` returns: ``(queries, dim)`` as array or tensor; a list of ``(vectors, dim)`` where a query has
@@ -89,7 +93,9 @@ class Index(Protocol):
         k: int = 10,
         *,
         weights: Mapping[str, float] | None = None,
-        candidates: int = CANDIDATES,
+        candidates: int | None = None,
+        budget: Asked = None,
+        first: Asked = None,
     ) -> list[list[Hit]]:
         """The best ``k`` documents of each query, best first, or fewer where there are not as many.
 
@@ -101,12 +107,18 @@ class Index(Protocol):
                 their scores under all names, as the models give them: the first name of ``queries`` finds candidates,
                 and all score these exactly. Sparse vectors find only documents that share a word with the query;
                 where there is none, the next name finds the candidates, and a warning says for how many queries.
-            candidates: With ``weights``, documents of a query that are ranked, or ``k`` if that is more. Where there
-                are no more documents, all of them are.
+            candidates: Documents of a query that a weighted sum or a second stage ranks, or ``k`` if that is more.
+                Where there are no more documents, all of them are. Default: of a sum :data:`CANDIDATES`, of a second
+                stage what the URI says by ``prefetch``.
+            budget: Of nested vectors (:mod:`polyrep.encoding.nested`): search the first so many of each document, with
+                the query vectors of the smallest group that holds them; a pair says both. Queries come whole.
+                Default: all that the index holds.
+            first: Likewise, what finds the candidates that ``budget`` ranks.
 
         Raises:
             InputError: The index is empty, the queries are of another kind or width, a weight cannot be used,
                 documents lack vectors that a sum needs, or the back end holds one kind of vectors and has no sum.
+            BudgetError: The vectors are not nested or not as many, or the back end cannot search at this budget.
         """
 
     def delete(self, ids: Iterable[str]) -> int:
@@ -155,6 +167,11 @@ def checked_origin(
                 f"{getattr(new, field)}, so no query could be compared with both. Use an index of their own, or "
                 "another --name when encoding."
             )
+    if known.nested != new.nested:
+        raise InputError(
+            f"{where}: its vectors {new.name!r} have {_said(known.nested)}, these {_said(new.nested)}, so a budget "
+            "would mean two things. Use an index of their own, or cut these as those were (--budget of polyrep index)."
+        )
     if known.precision != new.precision and "binary" in (known.precision, new.precision):
         raise InputError(
             f"{where}: its vectors {new.name!r} are {known.precision}, these {new.precision}: one of them are signs, "
@@ -167,6 +184,29 @@ def checked_origin(
             "(force=True) to mix them."
         )
     return known
+
+
+def _said(groups: Groups) -> str:
+    return f"nested groups {', '.join(map(str, groups))}" if groups else "no nested groups"
+
+
+def refuse_unlike_groups(shard: Shard) -> None:
+    """InputError if a document of a shard has not as many vectors as its nested groups say."""
+    if shard.origin.nested:
+        refuse_other_lengths(shard.vectors, shard.ids, shard.origin.nested[-1][1])
+
+
+def candidates_of(candidates: int | None, default: int, where: str) -> int:
+    """How many candidates there are to be.
+
+    Raises:
+        InputError: None could be found.
+    """
+    if candidates is None:
+        return default
+    if type(candidates) is not int or candidates < 1:
+        raise InputError(f"{where}: candidates={candidates!r}, so nothing could be ranked. Pass 1 or more.")
+    return candidates
 
 
 def stages(
@@ -206,17 +246,14 @@ def weighted_stages(
     k: int,
     where: str,
     weights: Mapping[str, float],
-    candidates: int,
 ) -> list[tuple[Origin, Embeddings, float]]:
     """What a search by a weighted sum asks, and the weight of each; the first finds candidates.
 
     Raises:
-        InputError: As :func:`stages`, and where weights or the number of candidates cannot be used.
+        InputError: As :func:`stages`, and where weights cannot be used.
     """
     names = list(queries) if isinstance(queries, Mapping) else list(origins)
     refuse_unusable_weights(weights, names, where)
-    if type(candidates) is not int or candidates < 1:
-        raise InputError(f"{where}: candidates={candidates!r}, so nothing could be ranked. Pass 1 or more.")
     found = stages(origins, queries, k, where, most=len(origins))
     return [(origin, asked, float(weights[origin.name])) for origin, asked in found]
 
@@ -294,6 +331,8 @@ def first_of_each(hits: Iterable[Hit]) -> list[Hit]:
 def as_embeddings(queries: Queries, origin: Origin, where: str) -> Embeddings:
     """Queries in any of their forms as flat arrays in float32, checked against what they are to be compared with.
 
+    Of documents that are prefixes of nested vectors, they are cut to the query vectors that go with these.
+
     Raises:
         InputError: Another kind or width, or a number that is not finite.
     """
@@ -305,6 +344,9 @@ def as_embeddings(queries: Queries, origin: Origin, where: str) -> Embeddings:
         )
     if not np.isfinite(found.values).all():
         raise InputError(f"{where}: a query has a number that is not finite, so no score would mean anything.")
+    count = origin.nested[-1][0] if origin.nested else None
+    if count is not None and len(found) and found.lengths.min() >= count:
+        found = first_vectors(found, count)
     return replace(found, values=np.ascontiguousarray(found.values, np.float32))
 
 

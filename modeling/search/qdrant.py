@@ -6,11 +6,15 @@ from 0 on without a gap; those from 1 on say in their payload which they are. Sp
 index, single vectors HNSW from Qdrant's threshold on, and several vectors none: they rank candidates anew, or are
 scanned.
 
+Of nested vectors the first of each document is a single vector beside all of them, so that it finds what they rank;
+``prefixes=4,8`` stores more of these, as several vectors, each of which can be searched and can rank.
+
 What the index knows of itself lies with it, in flat keys, so that a dropped collection forgets its uploads too::
 
     polyrep                      version of this layout
     polyrep/layout               settings that a collection is made with
     polyrep/origin/NAME          origin of the vectors NAME
+    polyrep/prefixes/NAME        numbers of first vectors that are stored beside them
     polyrep/shard/NAME/SHA-256   true once every document of that shard is written
 
 Several readers of a server do no harm; let one process at a time write.
@@ -18,6 +22,7 @@ Several readers of a server do no harm; let one process at a time write.
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -27,19 +32,23 @@ from urllib.parse import SplitResult
 
 import numpy as np
 
-from ..encoding.embeddings import Embeddings, rows
+from ..encoding.embeddings import Embeddings, Kind, rows
+from ..encoding.nested import first_vectors
 from ..encoding.shards import Origin, Shard, origin_of
 from ..errors import InputError
+from .budget import BudgetError, Stage, budgeted_stages, refuse_budget
 from .local import folder_of
 from .protocol import (
     CANDIDATES,
     Added,
+    Asked,
     Hit,
     Queries,
     by_document,
+    candidates_of,
     checked_origin,
     refuse_unknown,
-    stages,
+    refuse_unlike_groups,
     tell_without_candidates,
     unique_ids,
     weighted_stages,
@@ -51,6 +60,7 @@ from .ranking import sparse_rows
 from .scoring import EMPTY_DOCUMENT_SCORE
 
 VERSION, LAYOUT, ORIGIN, SHARD = "polyrep", "polyrep/layout", "polyrep/origin/", "polyrep/shard/"
+PREFIXES = "polyrep/prefixes/"
 NAMESPACE = uuid.UUID("5f1c6a1e-6d3c-5d0e-9a57-0c2b8f6f7a11")
 """Under it a document's id becomes the UUID of its point; Qdrant takes no strings."""
 
@@ -71,7 +81,7 @@ WINDOWS = 4
 
 
 def open_embedded(parts: SplitResult, settings: dict[str, str], *, force: bool = False) -> QdrantIndex:
-    """Open ``qdrant:///PATH?prefetch=&quantization=&on_disk=``; see :func:`polyrep.search.open_index`.
+    """Open ``qdrant:///PATH?prefetch=&quantization=&on_disk=&prefixes=``; see :func:`polyrep.search.open_index`.
 
     Raises:
         InputError: A setting is unknown or contradicts the index; the folder is in use, damaged, or something else.
@@ -81,7 +91,7 @@ def open_embedded(parts: SplitResult, settings: dict[str, str], *, force: bool =
 
 
 def open_server(parts: SplitResult, settings: dict[str, str], *, force: bool = False) -> QdrantIndex:
-    """Open ``qdrant+http(s)://HOST:PORT/COLLECTION?shards=&replicas=&prefetch=&quantization=&on_disk=``.
+    """Open ``qdrant+http(s)://HOST:PORT/COLLECTION?shards=&replicas=&prefetch=&quantization=&on_disk=&prefixes=``.
 
     The API key is read from the environment variable ``QDRANT_API_KEY``.
 
@@ -105,7 +115,12 @@ def _read_settings(settings: dict[str, str], uri: str, counts: tuple[str, ...]) 
             layout[name] = settings.pop(name)
             if layout[name] not in choices:
                 raise InputError(f"{uri}: {name}={layout[name]}: expected {' or '.join(choices)}.")
-    refuse_unknown(settings, uri, ", ".join(("prefetch", "quantization", "on_disk", *counts)))
+    if (said := settings.pop("prefixes", None)) is not None:
+        numbers = [int(part) if re.fullmatch("[0-9]+", part) else 0 for part in said.split(",")]
+        if min(numbers) < 1:
+            raise InputError(f"{uri}: prefixes={said}: expected numbers of first vectors, e.g. prefixes=4,8.")
+        layout["prefixes"] = sorted({*numbers})
+    refuse_unknown(settings, uri, ", ".join(("prefetch", "quantization", "on_disk", "prefixes", *counts)))
     return prefetch, layout
 
 
@@ -127,7 +142,8 @@ class QdrantIndex:
         self.records = engine.open()
         self._counts: dict[str, int] = {}  # points with a vector of a name, until this process changes them
         self.layout: dict[str, Any] = self.records.get(LAYOUT, layout)
-        if not isinstance(self.layout, dict):
+        prefixes = self.layout.get("prefixes", []) if isinstance(self.layout, dict) else None
+        if not isinstance(prefixes, list) or not all(type(count) is int for count in prefixes):
             raise InputError(f"{self.where}: its layout is {self.layout!r:.80}, so the index is damaged. Delete it.")
         if self.records.get(VERSION, 1) != 1:
             raise InputError(f"{self.where}: of format {self.records[VERSION]}, not 1. Use the polyrep that wrote it.")
@@ -146,6 +162,7 @@ class QdrantIndex:
                     f"{self.where}: its vectors {name!r} are called {origin.name!r} and compared by "
                     f"{origin.similarity!r:.40}, so the index is damaged. Delete it and add its corpora again."
                 )
+        self._prefixes = {origin.name: self._stored_prefixes(origin) for origin in self.origins.values()}
 
     def add(self, shards: Iterable[Shard]) -> Added:
         """Write documents; see :class:`polyrep.search.Index`.
@@ -173,7 +190,9 @@ class QdrantIndex:
         k: int = 10,
         *,
         weights: Mapping[str, float] | None = None,
-        candidates: int = CANDIDATES,
+        candidates: int | None = None,
+        budget: Asked = None,
+        first: Asked = None,
     ) -> list[list[Hit]]:
         """The best ``k`` documents of each query; two stages and a weighted sum are one request to the engine.
 
@@ -181,16 +200,22 @@ class QdrantIndex:
 
         Raises:
             InputError: The index is empty, the queries or weights do not fit, or documents lack vectors.
+            BudgetError: No such prefix is stored.
         """
         if weights is not None:
-            summed = weighted_stages(self.origins, queries, k, self.where, weights, candidates)
+            refuse_budget(budget, first, self.where, "a weighted sum is of all vectors. Leave one of the two out.")
+            summed = weighted_stages(self.origins, queries, k, self.where, weights)
+            count = candidates_of(candidates, CANDIDATES, self.where)
             if not self._windowed:
-                return self._weighted(summed, k, max(k, candidates))
+                return self._weighted(summed, k, max(k, count))
             ((_, _, weight),) = summed  # since there are no vectors of another name beside windows
             return [[hit._replace(score=weight * hit.score) for hit in hits] for hits in self.search(queries, k)]
-        asked_for = stages(self.origins, queries, k, self.where)
+        asked_for = budgeted_stages(self.origins, queries, k, self.where, budget, first)
+        stored = [self._stored(stage) for stage in asked_for]
+        prefetch = candidates_of(candidates, self.prefetch, self.where)
         # How many points a document has is not asked for, since counting reads every point.
-        return by_document(lambda depth: self._nearest(asked_for, depth), k, WINDOWS if self._windowed else 1)
+        each = WINDOWS if self._windowed else 1
+        return by_document(lambda depth: self._nearest(asked_for, stored, depth, max(depth, prefetch)), k, each)
 
     def _weighted(
         self, asked_for: Sequence[tuple[Origin, Embeddings, float]], k: int, candidates: int
@@ -249,20 +274,39 @@ class QdrantIndex:
     def _quantized(self) -> bool:
         return self.layout.get("quantization", "none") != "none"
 
-    def _nearest(self, asked_for: list[tuple[Origin, Embeddings]], k: int) -> list[list[Hit]]:
+    def _stored(self, stage: Stage) -> Origin:
+        """The vectors that a stage compares, as the engine has them."""
+        prefixes = self._prefixes.get(stage.origin.name, {})
+        if stage.documents is None:
+            return stage.origin
+        if stage.documents not in prefixes:
+            raise BudgetError(
+                f"{self.where}: stores the first {', '.join(map(str, prefixes))} and all {stage.origin.nested[-1][1]} "
+                f"of a document's vectors {stage.origin.name!r}; {stage.documents} asked. Use one of these, or start "
+                f"an index with prefixes={stage.documents} in its URI; memory: searches any number."
+            )
+        return prefixes[stage.documents]
+
+    def _nearest(self, asked_for: Sequence[Stage], stored: Sequence[Origin], k: int, prefetch: int) -> list[list[Hit]]:
         """The best ``k`` points of each query, as hits of their documents."""
-        names = [origin.name for origin, _ in asked_for]
-        last = asked_for[-1][0].similarity
-        quantized = self._quantized and asked_for[0][0].kind == "sentence"
-        hits: list[list[Hit]] = [[] for _ in range(len(asked_for[0][1]))]
+        names = [origin.name for origin in stored]
+        single = [origin.kind != stage.origin.kind for origin, stage in zip(stored, asked_for, strict=True)]
+        last = asked_for[-1].origin.similarity
+        quantized = self._quantized and stored[0].kind == "sentence"
+        hits: list[list[Hit]] = [[] for _ in range(len(asked_for[0].queries))]
         for start in range(0, len(hits), QUERIES):
             stop = min(start + QUERIES, len(hits))
-            vectors = [self._vectors(asked, start, stop, origin.similarity) for origin, asked in asked_for]
+            vectors = [self._vectors(stage.queries, start, stop, stage.origin.similarity) for stage in asked_for]
             # An empty query has no best document, and an engine would refuse the whole request.
             asked = {
                 start + i: row for i, row in enumerate(zip(*vectors, strict=True)) if all(v is not None for v in row)
             }
-            found = self.engine.query(Request(names, list(asked.values()), k, max(k, self.prefetch), quantized))
+            # MaxSim against a single vector is the product with the sum of the query's.
+            wanted = [
+                tuple(vector.sum(0) if one else vector for vector, one in zip(row, single, strict=True))
+                for row in asked.values()
+            ]
+            found = self.engine.query(Request(names, wanted, k, prefetch, quantized))
             for (row, vector), points in zip(asked.items(), found, strict=True):
                 scale = _scale(last, vector[-1])
                 hits[row] = [_hit(point, scale, self._windowed) for point in points]
@@ -317,15 +361,16 @@ class QdrantIndex:
                 f"{self.where}: cannot score {origin.kind} vectors by {origin.similarity}, only by "
                 f"{', '.join(SIMILARITIES[origin.kind])}. Use another back end."
             )
-        if origin.name not in self.origins:
-            self._announce(origin)
+        self._announce(origin)
         key = f"{SHARD}{origin.name}/{shard.checksum}"
         if shard.checksum and self.records.get(key):
             return replace(added, shards_known=added.shards_known + 1)
+        refuse_unlike_groups(shard)
         names, vectors = _points_of(shard)
         if origin.by_window:  # a document may come in the place of one with more windows
             self._remove(self._points_from({name: number + 1 for name, number in names}))
-        spans = batches(vectors)
+        prefixes = self._prefixes[origin.name]
+        spans = batches(vectors, 1 + sum(prefixes) / origin.nested[-1][1] if prefixes else 1.0)
         replaced = sum(self._write(names[a:b], vectors, a, b, origin) for a, b in spans)
         replaced += len(shard.ids) - len({name for name, _ in names}) if origin.by_window else 0
         self.engine.flush()
@@ -334,36 +379,95 @@ class QdrantIndex:
         return replace(added, documents=added.documents + len(shard.ids), replaced=added.replaced + replaced)
 
     def _announce(self, origin: Origin) -> None:
-        """Make room for vectors of a new name."""
-        records: dict[str, Any] = {ORIGIN + origin.name: origin.described()}
-        if self.origins:
-            self.engine.extend(self.origins | {origin.name: origin}, origin, self.layout, records)
+        """Make room for vectors of a new name and for their prefixes, unless it is there."""
+        wanted = self._wanted_prefixes(origin)
+        if origin.name not in self.origins:
+            records: dict[str, Any] = {ORIGIN + origin.name: origin.described()}
+            if self.origins:
+                self.engine.extend(self._named() | {origin.name: origin}, origin, self.layout, records)
+            else:
+                records = {VERSION: 1, LAYOUT: self.layout} | records
+                self.engine.create(origin, self.layout, records)
+            self.records |= records
+            self.origins[origin.name], self._prefixes[origin.name] = origin, {}
+        stored = self._prefixes[origin.name]
+        for count in wanted:  # no document is written before all are there
+            if count not in stored:
+                new, key = _prefix(origin, count), PREFIXES + origin.name
+                records = {key: [*stored, count]}
+                self.engine.extend(self._named() | {new.name: new}, new, self.layout, records)
+                self.records |= records
+                stored[count] = new
+
+    def _named(self) -> dict[str, Origin]:
+        """All vectors of the engine by name, those of prefixes too."""
+        prefixes = (prefix for several in self._prefixes.values() for prefix in several.values())
+        return self.origins | {prefix.name: prefix for prefix in prefixes}
+
+    def _wanted_prefixes(self, origin: Origin) -> list[int]:
+        """How many first vectors of a document are to be stored beside all of them.
+
+        Raises:
+            InputError: Of these vectors there are no such prefixes, or their names are taken.
+        """
+        asked: list[int] = self.layout.get("prefixes", [])
+        if not origin.nested:
+            if asked and origin.kind == "tokens":
+                raise InputError(
+                    f"{self.where}: made with prefixes={','.join(map(str, asked))}, but vectors {origin.name!r} are "
+                    "not nested, so their first mean nothing by themselves. Start an index without, or encode with a "
+                    "model that has nested_groups."
+                )
+            wanted = []
         else:
-            records = {VERSION: 1, LAYOUT: self.layout} | records
-            self.engine.create(origin, self.layout, records)
-        self.records |= records
-        self.origins[origin.name] = origin
+            full = origin.nested[-1][1]
+            if asked and asked[-1] > full:
+                raise InputError(
+                    f"{self.where}: made with prefixes={','.join(map(str, asked))}, but a document holds {full} "
+                    f"vectors {origin.name!r}. Start an index with prefixes below that."
+                )
+            wanted = [count for count in sorted({1, *asked}) if count < full]
+        names = {origin.name, *(_prefix(origin, count).name for count in wanted)}
+        others = {name for name in self.origins if name != origin.name}
+        others |= {p.name for name, several in self._prefixes.items() if name != origin.name for p in several.values()}
+        if taken := names & others:
+            raise InputError(
+                f"{self.where}: has vectors {min(taken)!r} already, and those of {origin.name!r} would be called so. "
+                "Give one another --name when encoding, or use an index of their own."
+            )
+        return wanted
+
+    def _stored_prefixes(self, origin: Origin) -> dict[int, Origin]:
+        """Prefixes of vectors that an index has, by their numbers of vectors."""
+        counts = self.records.get(PREFIXES + origin.name, [])
+        most = origin.nested[-1][1] if origin.nested else 0
+        if not isinstance(counts, list) or not all(type(count) is int and 0 < count < most for count in counts):
+            raise InputError(
+                f"{self.where}: says that it stores the first {counts!r:.40} of {most} vectors {origin.name!r}, so it "
+                "is damaged. Delete it and add its corpora again."
+            )
+        return {count: _prefix(origin, count) for count in counts}
 
     def _write(
         self, names: Sequence[tuple[str, int]], embeddings: Embeddings, start: int, stop: int, origin: Origin
     ) -> int:
         """Write some points, each an id and a window's number; returns how many documents took another's place."""
         types = self.engine.types
-        vectors = self._vectors(embeddings, start, stop, origin.similarity)
+        vectors = self._named_vectors(embeddings, start, stop, origin)
         points = {point_id(*name): (name, v) for name, v in zip(names, vectors, strict=True)}
         known = self.engine.existing(list(points))
         # Upserting a point drops its vectors of other names, so only what is new is upserted.
         new = [
             types.PointStruct(
                 id=point,
-                vector={} if v is None else {origin.name: v},
+                vector=v or {},
                 payload={"id": identifier} | ({"window": number} if number else {}),
             )
             for point, ((identifier, number), v) in points.items()
             if point not in known
         ]
         changed = [
-            types.PointVectors(id=point, vector={origin.name: v})
+            types.PointVectors(id=point, vector=v)
             for point, (_, v) in points.items()
             if point in known and v is not None
         ]
@@ -373,6 +477,22 @@ class QdrantIndex:
             there = sum(number == 0 and point in known for point, ((_, number), _) in points.items())
         self.engine.write(origin.name, new, changed, emptied)
         return there + len(names) - len(points)
+
+    def _named_vectors(
+        self, embeddings: Embeddings, start: int, stop: int, origin: Origin
+    ) -> list[dict[str, Any] | None]:
+        """What is written of some texts, by name: their vectors and the prefixes of these; None for a text without."""
+        found = [
+            None if v is None else {origin.name: v} for v in self._vectors(embeddings, start, stop, origin.similarity)
+        ]
+        for count, prefix in self._prefixes[origin.name].items():
+            cut = first_vectors(rows(embeddings, np.arange(start, stop)), count)
+            if prefix.kind == "sentence":
+                cut = replace(cut, kind="sentence", offsets=None)
+            for named, v in zip(found, self._vectors(cut, 0, len(cut), prefix.similarity), strict=True):
+                if named is not None:
+                    named[prefix.name] = v
+        return found
 
     def _record(self, changes: dict[str, Any]) -> None:
         if changes:
@@ -434,9 +554,19 @@ def _points_of(shard: Shard) -> tuple[list[tuple[str, int]], Embeddings]:
     return names, rows(shard.vectors, np.array([row for span in spans for row in span], np.int64))
 
 
-def batches(embeddings: Embeddings) -> Iterator[tuple[int, int]]:
-    """Bounds of runs of texts that make requests of at most :data:`POINTS` and about :data:`BYTES`."""
-    numbers = embeddings.lengths * (2 if embeddings.kind == "sparse" else embeddings.dim)
+def _prefix(origin: Origin, count: int) -> Origin:
+    """The first vectors of nested ones as the engine has them: a single one is quick to find, as one vector a text."""
+    kind: Kind = "sentence" if count == 1 else "tokens"
+    similarity = "dot" if count == 1 else origin.similarity
+    return replace(origin, name=f"{origin.name}-first-{count}", kind=kind, similarity=similarity, nested=())
+
+
+def batches(embeddings: Embeddings, times: float = 1.0) -> Iterator[tuple[int, int]]:
+    """Bounds of runs of texts that make requests of at most :data:`POINTS` and about :data:`BYTES`.
+
+    What is sent is ``times`` as large as the embeddings.
+    """
+    numbers = times * embeddings.lengths * (2 if embeddings.kind == "sparse" else embeddings.dim)
     ends, start = np.cumsum(numbers) * NUMBER, 0
     while start < len(embeddings):
         limit = BYTES + (ends[start - 1] if start else 0)

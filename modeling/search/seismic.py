@@ -21,7 +21,7 @@ from ..encoding.shards import Shard
 from ..errors import InputError
 from ..files import file_sha256, known_sha256, user_cache
 from .local import FolderIndex, Vectors, package
-from .protocol import CANDIDATES, Hit, Queries, by_document, refuse_unknown, whole_number
+from .protocol import Asked, Hit, Queries, by_document, refuse_unknown, whole_number
 from .ranking import sparse_rows
 
 STEP = 65_536
@@ -77,10 +77,12 @@ class SeismicIndex(FolderIndex):
         k: int = 10,
         *,
         weights: Mapping[str, float] | None = None,
-        candidates: int = CANDIDATES,
+        candidates: int | None = None,
+        budget: Asked = None,
+        first: Asked = None,
     ) -> list[list[Hit]]:
-        """See :class:`polyrep.search.Index`; there is no weighted sum."""
-        asked = self._query_vectors(queries, k, weights)
+        """See :class:`polyrep.search.Index`; there is no weighted sum, and no budget."""
+        asked = self._query_vectors(queries, k, weights, budget, first)
         if not self.count():
             return [[] for _ in range(len(asked))]
         return by_document(lambda depth: self._nearest(asked, depth), min(k, self.count()), self.documents.each)

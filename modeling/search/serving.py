@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,8 +15,9 @@ import torch
 from ..encoding.views import encode_views, views_of, weights_of_views
 from ..errors import InputError
 from ..hub.fingerprint import told
+from .budget import budgets_of, refuse_budget
 from .probability import Searcher
-from .protocol import Hit, Index, refuse_unusable_weights
+from .protocol import Asked, Hit, Index, refuse_unusable_weights
 
 Task = Literal["query", "document"]
 _Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -27,10 +28,21 @@ class Busy(Exception):
     """More texts wait than may: the client should come back."""
 
 
+class _Plan(NamedTuple):
+    """At which budget is searched; see :class:`polyrep.search.Index`."""
+
+    budget: int | tuple[int | None, ...] | None = None
+    first: int | tuple[int | None, ...] | None = None
+
+
+_WHOLE = _Plan()
+
+
 class _Job(NamedTuple):
     task: str  # search, query or document
     text: str
     k: int
+    plan: _Plan
     answer: asyncio.Future[Any]
 
 
@@ -108,16 +120,31 @@ class Service:
             "waiting": self._queue.qsize(),
         }
 
-    async def search(self, queries: list[str], k: int) -> list[list[Hit]]:
+    async def search(
+        self, queries: list[str], k: int, *, budget: Asked = None, first: Asked = None
+    ) -> list[list[Hit]]:
         """The best ``k`` documents of each query, with probabilities where the model's folder has a calibration.
+
+        Args:
+            queries: Texts.
+            k: How many documents.
+            budget: Of nested vectors, how many are compared; see :class:`polyrep.search.Index`. Texts that come with
+                others are encoded together with them, and searched by themselves.
+            first: Likewise, what finds the candidates that ``budget`` ranks.
 
         Raises:
             Busy: Too many texts wait.
             InputError: ``k`` is below 1.
+            BudgetError: The index cannot be searched at this budget.
         """
         if k < 1:
             raise InputError(f"k={k}: asks for no document. Use 1 or more.")
-        return [hits[:k] for hits in await self._answers("search", queries, k)]
+        if budget is not None or first is not None:
+            if self._weights or len(self._index.origins) != 1:
+                refuse_budget(budget, first, "the index", "it holds no or several kinds of vectors. Leave it out.")
+            budgets_of(next(iter(self._index.origins.values())), budget, first, "the index")
+        plan = _Plan(_hashable(budget), _hashable(first))
+        return [hits[:k] for hits in await self._answers("search", queries, k, plan)]
 
     async def encode(self, texts: list[str], task: Task) -> list[Any]:
         """What each text becomes, as plain numbers.
@@ -131,11 +158,11 @@ class Service:
         """
         return await self._answers(task, texts, 0)
 
-    async def _answers(self, task: str, texts: list[str], k: int) -> list[Any]:
+    async def _answers(self, task: str, texts: list[str], k: int, plan: _Plan = _WHOLE) -> list[Any]:
         if self._queue.qsize() + len(texts) > self._queue.maxsize:
             raise Busy(f"{self._queue.qsize()} texts wait, {len(texts)} more are too many")
         loop = asyncio.get_running_loop()
-        jobs = [_Job(task, text, k, loop.create_future()) for text in texts]
+        jobs = [_Job(task, text, k, plan, loop.create_future()) for text in texts]
         for job in jobs:
             self._queue.put_nowait(job)
         return await asyncio.gather(*(job.answer for job in jobs))
@@ -156,10 +183,15 @@ class Service:
             for job in jobs:  # one by one, so that a text which cannot be encoded fails its own request alone
                 await self._settle([job])
         elif vectors is not None:
-            answers = await self._tried(jobs, self._finish, vectors)
-            for job, answer in zip(jobs, answers or (), strict=False):
-                if not job.answer.done():
-                    job.answer.set_result(answer)
+            for plan in dict.fromkeys(job.plan for job in jobs):
+                places = [place for place, job in enumerate(jobs) if job.plan == plan]
+                some, theirs = jobs, vectors
+                if len(places) < len(jobs):  # then vectors are nested, a matrix for each text
+                    some, theirs = [jobs[place] for place in places], [vectors[place] for place in places]
+                answers = await self._tried(some, self._finish, theirs)
+                for job, answer in zip(some, answers or (), strict=False):
+                    if not job.answer.done():
+                        job.answer.set_result(answer)
 
     async def _tried(self, jobs: list[_Job], call: Callable[..., Any], *more: Any) -> Any:
         """Call in a thread; after an error None, and it is the answer unless jobs can be tried one by one."""
@@ -186,7 +218,8 @@ class Service:
         if jobs[0].task == "search" and self._weights:
             return self._index.search(vectors, max(job.k for job in jobs), weights=self._weights)
         if jobs[0].task == "search":
-            return self._searcher.search([job.text for job in jobs], vectors, max(job.k for job in jobs))
+            texts, k, plan = [job.text for job in jobs], max(job.k for job in jobs), jobs[0].plan
+            return self._searcher.search(texts, vectors, k, budget=plan.budget, first=plan.first)
         return [_numbers(vector) for vector in vectors]
 
 
@@ -235,6 +268,11 @@ class Deadline:
             headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
             await send({"type": "http.response.start", "status": 408, "headers": headers})
             await send({"type": "http.response.body", "body": b'{"detail": "the body came too slowly"}'})
+
+
+def _hashable(asked: Asked) -> int | tuple[int | None, ...] | None:
+    """A budget that was refused if it is no number and no pair."""
+    return tuple(asked) if isinstance(asked, Sequence) else asked
 
 
 def _numbers(vector: Any) -> Any:
