@@ -126,10 +126,13 @@ def _one_a_pair(scores: Any, pairs: int, name: str) -> np.ndarray:
     """``(pairs,)`` float32; InputError if they are not, or not finite."""
     scores = np.asarray(scores, np.float32)
     if scores.shape != (pairs,):
-        raise InputError(f"{name}: the model that scores pairs gave {scores.shape} numbers for {pairs} of them. Give one a pair.")
+        raise InputError(
+            f"{name}: the model gave {scores.shape} scores for {pairs} pairs, so none is kept. Use one that gives a "
+            "number a pair."
+        )
     if lost := int((~np.isfinite(scores)).sum()):
         raise InputError(
-            f"{name}: {lost} of {pairs} scores are not finite, and none is kept. Try float32 weights, or another model."
+            f"{name}: {lost} of {pairs} scores are not finite, so none is kept. Try float32 weights, or another model."
         )
     return scores
 
