@@ -65,8 +65,8 @@ class Room:
         joins_vision: Whether the head brings the vectors of a text encoder and of a vision encoder (``--vision``) into
             one space: its config then takes ``image_dim`` and ``vision_model_id``, and where the vision encoder is a
             model of its own, ``model.from_encoder`` and ``load_processor`` take its folder as ``vision``.
-        open_backbone: ``(folder, dtype)`` to the backbone, for folders that are to be opened otherwise than their files
-            say; None, or one that returns None, for any other. Its type is None for weights as they are saved.
+        open_backbone: ``(folder, dtype)`` to the backbone, for folders that are to be opened otherwise than they say
+            themselves; None, or one that returns None, for any other. The type is None for weights as they are saved.
         load_processor: ``(backbone, **vision)`` to what prepares the inputs of the model; None: the
             backbone's tokenizer.
         encoders: Modules of the model that adapters train (``--lora_rank``), as far as it has them.

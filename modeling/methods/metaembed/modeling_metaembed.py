@@ -24,7 +24,6 @@ Where this code leaves the paper:
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 
 import torch
@@ -214,14 +213,14 @@ class MetaEmbedConfig(Nested, PretrainedConfig):
         document_budget (int): Likewise of a document.
         isolation (str): What isolates the meta tokens in this encoder: a mask, its causal attention, or none.
         own_projection (bool): Whether the projection came with the backbone.
-        max_position_embeddings (int): Tokens that a text can have.
+        max_position_embeddings (int): Tokens that a text can have; -1 where positions have no end.
     """
 
     model_type = "polyrep_metaembed"
     sub_configs = {"encoder_config": AutoConfig}
     derived = ("isolation", "own_projection", "max_position_embeddings")
 
-    @checked(**_CHOICES, **_BUDGETS, projection_dim=WIDTH, max_position_embeddings=(1, 2**40))
+    @checked(**_CHOICES, **_BUDGETS, projection_dim=WIDTH, max_position_embeddings=(-1, 2**40))
     def __init__(
         self,
         encoder_config=None,
@@ -238,7 +237,7 @@ class MetaEmbedConfig(Nested, PretrainedConfig):
         document_budget: int | None = None,
         isolation: str = "mask",
         own_projection: bool = False,
-        max_position_embeddings: int | None = None,
+        max_position_embeddings: int = -1,
         **kwargs,
     ):
         pooling = pooling or "mean"
@@ -406,12 +405,16 @@ class MetaEmbedModel(WholeWeights, PreTrainedModel):
             initialization.normal_(module.weight, std=0.02)
 
     def attach(self) -> None:
-        """Have the encoder's embedding layer know the meta tokens.
+        """Have the encoder's embedding layer know the meta tokens, and what else has the same words (T5's stack).
 
         Raises:
             ValueError: There is none.
         """
-        self.words.forward = WithMetas(self.words, self.metas)
+        words = self.words
+        for part in self.encoder.modules():
+            if isinstance(part, PreTrainedModel) and (found := embeddings_of(part)) is not None:
+                if found.weight.shape == words.weight.shape:
+                    found.forward = WithMetas(found, self.metas)
 
     @property
     def words(self) -> nn.Embedding:
@@ -437,8 +440,8 @@ class MetaEmbedModel(WholeWeights, PreTrainedModel):
             encoder, projection = getattr(whole, "vlm", None), getattr(whole, "embedding_proj_layer", None)
             if encoder is None or not isinstance(projection, nn.Linear):
                 raise ValueError(
-                    f"{cls.__name__}: {backbone} is a {type(whole).__name__}, which has no vlm and embedding_proj_layer "
-                    "as ColQwen2 has. Name a ColQwen2, or its language model by itself."
+                    f"{cls.__name__}: {backbone} is a {type(whole).__name__}, which has no vlm and no "
+                    "embedding_proj_layer as ColQwen2 has. Name a ColQwen2, or its language model by itself."
                 )
             whole_encoder(whole, cls.__name__)
             return cls.around(encoder, model.tokenizer, projection, **config)
@@ -529,8 +532,8 @@ class MetaEmbedModel(WholeWeights, PreTrainedModel):
             words: Ids that texts can be made of.
         """
         window = _window(self.encoder.config)
-        most = self.config.max_position_embeddings or 2**20
-        length = min(most, 12 if window is None else window + 12)
+        length, most = 12 if window is None else window + 12, self.config.max_position_embeddings
+        length = min(length, most) if most > 0 else length
         ids = words[torch.arange(2 * length) % len(words)].view(2, length).to(self.words.weight.device)
         mask = torch.ones_like(ids)
         mask[1, length - length // 4 :] = 0
@@ -597,7 +600,7 @@ class MetaEmbedModel(WholeWeights, PreTrainedModel):
         config, name = self.config, type(self).__name__
         limit = config.max_position_embeddings
         followed = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if limit is not None and not followed and input_ids.shape[1] > limit:
+        if not followed and 0 < limit < input_ids.shape[1]:
             raise ValueError(
                 f"{name}: texts of {input_ids.shape[1]} tokens, but with meta tokens behind them the encoder has "
                 f"positions for {limit}. Cut them: max_seq_length={limit}, or truncation=True, max_length={limit}."
@@ -646,6 +649,9 @@ class MetaEmbedModel(WholeWeights, PreTrainedModel):
             patches = grid[:, 1] * grid[:, 2]
             there = torch.arange(pixels.shape[1], device=pixels.device) < patches[:, None]
             inputs = {**inputs, "pixel_values": pixels[there]}
+        image = getattr(self.encoder.config, "image_token_id", None)
+        if grid is not None and image is not None and inputs.get("mm_token_type_ids") is None:  # nor does it say
+            inputs = {**inputs, "mm_token_type_ids": (inputs["input_ids"] == image).to(inputs["input_ids"].dtype)}
         return self.encoder(**inputs, return_dict=True).last_hidden_state
 
     def _with_metas(self, inputs: dict, count: int, offset: int, isolated: bool) -> tuple[Tensor, Behind]:
@@ -679,14 +685,19 @@ class MetaEmbedModel(WholeWeights, PreTrainedModel):
         return added() if window is None else {"full_attention": added(), "sliding_attention": added(window)}
 
 
+def embeddings_of(model: PreTrainedModel) -> nn.Embedding | None:
+    """The embedding layer of a model's words; None if it has none."""
+    try:
+        words = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return words if isinstance(words, nn.Embedding) else None
+
+
 def words_of(encoder: nn.Module, owner: str) -> nn.Embedding:
     """The embedding layer of an encoder's words; ValueError if it has none, or reads no ids."""
-    try:
-        words = encoder.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        words = None
-    reads = "input_ids" in inspect.signature(encoder.forward).parameters or readable(encoder) is None
-    if not isinstance(words, nn.Embedding) or not reads:
+    words = embeddings_of(encoder)
+    if words is None or "input_ids" not in (readable(encoder) or ("input_ids",)):
         raise ValueError(
             f"{owner}: {type(encoder).__name__} has no embeddings of words for meta tokens to stand among. Use an "
             "encoder of texts, or a vision-language model that reads both in one sequence."
@@ -809,7 +820,7 @@ class MetaEmbedBudget(BaseTokenPooling):
     def _first(self, vectors: Tensor, mask: Tensor, task: str | None) -> Tensor:
         """The first vectors that count of each text: ``(batch, n, dim)``."""
         self._refuse(int(mask.sum(1).min()), task)
-        places = mask.int().argsort(1, descending=True, stable=True)[:, : self.n]
+        places = mask.int().argsort(dim=1, descending=True, stable=True)[:, : self.n]
         return _at(vectors, places)
 
     def _refuse(self, held: int, task: str | None) -> None:

@@ -1,8 +1,8 @@
-"""How nested vectors are learned: one contrastive loss for each prefix, over the same vectors (section 3 of the paper).
+"""How nested vectors are learned: one contrastive loss for each prefix, over the same vectors.
 
 One loss, three ways to feed it. ``MetaEmbedObjective`` trains a whole model with the trainers of
-sentence-transformers, ``CachedMetaEmbedObjective`` does so in batches larger than memory, and ``MetaEmbedHeadObjective``
-fits a head to the cached token vectors of a frozen late-interaction model.
+sentence-transformers, ``CachedMetaEmbedObjective`` does so in batches larger than memory, and
+``MetaEmbedHeadObjective`` fits a head to the cached token vectors of a frozen late-interaction model.
 """
 
 from __future__ import annotations
@@ -367,7 +367,7 @@ class MetaEmbedHeadObjective(_NestedLoss):
         if not label_weight and not maxsim_weight:
             raise InputError("--label_weight 0 --maxsim_weight 0: nothing would be learned. Leave one out.")
         if not 0 < score_scale < math.inf:
-            raise InputError(f"--score_scale {score_scale}: scores need a positive factor before the softmax, e.g. 30.")
+            raise InputError(f"--score_scale {score_scale}: a softmax needs a positive factor, e.g. 30.")
         self.label_weight, self.maxsim_weight, self.score_scale = label_weight, maxsim_weight, score_scale
 
     @property
