@@ -201,7 +201,7 @@ class MetaEmbedConfig(Nested, PretrainedConfig):
         num_document_vectors (int): Likewise of a document.
         groups (list): Prefixes that are trained, each a pair: vectors of a query and of a document. The smaller ones
             first, and all at the end. Default: (1, 1), (2, 4), (4, 8), doubling up to the full numbers.
-        projection_dim (int): Width of the vectors; None for that of the encoder's states.
+        projection_dim (int): Width of the vectors, to which wider states are projected; None for that of the states.
         residual (bool): Vectors are the backbone's own plus what is learned. Else, as in the paper, states alone.
         attention (str): isolated: the text does not see the meta tokens, nor one of them a later one. full: all see
             all, as the encoder has it.
@@ -251,6 +251,8 @@ class MetaEmbedConfig(Nested, PretrainedConfig):
                 "states must have one width. Use the config of an encoder of texts or of pages."
             )
         check_weight(name, num_document_vectors=num_document_vectors, hidden_size=width)
+        if projection_dim is not None and projection_dim >= width and not own_projection:
+            self.projection_dim = projection_dim = None
         check_weight(name, projection_dim=projection_dim or width, hidden_size=width)
         if attention == "isolated" and isolation == "none":
             raise ValueError(
@@ -839,7 +841,7 @@ class MetaEmbedHeadConfig(Nested, PretrainedConfig):
         num_query_vectors (int): Vectors of a query.
         num_document_vectors (int): Vectors of a document.
         groups (list): See MetaEmbedConfig.
-        projection_dim (int): Width of the vectors; None for that of the token vectors.
+        projection_dim (int): Width of the vectors, to which wider token vectors are projected; None for theirs.
         residual (bool): Vectors are the mean of the token vectors plus what is learned.
         query_side (str): meta: a query has vectors of its own meta tokens. tokens: it keeps its token vectors.
         output (str): token_embeddings for a MultiVectorEncoder; sentence_embedding: vector 1, for cosine.
@@ -884,6 +886,7 @@ class MetaEmbedHeadConfig(Nested, PretrainedConfig):
         **kwargs,
     ):
         num_heads = num_heads or next(count for count in range(max(1, dim // 64), 0, -1) if dim % count == 0)
+        projection_dim = None if projection_dim is None or projection_dim >= dim else projection_dim
         name = keep(self, locals())
         check_weight(name, dim=dim, width=dim, ffn_mult=ffn_mult)
         check_weight(name, num_document_vectors=num_document_vectors, dim=dim)
