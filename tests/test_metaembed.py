@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import world
-from conftest import DOCUMENTS, QUERIES
+from conftest import DOCUMENTS, QUERIES, write_beir
 from drawings import page as drawn_page
 from PIL import Image
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
@@ -44,6 +44,7 @@ from transformers import (
 
 import polyrep
 from polyrep import InputError
+from polyrep.cli import main
 from polyrep.methods import (
     PAPER,
     MetaEmbedBudget,
@@ -54,6 +55,7 @@ from polyrep.methods import (
     MetaEmbedPooling,
     MetaEmbedTransformer,
 )
+from polyrep.methods.metaembed.backbone import open_backbone
 from polyrep.training.adapters import add_adapters, merge_adapters
 
 ASKED, TEXTS = list(QUERIES.values()), list(DOCUMENTS.values())
@@ -354,6 +356,13 @@ def test_queries_that_keep_their_tokens(backbone, tokenizer):
         whole(**tokens, task="query", num_vectors=2)
 
 
+def test_vectors_are_no_wider_than_what_they_are_made_of():
+    assert MetaEmbedConfig(projection_dim=128).width == 128
+    assert MetaEmbedConfig(encoder_config={"model_type": "bert", "hidden_size": 96}, projection_dim=128).width == 96
+    assert MetaEmbedHeadConfig(dim=96, projection_dim=128).width == 96
+    assert MetaEmbedHeadConfig(dim=384, projection_dim=128).width == 128
+
+
 def test_groups_are_nested_up_to_what_is_given():
     assert MetaEmbedConfig().nested_groups == [[1, 1], [2, 4], [4, 8], [8, 16], [8, 32]]
     assert MetaEmbedConfig(num_query_vectors=1, num_document_vectors=1).nested_groups == [[1, 1]]
@@ -506,6 +515,51 @@ def test_queries_of_a_head_keep_their_tokens_or_have_vectors(multi_vector_model)
             same(found, plain)
         documents = multi_vector_model.encode_document(TEXTS, token_pooling=pooling)
         assert {np.asarray(document).shape for document in documents} == {(6, 16)}
+
+
+@pytest.fixture
+def pooled_backbone(backbone: Path, tmp_path: Path) -> Path:
+    """A model of one vector a text, saved."""
+    modules = [Transformer(str(backbone)), Pooling(32, "mean"), Normalize()]
+    SentenceTransformer(modules=modules, prompts={"query": "list "}, device="cpu").save_pretrained(
+        str(tmp_path / "pooled")
+    )
+    return tmp_path / "pooled"
+
+
+def test_token_states_of_a_model_of_one_vector_have_its_vector_as_their_mean(pooled_backbone):
+    plain = SentenceTransformer(str(pooled_backbone), device="cpu")
+    opened = open_backbone(str(pooled_backbone), None)
+    for task, texts in (("query", ASKED), ("document", TEXTS)):
+        found = [np.asarray(tokens).mean(0) for tokens in getattr(opened, f"encode_{task}")(texts)]
+        same([mean / np.linalg.norm(mean) for mean in found], getattr(plain, f"encode_{task}")(texts))
+
+
+def test_a_head_is_trained_on_a_model_of_one_vector_and_is_one_folder_with_it(pooled_backbone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = write_beir(tmp_path / "tiny", "train")
+    flags = "--num_query_vectors 2 --num_document_vectors 4 --projection_dim 8 --depth 4 --max_steps 2"
+    flags += " --per_device_train_batch_size 2 --disable_tqdm true --output_dir out --overwrite true"
+    where = ["--backbone", str(pooled_backbone), "--datasets", str(data)]
+    assert main(["train", "metaembed-minilm-frozen", *where, *flags.split()]) == 0
+    model = MultiVectorEncoder("out/final", trust_remote_code=True, device="cpu")
+    assert type(model[0].model).__name__ == "MetaEmbedForRetrieval" and model.prompts["query"] == "list "
+    assert {np.asarray(text).shape for text in model.encode_document(TEXTS)} == {(4, 8)}
+    pooling = MetaEmbedPooling.from_pretrained("out/head")
+    backbone = open_backbone(str(pooled_backbone), None)
+    for task, texts in (("query", ASKED), ("document", TEXTS)):
+        encode = f"encode_{task}"
+        same(getattr(backbone, encode)(texts, token_pooling=pooling), getattr(model, encode)(texts))
+
+
+def test_a_model_that_pools_otherwise_is_no_late_interaction_model(backbone, tmp_path, capsys):
+    modules = [Transformer(str(backbone)), Pooling(32, "cls")]
+    SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(tmp_path / "cls"))
+    assert open_backbone(str(tmp_path / "cls"), None) is None
+    data = write_beir(tmp_path / "tiny", "train")
+    where = ["--backbone", str(tmp_path / "cls"), "--datasets", str(data), "--output_dir", str(tmp_path / "out")]
+    assert main(["train", "metaembed-minilm-frozen", *where]) != 0
+    assert "is a SentenceTransformer, but this head reads several vectors a text" in capsys.readouterr().err
 
 
 # Bad input.

@@ -1151,6 +1151,7 @@ class MetaEmbedPooling(HeadModule, BaseTokenPooling):
     def forward(self, features, task=None):
         """Replace a batch's token vectors by few, or add vector 1."""
         tokens, mask = features["token_embeddings"], features["attention_mask"].bool()
+        warn_of_no_task(self, task)
         if len(tokens):
             output = self._run(tokens, mask, task)
             if output.sentence_embedding is not None:
