@@ -67,6 +67,6 @@ register(
         example="example_frozen:build",
         frontier="frontier:METHOD",
         open_backbone=open_backbone,
-        graphs={MetaEmbedHead: {"model": Graph(_TOKENS, outputs=("token_embeddings",))}},
+        graphs={MetaEmbedHead: {"model": Graph(_TOKENS, outputs=("token_embeddings", "mask"))}},
     )
 )

@@ -1015,9 +1015,9 @@ class MetaEmbedHead(WholeWeights, PreTrainedModel):
             return made_output(config, kept, mask, F.normalize(mean, dim=-1).to(dtype))
         count = config.budget_of(side, num_vectors, self.training, name)
         first = 0 if side == "query" else config.num_query_vectors
-        metas = self.metas.weight[first : first + count].expand(len(tokens), -1, -1)  # (batch, count, dim)
+        metas = self.metas.weight[first : first + count].expand(tokens.shape[0], -1, -1)  # (batch, count, dim)
         before = torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril()
-        seen = torch.cat([mask[:, None].expand(-1, count, -1), before.expand(len(tokens), -1, -1)], -1)
+        seen = torch.cat([mask[:, None].expand(-1, count, -1), before.expand(tokens.shape[0], -1, -1)], -1)
         for layer in self.layers:
             metas = layer(metas, tokens, seen)
         vectors = self.residual(self.norm(metas))
