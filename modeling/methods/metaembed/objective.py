@@ -39,7 +39,7 @@ from .modeling_metaembed import MetaEmbedHead
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SAMPLE = 2048
+SAMPLE = 1024
 """Documents by which a new projection is set, at most."""
 
 
