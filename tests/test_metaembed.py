@@ -46,7 +46,6 @@ import polyrep
 from polyrep import InputError
 from polyrep.cli import main
 from polyrep.methods import (
-    PAPER,
     MetaEmbedBudget,
     MetaEmbedConfig,
     MetaEmbedHead,
@@ -56,6 +55,7 @@ from polyrep.methods import (
     MetaEmbedTransformer,
 )
 from polyrep.methods.metaembed.backbone import open_backbone
+from polyrep.methods.metaembed.modeling_metaembed import PAPER
 from polyrep.training.adapters import add_adapters, merge_adapters
 
 ASKED, TEXTS = list(QUERIES.values()), list(DOCUMENTS.values())

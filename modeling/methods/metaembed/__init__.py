@@ -10,7 +10,6 @@ from ...hub.forms import processor_of
 from ...registry import Graph, Room, register
 from .backbone import open_backbone
 from .modeling_metaembed import (
-    PAPER,
     MetaEmbedBudget,
     MetaEmbedConfig,
     MetaEmbedForRetrieval,
@@ -25,7 +24,6 @@ from .modeling_metaembed import (
 from .objective import CachedMetaEmbedObjective, MetaEmbedHeadObjective, MetaEmbedObjective
 
 __all__ = [
-    "PAPER",
     "CachedMetaEmbedObjective",
     "MetaEmbedBudget",
     "MetaEmbedConfig",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -33,7 +34,8 @@ def by_head(head: MetaEmbedHead, task: str, numbers: list[int]) -> Pool:
 
 def partner(head: MetaEmbedHead, number: int) -> int:
     """Vectors of a query for so many of a document: those of the first group that has as many."""
-    return next(asked for asked, held in head.nested_groups if held >= number)  # type: ignore[misc]
+    groups: Any = head.nested_groups
+    return next(asked for asked, held in groups if held >= number)
 
 
 def rows(full: FullModel) -> Iterator[Candidate]:
@@ -55,8 +57,8 @@ def rows(full: FullModel) -> Iterator[Candidate]:
         costs = costs | {"vectors_per_document": float(k)}
         settings = {"vectors": f"{number} of a query, {k} of a document"}
         if k == number == 1:
-            one = (replace(side, kind="sentence", offsets=None) for side in (asked, held))
-            return Encoded(*one, "dot", costs, settings)
+            asked, held = (replace(side, kind="sentence", offsets=None) for side in (asked, held))
+            return Encoded(asked, held, "dot", costs, settings)
         return Encoded(asked, held, "maxsim", costs, settings)
 
     def both() -> Encoded:

@@ -3,11 +3,11 @@
 After Xiao et al., "MetaEmbed: Scaling Multimodal Retrieval at Test-Time with Flexible Late Interaction" (ICLR 2026,
 arXiv 2509.18095). Meta tokens, some for queries and others for documents, stand behind the last token of a text or
 page, and their last states are its vectors, for MaxSim. Training scores nested prefixes of them, so that whoever
-searches chooses how many there are. With p the backbone's own vector and h_i the state of meta token i, both through
-the projection P where there is one:
+searches chooses how many there are. With p the backbone's own vector, h_i the state of meta token i, P a projection
+where there is one, and unit(x) for x at unit length::
 
-    paper     e_i = P h_i / |P h_i|
-    residual  e_i = norm(P p / |p| + W h_i), with W = 0 at first
+    paper     e_i = unit(P h_i)
+    residual  e_i = unit(P unit(p) + W h_i), with W = 0 at first
 
 Where this code leaves the paper:
 
