@@ -65,8 +65,8 @@ class Room:
         joins_vision: Whether the head brings the vectors of a text encoder and of a vision encoder (``--vision``) into
             one space: its config then takes ``image_dim`` and ``vision_model_id``, and where the vision encoder is a
             model of its own, ``model.from_encoder`` and ``load_processor`` take its folder as ``vision``.
-        open_backbone: ``(folder, dtype)`` to the backbone, for folders that are no sentence-transformers model; None,
-            or one that returns None, for any other.
+        open_backbone: ``(folder, dtype)`` to the backbone, for folders that are to be opened otherwise than they say
+            themselves; None, or one that returns None, for any other. The type is None for weights as they are saved.
         load_processor: ``(backbone, **vision)`` to what prepares the inputs of the model; None: the
             backbone's tokenizer.
         encoders: Modules of the model that adapters train (``--lora_rank``), as far as it has them.
@@ -87,7 +87,7 @@ class Room:
     settled: str = ""
     seeded: bool = False
     joins_vision: bool = False
-    open_backbone: Callable[[str, torch.dtype], Any] | None = None
+    open_backbone: Callable[[str, torch.dtype | None], Any] | None = None
     load_processor: Callable[..., Any] | None = None
     encoders: tuple[str, ...] = ("encoder",)
     head_from_words: Callable[..., tuple[PreTrainedModel, Any]] | None = None

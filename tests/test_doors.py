@@ -170,7 +170,11 @@ def test_a_folder_opens_through_every_door(tried, method, door):
 def table(tried: Tried, page: str) -> str:
     """The table of the page; the row of what is not installed here stays as it is, by its columns."""
     methods = [method for method, room in ROOMS.items() if room.package.startswith("polyrep.")]
-    titles = [ROOMS[method].package.rpartition(".")[2] for method in methods]
+    packages = [ROOMS[method].package.rpartition(".")[2] for method in methods]
+    titles = [  # a package may have two models, each with a folder of its own
+        method.removeprefix("polyrep_") if package in packages[:place] else package
+        for place, (method, package) in enumerate(zip(methods, packages, strict=True))
+    ]
     rows = [["door", *titles], ["---"] * (len(methods) + 1)]
     before = [
         [cell.strip() for cell in line.strip("|").split(" | ")] for line in page.splitlines() if line[:2] == "| "

@@ -30,6 +30,8 @@ from polyrep.methods import (
     GaussianConfig,
     LateInteractionConfig,
     LemurForRetrievalConfig,
+    MetaEmbedConfig,
+    MetaEmbedForRetrievalConfig,
     MultiLayerConfig,
     MultiLayerHead,
     MultiLayerHeadConfig,
@@ -53,6 +55,8 @@ KINDS = {
     ReinPoolForRetrievalConfig.model_type: ["pipeline", "single", "head of single"],
     LemurForRetrievalConfig.model_type: ["pipeline"],
     LateInteractionConfig.model_type: ["retriever"],
+    MetaEmbedConfig.model_type: ["retriever"],
+    MetaEmbedForRetrievalConfig.model_type: ["pipeline", "head of pipeline"],
 }
 RETRIEVERS = [(room, kind) for room, kinds in KINDS.items() for kind in kinds if " of " not in kind]
 
@@ -243,6 +247,19 @@ def test_a_head_of_layers_gives_torchs_numbers_at_any_size(exported, batch):
         found = exported.run(task, layer_embeddings=states)["token_embeddings"]
         assert found.shape == (batch, count, 32)
         close(found, expected)
+
+
+@only((MetaEmbedForRetrievalConfig.model_type, "head of pipeline"))
+@pytest.mark.parametrize(("batch", "tokens"), SIZES)
+def test_a_head_of_meta_tokens_gives_torchs_numbers_at_any_size(exported, batch, tokens):
+    generator, mask = drawn_tokens(batch, tokens)
+    states = F.normalize(torch.randn(batch, tokens, 16, generator=generator), dim=-1)
+    for task in ("query", "document"):
+        with torch.no_grad():
+            expected = exported.model[-1].model(states, mask, task)
+        found = exported.run(task, input_token_embeddings=states, attention_mask=mask)
+        close(found["token_embeddings"], expected.token_embeddings)
+        assert (found["mask"] == expected.mask.numpy()).all()
 
 
 @only((Dense2SparseForRetrievalConfig.model_type, "modules of pipeline"))

@@ -84,6 +84,10 @@ def models(tmp_path_factory: pytest.TempPathFactory, pages: Path, sparse_model: 
     return {name: folder / name for name in made}
 
 
+LEARNED = ("ReinPool", "LEMUR", "Dense2Sparse", "MetaEmbed")
+"""How rows of methods of polyrep begin."""
+
+
 def flags_of(folder: Path, model: Path, *flags: Any) -> list[str]:
     where = ["--cache_dir", folder / "embeddings", "--frontier_cache", folder / "kept"]
     argv = [model, "--frontier", *where, "--fit_seconds", 1, "--model_dtype", "float32", *flags]
@@ -116,7 +120,8 @@ def test_every_method_of_a_late_interaction_model_has_its_rows(late):
     rows, ladder = main_rows(late[1]), (1, 2, 4, 8, 16, 32)
     assert late[1]["failures"] == []
     one_stage = {FULL, "BM25", "mean", "mean, int8", "mean, one-bit", f"{FULL}, int8", f"{FULL}, one-bit"}
-    one_stage |= {f"{name}, {k}" for name in ("hierarchical", "ReinPool") for k in ladder}
+    one_stage |= {f"{name}, {k}" for name in ("hierarchical", "ReinPool", "MetaEmbed") for k in ladder}
+    one_stage |= {"MetaEmbed, 1 then 32"}
     one_stage |= {f"ReinPool, {k}, {how}" for k in (1, 4, 16, 32) for how in ("int8", "one-bit")}
     one_stage |= {f"hierarchical, {k}, {how}" for k in (4, 16, 32) for how in ("int8", "one-bit")}
     one_stage |= {"MUVERA, 10240", "MUVERA, 10240, one-bit", "MUVERA, 1280"}
@@ -129,7 +134,7 @@ def test_every_method_of_a_late_interaction_model_has_its_rows(late):
         for name in one_stage
         if name.startswith(("BM25", "MUVERA, 10240", "Dense2Sparse"))
         or name in ("mean", "mean, one-bit", "hierarchical, 8", "ReinPool, 1", "ReinPool, 8", "ReinPool, 1, one-bit")
-        or name in ("LEMUR, 2048", "CSR, 128")
+        or name in ("LEMUR, 2048", "CSR, 128", "MetaEmbed, 1", "MetaEmbed, 8")
     }
     assert {name.rpartition(", ")[2] for name in staged} == {"rerank 50", "rerank 200"}
 
@@ -146,17 +151,28 @@ def test_costs_follow_from_what_an_index_stores(late):
     assert (rows["MUVERA, 1280"], rows["ReinPool, 1"], rows["ReinPool, 1, one-bit"]) == (1280 * 2, dim * 2, dim / 8)
     assert rows["ReinPool, 4, one-bit"] <= 4 * dim / 8 + 8
     assert (rows["LEMUR, 2048"], rows["LEMUR, 2048, int8"]) == (4096, 2048)
+    assert (rows["MetaEmbed, 1"], rows["MetaEmbed, 8"]) == (dim * 2, 8 * dim * 2 + 8)
     for name, row in main_rows(late[1]).items():
         if "rerank" in name:
             first = rows[name.rpartition(", ")[0]]
             assert row["first_stage_bytes"] == first and row["bytes_per_document"] == pytest.approx(first + rows[FULL])
         assert row["search_ms_p99"] >= row["search_ms_p50"] > 0
-        fitted = name.startswith(("ReinPool", "LEMUR", "Dense2Sparse", "CSR"))
+        fitted = name.startswith(("ReinPool", "LEMUR", "Dense2Sparse", "CSR", "MetaEmbed"))
         assert ("fit_seconds" in row) == ("steps" in row) == fitted
         assert not fitted or row["steps"] >= 1
     # With every document scored again by the full model, the ranking is the full model's.
     mine = main_rows(late[1])
     assert mine["mean, rerank 50"]["value"] == mine[FULL]["value"] == mine["CSR, 128, rerank 200"]["value"]
+
+
+def test_one_index_finds_by_its_first_vector_and_orders_by_all(late):
+    rows = main_rows(late[1])
+    both, most = rows["MetaEmbed, 1 then 32"], rows["MetaEmbed, 32"]
+    assert both["bytes_per_document"] == most["bytes_per_document"] == 32 * 16 * 2 + 8
+    assert both["first_stage_bytes"] == rows["MetaEmbed, 1"]["bytes_per_document"] == 16 * 2
+    assert both["value"] == most["value"]  # of so few documents the first vector finds all
+    assert both["settings"] == {"vectors": "1 finds 200, 32 order them"}
+    assert rows["MetaEmbed, 4"]["settings"] == {"vectors": "2 of a query, 4 of a document"}
 
 
 def test_claims_set_the_best_learned_row_of_each_size_against_the_best_other(late):
@@ -166,7 +182,7 @@ def test_claims_set_the_best_learned_row_of_each_size_against_the_best_other(lat
     ]
     for claim in claims:
         within = {n: r for n, r in rows.items() if r["bytes_per_document"] <= int(claim["claim"].split("_")[-1])}
-        learned = {n: r["value"] for n, r in within.items() if n.startswith(("ReinPool", "LEMUR", "Dense2Sparse"))}
+        learned = {n: r["value"] for n, r in within.items() if n.startswith(LEARNED)}
         others = [r["value"] for n, r in within.items() if n not in learned]
         assert claim["value"] == pytest.approx(100 * (max(learned.values()) - max(others)))
         sizes = [within[claim[side]]["bytes_per_document"] for side in ("learned", "rival")]

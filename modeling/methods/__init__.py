@@ -5,6 +5,7 @@ from .dual_encoder import *
 from .gaussian import *
 from .late_interaction import *
 from .lemur import *
+from .metaembed import *
 from .multilayer import *
 from .reinpool import *
 from .unifier import *

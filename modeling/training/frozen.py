@@ -137,9 +137,7 @@ def _open_backbone(plan: Plan, folder: Path, weights: torch.dtype) -> Encoder:
     room, recipe, settings = plan.room, plan.recipe, plan.head
     assert room and settings
     refuse_cut(folder, recipe.backbone)
-    backbone: Any = room.open_backbone(str(folder), weights) if room.open_backbone else None
-    if backbone is None:
-        backbone = load(folder, trust_remote_code=recipe.trust_remote_code, dtype=weights)
+    backbone = _opened(plan, folder, weights)
     family, reads = BACKBONES[str(contract(plan.objective).trains_on)]
     if type(backbone) is not family:
         raise InputError(
@@ -156,6 +154,17 @@ def _open_backbone(plan: Plan, folder: Path, weights: torch.dtype) -> Encoder:
         retriever: Any = room.model
         with refusals():
             retriever.check_backbone(backbone)
+    return backbone
+
+
+def _opened(plan: Plan, folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """The backbone as its room opens it, or as its folder says; default: weights as they are saved."""
+    assert plan.room
+    backbone: Any = None
+    if plan.room.open_backbone:
+        backbone = plan.room.open_backbone(str(folder), dtype)
+    if backbone is None:
+        backbone = load(folder, trust_remote_code=plan.recipe.trust_remote_code, dtype=dtype)
     return backbone
 
 
@@ -260,7 +269,7 @@ def with_backbone(plan: Plan, head: PreTrainedModel, backbone: Encoder) -> Encod
             assert plan.room.module
             # Opened afresh: for encoding, its weights may have been halved.
             folder = fetch(recipe.backbone, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-            whole: Any = load(folder, trust_remote_code=recipe.trust_remote_code)
+            whole = _opened(plan, folder)
             modules = [*whole.children(), plan.room.module(head)]
             model = family_of(plan.run)(modules=modules, prompts=whole.prompts)
             save(model, made, readme="", form="pipeline" if plan.head.pipeline else "folder")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
+from .sides import pad_tokens
 
 
 def gather(documents: Tensor) -> Tensor:
@@ -115,6 +116,46 @@ def refuse_untaught(weight: float, teacher: Tensor | None) -> Tensor:
             "a head: --negatives), or use a table with negatives and a column `scores`."
         )
     return teacher
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """What ``--bf16`` or ``--fp16`` asks products to be in; float32 without."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+
+
+def gather_tokens(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Padded vectors of all processes, whose longest texts differ: ``(world * batch, tokens, dim)`` and their mask."""
+    if get_world_size() > 1:
+        width = torch.tensor(tokens.shape[1], device=tokens.device)
+        torch.distributed.all_reduce(width, torch.distributed.ReduceOp.MAX)
+        widest = torch.empty(0, int(width), device=tokens.device)
+        tokens, mask = pad_tokens([tokens, widest[..., None]])[0], pad_tokens([mask.float(), widest])[0]
+        tokens, mask = gather(tokens), gather(mask) > 0
+    return tokens, mask
+
+
+def first_places(index: Tensor) -> tuple[Tensor, Tensor]:
+    """First place of each different entry, in order, and for every entry the number of the place that is its own."""
+    same = index[:, None] == index[None]  # (entries, entries)
+    first = same.float().argmax(1)
+    columns = (first == torch.arange(len(index), device=index.device)).nonzero()[:, 0]
+    return columns, torch.searchsorted(columns, first)
+
+
+def divergence(scores: Tensor, teacher: Tensor) -> Tensor:
+    """How far scores of documents are from those of a teacher, of queries over documents and the other way round.
+
+    The mean of both KL divergences of softmaxes, each a mean over its rows.
+
+    Args:
+        scores: ``(queries, documents)``.
+        teacher: ``(queries, documents)``.
+    """
+
+    def of_rows(scores: Tensor, teacher: Tensor) -> Tensor:
+        return F.kl_div(scores.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
+
+    return (of_rows(scores, teacher) + of_rows(scores.T, teacher.T)) / 2
 
 
 def refuse_single(documents: Tensor) -> None:

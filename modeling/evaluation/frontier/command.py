@@ -358,6 +358,14 @@ def _ranked(full: FullModel, candidate: Candidate) -> Ranking:
     row = candidate.make()
     options: dict[str, Any] = {"similarity": row.similarity, "device": full.model.device, "left_out": full.dataset.own}
     ranking = rank_when_ready(candidate.system, row.queries, row.documents, full.ranks, **options)
+    if row.then:  # one index: the bytes of the second stage are those of both
+        then, depth = row.then
+        size = costs_of(then.queries, then.documents)["bytes_per_document"]
+        held: dict[str, Any] = {"similarity": then.similarity, "device": full.model.device}
+        held["full_bytes"] = size - ranking.costs["bytes_per_document"]
+        sides = then.queries, loaded(then.documents)
+        ranking = rank_in_two_stages(candidate.system, ranking, depth, *sides, full.ranks, **held)
+        row = replace(row, costs=then.costs)
     return replace(ranking, costs=ranking.costs | row.costs, settings=row.settings)
 
 

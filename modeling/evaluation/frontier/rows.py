@@ -43,6 +43,8 @@ class Encoded:
         similarity: As for :func:`polyrep.search.ranking.exact_search`.
         costs: What replaces or joins the costs that follow from the arrays.
         settings: How it was set, for a line below the table.
+        then: What puts the best documents in order, of the same index: its vectors hold those of this row. And how
+            many documents of a query it orders.
     """
 
     queries: Embeddings
@@ -50,6 +52,7 @@ class Encoded:
     similarity: str
     costs: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    then: tuple[Encoded, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def load_processor(backbone: str, vision: str | None = None) -> Any:
     return (AutoProcessor if both else AutoTokenizer).from_pretrained(backbone, trust_remote_code=False)
 
 
-def open_backbone(backbone: str, dtype: torch.dtype) -> SentenceTransformer | None:
+def open_backbone(backbone: str, dtype: torch.dtype | None) -> SentenceTransformer | None:
     """A plain CLIP, SigLIP or BLIP folder as a SentenceTransformer for texts and images; None for any other."""
     if read_json(Path(backbone) / "config.json").get("model_type") not in BOTH_TOWERS:
         return None

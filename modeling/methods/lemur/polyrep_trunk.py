@@ -291,6 +291,22 @@ _OF_NO_ENCODER = {
 """What sentence-transformers and tokenizers say beside the inputs."""
 
 
+def readable(encoder: nn.Module) -> frozenset | None:
+    """Names of what an encoder reads; None for one that takes any."""
+    named = inspect.signature(encoder.forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in named.values())
+    return None if takes_any else frozenset(named)
+
+
+def read_inputs(inputs: dict, reads: frozenset | None) -> dict:
+    """Those of a batch's inputs that an encoder reads, see :func:`readable`."""
+    return {
+        name: value
+        for name, value in inputs.items()
+        if value is not None and (name not in _OF_NO_ENCODER if reads is None else name in reads)
+    }
+
+
 class Trunk:
     """Texts or pages to token vectors and the mask of those that are scored; beside PreTrainedModel.
 
@@ -336,9 +352,7 @@ class Trunk:
     def add_trunk(self, config: PretrainedConfig) -> None:
         """Make encoder and modules, in the constructor."""
         self.encoder = new_trunk_encoder(config.encoder_config)
-        named = inspect.signature(self.encoder.forward).parameters
-        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in named.values())
-        self._reads = None if takes_any else frozenset(named)
+        self._reads = readable(self.encoder)
         self.trunk = new_trunk(config)
 
     @classmethod
@@ -417,11 +431,7 @@ class Trunk:
             attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
-        for name, value in list(inputs.items()):
-            unread = name in _OF_NO_ENCODER if self._reads is None else name not in self._reads
-            if unread or value is None:
-                del inputs[name]
-        output = self.encoder(**inputs | {"return_dict": True})
+        output = self.encoder(**read_inputs(inputs, self._reads) | {"return_dict": True})
         vectors = output.embeddings if _retrieval(self.config.encoder_config) else output.last_hidden_state
         mask = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
         if attention_mask is not None:

@@ -17,10 +17,20 @@ from torch.nn import functional as F
 
 from ...errors import InputError
 from ...search.scoring import packed_maxsim
-from ...training.losses import gather, refuse_unknown_teaching, refuse_untaught, row_uniform, taught
+from ...training.losses import (
+    divergence,
+    first_places,
+    gather,
+    gather_tokens,
+    product_dtype,
+    refuse_unknown_teaching,
+    refuse_untaught,
+    row_uniform,
+    taught,
+)
 from ...training.objective import Objective, Rows
 from ...training.pairs import HeadData
-from ...training.sides import Features, pad_tokens
+from ...training.sides import Features
 from .modeling_reinpool import ReinPoolModel
 
 
@@ -92,11 +102,11 @@ class _PoolingObjective(Objective):
         # A few numbers of vectors a step, the same for every process; over the steps, all of the ladder.
         generator = torch.Generator().manual_seed(hash((self.seed, self.progress[0])) % 2**63)
         drawn = torch.randperm(len(self.ladder), generator=generator)[: self.settings["rungs"]].tolist()
-        query_tokens, query_mask = _gather_tokens(queries["token_embeddings"], queries["attention_mask"])
+        query_tokens, query_mask = gather_tokens(queries["token_embeddings"], queries["attention_mask"])
         tokens, mask = documents["token_embeddings"], documents["attention_mask"]
         # A document that is there twice must not be its own negative: columns of its first place only.
         everyone = gather(documents["index"])
-        columns, place = _first_places(everyone)
+        columns, place = first_places(everyone)
         factor = self.settings["score_scale"] / query_mask.sum(1, keepdim=True)
 
         def scores(vectors: Tensor, there: Tensor) -> Tensor:  # (all queries, all different documents)
@@ -115,7 +125,7 @@ class _PoolingObjective(Objective):
         for number in (self.ladder[rung] for rung in drawn):
             pooled, present = self.model.pool(tokens, weights, number)
             student = scores(self.model.quantize(self.model.fold(pooled)), present)
-            parts = {"distillation": (_divergence(student, teacher) + _divergence(student.T, teacher.T)) / 2}
+            parts = {"distillation": divergence(student, teacher)}
             if own is not None:
                 parts["labels"] = self.settings["label_weight"] * F.cross_entropy(student, own)
             if distill:
@@ -190,7 +200,7 @@ class SoftGateObjective(_PoolingObjective):
         logits = self.model.keep_logits(documents["token_embeddings"], mask).float()
         weights = torch.sigmoid(logits) * mask
         self.metrics = {"kept": (weights.detach().sum() / mask.sum())}
-        dtype = _product_dtype(weights.device)
+        dtype = product_dtype(weights.device)
         with torch.autocast(weights.device.type, enabled=False):
             losses = self._distillation(queries, documents, weights, labels, dtype)
         if self.settings["prior_weight"]:
@@ -276,7 +286,7 @@ class ReinforceObjective(_PoolingObjective):
         queries, documents = features
         tokens, mask = documents["token_embeddings"], documents["attention_mask"]
         logits = self.model.keep_logits(tokens, mask).float()
-        device, dtype = logits.device, _product_dtype(logits.device)
+        device, dtype = logits.device, product_dtype(logits.device)
         with torch.autocast(device.type, enabled=False):
             own_logits, own_mask = logits[labels], mask[labels]  # (batch, tokens)
             draws = row_uniform(
@@ -357,35 +367,6 @@ def _gain(rank: Tensor, cutoff: int | None) -> Tensor:
     return gain if cutoff is None else gain * (rank <= cutoff)
 
 
-def _product_dtype(device: torch.device) -> torch.dtype:
-    """What ``--bf16`` or ``--fp16`` asks products to be in; float32 without."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-
-
 def _usual_count(mask: Tensor) -> Tensor:
     """Vectors of a process's documents, averaged over processes: they then give the mean that one would."""
     return gather(mask.sum()[None]).sum() / get_world_size()
-
-
-def _gather_tokens(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Padded vectors of all processes, whose longest texts differ: ``(world * batch, tokens, dim)`` and their mask."""
-    if get_world_size() > 1:
-        width = torch.tensor(tokens.shape[1], device=tokens.device)
-        torch.distributed.all_reduce(width, torch.distributed.ReduceOp.MAX)
-        widest = torch.empty(0, int(width), device=tokens.device)
-        tokens, mask = pad_tokens([tokens, widest[..., None]])[0], pad_tokens([mask.float(), widest])[0]
-        tokens, mask = gather(tokens), gather(mask) > 0
-    return tokens, mask
-
-
-def _first_places(index: Tensor) -> tuple[Tensor, Tensor]:
-    """First place of each different entry, in order, and for every entry the number of the place that is its own."""
-    same = index[:, None] == index[None]  # (entries, entries)
-    first = same.float().argmax(1)
-    columns = (first == torch.arange(len(index), device=index.device)).nonzero()[:, 0]
-    return columns, torch.searchsorted(columns, first)
-
-
-def _divergence(scores: Tensor, teacher: Tensor) -> Tensor:
-    """KL divergence of the softmax of ``scores`` from that of ``teacher``: mean over ``(rows, columns)``' rows."""
-    return F.kl_div(scores.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
