@@ -15,6 +15,8 @@ from PIL import Image
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
+from test_encode import write_lines
+from test_nested import brute, by_name, close
 from test_reinpool_pages import colqwen2
 from torch.nn import functional as F
 from transformers import (
@@ -45,6 +47,9 @@ from transformers import (
 import polyrep
 from polyrep import InputError
 from polyrep.cli import main
+from polyrep.encoding import EncodedCorpus
+from polyrep.encoding.encode import encode
+from polyrep.encoding.nested import groups_of
 from polyrep.methods import (
     MetaEmbedBudget,
     MetaEmbedConfig,
@@ -56,6 +61,7 @@ from polyrep.methods import (
 )
 from polyrep.methods.metaembed.backbone import open_backbone
 from polyrep.methods.metaembed.modeling_metaembed import PAPER
+from polyrep.search import open_index
 from polyrep.training.adapters import add_adapters, merge_adapters
 
 ASKED, TEXTS = list(QUERIES.values()), list(DOCUMENTS.values())
@@ -324,6 +330,21 @@ def test_a_budget_is_a_slice_through_every_door(folder, tmp_path, count):
     whole.config.document_budget = count
     same(vectors(whole, tokens), first)
     assert whole.train()(**tokens).token_embeddings.shape[1] == 8, "training goes over all of them"
+
+
+def test_one_index_of_its_vectors_is_searched_at_every_size_that_was_trained(folder, tmp_path):
+    model = polyrep.load(folder)
+    groups = groups_of(model)
+    assert len(groups) > 2 and groups[-1] == (4, 8)
+    source = write_lines(tmp_path / "corpus.jsonl", DOCUMENTS)
+    encode([str(folder), "--input", str(source), "--output", str(tmp_path / "out"), "--precision", "float32"])
+    index = open_index("memory:")
+    index.add(EncodedCorpus(tmp_path / "out"))
+    asked = np.stack([np.asarray(text) for text in model.encode_query(ASKED)])
+    documents = np.stack([np.asarray(text) for text in model.encode_document(TEXTS)])
+    for pair in groups:
+        found = index.search(list(asked), 3, budget=pair[1])
+        assert close(found, by_name(brute(asked, documents, pair, 3)))
 
 
 def test_vector_one_is_a_model_of_one_vector(folder, tmp_path):
