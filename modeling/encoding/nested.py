@@ -76,6 +76,18 @@ def checked_groups(said: Any, where: str) -> Groups:
     return pairs
 
 
+def queries_for(groups: Groups, documents: int) -> int | None:
+    """Query vectors that go with so many of a document: of the smallest group that holds these; None for all.
+
+    Args:
+        groups: As :func:`groups_of` gives them.
+        documents: As many as the last group has, or fewer.
+    """
+    least = min(held for _, held in groups if held >= documents)
+    # Of groups with the same number of document vectors, the one with most query vectors.
+    return [asked for asked, held in groups if held == least][-1]
+
+
 def first_vectors(embeddings: Embeddings, count: int) -> Embeddings:
     """The first vectors of every text, in memory; what is behind them is not read.
 

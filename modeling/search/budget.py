@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from ..encoding.embeddings import Embeddings
-from ..encoding.nested import first_vectors
+from ..encoding.nested import first_vectors, queries_for
 from ..encoding.shards import Origin, Shard
 from ..errors import InputError
 from .protocol import Asked, Queries, stages
@@ -75,9 +75,7 @@ def budget_of(origin: Origin, asked: Asked, name: str, where: str) -> Budget:
             f"{said}: a document holds {full.documents} vectors; {documents} asked. Use 1 to {full.documents}."
         )
     if not paired:
-        # The smallest that holds them, of groups with the same number of them the one with most query vectors.
-        least = min(held for _, held in origin.nested if held >= documents)
-        queries = [count for count, held in origin.nested if held == least][-1]
+        queries = queries_for(origin.nested, documents)
     elif full.queries is None and queries is not None:
         raise BudgetError(f"{said}: queries keep the vectors of all their tokens. Use {documents} alone.")
     elif full.queries is not None and (type(queries) is not int or not 1 <= queries <= full.queries):

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from ...encoding.embeddings import Embeddings
+from ...encoding.nested import groups_of, queries_for
 from ...evaluation.frontier.fit import costs_of_fit, fit_run
 from ...evaluation.frontier.full_model import FullModel
 from ...evaluation.frontier.pooling import LADDER, Pool, pooled
@@ -32,28 +33,23 @@ def by_head(head: MetaEmbedHead, task: str, numbers: list[int]) -> Pool:
     return pool
 
 
-def partner(head: MetaEmbedHead, number: int) -> int:
-    """Vectors of a query for so many of a document: those of the first group that has as many."""
-    groups: Any = head.nested_groups
-    return next(asked for asked, held in groups if held >= number)
-
-
 def rows(full: FullModel) -> Iterator[Candidate]:
     """A nested head, at several numbers of vectors; and one index of which the first vector finds, and all re-rank."""
 
-    def make() -> tuple[MetaEmbedHead, dict[int, Embeddings], dict[int, Embeddings], dict[str, float]]:
+    def make() -> tuple[dict[int, int], dict[int, Embeddings], dict[int, Embeddings], dict[str, float]]:
         folder = fit_run(full, METHOD.run, METHOD.fit_digest())
         head = AutoModel.from_pretrained(folder).eval()
-        asked = sorted({partner(head, k) for k in LADDER})
-        queries = pooled(full.queries, by_head(head, "query", asked))
+        groups = groups_of(head)
+        asked: dict[int, Any] = {k: queries_for(groups, k) for k in LADDER}
+        queries = pooled(full.queries, by_head(head, "query", sorted(set(asked.values()))))
         documents = pooled(full.documents, by_head(head, "document", list(LADDER)))
-        return head, queries, documents, costs_of_fit(folder.parent)
+        return asked, queries, documents, costs_of_fit(folder.parent)
 
     made = Once(make)
 
     def row(k: int) -> Encoded:
-        head, queries, documents, costs = made()
-        asked, held = queries[number := partner(head, k)], documents[k]
+        numbers, queries, documents, costs = made()
+        asked, held = queries[number := numbers[k]], documents[k]
         costs = costs | {"vectors_per_document": float(k)}
         settings = {"vectors": f"{number} of a query, {k} of a document"}
         if k == number == 1:
