@@ -38,7 +38,7 @@ BETTER = "the better of the two"
 HOW = ("summed", "RRF")
 
 TIMES = ("search_ms_p50", "search_ms_p99", "encode_docs_per_s")
-"""What is left out of the rows: they would be those of exact search, which no index of this size is asked for."""
+"""What is left out of the rows: the frontier times each way to search by itself, on an idle machine."""
 
 
 @dataclass

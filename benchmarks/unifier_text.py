@@ -308,17 +308,16 @@ def main() -> None:
     }
     output = Path(args.output) if args.output else None
     if args.dev:
-        note = (
-            f"Fits of {args.tuning_steps} steps with one seed. Settings of words are allowed whose FLOPs are at most "
-        )
-        tried = [row | {"system": f"{row['system']}: {row['setting']}"} for row in study.tried]
-        found = {
-            "rows": tried,
+        steps = f"Fits of {args.tuning_steps} steps with one seed."
+        results = common | {
+            "name": f"{args.name}-dev",
+            "seeds": args.seeds[:1],
+            "rows": [row | {"system": f"{row['system']}: {row['setting']}"} for row in study.tried],
             "chosen": best(study.tried),
             "claims": [],
-            "notes": [f"{note}{MOST_FLOPS:g} on each set."],
+            "notes": [f"{steps} Settings of words are allowed with at most {MOST_FLOPS:g} FLOPs on each set."],
         }
-        print(write_results(common | {"name": f"{args.name}-dev", "seeds": args.seeds[:1]} | found, output))
+        print(write_results(results, output))
         return
     rankings = {bench.name: study.rankings(bench) for bench in study.benches}
     reference = f"{study.hybrids[0]}, sum"

@@ -160,9 +160,7 @@ def _open_backbone(plan: Plan, folder: Path, weights: torch.dtype) -> Encoder:
 def _opened(plan: Plan, folder: Path, dtype: torch.dtype | None = None) -> Any:
     """The backbone as its room opens it, or as its folder says; default: weights as they are saved."""
     assert plan.room
-    backbone: Any = None
-    if plan.room.open_backbone:
-        backbone = plan.room.open_backbone(str(folder), dtype)
+    backbone: Any = plan.room.open_backbone(str(folder), dtype) if plan.room.open_backbone else None
     if backbone is None:
         backbone = load(folder, trust_remote_code=plan.recipe.trust_remote_code, dtype=dtype)
     return backbone
