@@ -107,7 +107,8 @@ class Arguments(frozen_tier.Arguments):
         metadata={"help": "Tokens of a text, of which states are kept; what is not fitted reads them all."},
     )
     tuning_steps: int = field(
-        default=100, metadata={"help": "Steps of the fits among which dev chooses; what it chose has the run's."}
+        default=100,
+        metadata={"help": "Steps of the fits among which dev chooses, and of the ablations; what is chosen has more."},
     )
     dev: bool = field(default=False, metadata={"help": "Choose on dev alone, and write what was tried as NAME-dev."})
     chosen: str | None = field(
@@ -456,7 +457,8 @@ class Study:
         choice = self._choice() if self.args.chosen else best(self.tried)
         tuned = {system: [choice[system]] for system in TUNED if system in self.fitted}
         settings, values = chosen_on_dev(self.benches, tuned, self.args.seeds)  # type: ignore[arg-type]
-        others = {system: [settings[UNIFIER]] for system in self.fitted if system not in TUNED}
+        few = rehearsed(settings[UNIFIER], self.args.tuning_steps)
+        others = {system: [few] for system in self.fitted if system not in TUNED}
         more, more_values = chosen_on_dev(self.benches, others, self.args.ablation_seeds)  # type: ignore[arg-type]
         return settings | more, values | more_values
 
@@ -473,8 +475,18 @@ class Study:
 
     @property
     def settings(self) -> dict[str, str]:
-        """System -> what dev chose."""
+        """System -> what dev chose; of the ablations, that of UnifieR in few steps."""
         return self.chosen[0]
+
+    @property
+    def few(self) -> str:
+        """UnifieR's setting in the steps of the ablations, with which these are compared."""
+        return rehearsed(self.settings[UNIFIER], self.args.tuning_steps)
+
+    @property
+    def rehearsal(self) -> str:
+        """Name of the sum of that fit in the table."""
+        return f"{UNIFIER} at {self.args.tuning_steps} steps, sum"
 
     def seeds(self, system: str) -> list[int]:
         """Of a system's fits."""
@@ -507,6 +519,8 @@ class Study:
                     parts = self.sources(bench, system, setting, seed)
                     found.append(bench.fused(f"{system}, RRF", parts, split))
                     found.append(self.summed(bench, FEWER, system, setting, seed, split, FEW))
+        for seed in self.args.ablation_seeds if self.settings.keys() - TUNED else ():
+            found.append(replace(self.whole(bench, UNIFIER, self.few, seed, split), system=self.rehearsal))
         for name in self.hybrids:
             for seed in self.args.seeds if name not in (RAW_BM25, RAW_D2S) else self.args.seeds[:1]:
                 found.append(self.summed(bench, f"{name}, sum", name, "", seed, split))

@@ -183,7 +183,7 @@ def gains(study: Study, tests: Values) -> list[dict[str, Any]]:
 
 
 def ablations(study: Study) -> list[dict[str, Any]]:
-    """What some parts gain, both sides with the seeds of the ablations; of the sum, and of each view."""
+    """What some parts gain, both sides with seeds and steps of the ablations; of the sum, and of each view."""
     found = []
     for claim, sides in {
         "global_token_gain": (UNIFIER, "no dense vector"),
@@ -211,8 +211,8 @@ def ablations(study: Study) -> list[dict[str, Any]]:
 
 
 def row_ranking(study: Study, bench: Bench, system: str, row: str, seed: int) -> Ranking:
-    """The ranking of test that a row of a system with both views has by one of its fits."""
-    setting = study.settings[system]
+    """The ranking of test that a row of a system with both views has by one of its fits in few steps."""
+    setting = study.few if system == UNIFIER else study.settings[system]
     if row == "sum":
         return study.whole(bench, system, setting, seed, "test")
     return bench.ranking(f"{system}, {row}", [study.source(bench, system, setting, seed, row)], "test")
@@ -348,7 +348,8 @@ def notes(study: Study) -> list[str]:
     """What a reader of the tables should know."""
     others = [system for system in study.settings if system not in TUNED]
     beside = (
-        f" {', '.join(others)}: with UnifieR's setting, seeds {', '.join(map(str, study.args.ablation_seeds))} alone."
+        f" {', '.join(others)}: with UnifieR's setting and seeds {', '.join(map(str, study.args.ablation_seeds))} "
+        f"alone, at {study.args.tuning_steps} steps, as {study.rehearsal}, with which they are compared."
         if others
         else ""
     )
