@@ -538,6 +538,43 @@ def test_queries_of_a_head_keep_their_tokens_or_have_vectors(multi_vector_model)
         assert {np.asarray(document).shape for document in documents} == {(6, 16)}
 
 
+@pytest.mark.parametrize(("side", "task"), [("meta", "query"), ("meta", "document"), ("tokens", "query")])
+def test_a_pooling_gives_the_same_for_a_text_a_list_and_a_batch_padded_on_either_side(side, task):
+    model, lengths = head(query_side=side, dropout=0.5).eval(), [7, 4, 1]
+    tokens, mask = tokens_of(lengths)
+    rows = [text[:length] for text, length in zip(tokens, lengths, strict=True)]
+    left = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+    with torch.no_grad():
+        expected = [model(row[None], task=task).token_embeddings[0] for row in rows]
+    pooling = MetaEmbedPooling(model.train())  # nobody encodes with dropout
+    filled = torch.where(mask[..., None], tokens, 7.0)
+    found = {
+        "a text": [pooling.pool_one(row, task=task) for row in rows],
+        "a list": pooling.pool(rows, task=task),
+        "by its mask": pooling.pool(filled, task=task, attention_mask=mask),
+        "by its zeros": pooling.pool(left, task=task, padding_side="left"),
+    }
+    assert pooling.model.training, "training goes on as it was"
+    for name, texts in found.items():
+        for text, vectors in zip(texts, expected, strict=True):
+            text = text.flip(0) if name == "by its zeros" else text  # what is padded on the left
+            vectors = vectors.flip(0) if name == "by its zeros" else vectors
+            torch.testing.assert_close(text[: len(vectors)], vectors, atol=1e-6, rtol=0, msg=name)
+            assert not text[len(vectors) :].any(), name
+
+
+def test_a_pooling_takes_what_is_no_query_for_a_document_and_refuses_what_it_cannot_pool():
+    pooling, (tokens, _) = MetaEmbedPooling(head()), tokens_of([3, 3])
+    assert pooling.pool([]) == [] and pooling.pool(tokens[:0]).shape == (0, 3, 16)
+    for task in (None, "passage"):
+        assert torch.equal(pooling.pool(tokens, task=task), pooling.pool(tokens, task="document"))
+    assert not torch.allclose(pooling.pool(tokens, task="query"), pooling.pool(tokens)[:, :3])
+    with pytest.raises(ValueError, match="^MetaEmbedPooling: padding_side='middle' is neither"):
+        pooling.pool(tokens, padding_side="middle")
+    with pytest.raises(ValueError, match=r"^MetaEmbedPooling: a text .* shape \(16,\).* shape \(tokens, dim\)"):
+        pooling.pool([tokens[0], tokens[0, 0]])
+
+
 @pytest.fixture
 def pooled_backbone(backbone: Path, tmp_path: Path) -> Path:
     """A model of one vector a text, saved."""

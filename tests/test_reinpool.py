@@ -477,13 +477,13 @@ def test_nothing_to_pool_gives_nothing_and_queries_pass():
     assert pooling.pool([]) == []
     assert pooling.pool(torch.zeros(0, 3, DIM)).shape == (0, 3, DIM)
     rows = documents()
-    assert pooling.pool(rows, task="query") is rows
+    assert pooling.pool(rows, task="query") is rows and pooling.pool_one(rows[0], task="query") is rows[0]
     assert [len(x) for x in pooling.pool(rows)] == [1] * len(rows)
     features = {"token_embeddings": torch.zeros(0, 3, DIM), "attention_mask": torch.zeros(0, 3)}
     assert pooling(dict(features), task="document")["token_embeddings"].shape == (0, 3, DIM)
-    with pytest.raises(ValueError, match="padding_side='middle'"):
+    with pytest.raises(ValueError, match="^ReinPoolPooling: padding_side='middle'"):
         pooling.pool(torch.ones(1, 2, DIM), padding_side="middle")
-    with pytest.raises(ValueError, match=r"of shape \(tokens, dim\)"):
+    with pytest.raises(ValueError, match=rf"^ReinPoolPooling: a text .* shape \({DIM},\).* shape \(tokens, dim\)"):
         pooling.pool([torch.ones(DIM)])
 
 

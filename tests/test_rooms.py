@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
 import json
 import logging
@@ -612,6 +613,18 @@ def test_what_shipped_files_share_is_the_same_in_every_room():
         assert copy.read_bytes() == master.read_bytes(), f"{copy}: run `make rooms`"
     for shared in SHARED:  # which transformers would load twice: for a model, and for its config
         assert not re.search(r"^class \w+\(\w*Config\)", shared.read_text(), re.M)
+
+
+@pytest.mark.parametrize("absent", ["", ".multi_vector_encoder.modules.token_pooling"])
+def test_what_rooms_share_is_there_without_sentence_transformers_or_its_token_pooling(absent, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith(f"sentence_transformers{absent}")]:
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    file = next(shared for shared in SHARED if shared.stem == "polyrep_room")
+    spec: Any = importlib.util.spec_from_file_location("polyrep.hub.polyrep_room_again", file)
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    assert again.TokenPoolingModule.__mro__[2] is again.BaseTokenPooling is torch.nn.Module
+    assert again.Transformer is (Transformer if absent else torch.nn.Module)
 
 
 def test_one_config_class_and_model_type_for_each_model_class():

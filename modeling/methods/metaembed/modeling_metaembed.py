@@ -35,9 +35,10 @@ from transformers.utils import ModelOutput
 from .polyrep_fields import LAYERS, WIDTH, check_weight, checked, keep, part_config, shown
 from .polyrep_folder import BESIDE_A_HEAD, WholeWeights, whole_encoder
 from .polyrep_room import (
-    HeadModule,
+    BaseTokenPooling,
     MultiVectorEncoder,
     SentenceTransformer,
+    TokenPoolingModule,
     new_encoder,
     pool_tokens,
     pooling_of,
@@ -45,11 +46,6 @@ from .polyrep_room import (
     warn_of_no_task,
 )
 from .polyrep_trunk import Trunk, TrunkTransformer, encoder_width, keep_trunk, read_inputs, readable
-
-try:
-    from sentence_transformers.multi_vector_encoder.modules.token_pooling import BaseTokenPooling
-except ImportError:  # AutoModel works without sentence-transformers
-    BaseTokenPooling = nn.Module
 
 VECTORS = (1, 4096)
 """Fewest and most meta tokens of a side."""
@@ -1129,7 +1125,7 @@ class MetaEmbedForRetrieval(WholeWeights, Trunk, PreTrainedModel):
         return self.head(tokens, mask, task, num_vectors)
 
 
-class MetaEmbedPooling(HeadModule, BaseTokenPooling):
+class MetaEmbedPooling(TokenPoolingModule):
     """The head as token pooling: for one call, by itself, or as last module behind any MultiVectorEncoder.
 
     With ``output="sentence_embedding"`` it makes a SentenceTransformer of the same modules: vector 1 of each text.
@@ -1137,11 +1133,15 @@ class MetaEmbedPooling(HeadModule, BaseTokenPooling):
 
     head_class, inside = MetaEmbedHead, MetaEmbedForRetrievalConfig.model_type
     reads, gives = "dim", "width"
-    changeable = {"output", "query_budget", "document_budget"} | HeadModule.changeable
+    changeable = {"output", "query_budget", "document_budget"} | TokenPoolingModule.changeable
 
     def __init__(self, model: MetaEmbedHead):
         super().__init__(model)
         self.tasks = ["query", "document"]
+
+    def applies_to(self, task):
+        """Every text is pooled: what is no query is a document."""
+        return True
 
     @property
     def nested_groups(self) -> list[list[int | None]]:
@@ -1159,55 +1159,6 @@ class MetaEmbedPooling(HeadModule, BaseTokenPooling):
             else:
                 features["token_embeddings"], features["attention_mask"] = output.token_embeddings, output.mask
         return features
-
-    @torch.inference_mode()
-    def pool(self, embeddings, *, task=None, attention_mask=None, padding_side="right"):
-        """Pool encoded texts: a list of ``(tokens, dim)``, or a padded ``(batch, tokens, dim)``.
-
-        Args:
-            embeddings: Token vectors of each text.
-            task: What they were encoded for.
-            attention_mask: ``(batch, tokens)`` of a padded tensor; default: rows that are not zero.
-            padding_side: Where the result of a padded tensor is padded, if it has tokens of queries.
-
-        Returns:
-            A list of ``(vectors, dim)``, or a padded ``(batch, vectors, dim)``.
-        """
-        if not len(embeddings):
-            return embeddings
-        if padding_side not in ("left", "right"):
-            raise ValueError(f"MetaEmbedPooling: padding_side={padding_side!r} is none. Use 'left' or 'right'.")
-        padded = isinstance(embeddings, Tensor)
-        if padded:
-            tokens = embeddings
-            mask = embeddings.abs().sum(-1) > 0 if attention_mask is None else attention_mask.bool()
-        else:
-            if any(text.ndim != 2 for text in embeddings):
-                raise ValueError("MetaEmbedPooling: a text of a list is of another shape. Use (tokens, dim) for each.")
-            tokens = nn.utils.rnn.pad_sequence(embeddings, batch_first=True)
-            lengths = torch.tensor([len(text) for text in embeddings], device=tokens.device)
-            mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        output = self._run(tokens, mask, task)
-        pooled = [vectors[there] for vectors, there in zip(output.token_embeddings, output.mask, strict=True)]
-        if not padded:
-            return pooled
-        return nn.utils.rnn.pad_sequence(pooled, batch_first=True, padding_side=padding_side)
-
-    def pool_one(self, embedding, task=None, **kwargs):
-        """One text, ``(tokens, dim)`` to ``(vectors, dim)``."""
-        return self.pool([embedding], task=task)[0]
-
-    def _run(self, tokens, mask, task):
-        """Pool on the tokens' device, without dropout: nobody moves or sets a pooling that is passed to a call."""
-        if self.model.device != tokens.device:
-            with torch.inference_mode(False):  # else the weights could never be trained again
-                self.model.to(tokens.device)
-        training = self.model.training
-        self.model.eval()
-        try:
-            return self.model(tokens, mask, task)
-        finally:
-            self.model.train(training)
 
     def on_model_ready(self, model):
         """Check the backbone, and that the family reads the output."""

@@ -27,13 +27,8 @@ from transformers.utils import ModelOutput
 
 from .polyrep_fields import LAYERS, NORM, WIDTH, check_weight, checked, keep
 from .polyrep_folder import BESIDE_A_HEAD, WholeWeights
-from .polyrep_room import EqualNorms, HeadModule, check_score, warn_of_no_task
+from .polyrep_room import EqualNorms, TokenPoolingModule, check_score, warn_of_no_task
 from .polyrep_trunk import Trunk, TrunkTransformer, keep_trunk
-
-try:
-    from sentence_transformers.multi_vector_encoder.modules.token_pooling import BaseTokenPooling
-except ImportError:  # AutoModel works without sentence-transformers
-    BaseTokenPooling = nn.Module
 
 _CHOICES = {
     "output": ("token_embeddings", "sentence_embedding"),
@@ -547,7 +542,7 @@ class ReinPoolTransformer(TrunkTransformer):
         _check_family(model, self.model.config, type(self).__name__)
 
 
-class ReinPoolPooling(HeadModule, BaseTokenPooling):
+class ReinPoolPooling(TokenPoolingModule):
     """The head as token pooling: for one call, by itself, or as last module behind any MultiVectorEncoder.
 
     With ``output="sentence_embedding"`` it makes a SentenceTransformer of the same modules: one vector per document,
@@ -557,7 +552,8 @@ class ReinPoolPooling(HeadModule, BaseTokenPooling):
     head_class, inside = ReinPoolModel, ReinPoolForRetrievalConfig.model_type
     reads, gives = "dim", "embedding_dim"
     changeable = {"num_vectors", "pooling", "output", "weights", "threshold", "min_keep", "quantization", "tasks"}
-    changeable |= {"equal_norms", "max_norm"} | HeadModule.changeable
+    changeable |= {"equal_norms", "max_norm"} | TokenPoolingModule.changeable
+    output_field = "embeddings"
 
     def __init__(self, model: ReinPoolModel, *, tasks: str | list[str] | None = None):
         super().__init__(model)
@@ -575,61 +571,12 @@ class ReinPoolPooling(HeadModule, BaseTokenPooling):
                 features["sentence_embedding"] = self.model.one_vector(tokens, mask, task)
             return features
         if len(tokens):
-            output = self._run(tokens, mask)
+            output = self._run(tokens, mask, task)
             if single:
                 features["sentence_embedding"] = self.model.one_vector(output.embeddings, output.mask, task)
             else:
                 features["token_embeddings"], features["attention_mask"] = output.embeddings, output.mask
         return features
-
-    @torch.inference_mode()
-    def pool(self, embeddings, *, task=None, attention_mask=None, padding_side="right"):
-        """Pool encoded documents: a list of ``(tokens, dim)``, or a padded ``(batch, tokens, dim)``.
-
-        Args:
-            embeddings: Token vectors of each document.
-            task: What they were encoded for; queries pass unchanged.
-            attention_mask: ``(batch, tokens)`` of a padded tensor; default: rows that are not zero.
-            padding_side: Where the result of a padded tensor is padded.
-
-        Returns:
-            A list of ``(vectors, dim)``, or a padded ``(batch, vectors, dim)``.
-        """
-        if not self.applies_to(task) or not len(embeddings):
-            return embeddings
-        if padding_side not in ("left", "right"):
-            raise ValueError(f"ReinPoolPooling: padding_side={padding_side!r} is neither 'left' nor 'right'.")
-        padded = isinstance(embeddings, Tensor)
-        if padded:
-            mask = embeddings.abs().sum(-1) > 0 if attention_mask is None else attention_mask.bool()
-            tokens = embeddings
-        else:
-            if any(document.ndim != 2 for document in embeddings):
-                raise ValueError("ReinPoolPooling: every document of a list must be of shape (tokens, dim).")
-            tokens = nn.utils.rnn.pad_sequence(embeddings, batch_first=True)
-            lengths = torch.tensor([len(document) for document in embeddings], device=tokens.device)
-            mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        output = self._run(tokens, mask)
-        pooled = [vectors[there] for vectors, there in zip(output.embeddings, output.mask, strict=True)]
-        if not padded:
-            return pooled
-        return nn.utils.rnn.pad_sequence(pooled, batch_first=True, padding_side=padding_side)
-
-    def pool_one(self, embedding, **kwargs):
-        """One document, ``(tokens, dim)`` to ``(vectors, dim)``."""
-        return self.pool([embedding])[0]
-
-    def _run(self, tokens, mask):
-        """Pool on the tokens' device, without dropout: nobody moves or sets a pooling that is passed to a call."""
-        if self.model.device != tokens.device:
-            with torch.inference_mode(False):  # else the weights could never be trained again
-                self.model.to(tokens.device)
-        training = self.model.training
-        self.model.eval()
-        try:
-            return self.model(tokens, mask)
-        finally:
-            self.model.train(training)
 
     def on_model_ready(self, model):
         """Check the backbone, and that the family and its score fit the output."""
