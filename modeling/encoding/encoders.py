@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from sentence_transformers import MultiVectorEncoder, SparseEncoder
 from sentence_transformers.util import batch_to_device
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..errors import InputError, refuse_no_text
 from ..hub.folder import Encoder
 from ..hub.polyrep_room import keep_states
-from .embeddings import Kind
+from .embeddings import Embeddings, Kind, rows
 
 
 def kind_of(model: Encoder) -> Kind:
@@ -26,12 +28,46 @@ def kind_of(model: Encoder) -> Kind:
     return "sparse" if isinstance(model, SparseEncoder) else "sentence"
 
 
-_Encoded = tuple[np.ndarray, np.ndarray | None, np.ndarray | None, int]
+class Encoded(NamedTuple):
+    """Texts of a chunk as flat arrays, in their order.
+
+    Attributes:
+        values: The numbers.
+        lengths: ``(texts,)`` rows of each text; None: one.
+        indices: ``(rows,)`` what each row is: the term of a sparse vector, the key of a routed entry, the id of a
+            token whose states are kept; else None.
+        dim: Width of a vector.
+        sentences: ``(texts, width)`` vectors of whole texts beside routed entries, where the model has them.
+    """
+
+    values: np.ndarray
+    lengths: np.ndarray | None
+    indices: np.ndarray | None
+    dim: int
+    sentences: np.ndarray | None = None
+
+    def embeddings(self, kind: Kind) -> Embeddings:
+        """The same as embeddings without a cache."""
+        offsets = None if self.lengths is None else np.cumsum([0, *self.lengths], dtype=np.int64)
+        indices = None if self.indices is None else self.indices.astype(np.int32)
+        return Embeddings(kind, self.values, offsets, indices, self.dim, 0.0, Path(), sentences=self.sentences)
+
+
+def router_of(model: Any) -> Any:
+    """The model of the first module, if it routes tokens to keys by ``encode_routed``; None for most models.
+
+    It is called as ``encode_routed(**tokens, task=...)`` and returns, as fields or by name, ``keys``, ``weights`` and
+    ``mask``, each ``(batch, tokens, keys of a token)``, ``vectors (batch, tokens, dim)`` and ``sentence_embedding
+    (batch, width)`` or None. Its config says ``vocab_size``, ``token_dim`` (0: weights alone) and ``clamp``.
+    """
+    first = next(iter(model.children()), None) if isinstance(model, nn.Module) else None
+    inner = getattr(first, "model", None)
+    return inner if callable(getattr(inner, "encode_routed", None)) else None
 
 
 def encode_chunk(
     model: Encoder, texts: list[Any], task: str, kind: Kind, batch_size: int, layers: Sequence[int] | None = None
-) -> _Encoded:
+) -> Encoded:
     """Encode texts or images without a cache.
 
     Args:
@@ -42,9 +78,8 @@ def encode_chunk(
         batch_size: Texts per forward pass.
         layers: For ``states``, the hidden states that are kept; see :func:`layers_of`.
 
-    Returns:
-        Values, rows of each text (None: one), what each row is (the term of a sparse vector, the id of a token whose
-        states are kept; else None) and the width of a vector.
+    Raises:
+        InputError: The model does not give this kind, or for ``routed`` not what it says.
     """
     if kind == "states":
         return _encode_states(model, texts, task, batch_size, layers_of(model, layers))
@@ -78,27 +113,96 @@ def layers_of(model: Encoder, layers: Sequence[int] | None) -> list[int]:
     return found
 
 
+def prompt_of(model: Any, task: str) -> str | None:
+    """What ``encode_query`` and ``encode_document`` put before a text."""
+    prompts = model.prompts or {}
+    names = ("query",) if task == "query" else ("document", "passage", "corpus")
+    return next((prompts[name] for name in (*names, model.default_prompt_name) if name in prompts), None)
+
+
 def _encode_call(model: Any, task: str) -> Any:
     return model.encode_query if task == "query" else model.encode_document
 
 
-def _encode_sentence(model: Encoder, texts: list[str], task: str, batch_size: int) -> _Encoded:
+def _encode_sentence(model: Encoder, texts: list[str], task: str, batch_size: int) -> Encoded:
     values = _encode_call(model, task)(texts, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
-    return values, None, None, values.shape[1]
+    return Encoded(values, None, None, values.shape[1])
 
 
-def _encode_tokens(model: Encoder, texts: list[str], task: str, batch_size: int) -> _Encoded:
+def _encode_tokens(model: Encoder, texts: list[str], task: str, batch_size: int) -> Encoded:
     vectors = _encode_call(model, task)(texts, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
     values = np.concatenate(vectors)
-    return values, np.array([len(v) for v in vectors]), None, values.shape[1]
+    return Encoded(values, np.array([len(v) for v in vectors]), None, values.shape[1])
 
 
-def _encode_sparse(model: Encoder, texts: list[str], task: str, batch_size: int) -> _Encoded:
+def _encode_sparse(model: Encoder, texts: list[str], task: str, batch_size: int) -> Encoded:
     matrix = _encode_call(model, task)(
         texts, batch_size=batch_size, show_progress_bar=False, convert_to_sparse_tensor=True, save_to_cpu=True
     ).coalesce()  # (texts, vocabulary), sorted by text and then by term
     text_of, term = matrix.indices().numpy()
-    return matrix.values().float().numpy(), np.bincount(text_of, minlength=len(texts)), term, matrix.shape[1]
+    counts = np.bincount(text_of, minlength=len(texts))
+    return Encoded(matrix.values().float().numpy(), counts, term, matrix.shape[1])
+
+
+@torch.inference_mode()
+def _encode_routed(model: Encoder, texts: list[str], task: str, batch_size: int) -> Encoded:
+    router = router_of(model)
+    if router is None:
+        raise InputError(
+            f"kind 'routed': {type(model).__name__} begins with a model that has no encode_routed, so its tokens have "
+            "no keys. Use a model that routes its tokens, e.g. one of the method citadel."
+        )
+    model.eval()
+    dim, prompt = routed_dim(router), prompt_of(model, task)
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    parts: list[Encoded] = []
+    for start in range(0, len(texts), batch_size):
+        batch = model.preprocess([texts[i] for i in order[start : start + batch_size]], prompt=prompt, task=task)
+        tokens = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+        parts.append(_entries(router.encode_routed(**tokens, task=task), dim, int(router.config.vocab_size)))
+    if not parts:
+        none = np.empty(0, np.int64)
+        return Encoded(np.empty((0, dim), np.float32), none, none, dim)
+    sentences = [part.sentences for part in parts if part.sentences is not None]
+    found = Encoded(
+        np.concatenate([part.values for part in parts]),
+        np.concatenate([part.lengths for part in parts if part.lengths is not None]),
+        np.concatenate([part.indices for part in parts if part.indices is not None]),
+        dim,
+        np.concatenate(sentences) if sentences else None,
+    )
+    back = rows(found.embeddings("routed"), np.argsort(order))
+    return Encoded(back.values, back.lengths, back.indices, dim, back.sentences)
+
+
+def routed_dim(router: Any) -> int:
+    """Numbers of an entry: those of a token's vector, or without vectors its weight alone."""
+    return int(router.config.token_dim) or 1
+
+
+def _entries(output: Any, dim: int, vocabulary: int) -> Encoded:
+    """What a router says of a batch as entries: the vector of each token, by its weight, for each of its keys."""
+    by_name = isinstance(output, dict) and not isinstance(output, ModelOutput)  # whose method keys hides its field
+    names = ("keys", "weights", "mask", "vectors", "sentence_embedding")
+    keys, weights, mask, vectors, whole = (output.get(n) if by_name else getattr(output, n) for n in names)
+    mask = mask.bool()
+    text, token, place = mask.nonzero(as_tuple=True)  # (entries,) each
+    found = keys[text, token, place].cpu().numpy()
+    if len(found) and not 0 <= int(found.min()) <= int(found.max()) < vocabulary:
+        raise InputError(
+            f"encode_routed: gives keys from {found.min()} to {found.max()}, but the vocabulary has {vocabulary}, so "
+            "no list would hold them. Set vocab_size in the model's config to that of its router."
+        )
+    values = weights[text, token, place].float()[:, None]
+    if vectors is not None and vectors.shape[-1]:
+        values = values * vectors[text, token].float()
+    if values.shape[1] != dim:
+        raise InputError(
+            f"encode_routed: gives vectors of width {values.shape[1]}, but the model's config says token_dim={dim}, "
+            "so an index would be made for others. Correct the config."
+        )
+    sentences = None if whole is None else whole.float().cpu().numpy()
+    return Encoded(values.cpu().numpy(), text.bincount(minlength=len(mask)).cpu().numpy(), found, dim, sentences)
 
 
 def _hidden_states(
@@ -117,7 +221,7 @@ def _hidden_states(
 
 
 @torch.inference_mode()
-def _encode_layers(model: Encoder, texts: list[str], task: str, batch_size: int, cls: bool = False) -> _Encoded:
+def _encode_layers(model: Encoder, texts: list[str], task: str, batch_size: int, cls: bool = False) -> Encoded:
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     pooled: list[torch.Tensor] = []
     for inputs, output in _hidden_states(model, texts, order, task, batch_size):
@@ -130,11 +234,11 @@ def _encode_layers(model: Encoder, texts: list[str], task: str, batch_size: int,
             layers = (states * weights).sum(2, dtype=torch.float32) / weights.sum(2, dtype=torch.float32).clamp(min=1)
         pooled.append(layers.float().cpu())  # (batch, layers + 1, dim)
     values = torch.cat(pooled)[torch.tensor(np.argsort(order))].numpy()
-    return values, None, None, values.shape[2]
+    return Encoded(values, None, None, values.shape[2])
 
 
 @torch.inference_mode()
-def _encode_states(model: Encoder, texts: list[str], task: str, batch_size: int, layers: list[int]) -> _Encoded:
+def _encode_states(model: Encoder, texts: list[str], task: str, batch_size: int, layers: list[int]) -> Encoded:
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     states: list[np.ndarray] = []  # of each text, (tokens, layers, dim)
     tokens: list[np.ndarray] = []
@@ -149,13 +253,14 @@ def _encode_states(model: Encoder, texts: list[str], task: str, batch_size: int,
     back = np.argsort(order)
     values = np.concatenate([states[place] for place in back])
     lengths = np.array([len(states[place]) for place in back])
-    return values, lengths, np.concatenate([tokens[place] for place in back]), values.shape[2]
+    return Encoded(values, lengths, np.concatenate([tokens[place] for place in back]), values.shape[2])
 
 
 _ENCODERS: dict[str, Any] = {
     "sentence": _encode_sentence,
     "tokens": _encode_tokens,
     "sparse": _encode_sparse,
+    "routed": _encode_routed,
     "layers": _encode_layers,
     "cls_layers": partial(_encode_layers, cls=True),
 }

@@ -8,6 +8,10 @@ view that finds candidates first::
 
 A batch asks it for some of them by ``views``, their names, and then holds their fields when the model has read it. A
 method ``weighed(batch)`` of that module, where there is one, gives these fields as a search sums them.
+
+A model whose first module routes tokens to keys (:func:`polyrep.encoding.encoders.router_of`) has the view ``routed``,
+its entries, and as a sparse encoder before it ``router``, the weights that it gives by itself. Of an index that holds
+both, the router finds candidates and the entries alone rank them, so they weigh 0 and 1.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from torch import nn
 
 from ..errors import InputError
 from .embeddings import Embeddings, Kind, joined, rows
+from .encoders import encode_chunk, kind_of, prompt_of, routed_dim, router_of
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,14 @@ class View:
     """What a model says of one of its views.
 
     Attributes:
-        kind: ``sentence``, ``sparse`` or ``tokens``.
+        kind: ``sentence``, ``sparse``, ``tokens`` or ``routed``.
         dim: Width of a vector; of sparse ones the size of the vocabulary.
         similarity: How two vectors are compared.
-        output: Field of the batch: ``(batch, dim)``, for sparse vectors too; or ``(batch, tokens, dim)``.
+        output: Field of the batch: ``(batch, dim)``, for sparse vectors too; or ``(batch, tokens, dim)``. Empty where
+            the model is asked otherwise.
         mask: For ``tokens`` the field ``(batch, tokens)`` that is not 0 where a vector counts.
         weight: Of its scores in a sum of those of all views; None where none was chosen.
+        vocabulary: Keys that ``routed`` entries can have; else 0.
     """
 
     kind: Kind
@@ -45,12 +52,21 @@ class View:
     output: str
     mask: str = ""
     weight: float | None = None
+    vocabulary: int = 0
 
 
 def views_of(model: Any) -> dict[str, View]:
     """Views of a model by name, the one that finds candidates first; none for most models."""
-    part = part_with_views(model)
-    return {} if part is None else {name: View(**said) for name, said in part.views().items()}
+    if (part := part_with_views(model)) is not None:
+        return {name: View(**said) for name, said in part.views().items()}
+    if (router := router_of(model)) is None:
+        return {}
+    size, similarity = int(router.config.vocab_size), "routed" if router.config.clamp else "routed_unclamped"
+    routed = View("routed", routed_dim(router), similarity, "", weight=1.0, vocabulary=size)
+    if kind_of(model) != "sparse":
+        return {"routed": routed}
+    own = View("sparse", size, str(model.similarity_fn_name or "dot"), "", weight=0.0)
+    return {"router": own, "routed": routed}
 
 
 def weights_of_views(model: Any, names: Sequence[str], subject: str) -> dict[str, float]:
@@ -96,8 +112,11 @@ def encode_views(
     """
     views = views_of(model)
     refuse_unknown_views(views, names, type(model).__name__)
+    if part_with_views(model) is None:
+        kinds = {name: views[name].kind for name in names}
+        return {n: encode_chunk(model, list(texts), task, k, batch_size).embeddings(k) for n, k in kinds.items()}
     encoded: dict[str, list[Embeddings]] = {name: [] for name in names}
-    prompt = _prompt(model, task)
+    prompt = prompt_of(model, task)
     model.eval()
     part = part_with_views(model)
     order = sorted(
@@ -124,13 +143,6 @@ def part_with_views(model: Any) -> Any:
     """The module of a model that has several views; None for most models."""
     parts = model.children() if isinstance(model, nn.Module) else ()
     return next((part for part in parts if callable(getattr(part, "views", None))), None)
-
-
-def _prompt(model: Any, task: str) -> str | None:
-    """What ``encode_query`` and ``encode_document`` put before a text."""
-    prompts = model.prompts or {}
-    names = ("query",) if task == "query" else ("document", "passage", "corpus")
-    return next((prompts[name] for name in (*names, model.default_prompt_name) if name in prompts), None)
 
 
 def _flat(view: View, name: str, output: Any) -> Embeddings:
