@@ -65,6 +65,11 @@ class Embeddings:
         return np.diff(self.offsets)
 
     @property
+    def filled(self) -> np.ndarray:
+        """``(texts,)`` whether a text has anything to be compared by."""
+        return self.lengths > 0 if self.sentences is None else np.ones(len(self), bool)
+
+    @property
     def sentence_dim(self) -> int:
         """Width of the vectors of whole texts beside routed entries; 0 where there are none."""
         return 0 if self.sentences is None else self.sentences.shape[1]
@@ -149,13 +154,20 @@ def means(vectors: np.ndarray, bounds: np.ndarray) -> np.ndarray:
 
 def row_of(embeddings: Embeddings, row: int) -> Embeddings:
     """One text of a cache as a cache of its own."""
+    return between(embeddings, row, row + 1)
+
+
+def between(embeddings: Embeddings, start: int, stop: int) -> Embeddings:
+    """The texts ``start:stop`` as a cache of their own, of which nothing is copied; of windows each by itself."""
     if embeddings.offsets is None:
-        return replace(embeddings, values=embeddings.values[row : row + 1])
-    part = slice(*embeddings.offsets[row : row + 2])
+        return replace(embeddings, values=embeddings.values[start:stop])
+    bounds = embeddings.offsets[start : stop + 1]
+    part = slice(int(bounds[0]), int(bounds[-1]))
     indices = None if embeddings.indices is None else embeddings.indices[part]
-    sentences = None if embeddings.sentences is None else embeddings.sentences[row : row + 1]
-    bounds = np.array([0, part.stop - part.start])
-    return replace(embeddings, values=embeddings.values[part], indices=indices, offsets=bounds, sentences=sentences)
+    sentences = None if embeddings.sentences is None else embeddings.sentences[start:stop]
+    return replace(
+        embeddings, values=embeddings.values[part], indices=indices, offsets=bounds - bounds[0], sentences=sentences
+    )
 
 
 def _sums(embeddings: Embeddings) -> np.ndarray:

@@ -216,25 +216,22 @@ def _open_model(args: EncodeArguments, name: str, source: Source, size: int, dev
     views, names, print_ = views_of(model), args.views.split(","), fingerprint(folder)
     refuse_unknown_views(views, names, name)
     cut = (windows.tokens, windows.stride) if windows else ()
-    origins = [
-        Origin(
-            n, views[n].kind, views[n].dim, views[n].similarity, print_, args.precision, *cut,
-            vocabulary=views[n].vocabulary,
-        )
-        for n in names
-    ]  # fmt: skip
-    for place, origin in enumerate(origins):
-        _refuse_narrow(origin.kind, args.precision)
-        if origin.kind == "routed":  # a model may take the width of its backbone, and then its config says none
-            probe = Image.new("RGB", (32, 32)) if source.images else "a"
+    images = source.images
+
+    def origin_of(name: str) -> Origin:
+        view, width = views[name], 0
+        _refuse_narrow(view.kind, args.precision)
+        if view.kind == "routed":  # a model may take the width of its backbone, and then its config says none
+            probe = Image.new("RGB", (32, 32)) if images else "a"
             width = encode_chunk(model, [probe], args.task, "routed", 1).embeddings("routed").sentence_dim
-            origins[place] = replace(origin, sentence_dim=width)
+        further = {"vocabulary": view.vocabulary, "sentence_dim": width}
+        return Origin(name, view.kind, view.dim, view.similarity, print_, args.precision, *cut, **further)
 
     def viewed(content: list[Any]) -> list[Embeddings]:
         found = encode_views(model, content, names, task=args.task, batch_size=args.batch_size)
         return [found[n] for n in names]
 
-    return _Opened(viewed, origins, said, windows)
+    return _Opened(viewed, [origin_of(name) for name in names], said, windows)
 
 
 def _is_bm25(name: str) -> bool:
