@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import PartialState
-from PIL import Image
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -216,15 +215,11 @@ def _open_model(args: EncodeArguments, name: str, source: Source, size: int, dev
     views, names, print_ = views_of(model), args.views.split(","), fingerprint(folder)
     refuse_unknown_views(views, names, name)
     cut = (windows.tokens, windows.stride) if windows else ()
-    images = source.images
 
     def origin_of(name: str) -> Origin:
-        view, width = views[name], 0
+        view = views[name]
         _refuse_narrow(view.kind, args.precision)
-        if view.kind == "routed":  # a model may take the width of its backbone, and then its config says none
-            probe = Image.new("RGB", (32, 32)) if images else "a"
-            width = encode_chunk(model, [probe], args.task, "routed", 1).embeddings("routed").sentence_dim
-        further = {"vocabulary": view.vocabulary, "sentence_dim": width}
+        further = {"vocabulary": view.vocabulary, "sentence_dim": view.sentence_dim}
         return Origin(name, view.kind, view.dim, view.similarity, print_, args.precision, *cut, **further)
 
     def viewed(content: list[Any]) -> list[Embeddings]:

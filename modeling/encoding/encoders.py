@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 from ..errors import InputError, refuse_no_text
 from ..hub.folder import Encoder
 from ..hub.polyrep_room import keep_states
-from .embeddings import Embeddings, Kind, rows
+from .embeddings import Embeddings, Kind, joined, rows
 
 
 def kind_of(model: Encoder) -> Kind:
@@ -53,16 +53,51 @@ class Encoded(NamedTuple):
         return Embeddings(kind, self.values, offsets, indices, self.dim, 0.0, Path(), sentences=self.sentences)
 
 
-def router_of(model: Any) -> Any:
-    """The model of the first module, if it routes tokens to keys by ``encode_routed``; None for most models.
+class Router(NamedTuple):
+    """What gives the tokens of a text their keys.
 
-    It is called as ``encode_routed(**tokens, task=...)`` and returns, as fields or by name, ``keys``, ``weights`` and
-    ``mask``, each ``(batch, tokens, keys of a token)``, ``vectors (batch, tokens, dim)`` and ``sentence_embedding
-    (batch, width)`` or None. Its config says ``vocab_size``, ``token_dim`` (0: weights alone) and ``clamp``.
+    Attributes:
+        config: Says ``vocab_size`` (keys), ``entry_dim`` and ``sentence_dim`` (widths) and ``clamp``.
+        entries: Makes of a batch and a task what :func:`router_of` names.
     """
-    first = next(iter(model.children()), None) if isinstance(model, nn.Module) else None
-    inner = getattr(first, "model", None)
-    return inner if callable(getattr(inner, "encode_routed", None)) else None
+
+    config: Any
+    entries: Callable[[dict[str, Any], str], dict[str, Any]]
+
+
+def router_of(model: Any) -> Router | None:
+    """What of a model routes its tokens to keys; None for most models.
+
+    It is the model of the first module, if that has a method ``encode_routed(**tokens, task=...)``, which returns, as
+    fields or by name, ``keys``, ``weights`` and ``mask``, each ``(batch, tokens, keys of a token)``, ``vectors (batch,
+    tokens, dim)``, and ``sentence_embedding (batch, width)`` or None. Or it is a later module with a method ``route``,
+    for vectors that are there, which leaves the same in a batch, but the last as ``dense``.
+    """
+    parts = list(model.children()) if isinstance(model, nn.Module) else []
+    inner = getattr(parts[0], "model", None) if parts else None
+    if callable(getattr(inner, "encode_routed", None)):
+
+        def asked(batch: dict[str, Any], task: str) -> dict[str, Any]:
+            tokens = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+            output = inner.encode_routed(**tokens, task=task)
+            names = (*_ENTRIES, "sentence_embedding")
+            # A field of a ModelOutput may be called as one of its methods, keys.
+            by_name = isinstance(output, dict) and not isinstance(output, ModelOutput)
+            return {name: output.get(name) if by_name else getattr(output, name) for name in names}
+
+        return Router(inner.config, asked)
+    head = next((part for part in parts if callable(getattr(part, "route", None))), None)
+    if head is None:
+        return None
+
+    def left(batch: dict[str, Any], task: str) -> dict[str, Any]:
+        output = model(batch, task=task)
+        return {name: output[name] for name in _ENTRIES} | {"sentence_embedding": output.get("dense")}
+
+    return Router(head.model.config, left)
+
+
+_ENTRIES = ("keys", "weights", "mask", "vectors")
 
 
 def encode_chunk(
@@ -149,60 +184,42 @@ def _encode_routed(model: Encoder, texts: list[str], task: str, batch_size: int)
     router = router_of(model)
     if router is None:
         raise InputError(
-            f"kind 'routed': {type(model).__name__} begins with a model that has no encode_routed, so its tokens have "
-            "no keys. Use a model that routes its tokens, e.g. one of the method citadel."
+            f"kind 'routed': {type(model).__name__} has no router, by which its tokens would have keys. Use a model "
+            "whose first module has encode_routed."
         )
     model.eval()
-    dim, prompt = routed_dim(router), prompt_of(model, task)
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    prompt, order = prompt_of(model, task), sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     parts: list[Encoded] = []
     for start in range(0, len(texts), batch_size):
         batch = model.preprocess([texts[i] for i in order[start : start + batch_size]], prompt=prompt, task=task)
-        tokens = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
-        parts.append(_entries(router.encode_routed(**tokens, task=task), dim, int(router.config.vocab_size)))
-    if not parts:
-        none = np.empty(0, np.int64)
-        return Encoded(np.empty((0, dim), np.float32), none, none, dim)
-    sentences = [part.sentences for part in parts if part.sentences is not None]
-    found = Encoded(
-        np.concatenate([part.values for part in parts]),
-        np.concatenate([part.lengths for part in parts if part.lengths is not None]),
-        np.concatenate([part.indices for part in parts if part.indices is not None]),
-        dim,
-        np.concatenate(sentences) if sentences else None,
-    )
-    back = rows(found.embeddings("routed"), np.argsort(order))
-    return Encoded(back.values, back.lengths, back.indices, dim, back.sentences)
+        batch = batch_to_device(batch, model.device)
+        parts.append(_entries(router.entries(batch, task), router.config))
+    blocks = [part.embeddings("routed") for part in parts]
+    found = rows(joined(blocks), np.argsort(order))
+    return Encoded(found.values, found.lengths, found.indices, found.dim, found.sentences)
 
 
-def routed_dim(router: Any) -> int:
-    """Numbers of an entry: those of a token's vector, or without vectors its weight alone."""
-    return int(router.config.token_dim) or 1
-
-
-def _entries(output: Any, dim: int, vocabulary: int) -> Encoded:
+def _entries(said: dict[str, Any], config: Any) -> Encoded:
     """What a router says of a batch as entries: the vector of each token, by its weight, for each of its keys."""
-    by_name = isinstance(output, dict) and not isinstance(output, ModelOutput)  # whose method keys hides its field
-    names = ("keys", "weights", "mask", "vectors", "sentence_embedding")
-    keys, weights, mask, vectors, whole = (output.get(n) if by_name else getattr(output, n) for n in names)
-    mask = mask.bool()
+    mask, vectors, whole = said["mask"].bool(), said["vectors"], said["sentence_embedding"]
     text, token, place = mask.nonzero(as_tuple=True)  # (entries,) each
-    found = keys[text, token, place].cpu().numpy()
-    if len(found) and not 0 <= int(found.min()) <= int(found.max()) < vocabulary:
+    keys = said["keys"][text, token, place].cpu().numpy()
+    if len(keys) and not 0 <= int(keys.min()) <= int(keys.max()) < config.vocab_size:
         raise InputError(
-            f"encode_routed: gives keys from {found.min()} to {found.max()}, but the vocabulary has {vocabulary}, so "
-            "no list would hold them. Set vocab_size in the model's config to that of its router."
+            f"the router: gives keys from {keys.min()} to {keys.max()}, but vocab_size={config.vocab_size} in its "
+            "config, so no list would hold them. Correct the config."
         )
-    values = weights[text, token, place].float()[:, None]
-    if vectors is not None and vectors.shape[-1]:
-        values = values * vectors[text, token].float()
-    if values.shape[1] != dim:
+    values = said["weights"][text, token, place].float()[:, None] * vectors[text, token].float()
+    widths = values.shape[1], 0 if whole is None else whole.shape[1]
+    if widths != (config.entry_dim, config.sentence_dim):
         raise InputError(
-            f"encode_routed: gives vectors of width {values.shape[1]}, but the model's config says token_dim={dim}, "
-            "so an index would be made for others. Correct the config."
+            f"the router: gives vectors of widths {widths} for tokens and for whole texts, but entry_dim="
+            f"{config.entry_dim} and sentence_dim={config.sentence_dim} in its config, so an index would be made for "
+            "others. Correct the config."
         )
+    lengths = text.bincount(minlength=len(mask)).cpu().numpy()
     sentences = None if whole is None else whole.float().cpu().numpy()
-    return Encoded(values.cpu().numpy(), text.bincount(minlength=len(mask)).cpu().numpy(), found, dim, sentences)
+    return Encoded(values.cpu().numpy(), lengths, keys, config.entry_dim, sentences)
 
 
 def _hidden_states(

@@ -9,15 +9,15 @@ view that finds candidates first::
 A batch asks it for some of them by ``views``, their names, and then holds their fields when the model has read it. A
 method ``weighed(batch)`` of that module, where there is one, gives these fields as a search sums them.
 
-A model whose first module routes tokens to keys (:func:`polyrep.encoding.encoders.router_of`) has the view ``routed``,
-its entries, and as a sparse encoder before it ``router``, the weights that it gives by itself. Of an index that holds
+A model that routes its tokens to keys (:func:`polyrep.encoding.encoders.router_of`) has the view ``routed``, its
+entries, and as a sparse encoder before it ``router``, the weights that it gives by itself. Of an index that holds
 both, the router finds candidates and the entries alone rank them, so they weigh 0 and 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch import nn
 
 from ..errors import InputError
 from .embeddings import Embeddings, Kind, joined, rows
-from .encoders import encode_chunk, kind_of, prompt_of, routed_dim, router_of
+from .encoders import encode_chunk, kind_of, prompt_of, router_of
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class View:
         mask: For ``tokens`` the field ``(batch, tokens)`` that is not 0 where a vector counts.
         weight: Of its scores in a sum of those of all views; None where none was chosen.
         vocabulary: Keys that ``routed`` entries can have; else 0.
+        sentence_dim: Width of the vectors of whole texts beside ``routed`` entries; 0 where there are none.
     """
 
     kind: Kind
@@ -53,6 +54,7 @@ class View:
     mask: str = ""
     weight: float | None = None
     vocabulary: int = 0
+    sentence_dim: int = 0
 
 
 def views_of(model: Any) -> dict[str, View]:
@@ -61,12 +63,14 @@ def views_of(model: Any) -> dict[str, View]:
         return {name: View(**said) for name, said in part.views().items()}
     if (router := router_of(model)) is None:
         return {}
-    size, similarity = int(router.config.vocab_size), "routed" if router.config.clamp else "routed_unclamped"
-    routed = View("routed", routed_dim(router), similarity, "", weight=1.0, vocabulary=size)
+    config = router.config
+    similarity = "routed" if config.clamp else "routed_unclamped"
+    further = {"weight": 1.0, "vocabulary": config.vocab_size, "sentence_dim": config.sentence_dim}
+    routed = View("routed", config.entry_dim, similarity, "", **further)
     if kind_of(model) != "sparse":
         return {"routed": routed}
-    own = View("sparse", size, str(model.similarity_fn_name or "dot"), "", weight=0.0)
-    return {"router": own, "routed": routed}
+    width = int(model.get_embedding_dimension() or 0)
+    return {"router": View("sparse", width, str(model.similarity_fn_name or "dot"), "", weight=0.0), "routed": routed}
 
 
 def weights_of_views(model: Any, names: Sequence[str], subject: str) -> dict[str, float]:
@@ -112,6 +116,8 @@ def encode_views(
     """
     views = views_of(model)
     refuse_unknown_views(views, names, type(model).__name__)
+    if not texts:
+        return {name: _one_after_another(views[name], []) for name in names}
     if part_with_views(model) is None:
         kinds = {name: views[name].kind for name in names}
         return {n: encode_chunk(model, list(texts), task, k, batch_size).embeddings(k) for n, k in kinds.items()}
@@ -173,5 +179,6 @@ def _one_after_another(view: View, parts: Sequence[Embeddings]) -> Embeddings:
     if parts:
         return joined(parts)
     empty = np.empty(0 if view.kind == "sparse" else (0, view.dim), np.float32)
-    none = np.empty(0, np.int64)
-    return _embeddings(view, empty, None if view.kind == "sentence" else none, none if view.kind == "sparse" else None)
+    none, named = np.empty(0, np.int64), view.kind in ("sparse", "routed")
+    found = _embeddings(view, empty, None if view.kind == "sentence" else none, none if named else None)
+    return replace(found, sentences=np.empty((0, view.sentence_dim), np.float32)) if view.sentence_dim else found

@@ -166,7 +166,7 @@ class RoutedIndex(FolderIndex):
             if len(lengths):
                 ranks = np.arange(1, len(lengths) + 1)
                 gini = 2 * float(ranks @ lengths) / (len(lengths) * lengths.sum()) - (len(lengths) + 1) / len(lengths)
-                found |= {"lists": len(lengths), "longest_list": int(lengths[-1]), "gini": gini}
+                found |= {"lists": len(lengths), "longest_list": int(lengths[-1]), "gini": float(gini)}
         return {"documents": documents, "entries_per_document": found["entries"] / max(1, documents)} | found
 
     def _scores(self, asked: Embeddings) -> np.ndarray:
