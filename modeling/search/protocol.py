@@ -230,7 +230,7 @@ def refuse_unfit_entries(vectors: Embeddings, origin: Origin, whose: str, ids: S
         )
     if vectors.values.shape[1:] != (origin.dim,) or vectors.sentence_dim != origin.sentence_dim:
         raise InputError(
-            f"{whose}: entries of {vectors.values.shape[1:]} numbers and vectors of whole texts of width "
+            f"{whose}: entries of width {vectors.values.shape[-1]} and vectors of whole texts of width "
             f"{vectors.sentence_dim}, but {origin.name!r} has {origin.dim} and {origin.sentence_dim}, so they cannot "
             f"be compared. {remedy}"
         )

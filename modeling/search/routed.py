@@ -214,7 +214,7 @@ class RoutedIndex(FolderIndex):
             if lists.scales is not None:
                 values *= lists.scales[start:end, None]
             if self.search_threshold:
-                kept = np.linalg.norm(values, axis=1) > self.search_threshold
+                kept = _lengths(values) > self.search_threshold
                 values, places = values[kept], places[kept]
             start = end
             if len(places):
@@ -268,7 +268,7 @@ class RoutedIndex(FolderIndex):
         assert vectors.indices is not None
         places = len(self.documents.ids) + np.repeat(np.arange(len(vectors), dtype=np.int32), vectors.lengths)
         values = np.asarray(vectors.values, np.float32)
-        lengths = np.linalg.norm(values, axis=1)
+        lengths = _lengths(values)
         keys, threshold = np.asarray(vectors.indices, np.int32), self.settings["threshold"]
         self._added.longest = max(self._added.longest, float(lengths.max(initial=0)))
         if threshold:
@@ -312,6 +312,11 @@ class RoutedIndex(FolderIndex):
             before = None if old is None else old.sentences
             arrays["sentences"] = _gathered(added.sentences, before, live, (whole, origin.sentence_dim))
         return arrays
+
+    def _load(self) -> None:
+        super()._load()
+        if self.documents.unused:  # none is written
+            raise InputError(f"{self.path}: has documents that lists name and it does not. {self._remedy}")
 
     def _save(self) -> None:
         super()._save()
@@ -389,6 +394,11 @@ def _gathered(added: _Waiting, old: np.ndarray | None, order: np.ndarray, form: 
             yield rows
 
     return InParts(dtype, (len(order), width), parts())
+
+
+def _lengths(values: np.ndarray) -> np.ndarray:
+    """``(entries,)`` of entries in float32, without another array of their size."""
+    return np.sqrt(np.einsum("ed,ed->e", values, values))
 
 
 def _narrowed(values: np.ndarray, precision: str, where: str) -> np.ndarray:
