@@ -25,7 +25,7 @@ from polyrep.encoding import Embeddings, EncodedCorpus, embed
 from polyrep.encoding import encode as encoding
 from polyrep.encoding.embeddings import by_document, in_memory, joined, row_of, rows
 from polyrep.encoding.encode import encode
-from polyrep.encoding.encoders import router_of
+from polyrep.encoding.encoders import token_router_of
 from polyrep.encoding.shards import Origin, Shard, manifest_of, write_shard
 from polyrep.encoding.views import encode_views, views_of, weights_of_views
 from polyrep.encoding.windows import Windows
@@ -553,7 +553,7 @@ def test_a_router_behind_other_modules_is_asked_by_a_whole_pass(model, sparse_mo
         config=config, encoder=[encoder]
     )  # no part of the module, as it is another's
     encoder.__class__ = BertModel
-    assert router_of(model).config is config and router_of(sparse_model) is None
+    assert token_router_of(model).config is config and token_router_of(sparse_model) is None
     behind = encode_views(model, texts, ["routed"], task="document")["routed"]
     np.testing.assert_array_equal(behind.indices, inside.indices)
     np.testing.assert_allclose(behind.values, inside.values, atol=1e-6)

@@ -58,14 +58,14 @@ class Router(NamedTuple):
 
     Attributes:
         config: Says ``vocab_size`` (keys), ``entry_dim`` and ``sentence_dim`` (widths) and ``clamp``.
-        entries: Makes of a batch and a task what :func:`router_of` names.
+        entries: Makes of a batch and a task what :func:`token_router_of` names.
     """
 
     config: Any
     entries: Callable[[dict[str, Any], str], dict[str, Any]]
 
 
-def router_of(model: Any) -> Router | None:
+def token_router_of(model: Any) -> Router | None:
     """What of a model routes its tokens to keys; None for most models.
 
     It is the model of the first module, if that has a method ``encode_routed(**tokens, task=...)``, which returns, as
@@ -112,6 +112,9 @@ def encode_chunk(
         kind: What to keep.
         batch_size: Texts per forward pass.
         layers: For ``states``, the hidden states that are kept; see :func:`layers_of`.
+
+    Returns:
+        The texts in their order.
 
     Raises:
         InputError: The model does not give this kind, or for ``routed`` not what it says.
@@ -181,7 +184,7 @@ def _encode_sparse(model: Encoder, texts: list[str], task: str, batch_size: int)
 
 @torch.inference_mode()
 def _encode_routed(model: Encoder, texts: list[str], task: str, batch_size: int) -> Encoded:
-    router = router_of(model)
+    router = token_router_of(model)
     if router is None:
         raise InputError(
             f"kind 'routed': {type(model).__name__} has no router, by which its tokens would have keys. Use a model "

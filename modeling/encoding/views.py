@@ -9,7 +9,7 @@ view that finds candidates first::
 A batch asks it for some of them by ``views``, their names, and then holds their fields when the model has read it. A
 method ``weighed(batch)`` of that module, where there is one, gives these fields as a search sums them.
 
-A model that routes its tokens to keys (:func:`polyrep.encoding.encoders.router_of`) has the view ``routed``, its
+A model that routes its tokens to keys (:func:`polyrep.encoding.encoders.token_router_of`) has the view ``routed``, its
 entries, and as a sparse encoder before it ``router``, the weights that it gives by itself. Of an index that holds
 both, the router finds candidates and the entries alone rank them, so they weigh 0 and 1.
 """
@@ -28,7 +28,7 @@ from torch import nn
 
 from ..errors import InputError
 from .embeddings import Embeddings, Kind, joined, rows
-from .encoders import encode_chunk, kind_of, prompt_of, router_of
+from .encoders import encode_chunk, kind_of, prompt_of, token_router_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def views_of(model: Any) -> dict[str, View]:
     """Views of a model by name, the one that finds candidates first; none for most models."""
     if (part := part_with_views(model)) is not None:
         return {name: View(**said) for name, said in part.views().items()}
-    if (router := router_of(model)) is None:
+    if (router := token_router_of(model)) is None:
         return {}
     config = router.config
     similarity = "routed" if config.clamp else "routed_unclamped"

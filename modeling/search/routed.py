@@ -30,7 +30,7 @@ from ..encoding.shards import Shard
 from ..errors import InputError
 from .local import Documents, FolderIndex, InParts
 from .protocol import Added, Asked, Hit, Queries, refuse_unfit_entries, refuse_unknown
-from .ranking import refuse_not_finite_scores, sort_keys, tie_ranks, unpacked
+from .ranking import refuse_not_finite_scores, scores_of, sort_keys, tie_ranks
 from .scoring import CHUNK_ELEMENTS, ROUTED, clamps
 
 logger = logging.getLogger(__name__)
@@ -143,9 +143,17 @@ class RoutedIndex(FolderIndex):
         for start in range(0, len(asked) if total else 0, step):
             scores = torch.from_numpy(self._scores(between(asked, start, min(start + step, len(asked)))))
             refuse_not_finite_scores(scores)
-            keys = sort_keys(scores, self._tie_ranks()).topk(min(k, total), dim=1).values
-            found += self.documents.hits(*unpacked(keys, self._tie_ranks()))
+            found += self._best(scores, min(k, total))
         return found or [[] for _ in range(len(asked))]
+
+    def _best(self, scores: torch.Tensor, k: int) -> list[list[Hit]]:
+        """The best ``k`` documents of each query; only those that could be among them are put in order."""
+        least, ranks, found = scores.topk(k, dim=1).values[:, -1], self._tie_ranks(), []
+        for row, limit in zip(scores, least, strict=True):
+            places = (row >= limit).nonzero()[:, 0]
+            keys, order = sort_keys(row[places], ranks[places]).topk(k)
+            found += self.documents.hits(places[order].numpy()[None], scores_of(keys).numpy()[None])
+        return found
 
     def statistics(self) -> dict[str, float]:
         """What the lists are like.
@@ -178,7 +186,8 @@ class RoutedIndex(FolderIndex):
         owner = np.repeat(np.arange(len(asked)), asked.lengths)
         order = np.argsort(asked.indices, kind="stable")  # by key, then by query
         keys, starts = np.unique(asked.indices[order], return_index=True)
-        for key, rows in zip(keys.tolist(), np.split(order, starts[1:]), strict=True):
+        for key, start, stop in zip(keys.tolist(), starts, [*starts[1:], len(order)], strict=False):
+            rows = order[start:stop]
             askers, groups = np.unique(owner[rows], return_index=True)  # a query may have a key twice
             for values, places in self._pieces(lists, key):
                 products = asked.values[rows] @ values.T  # (query entries, entries of the list)
@@ -195,7 +204,7 @@ class RoutedIndex(FolderIndex):
                     scores[np.ix_(askers, places[begins])] += products
         if asked.sentences is not None and lists.sentences is not None:
             for start in range(0, scores.shape[1], PIECE):
-                part = np.asarray(lists.sentences[start : start + PIECE], np.float32)
+                part = _wide(lists.sentences[start : start + PIECE])
                 scores[:, start : start + PIECE] += asked.sentences @ part.T
         return scores
 
@@ -210,7 +219,7 @@ class RoutedIndex(FolderIndex):
             places = np.asarray(lists.places[start:end])
             if len(places) and not (0 <= places[0] and places[-1] < self.count() and (np.diff(places) >= 0).all()):
                 raise InputError(f"{self.path}: the list of key {key} names no documents in order. {self._remedy}")
-            values = np.asarray(lists.values[start:end], np.float32)
+            values = _wide(lists.values[start:end])
             if lists.scales is not None:
                 values *= lists.scales[start:end, None]
             if self.search_threshold:
@@ -361,7 +370,8 @@ class _Waiting:
 
     def __init__(self) -> None:
         self._file: BinaryIO | None = None
-        self._rows, self._dtype, self._tail = 0, np.dtype(np.float16), ()
+        self._rows, self._dtype = 0, np.dtype(np.float16)
+        self._tail: tuple[int, ...] = ()
 
     def put(self, rows: np.ndarray) -> None:
         """Take further rows, which are all of one type and width."""
@@ -394,6 +404,11 @@ def _gathered(added: _Waiting, old: np.ndarray | None, order: np.ndarray, form: 
             yield rows
 
     return InParts(dtype, (len(order), width), parts())
+
+
+def _wide(values: np.ndarray) -> np.ndarray:
+    """Numbers in float32, by torch, which takes several of them at a time where numpy takes one by one."""
+    return torch.from_numpy(np.array(values)).float().numpy()
 
 
 def _lengths(values: np.ndarray) -> np.ndarray:
