@@ -58,8 +58,8 @@ class _Lists(NamedTuple):
 class RoutedIndex(FolderIndex):
     """An inverted index of routed entries, exact among the entries that it keeps.
 
-    Adding, replacing and deleting write all lists anew, some thousand entries at a time; of what is added, vectors
-    wait in a temporary file, and 24 bytes of every entry are in memory.
+    Adding, replacing and deleting write all lists anew, some thousand entries at a time. Of what is added, vectors
+    wait in a temporary file; keys, documents and the order of all entries are in memory meanwhile, vectors are not.
 
     Args:
         parts: ``routed:///absolute/path`` or ``routed:relative/path``.
