@@ -427,7 +427,8 @@ class Behind(SparseAutoEncoder):
     def forward(self, features: Any, **more: Any) -> Any:
         task, inputs = features.get("task"), {n: features[n] for n in ("input_ids", "attention_mask")}
         said = Routing.encode_routed(self.model.encoder[0], **inputs, task=task)
-        features |= said | {"dense": said["sentence_embedding"]}
+        features |= {name: value for name, value in said.items() if name != "sentence_embedding"}
+        features["dense"] = said["sentence_embedding"]
         return super().forward(features)
 
 
