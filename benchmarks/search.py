@@ -365,7 +365,7 @@ def occupied(folder: Path) -> int:
 
 def in_arrays(made: Representation, size: int) -> int:
     """Bytes of the vectors alone, as if copies were as long as what they copy."""
-    arrays = (made.documents.values, made.documents.indices, made.documents.offsets)
+    arrays = (made.documents.values, made.documents.indices, made.documents.offsets, made.documents.sentences)
     whole = sum(array.nbytes for array in arrays if array is not None)
     return round(whole * size / len(made.documents))
 

@@ -26,7 +26,8 @@ from polyrep.files import file_sha256
 from polyrep.search import Added, Hit, Index, local, open_index
 from polyrep.search.protocol import as_embeddings
 
-DIM = {"sentence": 16, "tokens": 8, "sparse": 300}
+DIM = {"sentence": 16, "tokens": 8, "sparse": 300, "routed": 8}
+KEYS = 60
 CASES = [
     ("memory:", "sentence", "dot"),
     ("memory:", "sentence", "cosine"),
@@ -34,6 +35,9 @@ CASES = [
     ("memory:", "tokens", "maxsim"),
     ("memory:", "tokens", "meanmaxsim"),
     ("memory:", "sparse", "dot"),
+    ("memory:", "routed", "routed"),
+    ("routed:{}", "routed", "routed"),
+    ("routed:{}", "routed", "routed_unclamped"),
     ("faiss:{}?index=flat", "sentence", "dot"),
     ("faiss:{}?index=flat", "sentence", "cosine"),
     ("faiss:{}?index=hnsw", "sentence", "dot"),
@@ -47,13 +51,16 @@ ON_DISK = [
     ("faiss:{}", "sentence", "dot"),
     ("faiss:{}?index=hnsw", "sentence", "dot"),
     ("seismic:{}", "sparse", "dot"),
+    ("routed:{}", "routed", "routed"),
 ]
+OWN = {"sentence": "dot", "sparse": "dot", "routed": "routed"}
+"""Similarity of a kind, where a test takes one."""
 
-Texts = dict[str, np.ndarray]  # id -> its vector, or its (vectors, dim)
+Texts = dict[str, np.ndarray]  # id -> its vector, or its (vectors, dim), of routed ones with the key before each
 
 
 def texts(kind: str, count: int, seed: int, prefix: str = "d") -> Texts:
-    """Vectors of unequal lengths, or words drawn alone; all texts share word 0, so that no score is 0."""
+    """Vectors of unequal lengths, or words drawn alone; all texts share word or key 0, so that no score is 0."""
     rng = np.random.default_rng(seed)
     drawn: Texts = {}
     for number in range(count):
@@ -61,6 +68,10 @@ def texts(kind: str, count: int, seed: int, prefix: str = "d") -> Texts:
             vector = np.zeros(DIM[kind])
             vector[rng.choice(DIM[kind], 20, replace=False)] = rng.gamma(1.5, 0.5, 20)
             vector[0] = rng.uniform(0.1, 0.2)
+        elif kind == "routed":
+            vector = rng.standard_normal((rng.integers(2, 9), 1 + DIM[kind]))
+            vector[:, 0] = rng.integers(0, KEYS, len(vector))
+            vector[0] = np.abs(vector[0]) * (np.arange(1 + DIM[kind]) > 0)  # under key 0, and alike everywhere
         else:
             vector = rng.standard_normal((rng.integers(1, 6), DIM[kind])[kind == "sentence" :]) * rng.uniform(0.5, 2)
         drawn[f"{prefix}{number}é"] = vector.astype(np.float16)
@@ -72,14 +83,17 @@ def packed(kind: str, vectors: list[np.ndarray]) -> Embeddings:
         return in_memory(np.stack(vectors))
     if kind == "tokens":
         return in_memory(np.concatenate(vectors), np.cumsum([0, *map(len, vectors)]))
+    if kind == "routed":
+        entries, offsets = np.concatenate(vectors), np.cumsum([0, *map(len, vectors)])
+        return Embeddings(kind, entries[:, 1:], offsets, entries[:, 0].astype(np.int32), DIM[kind], 0.0, Path())
     terms = [np.flatnonzero(vector) for vector in vectors]
     values = np.concatenate([vector[term] for vector, term in zip(vectors, terms, strict=True)])
     offsets = np.cumsum([0, *map(len, terms)])
     return Embeddings("sparse", values, offsets, np.concatenate(terms).astype(np.int32), DIM[kind], 0.0, Path())
 
 
-def shard(kind: str, documents: Texts, similarity: str = "dot", name: str = "v", checksum: str = "") -> Shard:
-    origin = Origin(name, kind, DIM[kind], similarity, "model")
+def shard(kind: str, documents: Texts, similarity: str = "", name: str = "v", checksum: str = "") -> Shard:
+    origin = Origin(name, kind, DIM[kind], similarity or OWN[kind], "model", vocabulary=KEYS * (kind == "routed"))
     return Shard(list(documents), packed(kind, list(documents.values())), origin, checksum)
 
 
@@ -91,6 +105,10 @@ def score(similarity: str, query: np.ndarray, document: np.ndarray) -> float:
         return float(query @ document / np.linalg.norm(query) / np.linalg.norm(document))
     if similarity == "dot":
         return float(query @ document)
+    if similarity.startswith("routed"):
+        least = 0.0 if similarity == "routed" else -np.inf
+        met = [[q[1:] @ d[1:] for d in document if d[0] == q[0]] for q in query]
+        return float(sum(max(max(products), least) for products in met if products))
     best = [max(float(q @ d) for d in document) for q in query]
     return sum(best) / (len(best) if similarity == "meanmaxsim" else 1)
 
@@ -232,7 +250,9 @@ def test_queries_come_in_every_form(case):
     index.add([shard(kind, documents, similarity)])
     wide = [query.astype(np.float32) for query in queries]
     forms = [packed(kind, queries)]
-    if kind == "sparse":
+    if kind == "routed":  # which have keys, so that no array is enough
+        forms.append(replace(forms[0], values=forms[0].values.astype(np.float32)))
+    elif kind == "sparse":
         matrix = torch.from_numpy(np.stack(wide))
         forms += [csr_matrix(np.stack(wide)), matrix.to_sparse(), matrix.to_sparse_csr()]
     else:
@@ -256,7 +276,7 @@ def test_a_folder_opened_again_is_the_same_index(stored):
     del truth["e1é"]
     again = opened(fingerprint="model")
     assert (again.count(), again.origins) == (49, index.origins)
-    assert same(again.search(asked, 50), oracle("dot", queries, truth, 50)) and again.search(asked, 50) == found
+    assert same(again.search(asked, 50), oracle(OWN[kind], queries, truth, 50)) and again.search(asked, 50) == found
     assert again.add([shard(kind, texts(kind, 2, 4), checksum="three")]) == Added(0, 0, 1)
     assert sorted(p.name for p in path.iterdir()) == [".lock", "00000004", "polyrep.json"]
     with pytest.raises(InputError, match="made by model model, not by other"):
@@ -353,7 +373,7 @@ def test_an_error_among_shards_leaves_the_old_index(stored):
     asked = packed(kind, list(texts(kind, 3, 2).values()))
     index = opened()
     before, stranger = index.search(asked, 99), shard(kind, texts(kind, 1, 1), "cosine")
-    with pytest.raises(InputError, match="have similarity dot, these have cosine"):
+    with pytest.raises(InputError, match=f"have similarity {OWN[kind]}, these have cosine"):
         index.add([shard(kind, texts(kind, 9, 5), checksum="two"), stranger])
     assert index.search(asked, 99) == before == opened().search(asked, 99)
 
@@ -542,20 +562,21 @@ def test_ties_go_to_the_higher_id():
 def test_one_kind_of_vectors_means_one_stage(stored):
     opened, kind, _ = stored
     index = opened()
-    with pytest.raises(InputError, match="no place for 'second' beside them.*memory: or qdrant:"):
+    more = "memory:" if kind == "routed" else "memory: or qdrant:"
+    with pytest.raises(InputError, match=f"no place for 'second' beside them.*{more}"):
         index.add([shard(kind, texts(kind, 3, 1), name="second")])
     asked = packed(kind, [texts(kind, 1, 1)["d0é"]])
-    with pytest.raises(InputError, match="no second stage. Use memory: or qdrant:"):
+    with pytest.raises(InputError, match=f"no second stage. Use {more}"):
         index.search({"v": asked, "second": asked})
 
 
 @pytest.mark.parametrize(
     ("uri", "kind", "similarity"),
-    [("faiss:{}", "sentence", "euclidean"), ("seismic:{}", "sparse", "cosine")],
+    [("faiss:{}", "sentence", "euclidean"), ("seismic:{}", "sparse", "cosine"), ("routed:{}", "routed", "maxsim")],
 )
 def test_similarities_that_an_engine_lacks_are_refused(uri, kind, similarity, tmp_path):
     index = open_index(uri.format(tmp_path / "index"))
-    with pytest.raises(InputError, match=f"are compared by {similarity}.*Use memory: or qdrant:"):
+    with pytest.raises(InputError, match=f"are compared by {similarity}.*Use memory:"):
         index.add([shard(kind, texts(kind, 3, 1), similarity)])
 
 
@@ -577,6 +598,13 @@ def test_similarities_that_an_engine_lacks_are_refused(uri, kind, similarity, tm
         ("seismic:x?max_fraction=nan", "max_fraction=nan: expected a number above 0, 1000"),
         ("seismic:x?summary_energy=much", "summary_energy=much"),
         ("seismic:x?index=flat", "unknown settings index. There are n_postings"),
+        ("routed:x?threshold=-1", "threshold=-1: entries have a length from 0 on.*0 keeps every entry"),
+        ("routed:x?search_threshold=nan", "search_threshold=nan: entries have a length"),
+        (
+            "routed:x?precision=binary",
+            "precision=binary: entries cannot be stored so. Use one of float16",
+        ),
+        ("routed:x?m=8", "unknown settings m. There are threshold, precision and search_threshold"),
     ],
 )
 def test_uris_that_mean_nothing_are_refused(uri, words):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .embeddings import Embeddings
+from .embeddings import SIDE_BY_SIDE, Embeddings
 
 
 def plain_name(name: Any) -> bool:
@@ -56,12 +56,14 @@ def _described(folder: Path, name: Any, entry: Any, remedy: str) -> tuple[np.dty
     return dtype, shape
 
 
-def check_bounds(vectors: Embeddings, texts: int | None = None) -> None:
+def check_bounds(vectors: Embeddings, texts: int | None = None, vocabulary: int = 0, sentence_dim: int = 0) -> None:
     """Refuse flat arrays that do not fit together, which engines would follow out of their memory.
 
     Args:
-        vectors: Of several vectors or words a text, or of one.
+        vectors: Of several vectors, words or routed entries a text, or of one.
         texts: How many there should be; None for any number.
+        vocabulary: Keys that routed entries can have.
+        sentence_dim: Width of the vectors of whole texts beside routed entries; 0 for none.
 
     Raises:
         ValueError: What does not fit.
@@ -71,7 +73,8 @@ def check_bounds(vectors: Embeddings, texts: int | None = None) -> None:
         raise ValueError(f"values of shape {values.shape} and type {values.dtype}")
     if vectors.kind != "sparse" and values.shape[1] != vectors.dim:
         raise ValueError(f"values of width {values.shape[1]}, not {vectors.dim}")
-    if (offsets is None) != (vectors.kind == "sentence") or (indices is None) != (vectors.kind != "sparse"):
+    named = vectors.kind in ("sparse", "routed")  # a row is of a word, or of a key
+    if (offsets is None) != (vectors.kind == "sentence") or (indices is None) == named:
         raise ValueError(f"offsets or indices are missing, or there without need, for {vectors.kind} vectors")
     if offsets is not None:
         if offsets.ndim != 1 or offsets.dtype.kind != "i" or not len(offsets):
@@ -79,12 +82,17 @@ def check_bounds(vectors: Embeddings, texts: int | None = None) -> None:
         if offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
             raise ValueError(f"offsets that do not rise from 0 to {len(values):,}")
     if indices is not None:
-        if indices.shape != values.shape or indices.dtype.kind != "i":
+        if indices.shape != values.shape[:1] or indices.dtype.kind != "i":
             raise ValueError(f"indices of shape {indices.shape} and type {indices.dtype}")
-        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < vectors.dim:
-            raise ValueError(f"a word outside the vocabulary of {vectors.dim:,}")
+        most = vectors.dim if vectors.kind == "sparse" else vocabulary
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < most:
+            raise ValueError(f"a word or key outside the vocabulary of {most:,}")
+    if (sentences := vectors.sentences) is not None or sentence_dim:
+        shape, kind = ("no", "no") if sentences is None else (sentences.shape, sentences.dtype.kind)
+        if shape != (len(vectors), sentence_dim) or kind != "f":
+            raise ValueError(f"vectors of whole texts of shape {shape}, not {(len(vectors), sentence_dim)}")
     if (windows := vectors.windows) is not None:
-        if windows.ndim != 1 or windows.dtype.kind != "i" or not len(windows) or vectors.kind == "tokens":
+        if windows.ndim != 1 or windows.dtype.kind != "i" or not len(windows) or vectors.kind in SIDE_BY_SIDE:
             raise ValueError(f"windows of shape {windows.shape} and type {windows.dtype} for {vectors.kind} vectors")
         if windows[0] != 0 or windows[-1] != len(vectors) or (np.diff(windows) < 1).any():
             raise ValueError(f"windows that do not rise from 0 to {len(vectors):,}")

@@ -9,6 +9,8 @@ Kinds of output::
     sentence   values (texts, dim)                                one vector per text
     tokens     values (tokens of all texts, dim), offsets         several vectors per text (late interaction)
     sparse     values (active terms of all texts), indices, offsets
+    routed     values (entries of all texts, dim), indices, offsets[, sentences (texts, width)]
+                                                                  a token's vector by its weight, under a key
     layers     values (texts, layers + 1, dim)                    masked mean of every layer, embeddings first
     cls_layers values (texts, layers + 1, dim)                    first token of every layer
     states     values (tokens of all texts, layers, dim), indices, offsets
@@ -19,7 +21,7 @@ layers of width 384 take 197 MB in float16. Its rows are the tokens that count, 
 in their order.
 
 Where documents are cut into windows, each window is a text, and ``windows`` bounds those of each document; with
-several vectors a text, the vectors of all its windows are the document's.
+several vectors or entries a text, those of all its windows are the document's.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ from ..files import staged_folder, write_json
 from ..hub.fingerprint import NOT_FINGERPRINTED, without
 from ..hub.folder import Encoder
 from .arrays import mapped_arrays
-from .embeddings import Embeddings, Kind
+from .embeddings import SIDE_BY_SIDE, Embeddings, Kind, means
 from .encoders import encode_chunk, kind_of, layers_of, refuse_broken_prompts, refuse_not_finite_vectors
 from .windows import Windows
 
@@ -60,6 +62,10 @@ logger = logging.getLogger(__name__)
 FORMAT = "polyrep-embeddings-1"
 CHUNK = 1024
 """Texts per chunk: enough that sorting by length inside it saves the padding, little enough to be no memory."""
+
+
+_NAMED = ("sparse", "routed", "states")
+"""Kinds of which a row is of a term, a key, or a token."""
 
 
 def embed(
@@ -292,15 +298,16 @@ def _write(
     started = time.perf_counter()
     owners = [np.zeros(0, np.int64)]  # of each text or window, the place of its document
     dim, shape_tail, rows, counts = 0, (), 0, [np.zeros(1, np.int64)]
-    named = key["kind"] in ("sparse", "states")  # a row is of a term, or of a token
+    named = key["kind"] in _NAMED
     names = ["values", "indices"] if named else ["values"]
+    whole: list[np.ndarray] = []  # vectors of whole texts beside entries, few enough to wait
     with staged_folder(path) as staged:
         files: dict[str, BinaryIO] = {name: (staged / f"{name}.bin").open("wb") for name in names}
         try:
             with tqdm(total=len(texts), desc=path.name, unit="text", disable=not show_progress) as progress:
                 size = max(1, CHUNK // 8) if key["kind"] == "states" else CHUNK  # a text is hundreds of vectors there
                 for ids, places, chunk in _chunks(texts, windows, size):
-                    values, lengths, indices, dim = encode_chunk(
+                    values, lengths, indices, dim, sentences = encode_chunk(
                         model, chunk, key["task"], key["kind"], batch_size, key.get("layers")
                     )
                     with np.errstate(over="ignore"):  # an overflow is refused below, by the id of its text
@@ -312,6 +319,10 @@ def _write(
                         files["indices"].write(indices.astype(np.int32).data)
                     if lengths is not None:
                         counts.append(lengths)
+                    if sentences is not None:
+                        with np.errstate(over="ignore"):
+                            whole.append(sentences.astype(key["dtype"]))
+                        refuse_not_finite_vectors(whole[-1], None, ids, key["dtype"])
                     rows, shape_tail = rows + len(values), values.shape[1:]
                     owners.append(places)
                     written = sum(file.tell() for file in files.values())
@@ -327,15 +338,19 @@ def _write(
             arrays["indices"] = ("int32", [rows])
         bounds = np.searchsorted(np.concatenate(owners), np.arange(len(texts) + 1)).astype(np.int64)
         further: dict[str, np.ndarray] = {}
-        if key["kind"] in ("tokens", "sparse", "states"):
+        if key["kind"] in ("tokens", *_NAMED):
             further["offsets"] = np.cumsum(np.concatenate(counts), dtype=np.int64)
-        if windows and key["kind"] == "tokens":
+        if whole:
+            further["sentences"] = np.concatenate(whole)
+        if windows and key["kind"] in SIDE_BY_SIDE:
             further["offsets"] = further["offsets"][bounds]
+            if whole:
+                further["sentences"] = means(further["sentences"], bounds)
         elif windows:
             further["windows"] = bounds
         for name, array in further.items():
-            (staged / f"{name}.bin").write_bytes(array.data)
-            arrays[name] = ("int64", [len(array)])
+            (staged / f"{name}.bin").write_bytes(np.ascontiguousarray(array).data)
+            arrays[name] = (str(array.dtype), list(array.shape))
         seconds = round(time.perf_counter() - started, 2)
         write_json(
             staged / "manifest.json", {"format": FORMAT, "key": key, "dim": dim, "arrays": arrays, "seconds": seconds}

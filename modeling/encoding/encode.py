@@ -37,7 +37,7 @@ from ..report import provenance
 from . import bm25
 from .arrays import plain_name
 from .cache import CHUNK
-from .embeddings import Embeddings, Kind, by_document, joined, rows
+from .embeddings import Embeddings, by_document, joined, rows
 from .encoders import encode_chunk, kind_of, refuse_broken_prompts, refuse_not_finite_vectors
 from .nested import groups_of, refuse_other_lengths
 from .shards import PRECISIONS, Origin, manifest_of, read_record, shard_path, write_shard
@@ -209,26 +209,24 @@ def _open_model(args: EncodeArguments, name: str, source: Source, size: int, dev
         origin = _origin(args, model, folder, windows)
 
         def encoded(content: list[Any]) -> list[Embeddings]:
-            values, lengths, indices, dim = encode_chunk(model, content, args.task, origin.kind, args.batch_size)
-            offsets = None if lengths is None else np.cumsum([0, *lengths], dtype=np.int64)
-            terms = None if indices is None else indices.astype(np.int32)
-            return [Embeddings(origin.kind, values, offsets, terms, dim, 0.0, Path())]
+            return [encode_chunk(model, content, args.task, origin.kind, args.batch_size).embeddings(origin.kind)]
 
         return _Opened(encoded, [origin], said, windows)
     views, names, print_ = views_of(model), args.views.split(","), fingerprint(folder)
     refuse_unknown_views(views, names, name)
     cut = (windows.tokens, windows.stride) if windows else ()
-    origins = [
-        Origin(n, views[n].kind, views[n].dim, views[n].similarity, print_, args.precision, *cut) for n in names
-    ]
-    for origin in origins:
-        _refuse_narrow(origin.kind, args.precision)
+
+    def origin_of(name: str) -> Origin:
+        view = views[name]
+        _refuse_narrow(view.kind, args.precision)
+        first = name, view.kind, view.dim, view.similarity, print_, args.precision
+        return Origin(*first, *cut, vocabulary=view.vocabulary, sentence_dim=view.sentence_dim)
 
     def viewed(content: list[Any]) -> list[Embeddings]:
         found = encode_views(model, content, names, task=args.task, batch_size=args.batch_size)
         return [found[n] for n in names]
 
-    return _Opened(viewed, origins, said, windows)
+    return _Opened(viewed, [origin_of(name) for name in names], said, windows)
 
 
 def _is_bm25(name: str) -> bool:
@@ -379,7 +377,7 @@ class _Work:
         step = self.batch_size if images else max(CHUNK, self.batch_size)
         kept: list[int] = []
         errors: list[dict[str, str]] = []
-        parts = [[_no_vectors(origin.kind, origin.dim, dtype)] for origin in origins]
+        parts = [[_no_vectors(origin, dtype)] for origin in origins]
         for start in range(0, len(order), step):
             numbers = order[start : start + step]
             content: list[Any] = [documents[i].content for i in numbers]
@@ -399,7 +397,11 @@ class _Work:
                 refuse_not_finite_vectors(values, lengths, names, dtype)
                 if origin.nested:
                     refuse_other_lengths(found, names, origin.nested[-1][document])
-                part.append(replace(found, values=values))
+                if (sentences := found.sentences) is not None:
+                    with np.errstate(over="ignore"):
+                        sentences = sentences.astype(dtype)
+                    refuse_not_finite_vectors(sentences, None, names, dtype)
+                part.append(replace(found, values=values, sentences=sentences))
             kept += numbers
         vectors = [rows(joined(part), np.argsort(kept)) for part in parts]
         if windows:
@@ -420,11 +422,14 @@ class _Work:
         return found, kept
 
 
-def _no_vectors(kind: Kind, dim: int, dtype: str) -> Embeddings:
+def _no_vectors(origin: Origin, dtype: str) -> Embeddings:
     """Vectors of no document, for a shard of which nothing could be used."""
+    kind, dim = origin.kind, origin.dim
     offsets = None if kind == "sentence" else np.zeros(1, np.int64)
-    indices = np.empty(0, np.int32) if kind == "sparse" else None
-    return Embeddings(kind, np.empty(0 if kind == "sparse" else (0, dim), dtype), offsets, indices, dim, 0.0, Path())
+    indices = np.empty(0, np.int32) if kind in ("sparse", "routed") else None
+    sentences = np.empty((0, origin.sentence_dim), dtype) if origin.sentence_dim else None
+    values = np.empty(0 if kind == "sparse" else (0, dim), dtype)
+    return Embeddings(kind, values, offsets, indices, dim, 0.0, Path(), sentences=sentences)
 
 
 def _own(spans: Iterator[Span], state: PartialState) -> Iterator[tuple[Span, bool]]:
@@ -541,4 +546,9 @@ def _refuse_narrow(kind: str, precision: str) -> None:
     if kind == "sparse" and precision in ("int8", "binary"):
         raise InputError(
             f"--precision {precision}: sparse vectors are weights of words, kept in float16 or float32 alone."
+        )
+    if kind == "routed" and precision == "binary":
+        raise InputError(
+            "--precision binary: routed entries have their weight in their length, which signs lack, so every token "
+            "would count alike. Use int8, 40 bytes of an entry of 32 numbers with its key and scale."
         )

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from sentence_transformers import MultiVectorEncoder, SparseEncoder
 from sentence_transformers.util import batch_to_device
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..errors import InputError, refuse_no_text
 from ..hub.folder import Encoder
 from ..hub.polyrep_room import keep_states
-from .embeddings import Kind
+from .embeddings import Embeddings, Kind, joined, rows
 
 
 def kind_of(model: Encoder) -> Kind:
@@ -26,12 +28,81 @@ def kind_of(model: Encoder) -> Kind:
     return "sparse" if isinstance(model, SparseEncoder) else "sentence"
 
 
-_Encoded = tuple[np.ndarray, np.ndarray | None, np.ndarray | None, int]
+class Encoded(NamedTuple):
+    """Texts of a chunk as flat arrays, in their order.
+
+    Attributes:
+        values: The numbers.
+        lengths: ``(texts,)`` rows of each text; None: one.
+        indices: ``(rows,)`` what each row is: the term of a sparse vector, the key of a routed entry, the id of a
+            token whose states are kept; else None.
+        dim: Width of a vector.
+        sentences: ``(texts, width)`` vectors of whole texts beside routed entries, where the model has them.
+    """
+
+    values: np.ndarray
+    lengths: np.ndarray | None
+    indices: np.ndarray | None
+    dim: int
+    sentences: np.ndarray | None = None
+
+    def embeddings(self, kind: Kind) -> Embeddings:
+        """The same as embeddings without a cache."""
+        offsets = None if self.lengths is None else np.cumsum([0, *self.lengths], dtype=np.int64)
+        indices = None if self.indices is None else self.indices.astype(np.int32)
+        return Embeddings(kind, self.values, offsets, indices, self.dim, 0.0, Path(), sentences=self.sentences)
+
+
+class Router(NamedTuple):
+    """What gives the tokens of a text their keys.
+
+    Attributes:
+        config: Says ``vocab_size`` (keys), ``entry_dim`` and ``sentence_dim`` (widths) and ``clamp``.
+        entries: Makes of a batch and a task what :func:`token_router_of` names.
+    """
+
+    config: Any
+    entries: Callable[[dict[str, Any], str], dict[str, Any]]
+
+
+def token_router_of(model: Any) -> Router | None:
+    """What of a model routes its tokens to keys; None for most models.
+
+    It is the model of the first module, if that has a method ``encode_routed(**tokens, task=...)``, which returns, as
+    fields or by name, ``keys``, ``weights`` and ``mask``, each ``(batch, tokens, keys of a token)``, ``vectors (batch,
+    tokens, dim)``, and ``sentence_embedding (batch, width)`` or None. Or it is a later module with a method ``route``,
+    for vectors that are there, which leaves the same in a batch, but the last as ``dense``.
+    """
+    parts = list(model.children()) if isinstance(model, nn.Module) else []
+    inner = getattr(parts[0], "model", None) if parts else None
+    if callable(getattr(inner, "encode_routed", None)):
+
+        def asked(batch: dict[str, Any], task: str) -> dict[str, Any]:
+            tokens = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+            output = inner.encode_routed(**tokens, task=task)
+            names = (*_ENTRIES, "sentence_embedding")
+            # A field of a ModelOutput may be called as one of its methods, keys.
+            by_name = isinstance(output, dict) and not isinstance(output, ModelOutput)
+            return {name: output.get(name) if by_name else getattr(output, name) for name in names}
+
+        return Router(inner.config, asked)
+    head = next((part for part in parts if callable(getattr(part, "route", None))), None)
+    if head is None:
+        return None
+
+    def left(batch: dict[str, Any], task: str) -> dict[str, Any]:
+        output = model(batch, task=task)
+        return {name: output[name] for name in _ENTRIES} | {"sentence_embedding": output.get("dense")}
+
+    return Router(head.model.config, left)
+
+
+_ENTRIES = ("keys", "weights", "mask", "vectors")
 
 
 def encode_chunk(
     model: Encoder, texts: list[Any], task: str, kind: Kind, batch_size: int, layers: Sequence[int] | None = None
-) -> _Encoded:
+) -> Encoded:
     """Encode texts or images without a cache.
 
     Args:
@@ -43,8 +114,10 @@ def encode_chunk(
         layers: For ``states``, the hidden states that are kept; see :func:`layers_of`.
 
     Returns:
-        Values, rows of each text (None: one), what each row is (the term of a sparse vector, the id of a token whose
-        states are kept; else None) and the width of a vector.
+        The texts in their order.
+
+    Raises:
+        InputError: The model does not give this kind, or for ``routed`` not what it says.
     """
     if kind == "states":
         return _encode_states(model, texts, task, batch_size, layers_of(model, layers))
@@ -78,27 +151,78 @@ def layers_of(model: Encoder, layers: Sequence[int] | None) -> list[int]:
     return found
 
 
+def prompt_of(model: Any, task: str) -> str | None:
+    """What ``encode_query`` and ``encode_document`` put before a text."""
+    prompts = model.prompts or {}
+    names = ("query",) if task == "query" else ("document", "passage", "corpus")
+    return next((prompts[name] for name in (*names, model.default_prompt_name) if name in prompts), None)
+
+
 def _encode_call(model: Any, task: str) -> Any:
     return model.encode_query if task == "query" else model.encode_document
 
 
-def _encode_sentence(model: Encoder, texts: list[str], task: str, batch_size: int) -> _Encoded:
+def _encode_sentence(model: Encoder, texts: list[str], task: str, batch_size: int) -> Encoded:
     values = _encode_call(model, task)(texts, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
-    return values, None, None, values.shape[1]
+    return Encoded(values, None, None, values.shape[1])
 
 
-def _encode_tokens(model: Encoder, texts: list[str], task: str, batch_size: int) -> _Encoded:
+def _encode_tokens(model: Encoder, texts: list[str], task: str, batch_size: int) -> Encoded:
     vectors = _encode_call(model, task)(texts, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
     values = np.concatenate(vectors)
-    return values, np.array([len(v) for v in vectors]), None, values.shape[1]
+    return Encoded(values, np.array([len(v) for v in vectors]), None, values.shape[1])
 
 
-def _encode_sparse(model: Encoder, texts: list[str], task: str, batch_size: int) -> _Encoded:
+def _encode_sparse(model: Encoder, texts: list[str], task: str, batch_size: int) -> Encoded:
     matrix = _encode_call(model, task)(
         texts, batch_size=batch_size, show_progress_bar=False, convert_to_sparse_tensor=True, save_to_cpu=True
     ).coalesce()  # (texts, vocabulary), sorted by text and then by term
     text_of, term = matrix.indices().numpy()
-    return matrix.values().float().numpy(), np.bincount(text_of, minlength=len(texts)), term, matrix.shape[1]
+    counts = np.bincount(text_of, minlength=len(texts))
+    return Encoded(matrix.values().float().numpy(), counts, term, matrix.shape[1])
+
+
+@torch.inference_mode()
+def _encode_routed(model: Encoder, texts: list[str], task: str, batch_size: int) -> Encoded:
+    router = token_router_of(model)
+    if router is None:
+        raise InputError(
+            f"kind 'routed': {type(model).__name__} has no router, by which its tokens would have keys. Use a model "
+            "whose first module has encode_routed."
+        )
+    model.eval()
+    prompt, order = prompt_of(model, task), sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    parts: list[Encoded] = []
+    for start in range(0, len(texts), batch_size):
+        batch = model.preprocess([texts[i] for i in order[start : start + batch_size]], prompt=prompt, task=task)
+        batch = batch_to_device(batch, model.device)
+        parts.append(_entries(router.entries(batch, task), router.config))
+    blocks = [part.embeddings("routed") for part in parts]
+    found = rows(joined(blocks), np.argsort(order))
+    return Encoded(found.values, found.lengths, found.indices, found.dim, found.sentences)
+
+
+def _entries(said: dict[str, Any], config: Any) -> Encoded:
+    """What a router says of a batch as entries: the vector of each token, by its weight, for each of its keys."""
+    mask, vectors, whole = said["mask"].bool(), said["vectors"], said["sentence_embedding"]
+    text, token, place = mask.nonzero(as_tuple=True)  # (entries,) each
+    keys = said["keys"][text, token, place].cpu().numpy()
+    if len(keys) and not 0 <= int(keys.min()) <= int(keys.max()) < config.vocab_size:
+        raise InputError(
+            f"the router: gives keys from {keys.min()} to {keys.max()}, but vocab_size={config.vocab_size} in its "
+            "config, so no list would hold them. Correct the config."
+        )
+    values = said["weights"][text, token, place].float()[:, None] * vectors[text, token].float()
+    widths = values.shape[1], 0 if whole is None else whole.shape[1]
+    if widths != (config.entry_dim, config.sentence_dim):
+        raise InputError(
+            f"the router: gives vectors of widths {widths} for tokens and for whole texts, but entry_dim="
+            f"{config.entry_dim} and sentence_dim={config.sentence_dim} in its config, so an index would be made for "
+            "others. Correct the config."
+        )
+    lengths = text.bincount(minlength=len(mask)).cpu().numpy()
+    sentences = None if whole is None else whole.float().cpu().numpy()
+    return Encoded(values.cpu().numpy(), lengths, keys, config.entry_dim, sentences)
 
 
 def _hidden_states(
@@ -117,7 +241,7 @@ def _hidden_states(
 
 
 @torch.inference_mode()
-def _encode_layers(model: Encoder, texts: list[str], task: str, batch_size: int, cls: bool = False) -> _Encoded:
+def _encode_layers(model: Encoder, texts: list[str], task: str, batch_size: int, cls: bool = False) -> Encoded:
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     pooled: list[torch.Tensor] = []
     for inputs, output in _hidden_states(model, texts, order, task, batch_size):
@@ -130,11 +254,11 @@ def _encode_layers(model: Encoder, texts: list[str], task: str, batch_size: int,
             layers = (states * weights).sum(2, dtype=torch.float32) / weights.sum(2, dtype=torch.float32).clamp(min=1)
         pooled.append(layers.float().cpu())  # (batch, layers + 1, dim)
     values = torch.cat(pooled)[torch.tensor(np.argsort(order))].numpy()
-    return values, None, None, values.shape[2]
+    return Encoded(values, None, None, values.shape[2])
 
 
 @torch.inference_mode()
-def _encode_states(model: Encoder, texts: list[str], task: str, batch_size: int, layers: list[int]) -> _Encoded:
+def _encode_states(model: Encoder, texts: list[str], task: str, batch_size: int, layers: list[int]) -> Encoded:
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     states: list[np.ndarray] = []  # of each text, (tokens, layers, dim)
     tokens: list[np.ndarray] = []
@@ -149,13 +273,14 @@ def _encode_states(model: Encoder, texts: list[str], task: str, batch_size: int,
     back = np.argsort(order)
     values = np.concatenate([states[place] for place in back])
     lengths = np.array([len(states[place]) for place in back])
-    return values, lengths, np.concatenate([tokens[place] for place in back]), values.shape[2]
+    return Encoded(values, lengths, np.concatenate([tokens[place] for place in back]), values.shape[2])
 
 
 _ENCODERS: dict[str, Any] = {
     "sentence": _encode_sentence,
     "tokens": _encode_tokens,
     "sparse": _encode_sparse,
+    "routed": _encode_routed,
     "layers": _encode_layers,
     "cls_layers": partial(_encode_layers, cls=True),
 }

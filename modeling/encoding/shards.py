@@ -14,12 +14,14 @@ and nothing else. A shard holds ``ids`` (UTF-8, one after another) with ``id_off
     sentence   values (documents, dim)                        one vector per document
     tokens     values (vectors of all documents, dim), offsets
     sparse     values (active terms of all documents), indices, offsets
+    routed     values (entries of all documents, dim), indices, offsets[, sentences (documents, width)]
 
 Where documents are cut into windows, ``sentence`` and ``sparse`` have a row for each window, and ``windows`` bounds
 those of each document.
 
 Numbers are ``float32``; ``float16``; ``int8``, with a ``scales`` number for each vector, by which its largest becomes
-127, so that no calibration is needed; or ``binary``, one bit a number, its sign, eight in a byte.
+127, so that no calibration is needed; or ``binary``, one bit a number, its sign, eight in a byte. ``sentences`` beside
+``int8`` are ``float16``.
 """
 
 from __future__ import annotations
@@ -38,14 +40,14 @@ from safetensors.numpy import load_file, save_file
 from ..errors import InputError
 from ..files import file_sha256, read_json, staged_file, write_json
 from .arrays import check_bounds
-from .embeddings import Embeddings, Kind
+from .embeddings import SIDE_BY_SIDE, Embeddings, Kind
 from .nested import Groups, checked_groups
 
 FORMAT = "polyrep-encoded-1"
 _AGAIN = "Encode the corpus again."
 _RECORD = "Delete it and run `polyrep encode` again."
 PRECISIONS = ("float16", "float32", "int8", "binary")
-KINDS = ("sentence", "tokens", "sparse")
+KINDS = ("sentence", "tokens", "sparse", "routed")
 _SIZES = range(2**48)
 
 
@@ -55,15 +57,17 @@ class Origin:
 
     Attributes:
         name: What an index calls them beside others of the same documents.
-        kind: ``sentence``, ``tokens`` or ``sparse``.
+        kind: ``sentence``, ``tokens``, ``sparse`` or ``routed``.
         dim: Width of a vector; of sparse ones the size of the vocabulary.
-        similarity: How the model scores: ``dot``, ``cosine``, ``maxsim``, ``meanmaxsim``, ...
+        similarity: How the model scores: ``dot``, ``cosine``, ``maxsim``, ``meanmaxsim``, ``routed``, ...
         fingerprint: :func:`polyrep.hub.fingerprint` of the model.
         precision: Of the numbers, one of :data:`PRECISIONS`.
         window: Tokens of the windows that documents are cut into; 0 for none.
         stride: Tokens from the start of one window to the start of the next; 0 without windows.
         nested: Query vectors and document vectors of the prefixes that can be searched, see
             :mod:`polyrep.encoding.nested`; empty where there are none.
+        vocabulary: Keys that ``routed`` entries can have; else 0.
+        sentence_dim: Width of the vectors of whole texts beside ``routed`` entries; 0 where there are none.
     """
 
     name: str
@@ -75,15 +79,18 @@ class Origin:
     window: int = 0
     stride: int = 0
     nested: Groups = ()
+    vocabulary: int = 0
+    sentence_dim: int = 0
 
     @property
     def by_window(self) -> bool:
         """Whether a document may have several rows: vectors of all windows are side by side where it has several."""
-        return self.window > 0 and self.kind != "tokens"
+        return self.window > 0 and self.kind not in SIDE_BY_SIDE
 
     def described(self) -> dict[str, Any]:
-        """The fields, as a manifest has them; those of windows and of groups only where there are any."""
+        """The fields, as a manifest has them; those of windows, groups and keys only where there are any."""
         without = {"window": self.window, "stride": self.window, "nested": self.nested}
+        without |= {"vocabulary": self.vocabulary, "sentence_dim": self.sentence_dim}
         return {name: value for name, value in asdict(self).items() if without.get(name, True)}
 
 
@@ -100,13 +107,18 @@ def origin_of(content: Any, where: Path) -> Origin:
     try:
         origin = Origin(**content)
         texts = (origin.name, origin.kind, origin.similarity, origin.fingerprint, origin.precision)
-        numbers = (origin.dim, origin.window, origin.stride)
+        numbers = (origin.dim, origin.window, origin.stride, origin.vocabulary, origin.sentence_dim)
         if not all(isinstance(text, str) for text in texts) or {*map(type, numbers)} != {int}:
             raise ValueError("a field of another type")
         if origin.kind not in KINDS or origin.precision not in PRECISIONS or not 0 < origin.dim < 2**31:
             raise ValueError(f"kind {origin.kind!r:.40}, precision {origin.precision!r:.40}, width {origin.dim}")
         if not 0 <= origin.stride <= origin.window < 2**31 or bool(origin.stride) != bool(origin.window):
             raise ValueError(f"window {origin.window}, stride {origin.stride}")
+        routed = origin.kind == "routed"
+        if not routed <= origin.vocabulary < 2**31 or not 0 <= origin.sentence_dim < 2**31:
+            raise ValueError(f"vocabulary {origin.vocabulary}, vectors of whole texts of {origin.sentence_dim}")
+        if not routed and (origin.vocabulary or origin.sentence_dim):
+            raise ValueError(f"a vocabulary of keys or vectors of whole texts beside {origin.kind} vectors")
         if "nested" in content:
             origin = replace(origin, nested=checked_groups(origin.nested, "nested"))
             if origin.kind != "tokens" or origin.window:
@@ -270,11 +282,12 @@ def _read_content(path: Path, origin: Origin) -> tuple[list[str], Embeddings]:
         ids = unpacked_ids(arrays)
         values = widened(arrays, origin)
         bounds, terms = arrays.get("offsets"), arrays.get("indices")
-        vectors = Embeddings(origin.kind, values, bounds, terms, origin.dim, 0.0, Path(), arrays.get("windows"))
-        check_bounds(vectors, len(ids))
+        windows, sentences = arrays.get("windows"), arrays.get("sentences")
+        vectors = Embeddings(origin.kind, values, bounds, terms, origin.dim, 0.0, Path(), windows, sentences)
+        check_bounds(vectors, len(ids), origin.vocabulary, origin.sentence_dim)
         if origin.by_window != (vectors.windows is not None):
             raise ValueError(f"windows of {origin.window} tokens by its manifest, and otherwise by its arrays")
-        if not np.isfinite(values).all():
+        if not np.isfinite(values).all() or (sentences is not None and not np.isfinite(sentences).all()):
             raise ValueError("a number that is not finite")
     except (SafetensorError, OSError, KeyError, ValueError, IndexError, TypeError) as error:
         raise InputError(
@@ -314,6 +327,10 @@ def narrowed_arrays(vectors: Embeddings, precision: str) -> dict[str, np.ndarray
         arrays["indices"] = np.ascontiguousarray(vectors.indices, np.int32)
     if vectors.windows is not None:
         arrays["windows"] = np.ascontiguousarray(vectors.windows, np.int64)
+    if vectors.sentences is not None:
+        arrays["sentences"] = np.ascontiguousarray(
+            vectors.sentences, "float32" if precision == "float32" else "float16"
+        )
     return arrays
 
 

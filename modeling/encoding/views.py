@@ -8,12 +8,16 @@ view that finds candidates first::
 
 A batch asks it for some of them by ``views``, their names, and then holds their fields when the model has read it. A
 method ``weighed(batch)`` of that module, where there is one, gives these fields as a search sums them.
+
+A model that routes its tokens to keys (:func:`polyrep.encoding.encoders.token_router_of`) has the view ``routed``, its
+entries, and as a sparse encoder before it ``router``, the weights that it gives by itself. Of an index that holds
+both, the router finds candidates and the entries alone rank them, so they weigh 0 and 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ from torch import nn
 
 from ..errors import InputError
 from .embeddings import Embeddings, Kind, joined, rows
+from .encoders import encode_chunk, kind_of, prompt_of, token_router_of
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,15 @@ class View:
     """What a model says of one of its views.
 
     Attributes:
-        kind: ``sentence``, ``sparse`` or ``tokens``.
+        kind: ``sentence``, ``sparse``, ``tokens`` or ``routed``.
         dim: Width of a vector; of sparse ones the size of the vocabulary.
         similarity: How two vectors are compared.
-        output: Field of the batch: ``(batch, dim)``, for sparse vectors too; or ``(batch, tokens, dim)``.
+        output: Field of the batch: ``(batch, dim)``, for sparse vectors too; or ``(batch, tokens, dim)``. Empty where
+            the model is asked otherwise.
         mask: For ``tokens`` the field ``(batch, tokens)`` that is not 0 where a vector counts.
         weight: Of its scores in a sum of those of all views; None where none was chosen.
+        vocabulary: Keys that ``routed`` entries can have; else 0.
+        sentence_dim: Width of the vectors of whole texts beside ``routed`` entries; 0 where there are none.
     """
 
     kind: Kind
@@ -45,12 +53,24 @@ class View:
     output: str
     mask: str = ""
     weight: float | None = None
+    vocabulary: int = 0
+    sentence_dim: int = 0
 
 
 def views_of(model: Any) -> dict[str, View]:
     """Views of a model by name, the one that finds candidates first; none for most models."""
-    part = part_with_views(model)
-    return {} if part is None else {name: View(**said) for name, said in part.views().items()}
+    if (part := part_with_views(model)) is not None:
+        return {name: View(**said) for name, said in part.views().items()}
+    if (router := token_router_of(model)) is None:
+        return {}
+    config = router.config
+    similarity = "routed" if config.clamp else "routed_unclamped"
+    further = {"weight": 1.0, "vocabulary": config.vocab_size, "sentence_dim": config.sentence_dim}
+    routed = View("routed", config.entry_dim, similarity, "", **further)
+    if kind_of(model) != "sparse":
+        return {"routed": routed}
+    width = int(model.get_embedding_dimension() or 0)
+    return {"router": View("sparse", width, str(model.similarity_fn_name or "dot"), "", weight=0.0), "routed": routed}
 
 
 def weights_of_views(model: Any, names: Sequence[str], subject: str) -> dict[str, float]:
@@ -96,8 +116,13 @@ def encode_views(
     """
     views = views_of(model)
     refuse_unknown_views(views, names, type(model).__name__)
+    if not texts:
+        return {name: _one_after_another(views[name], []) for name in names}
+    if part_with_views(model) is None:
+        kinds = {name: views[name].kind for name in names}
+        return {n: encode_chunk(model, list(texts), task, k, batch_size).embeddings(k) for n, k in kinds.items()}
     encoded: dict[str, list[Embeddings]] = {name: [] for name in names}
-    prompt = _prompt(model, task)
+    prompt = prompt_of(model, task)
     model.eval()
     part = part_with_views(model)
     order = sorted(
@@ -124,13 +149,6 @@ def part_with_views(model: Any) -> Any:
     """The module of a model that has several views; None for most models."""
     parts = model.children() if isinstance(model, nn.Module) else ()
     return next((part for part in parts if callable(getattr(part, "views", None))), None)
-
-
-def _prompt(model: Any, task: str) -> str | None:
-    """What ``encode_query`` and ``encode_document`` put before a text."""
-    prompts = model.prompts or {}
-    names = ("query",) if task == "query" else ("document", "passage", "corpus")
-    return next((prompts[name] for name in (*names, model.default_prompt_name) if name in prompts), None)
 
 
 def _flat(view: View, name: str, output: Any) -> Embeddings:
@@ -161,5 +179,6 @@ def _one_after_another(view: View, parts: Sequence[Embeddings]) -> Embeddings:
     if parts:
         return joined(parts)
     empty = np.empty(0 if view.kind == "sparse" else (0, view.dim), np.float32)
-    none = np.empty(0, np.int64)
-    return _embeddings(view, empty, None if view.kind == "sentence" else none, none if view.kind == "sparse" else None)
+    none, named = np.empty(0, np.int64), view.kind in ("sparse", "routed")
+    found = _embeddings(view, empty, None if view.kind == "sentence" else none, none if named else None)
+    return replace(found, sentences=np.empty((0, view.sentence_dim), np.float32)) if view.sentence_dim else found

@@ -68,10 +68,11 @@ def bytes_per_document(
 
     Args:
         kind: ``dense`` (dims numbers), ``sparse`` (a 4-byte term id and a number per active term), ``multi`` (vectors
-            of dims numbers and an 8-byte offset) or ``binary`` (one bit per dimension of each vector).
+            of dims numbers and an 8-byte offset), ``binary`` (one bit per dimension of each vector) or ``routed``
+            (dims numbers and a 4-byte document per entry; in int8 a 4-byte scale as well).
         dtype: numpy name of the numbers.
         dims: Numbers per vector.
-        nnz: Mean active terms per document, for ``sparse``.
+        nnz: Mean active terms per document, for ``sparse``; mean entries, for ``routed``.
         vectors: Mean vectors per document, for ``multi``; for ``binary`` default 1.
 
     Raises:
@@ -87,7 +88,9 @@ def bytes_per_document(
             return vectors * dims * itemsize + 8
         case "binary":
             return (vectors or 1) * -(-dims // 8)
-    raise InputError(f"bytes_per_document: unknown kind {kind!r}; use dense, sparse, multi or binary.")
+        case "routed":
+            return nnz * (dims * itemsize + 4 + 4 * (dtype == "int8"))
+    raise InputError(f"bytes_per_document: unknown kind {kind!r}; use dense, sparse, multi, binary or routed.")
 
 
 def flops(queries: np.ndarray, documents: np.ndarray) -> float:

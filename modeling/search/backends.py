@@ -5,6 +5,7 @@
     memory:                                    exact, nothing on disk: the oracle that the others are measured by
     faiss:///PATH?index=flat|hnsw              FAISS, one vector per document
     seismic:///PATH                            Seismic, sparse vectors
+    routed:///PATH                             exact over lists by key: routed entries, on disk
     qdrant:///PATH                             Qdrant's engine in this process: dense, sparse and several vectors
     qdrant+http(s)://HOST:PORT/COLLECTION      the same against a server or a cluster of Qdrant
 """
@@ -22,6 +23,7 @@ BACKENDS = {
     "memory": "exact:ExactIndex",
     "faiss": "faiss:FaissIndex",
     "seismic": "seismic:SeismicIndex",
+    "routed": "routed:RoutedIndex",
     "qdrant": "qdrant:open_embedded",
     "qdrant+http": "qdrant:open_server",
     "qdrant+https": "qdrant:open_server",

@@ -213,7 +213,7 @@ class _Cut(Shard):
 
 def _why_not(origin: Origin) -> str:
     if origin.kind != "tokens":
-        what = "one vector" if origin.kind == "sentence" else "weights of words"
+        what = {"sentence": "one vector", "sparse": "weights of words"}.get(origin.kind, "entries under keys")
         return f"a document has {what} under {origin.name!r}"
     if origin.window:
         return (

@@ -33,7 +33,9 @@ class IndexArguments:
 
     uri: str = field(
         default="",
-        metadata={"help": "faiss:///PATH, seismic:///PATH, qdrant:///PATH, qdrant+https://HOST/COLLECTION."},
+        metadata={
+            "help": "faiss:///PATH, seismic:///PATH, routed:///PATH, qdrant:///PATH, qdrant+https://HOST/COLLECTION."
+        },
     )
     budget: str = field(
         default="",

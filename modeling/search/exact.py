@@ -24,6 +24,7 @@ from .protocol import (
     candidates_of,
     checked_origin,
     first_of_each,
+    refuse_unfit_entries,
     refuse_unknown,
     refuse_unlike_groups,
     tell_without_candidates,
@@ -81,6 +82,7 @@ class ExactIndex:
                 known += 1
                 continue
             refuse_unlike_groups(shard)
+            refuse_unfit_entries(shard.vectors, origin, f"{self.where}: document", shard.ids)
             self.origins[origin.name] = origin
             replaced += self._vectors.setdefault(origin.name, Vectors()).add(shard.ids, shard.vectors)
             self._ranks.pop(origin.name, None)

@@ -19,10 +19,10 @@ import re
 import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from urllib.parse import SplitResult, unquote_to_bytes
 
 import numpy as np
@@ -210,6 +210,20 @@ class Vectors(Documents):
         return vectors
 
 
+class InParts(NamedTuple):
+    """An array that is written without ever being whole in memory.
+
+    Attributes:
+        dtype: Of the numbers.
+        shape: Of the whole.
+        parts: Its rows, some at a time, made as they are asked for.
+    """
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    parts: Iterator[np.ndarray]
+
+
 class FolderIndex(ABC):
     """An index with one kind of vectors in a folder; see :class:`polyrep.search.Index` for what it does."""
 
@@ -217,6 +231,12 @@ class FolderIndex(ABC):
     kind: ClassVar[Kind]
     similarities: ClassVar[tuple[str, ...]]
     """Which it can compute."""
+
+    elsewhere: ClassVar[str] = "memory: or qdrant:"
+    """What holds vectors of this kind beside others."""
+
+    unit: ClassVar[str] = "one vector a document"
+    """What is held, of which there is no prefix."""
 
     documents: Documents
     settings: dict[str, Any]
@@ -237,7 +257,7 @@ class FolderIndex(ABC):
         """Add documents in memory; returns how many replaced another."""
 
     @abstractmethod
-    def _write(self, folder: Path) -> dict[str, np.ndarray]:
+    def _write(self, folder: Path) -> Mapping[str, np.ndarray | InParts]:
         """Write the engine's files; returns arrays to be written beside them, and given to ``_open`` later."""
 
     def count(self) -> int:
@@ -289,12 +309,12 @@ class FolderIndex(ABC):
         if origin.similarity not in self.similarities:
             raise InputError(
                 f"{self.where}: vectors {origin.name!r} are compared by {origin.similarity}; this back end knows "
-                f"{' and '.join(self.similarities)}. Use memory: or qdrant:."
+                f"{' and '.join(self.similarities)}. Use {self.elsewhere}."
             )
         if self.origins.keys() - {origin.name}:
             raise InputError(
                 f"{self.where}: holds vectors {', '.join(self.origins)} and has no place for {origin.name!r} beside "
-                "them. Use an index of their own, or one of memory: or qdrant:, which hold several."
+                f"them. Use an index of their own, or one of {self._several}."
             )
         return known
 
@@ -311,17 +331,17 @@ class FolderIndex(ABC):
             budget,
             first,
             self.where,
-            "it holds one vector a document, of which there is no prefix. Use memory: or qdrant:, which hold several.",
+            f"it holds {self.unit}, of which there is no prefix. Use memory: or qdrant:, which hold several.",
         )
         if weights is not None:
             raise InputError(
                 f"{self.where}: weights={dict(weights)}, but it holds one kind of vectors, so there is no sum. Use "
-                "memory: or qdrant:, which hold several."
+                f"{self._several}."
             )
         if isinstance(queries, Mapping) and len(queries) > 1:
             raise InputError(
                 f"{self.where}: asked for {', '.join(queries)}, but it holds one kind of vectors, so there is no "
-                "second stage. Use memory: or qdrant:."
+                f"second stage. Use {self.elsewhere}."
             )
         ((_, asked),) = stages(self.origins, queries, k, self.where)
         return asked
@@ -395,12 +415,14 @@ class FolderIndex(ABC):
         folder = self.path / f"{self.generation + 1:08d}"
         shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed before it counted
         folder.mkdir()
-        arrays = self._write(folder) | packed_ids(self.documents.ids)
+        arrays: dict[str, np.ndarray | InParts] = {**self._write(folder), **packed_ids(self.documents.ids)}
         engine = {file.name: file_sha256(file) for file in folder.iterdir()}  # an engine believes what its files say
         arrays["live"] = self.documents.live()
         for name, array in arrays.items():
-            # Not tofile, which drops the last bytes without an error when the disk is full.
-            (folder / f"{name}.bin").write_bytes(np.ascontiguousarray(array).data)
+            with (folder / f"{name}.bin").open("wb") as file:
+                for part in array.parts if isinstance(array, InParts) else [array]:
+                    # Not tofile, which drops the last bytes without an error when the disk is full.
+                    file.write(np.ascontiguousarray(part).data)
         content = marker | {
             "generation": self.generation + 1,
             "documents": self.count(),
@@ -440,6 +462,10 @@ class FolderIndex(ABC):
         if type(generation) is not int or generation < 0:
             raise InputError(f"{path}: its generation is {generation!r:.80}, not a number from 0 on. {self._remedy}")
         return manifest
+
+    @property
+    def _several(self) -> str:
+        return f"{self.elsewhere}, which {'hold' if ' or ' in self.elsewhere else 'holds'} several"
 
     @property
     def _remedy(self) -> str:

@@ -22,6 +22,9 @@ from ..hub.fingerprint import told
 
 logger = logging.getLogger(__name__)
 
+HOLDERS = {"routed": "routed: or memory:"}
+"""Back ends for kinds that few of them hold."""
+
 CANDIDATES = 1000
 """Documents of a query that a weighted sum ranks."""
 
@@ -151,7 +154,8 @@ def checked_origin(
         InputError: Another kind, width, similarity or model.
     """
     if new.kind not in kinds:
-        raise InputError(f"{where}: holds {' or '.join(kinds)} vectors, not {new.kind}. Use another back end.")
+        holder = HOLDERS.get(new.kind, "another back end")
+        raise InputError(f"{where}: holds {' or '.join(kinds)} vectors, not {new.kind}. Use {holder}.")
     known = origins.get(new.name)
     if known is None:
         if origins and not beside_windows and any(origin.by_window for origin in (*origins.values(), new)):
@@ -160,7 +164,7 @@ def checked_origin(
                 "windows have no vectors of another name beside theirs. Use an index of their own, or memory:."
             )
         return new
-    for field in ("kind", "dim", "similarity", "window", "stride"):
+    for field in ("kind", "dim", "similarity", "window", "stride", "vocabulary", "sentence_dim"):
         if getattr(known, field) != getattr(new, field):
             raise InputError(
                 f"{where}: its vectors {new.name!r} have {field} {getattr(known, field)}, these have "
@@ -194,6 +198,53 @@ def refuse_unlike_groups(shard: Shard) -> None:
     """InputError if a document of a shard has not as many vectors as its nested groups say."""
     if shard.origin.nested:
         refuse_other_lengths(shard.vectors, shard.ids, shard.origin.nested[-1][1])
+
+
+def refuse_unfit_entries(vectors: Embeddings, origin: Origin, whose: str, ids: Sequence[str] = ()) -> None:
+    """Refuse routed entries that are not what their origin says; other kinds pass.
+
+    Args:
+        vectors: Of queries or documents.
+        origin: What they should be.
+        whose: Of what they are, for messages.
+        ids: Of the texts, for messages.
+
+    Raises:
+        InputError: A key outside the vocabulary, vectors of whole texts of another width, or a number that is not
+            finite.
+    """
+    if vectors.kind != "routed":
+        return
+    assert vectors.indices is not None and vectors.offsets is not None
+    remedy = "Encode again with the model that made the index."
+
+    def told(row: int) -> str:
+        text = int(np.searchsorted(vectors.offsets, row, "right")) - 1  # type: ignore[arg-type]
+        return f"{whose} {ids[text]!r:.80}" if len(ids) else f"{whose} {text}"
+
+    outside = np.flatnonzero((vectors.indices < 0) | (vectors.indices >= origin.vocabulary))
+    if len(outside):
+        raise InputError(
+            f"{told(outside[0])}: has the key {vectors.indices[outside[0]]}, but the vocabulary of {origin.name!r} "
+            f"has {origin.vocabulary} from 0 on, so no list holds it. {remedy}"
+        )
+    if vectors.values.shape[1:] != (origin.dim,) or vectors.sentence_dim != origin.sentence_dim:
+        raise InputError(
+            f"{whose}: entries of width {vectors.values.shape[-1]} and vectors of whole texts of width "
+            f"{vectors.sentence_dim}, but {origin.name!r} has {origin.dim} and {origin.sentence_dim}, so they cannot "
+            f"be compared. {remedy}"
+        )
+    broken = np.flatnonzero(~np.isfinite(vectors.values).all(1))
+    if len(broken):
+        raise InputError(
+            f"{told(broken[0])}: an entry has a number that is not finite, so its scores would mean nothing. {remedy}"
+        )
+    if vectors.sentences is not None and not np.isfinite(vectors.sentences).all():
+        text = int(np.argmin(np.isfinite(vectors.sentences).all(1)))
+        raise InputError(
+            f"{whose} {ids[text] if len(ids) else text!r:.80}: the vector of the whole text has a number that is not "
+            f"finite, so its scores would mean nothing. {remedy}"
+        )
 
 
 def candidates_of(candidates: int | None, default: int, where: str) -> int:
@@ -344,10 +395,12 @@ def as_embeddings(queries: Queries, origin: Origin, where: str) -> Embeddings:
         )
     if not np.isfinite(found.values).all():
         raise InputError(f"{where}: a query has a number that is not finite, so no score would mean anything.")
+    refuse_unfit_entries(found, origin, f"{where}: query")
     count = origin.nested[-1][0] if origin.nested else None
     if count is not None and len(found) and found.lengths.min() >= count:
         found = first_vectors(found, count)
-    return replace(found, values=np.ascontiguousarray(found.values, np.float32))
+    sentences = None if found.sentences is None else np.ascontiguousarray(found.sentences, np.float32)
+    return replace(found, values=np.ascontiguousarray(found.values, np.float32), sentences=sentences)
 
 
 def _flat(queries: Queries) -> Embeddings:

@@ -15,12 +15,15 @@ from sentence_transformers.util import SimilarityFunction
 from torch import Tensor
 from tqdm import tqdm
 
-from ..encoding.embeddings import Embeddings, rows, side_by_side
+from ..encoding.embeddings import Embeddings, between, row_of, rows, side_by_side
 from ..errors import InputError
 from .scoring import (
     CHUNK_ELEMENTS,
     EMPTY_DOCUMENT_SCORE,
+    Lists,
+    _score_routed,
     best_windows,
+    clamps,
     maxsim_of_flat,
     padded_within,
     refuse_not_maxsim,
@@ -45,7 +48,8 @@ def exact_search(
         documents: Encoded documents, of the same kind; of one that is cut into windows, the best window counts.
         ranks: ``(documents,)`` what decides ties; see :func:`tie_ranks`.
         similarity: Name of the model's similarity: ``dot``, ``cosine``, ``euclidean``, ``manhattan`` for one vector a
-            text, ``dot`` or ``cosine`` for sparse vectors, ``maxsim`` or ``meanmaxsim`` for several vectors.
+            text, ``dot`` or ``cosine`` for sparse vectors, ``maxsim`` or ``meanmaxsim`` for several vectors,
+            ``routed`` or ``routed_unclamped`` for routed entries.
         k: How many documents to keep at most.
         left_out: See :func:`without`.
         show_progress: Show a progress bar.
@@ -103,6 +107,11 @@ def refuse_unlike_sides(queries: Embeddings, documents: Embeddings) -> None:
         raise InputError(
             f"queries are {queries.kind} of width {queries.dim}, documents {documents.kind} of width {documents.dim}: "
             "they come from different models and cannot be scored. Encode both with one model."
+        )
+    if queries.sentence_dim != documents.sentence_dim:
+        raise InputError(
+            f"queries have vectors of whole texts of width {queries.sentence_dim}, documents of "
+            f"{documents.sentence_dim}, so a part of each score would be lost. Encode both with one model."
         )
 
 
@@ -166,6 +175,8 @@ def score_candidates(
         left, right = sparse_rows(queries, row, row + 1, similarity), sparse_rows(chosen, 0, len(chosen), similarity)
         scores = torch.from_numpy((left @ right.T).toarray())[0]
         return scores if bounds is None else best_windows(scores[None], bounds)[0]
+    if queries.kind == "routed":
+        return _score_routed(row_of(queries, row), rows(documents, candidates), clamp=clamps(similarity))[0]
     if queries.offsets is None or documents.offsets is None:
         pairwise = SimilarityFunction.to_similarity_pairwise_fn(similarity)
         query, vectors = (
@@ -225,6 +236,7 @@ class _Scorer:
     def __init__(self, queries: Embeddings, documents: Embeddings, similarity: str, device: str | torch.device):
         self.queries, self.documents, self.similarity, self.device = queries, documents, similarity, device
         self.order = np.argsort(documents.lengths, kind="stable")  # equal lengths side by side: little padding
+        self.lists: dict[tuple[int, int], Lists] = {}
 
     def __call__(self, start: int, stop: int) -> _Scored:
         """Scores of the queries ``start:stop``."""
@@ -266,6 +278,14 @@ class _Scorer:
         for members, first, last in self._parts(step):
             scores = (batch @ sparse_rows(self.documents, first, last, self.similarity).T).toarray()
             yield members, self._of_documents(members, torch.from_numpy(scores))
+
+    def _routed(self, start: int, stop: int) -> _Scored:
+        batch, clamp = between(self.queries, start, stop), clamps(self.similarity)
+        for members, first, last in self._parts(max(1, CHUNK_ELEMENTS // (4 * max(stop - start, 1)))):
+            part = between(self.documents, first, last)
+            if (first, last) not in self.lists:
+                self.lists[first, last] = Lists.of(part)
+            yield members, _score_routed(batch, part, clamp=clamp, lists=self.lists[first, last])
 
     def _parts(self, step: int) -> Iterator[tuple[np.ndarray, int, int]]:
         """Documents with about ``step`` rows, and the bounds of these; all windows of a document are in one part."""

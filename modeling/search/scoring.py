@@ -1,15 +1,16 @@
-"""Scores of queries and documents, as pure functions of tensors: inner product, MaxSim, divergence."""
+"""Scores of queries and documents, as pure functions: inner product, MaxSim, routed entries, divergence."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from sentence_transformers.util import maxsim as _stock_maxsim
 from torch import Tensor
 
+from ..encoding.embeddings import Embeddings
 from ..errors import InputError
 
 CHUNK_ELEMENTS = 2**26
@@ -120,6 +121,92 @@ def maxsim_of_flat(
         scores = scores / owner.bincount(minlength=count).clamp(min=1)
     empty = (bounds.diff() == 0).to(tokens.device)
     return scores.masked_fill(empty[:, None], EMPTY_DOCUMENT_SCORE)
+
+
+ROUTED = {"routed": True, "routed_unclamped": False}
+"""Similarities of routed entries, and whether a query entry counts 0 where all its products are negative."""
+
+
+def clamps(similarity: str) -> bool:
+    """Whether a similarity of routed entries leaves out what is negative.
+
+    Raises:
+        InputError: It is a similarity of another kind.
+    """
+    if similarity not in ROUTED:
+        raise InputError(
+            f"similarity {similarity!r} compares vectors without keys; routed entries take {' or '.join(ROUTED)}."
+        )
+    return ROUTED[similarity]
+
+
+class Lists(NamedTuple):
+    """Where the entries of documents stand once they are sorted by key, then by document.
+
+    Attributes:
+        order: ``(entries,)`` place of each in the documents' own order.
+        keys: ``(entries,)`` rising.
+        owner: ``(entries,)`` number of the document, rising among those of a key.
+    """
+
+    order: np.ndarray
+    keys: np.ndarray
+    owner: np.ndarray
+
+    @classmethod
+    def of(cls, documents: Embeddings) -> Lists:
+        """The lists of routed documents."""
+        assert documents.indices is not None
+        order = np.argsort(documents.indices, kind="stable")
+        owner = np.repeat(np.arange(len(documents)), documents.lengths)
+        return cls(order, documents.indices[order], owner[order])
+
+
+def _score_routed(
+    queries: Embeddings, documents: Embeddings, *, clamp: bool = True, lists: Lists | None = None
+) -> Tensor:
+    """Late interaction among entries of the same key: the oracle of the kind ``routed`` (CITADEL, eq. 5).
+
+    Each query entry takes its best product with the document's entries of its key, 0 where there is none, and these
+    are summed; the product of the vectors of whole texts is added where there are any. The weights of eq. 5 are folded
+    into the entries. Eq. 5 is undefined without a shared key; the paper's code takes 0, and clamps each part at 0.
+
+    Args:
+        queries: Routed entries in float32 or narrower; two of one text may have one key.
+        documents: Likewise.
+        clamp: Whether a query entry counts 0 where its best product is negative.
+        lists: Of the documents, where they are known.
+
+    Returns:
+        ``(queries, documents)`` in float32, summed in float64.
+    """
+    assert queries.indices is not None
+    count, dim = len(documents), max(1, documents.dim)
+    order, keys, owner = lists or Lists.of(documents)
+    first, last = (np.searchsorted(keys, queries.indices, side) for side in ("left", "right"))  # (query entries,)
+    lengths, asker = last - first, np.repeat(np.arange(len(queries)), queries.lengths)
+    ends = np.cumsum(lengths)
+    scores, start = np.zeros(len(queries) * count), 0
+    while start < len(lengths):  # query entries with as many pairs as fit into memory
+        before = int(ends[start - 1]) if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + CHUNK_ELEMENTS // (4 * dim), "right")))
+        asked = np.repeat(np.arange(start, stop), lengths[start:stop])  # (pairs,) query entry
+        # (pairs,) place in the lists
+        there = np.repeat(last[start:stop] - ends[start:stop] + before, lengths[start:stop]) + np.arange(len(asked))
+        left, right = queries.values[asked], documents.values[order[there]]
+        products = np.einsum("pd,pd->p", left.astype(np.float32), right.astype(np.float32))
+        pair = asked * count + owner[there]  # of a query entry and a document, rising
+        begins = np.flatnonzero(np.diff(pair, prepend=-1))
+        if len(begins):
+            best = np.maximum.reduceat(products, begins)
+            best = np.maximum(best, 0) if clamp else best
+            np.add.at(scores, asker[asked[begins]] * count + owner[there[begins]], best)
+        start = stop
+    found = torch.from_numpy(scores.reshape(len(queries), count)).float()
+    if queries.sentences is not None and documents.sentences is not None:
+        sides = (np.asarray(side.sentences, np.float32) for side in (queries, documents))
+        found += dot(*map(torch.from_numpy, sides))
+    return found
 
 
 def best_windows(scores: Tensor, bounds: np.ndarray) -> Tensor:

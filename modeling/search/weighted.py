@@ -71,8 +71,8 @@ def find_candidates(
 ) -> ScoredCandidates:
     """Find the best documents of each query by the first view, and score them by all.
 
-    Sparse vectors find documents that share a word with the query. Where there is none, or the query has no word or no
-    vector, the next view finds the candidates.
+    Sparse vectors and routed entries find documents that share a word or a key with the query. Where there is none, or
+    the query has no word or no vector, the next view finds the candidates.
 
     Args:
         views: One or more.
@@ -103,8 +103,8 @@ def find_candidates(
             device=device,
         )
         there = scores > -np.inf
-        matched = there & (view.queries.lengths[waiting] > 0)[:, None]
-        if view.documents.kind == "sparse":
+        matched = there & view.queries.filled[waiting][:, None]
+        if view.documents.kind in ("sparse", "routed"):
             matched &= scores != 0
         found = matched.any(1)
         kept = there if count >= documents else matched

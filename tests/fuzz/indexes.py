@@ -22,8 +22,9 @@ from polyrep.search import open_index
 
 from . import Outcome, judge
 
-DIM = {"sentence": 8, "tokens": 8, "sparse": 50}
-SIMILARITY = {"sentence": "dot", "tokens": "maxsim", "sparse": "dot"}
+DIM = {"sentence": 8, "tokens": 8, "sparse": 50, "routed": 8}
+SIMILARITY = {"sentence": "dot", "tokens": "maxsim", "sparse": "dot", "routed": "routed"}
+KEYS = 30
 DOCUMENTS = 40
 STORES = [
     ("memory:", "sentence", "float16"),
@@ -34,6 +35,9 @@ STORES = [
     ("faiss:{}", "sentence", "float16"),
     ("faiss:{}?index=hnsw", "sentence", "float16"),
     *([("seismic:{}", "sparse", "float16")] if importlib.util.find_spec("seismic") else []),
+    ("memory:", "routed", "int8"),
+    ("routed:{}", "routed", "float16"),
+    ("routed:{}", "routed", "int8"),
     ("qdrant:{}", "sentence", "float16"),
     ("qdrant:{}", "tokens", "float16"),
 ]
@@ -72,7 +76,8 @@ def run(count: int, seed: int, folder: Path) -> list[Outcome]:
 
 def _make(folder: Path, uri: str, kind: str, precision: str) -> Path:
     corpus = folder if uri == "memory:" else folder.with_name(f"{folder.name}-corpus")
-    origin = Origin("v", kind, DIM[kind], SIMILARITY[kind], "model", precision)
+    keys = {"vocabulary": KEYS, "sentence_dim": 4} if kind == "routed" else {}
+    origin = Origin("v", kind, DIM[kind], SIMILARITY[kind], "model", precision, **keys)
     write_json(corpus / "manifest.json", manifest_of(origin, task="document"))
     for number in range(2):
         ids = [f"d{number}-{place}é" for place in range(DOCUMENTS // 2)]
@@ -93,6 +98,10 @@ def _vectors(kind: str, count: int, seed: int) -> Embeddings:
     offsets = np.arange(count + 1, dtype=np.int64) * 3
     if kind == "tokens":
         return Embeddings(kind, _floats(rng, 3 * count, DIM[kind]), offsets, None, DIM[kind], 0.0, Path())
+    if kind == "routed":
+        keys, values = rng.integers(0, KEYS, 3 * count, np.int32), _floats(rng, 3 * count, DIM[kind])
+        whole = _floats(rng, count, 4)
+        return Embeddings(kind, values, offsets, keys, DIM[kind], 0.0, Path(), sentences=whole)
     words = np.concatenate([np.sort(rng.choice(DIM[kind], 3, replace=False)) for _ in range(count)]).astype(np.int32)
     return Embeddings(kind, np.abs(_floats(rng, 3 * count)), offsets, words, DIM[kind], 0.0, Path())
 
