@@ -65,6 +65,8 @@ def build(backbone: Path, scratch: Path) -> Example:
             (CitadelHeadConfig, {"router_layer": 7, "num_hidden_layers": 6}, r"router_layer=7.*0 \(embeddings\) to 6"),
             (CitadelConfig, {"router_layer": -14}, "router_layer=-14.*-13 to -1"),
             (CitadelHeadConfig, {"router_layer": -2, "router_reads": "vectors"}, "router_layer=-2.*token vectors"),
+            (CitadelHeadConfig, {"mlm_head": True, "router_reads": "vectors"}, "mlm_head=True.*Leave it out"),
+            (CitadelHeadConfig, {"own_bonus": True, "router_reads": "vectors"}, "own_bonus=True.*Leave it out"),
             (CitadelHeadConfig, {"query_keys": 0}, "query_keys=0.*from 1"),
             (CitadelHeadConfig, {"document_keys": 0}, "document_keys=0.*from 1"),
             (CitadelHeadConfig, {"token_dim": -1}, "token_dim=-1"),

@@ -32,16 +32,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, initialization
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file
 
 from .polyrep_fields import LAYERS, WIDTH, WORDS, check_weight, checked, fields_of, keep, unless_given
-from .polyrep_folder import BESIDE_A_HEAD, WholeWeights, whole_encoder
+from .polyrep_folder import BESIDE_A_HEAD, WholeWeights, read_settings, whole_encoder
 from .polyrep_room import (
     HeadModule,
     Module,
@@ -98,7 +99,8 @@ class CitadelHeadConfig(PretrainedConfig):
         threshold (float): Weight that an entry of a document must exceed; training keeps all.
         clamp (bool): A query's token scores 0 at least, if all it meets are unlike it.
         routing (str): learned: by the router. static: a token's key is its own word, with weight 1, as in COIL.
-        own_bonus (bool): A learned number is added to what the router gives a token's own word.
+        own_bonus (bool): A learned number is added to what the router gives a token's own word. Default: yes, but for
+            a late-interaction model, whose vectors do not tell it.
         initial_active (int): Words that a token has before training, on the mean.
         mlm_head (bool): Score words as the backbone's masked language model does, by its transform and output layer.
             Default: where it has one; else by its word embeddings.
@@ -152,7 +154,7 @@ class CitadelHeadConfig(PretrainedConfig):
         threshold: float = 0.0,
         clamp: bool = True,
         routing: str = "learned",
-        own_bonus: bool = True,
+        own_bonus: bool | None = None,
         initial_active: int = 2,
         mlm_head: bool | None = None,
         pooling: str | None = None,
@@ -167,8 +169,8 @@ class CitadelHeadConfig(PretrainedConfig):
         **kwargs,
     ):
         late = router_reads == "vectors"
-        pooling, normalize, mlm_head = pooling or "mean", bool(normalize), bool(mlm_head) and not late
-        own_bonus = own_bonus and not late  # it is added by the ids of tokens, which vectors do not tell
+        pooling, normalize, mlm_head = pooling or "mean", bool(normalize), bool(mlm_head)
+        own_bonus = not late if own_bonus is None else own_bonus
         router_layer = (-1 if mlm_head or late else -3) if router_layer is None else router_layer
         token_dim = None if token_dim is not None and token_dim >= dim else token_dim
         cls_dim = 0 if cls_dim is None and late else cls_dim
@@ -187,11 +189,12 @@ class CitadelHeadConfig(PretrainedConfig):
                 f"{name}: words={self.words} of a vocabulary of {self.vocab_size:,} words cannot be keys. Use 1 to "
                 f"{self.vocab_size:,}."
             )
-        if self.router_reads == "vectors" and self.router_layer != -1:
-            raise ValueError(
-                f"{name}: router_layer={self.router_layer}, but of a late-interaction model the router reads the "
-                "token vectors. Leave it out."
-            )
+        for field, only in (("router_layer", -1), ("mlm_head", False), ("own_bonus", False)):
+            if self.router_reads == "vectors" and (value := getattr(self, field)) != only:
+                raise ValueError(
+                    f"{name}: {field}={value}, but of a late-interaction model the router reads the token vectors and "
+                    "nothing else. Leave it out."
+                )
 
     def fit(self, num_hidden_layers: int | None, dim: int, vocab_size: int | None = None, known: bool = True) -> None:
         """Take the depth of an encoder, or ValueError if it has no such layer, or another shape or vocabulary."""
@@ -351,6 +354,7 @@ class CitadelHead(WholeWeights, PreTrainedModel):
             return cls._of_vectors(model, **config)
         pooling, normalize = CitadelModel.pooled_by(model)
         encoder, spoken = model[0].model, None
+        _shape(encoder, cls.__name__)
         if config.get("routing") != "static":
             check_words(encoder, cls.__name__)
             spoken = language_head(encoder, config.get("mlm_head"), cls.__name__)
@@ -426,15 +430,15 @@ class CitadelHead(WholeWeights, PreTrainedModel):
             read, own, vectors, pooled = (
                 torch.cat(parts) if parts[0] is not None else None for parts in zip(*self._seen, strict=True)
             )
+            self._seen = None
+            if not len(read):
+                return
+            count = min(SAMPLE, len(read))
+            chosen = torch.arange(count, device=read.device) * len(read) // count
+            first = self._set_router(read[chosen], own[chosen]) if config.routing == "learned" else 1.0
         finally:
             self._seen = None
             self.train(training)
-        if not len(read):
-            return
-        first = 1.0
-        chosen = torch.linspace(0, len(read) - 1, min(SAMPLE, len(read)), device=read.device).long()
-        if config.routing == "learned":
-            first = self._set_router(read[chosen], own[chosen])
         if config.projects:
             late = config.router_reads == "vectors"
             self.projection.weight.copy_(principal_axes(vectors, config.entry_dim, centred=not late))
@@ -783,15 +787,16 @@ class CitadelModel(WholeWeights, Trunk, PreTrainedModel):
         """A model of any embedding model that is a transformer, one pooling and perhaps a normalisation.
 
         Args:
-            backbone: Folder or Hub id of a SentenceTransformer, or of a bare encoder. A late-interaction model is
-                opened first, for :meth:`from_modules`.
+            backbone: Folder or Hub id of a SentenceTransformer, of a bare encoder, or of a late-interaction model of
+                stock modules, whose token vectors the router then reads.
             head: A trained head; default: an untrained one.
             config: Fields of CitadelHeadConfig for the untrained one.
 
         Raises:
             ValueError: See :meth:`CitadelHead.from_backbone`.
         """
-        return cls.from_modules(SentenceTransformer(str(backbone), device="cpu"), head, **config)
+        family = MultiVectorEncoder if _is_late(str(backbone)) else SentenceTransformer
+        return cls.from_modules(family(str(backbone), device="cpu"), head, **config)
 
     @classmethod
     def from_modules(cls, model, head: CitadelHead | None = None, **config) -> CitadelModel:
@@ -1034,6 +1039,15 @@ def _check_family(model, owner: str) -> None:
         )
     if model._similarity_fn_name is None:
         model.similarity_fn_name = "dot"
+
+
+def _is_late(backbone: str) -> bool:
+    """Whether a folder or a repository says that it holds a late-interaction model."""
+    try:
+        file = cached_file(backbone, "config_sentence_transformers.json")
+    except OSError:  # of a bare encoder
+        return False
+    return read_settings(Path(file)).get("model_type") == "MultiVectorEncoder"
 
 
 def _shape(encoder: PreTrainedModel, owner: str) -> tuple[int, int, int | None]:
