@@ -30,7 +30,7 @@ __all__ = [
 
 HEAD_READS = {"token_embeddings": ("batch", "tokens", "dim"), "attention_mask": ("batch", "tokens")}
 
-GIVES = ("router_embedding", "keys", "weights", "vectors", "mask", "dense")
+GIVES = ("sentence_embedding", "keys", "weights", "vectors", "dense")
 
 register(
     Room(

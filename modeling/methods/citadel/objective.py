@@ -379,6 +379,11 @@ class CitadelHeadObjective(_RoutedLoss):
         """Whether judgments are learned from."""
         return self.label_weight > 0
 
+    @classmethod
+    def learns_from_labels(cls, settings: Mapping[str, Any]) -> bool:
+        """Only with ``label_weight``."""
+        return settings.get("label_weight", 0) > 0
+
     @property
     def head(self) -> CitadelHead:
         """The model."""
