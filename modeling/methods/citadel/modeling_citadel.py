@@ -520,7 +520,10 @@ class CitadelHead(WholeWeights, PreTrainedModel):
         mask = torch.ones_like(token_embeddings[..., 0]) if attention_mask is None else attention_mask
         mask = mask.bool()
         self._check(token_embeddings, mask, input_ids)
-        read = token_embeddings if router_states is None else router_states
+        dtype = next((parameter.dtype for parameter in self.parameters()), token_embeddings.dtype)
+        token_embeddings = token_embeddings.to(dtype)  # a backbone may be in half precision
+        read = token_embeddings if router_states is None else router_states.to(dtype)
+        pooled = None if pooled is None else pooled.to(dtype)
         counted, own = self._own(input_ids, mask)
         dense, whole = self._dense(token_embeddings, mask, pooled, task)
         if self._seen is not None:  # see calibrate
@@ -544,11 +547,11 @@ class CitadelHead(WholeWeights, PreTrainedModel):
         least = config.threshold if prune and task != "query" else 0
         there = counted[..., None] & (weights > least)
         weights = torch.where(there, weights, 0)
-        if "router_embedding" not in found:
-            found["router_embedding"] = self._router_embedding(keys, weights, task)
         if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
             # All weights are in every pass, by nothing: processes that share gradients wait for those of each.
-            weights = weights + 0 * sum(parameter.sum() for parameter in self.parameters()).to(weights.dtype)
+            weights = weights + 0 * sum(parameter.sum() for parameter in self.parameters())
+        if "router_embedding" not in found:
+            found["router_embedding"] = self._router_embedding(keys, weights, task)
         return CitadelOutput(
             sentence_embedding=found["router_embedding"],
             keys=keys,

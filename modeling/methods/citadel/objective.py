@@ -375,7 +375,7 @@ class CitadelHeadObjective(_RoutedLoss):
         self.label_weight, self.maxsim_weight, self.score_scale = label_weight, maxsim_weight, score_scale
 
     @property
-    def needs_labels(self) -> bool:  # type: ignore[override]
+    def needs_labels(self) -> bool:
         """Whether judgments are learned from."""
         return self.label_weight > 0
 
