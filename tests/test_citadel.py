@@ -481,10 +481,14 @@ def test_the_router_alone_is_a_sparse_encoder_and_no_other_family_opens_it(folde
         expected = model[0].model(**batch_of(model, TEXTS), task="document").router_embedding
     torch.testing.assert_close(found, expected)
     assert model.get_embedding_dimension() == found.shape[1] == model[0].model.config.vocab_size
-    with pytest.raises(ValueError, match="MultiVectorEncoder, which lets every two token vectors meet.*encode_routed"):
-        MultiVectorEncoder(str(folder), trust_remote_code=True, device="cpu")
-    with pytest.raises(ValueError, match="SentenceTransformer, which reads another output.*SparseEncoder"):
-        SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+    for family in (MultiVectorEncoder, SentenceTransformer):
+        other: Any = family(str(folder), trust_remote_code=True, device="cpu")
+        with pytest.raises(
+            ValueError, match="lets every two token vectors meet.*Open it as SparseEncoder.*encode_routed"
+        ):
+            other.encode_document(TEXTS)
+    with pytest.raises(ValueError, match="CitadelTransformer: stands in a MultiVectorEncoder that lets every two"):
+        MultiVectorEncoder(modules=list(model.children()), device="cpu")
 
 
 def test_a_head_routes_the_vectors_of_a_frozen_late_interaction_model(backbone, tmp_path):

@@ -77,6 +77,12 @@ CONTEXT = 24
 FAMILY = "SparseEncoder"
 """Class of sentence-transformers that opens a folder: it reads the router's weights."""
 
+_REFUSAL = (
+    "{owner}: stands in a {family} that lets every two token vectors meet or pools them, whereas these meet only "
+    f"where their keys are equal. Open it as {FAMILY}, which reads the router's weights of words; AutoModel's "
+    "encode_routed gives the vectors with their keys."
+)
+
 _CHOICES = {
     "routing": ("learned", "static"),
     "router_reads": ("states", "vectors"),
@@ -295,6 +301,11 @@ class CitadelOutput(ModelOutput):
     dispatched: Tensor | None = None
     probability: Tensor | None = None
     activation: Tensor | None = None
+
+    @property
+    def last_hidden_state(self):
+        """Token vectors for whoever compares or pools all of them, as families of another kind would: ValueError."""
+        raise ValueError(_REFUSAL.format(owner=type(self).__name__, family="model"))
 
 
 class CitadelHead(WholeWeights, PreTrainedModel):
@@ -1031,15 +1042,8 @@ class CitadelPooling(HeadModule, Module):
 
 def _check_family(model, owner: str) -> None:
     """Let a SparseEncoder score by the inner product; ValueError for a model of another family."""
-    names = [family.__name__ for family in type(model).__mro__]
-    if FAMILY not in names:
-        why = "reads another output"
-        if "MultiVectorEncoder" in names:
-            why = "lets every two token vectors meet, whereas these meet only where their keys are equal"
-        raise ValueError(
-            f"{owner}: stands in a {type(model).__name__}, which {why}. Open it as {FAMILY}, which reads the router's "
-            "weights of words; AutoModel's encode_routed gives the vectors with their keys."
-        )
+    if FAMILY not in [family.__name__ for family in type(model).__mro__]:
+        raise ValueError(_REFUSAL.format(owner=owner, family=type(model).__name__))
     if model._similarity_fn_name is None:
         model.similarity_fn_name = "dot"
 
