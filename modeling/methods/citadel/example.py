@@ -21,7 +21,7 @@ from .modeling_citadel import (
     CitadelTransformer,
 )
 
-WHOLE = "--batch_sampler batch_sampler --bf16 false --hard_negatives 1 --negative_margin 0 --token_dim 8 --cls_dim 16"
+WHOLE = "--batch_sampler batch_sampler --bf16 false --token_dim 8 --cls_dim 16"
 RUNS = {
     "whole": TinyRun("citadel-minilm", WHOLE),
     "head": TinyRun("citadel-minilm-frozen", "--depth 4 --token_dim 8 --label_weight 0.5"),
