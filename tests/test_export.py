@@ -25,6 +25,7 @@ from polyrep.hub import fingerprint
 from polyrep.hub.example import one_folder
 from polyrep.methods import (
     CheckedTransformer,
+    CitadelConfig,
     Dense2SparseForRetrieval,
     Dense2SparseForRetrievalConfig,
     GaussianConfig,
@@ -49,6 +50,7 @@ SIZES = ((1, 1), (1, 6), (2, 9), (4, 40))
 
 # Of each room the folders whose graphs differ in kind: whole models, heads alone, and modules with a head behind them.
 KINDS = {
+    CitadelConfig.model_type: ["retriever"],
     GaussianConfig.model_type: ["retriever"],
     MultiLayerConfig.model_type: ["retriever", "head of multi"],
     Dense2SparseForRetrievalConfig.model_type: ["images", "modules of pipeline"],
@@ -191,6 +193,21 @@ def test_graphs_of_two_views_give_both_and_the_gate_of_a_query(shallow_backbone,
         gate = found.get("gate", np.ones(len(MIXED)))[:, None]
         close(found["dense"] * gate, expected["dense"], task)
         close(found["lexicon"] * (2 - gate), expected["lexicon"], task)
+
+
+@only((CitadelConfig.model_type, "retriever"))
+def test_graphs_give_the_entries_of_an_index(exported):
+    it = exported
+    tokens = AutoTokenizer.from_pretrained(it.folder)(MIXED, padding=True, return_tensors="pt")
+    for task in ("query", "document"):
+        with torch.no_grad():
+            expected = it.model[0].model.encode_routed(**tokens, task=task)
+        found = it.run(task, **tokens)
+        assert ((found["weights"] > 0) == expected.mask.numpy()).all()
+        assert (found["keys"] == expected.keys.numpy())[expected.mask.numpy()].all()
+        for name, values in (("weights", expected.weights), ("vectors", expected.vectors)):
+            close(found[name], values, f"{task} {name}")
+        close(found["dense"], expected.sentence_embedding, task)
 
 
 @only((GaussianConfig.model_type, "retriever"))

@@ -84,7 +84,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, pages: Path, sparse_model: 
     return {name: folder / name for name in made}
 
 
-LEARNED = ("ReinPool", "LEMUR", "Dense2Sparse", "MetaEmbed")
+LEARNED = ("ReinPool", "LEMUR", "Dense2Sparse", "MetaEmbed", "CITADEL")
 """How rows of methods of polyrep begin."""
 
 
@@ -121,7 +121,7 @@ def test_every_method_of_a_late_interaction_model_has_its_rows(late):
     assert late[1]["failures"] == []
     one_stage = {FULL, "BM25", "mean", "mean, int8", "mean, one-bit", f"{FULL}, int8", f"{FULL}, one-bit"}
     one_stage |= {f"{name}, {k}" for name in ("hierarchical", "ReinPool", "MetaEmbed") for k in ladder}
-    one_stage |= {"MetaEmbed, 1 then 32"}
+    one_stage |= {"MetaEmbed, 1 then 32", "CITADEL, words"}
     one_stage |= {f"ReinPool, {k}, {how}" for k in (1, 4, 16, 32) for how in ("int8", "one-bit")}
     one_stage |= {f"hierarchical, {k}, {how}" for k in (4, 16, 32) for how in ("int8", "one-bit")}
     one_stage |= {"MUVERA, 10240", "MUVERA, 10240, one-bit", "MUVERA, 1280"}
@@ -132,7 +132,7 @@ def test_every_method_of_a_late_interaction_model_has_its_rows(late):
     assert {name.rpartition(", ")[0] for name in staged} == {
         name
         for name in one_stage
-        if name.startswith(("BM25", "MUVERA, 10240", "Dense2Sparse"))
+        if name.startswith(("BM25", "MUVERA, 10240", "Dense2Sparse", "CITADEL"))
         or name in ("mean", "mean, one-bit", "hierarchical, 8", "ReinPool, 1", "ReinPool, 8", "ReinPool, 1, one-bit")
         or name in ("LEMUR, 2048", "CSR, 128", "MetaEmbed, 1", "MetaEmbed, 8")
     }
@@ -157,7 +157,7 @@ def test_costs_follow_from_what_an_index_stores(late):
             first = rows[name.rpartition(", ")[0]]
             assert row["first_stage_bytes"] == first and row["bytes_per_document"] == pytest.approx(first + rows[FULL])
         assert row["search_ms_p99"] >= row["search_ms_p50"] > 0
-        fitted = name.startswith(("ReinPool", "LEMUR", "Dense2Sparse", "CSR", "MetaEmbed"))
+        fitted = name.startswith((*LEARNED, "CSR"))
         assert ("fit_seconds" in row) == ("steps" in row) == fitted
         assert not fitted or row["steps"] >= 1
     # With every document scored again by the full model, the ranking is the full model's.

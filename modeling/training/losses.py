@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
-from .sides import pad_tokens
+from ..search.scoring import packed_maxsim
+from .sides import Features, pad_tokens
 
 
 def gather(documents: Tensor) -> Tensor:
@@ -140,6 +141,31 @@ def first_places(index: Tensor) -> tuple[Tensor, Tensor]:
     first = same.float().argmax(1)
     columns = (first == torch.arange(len(index), device=index.device)).nonzero()[:, 0]
     return columns, torch.searchsorted(columns, first)
+
+
+def maxsim_taught(queries: Features, documents: Features, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """What a head over token vectors is to score: MaxSim over all of them, of the queries of all processes.
+
+    Queries travel between processes, being short, and scores come back.
+
+    Args:
+        queries: Of this process, of a :class:`~polyrep.training.sides.TokenSide`.
+        documents: Likewise.
+        dtype: Of the products.
+
+    Returns:
+        ``(queries, different documents)`` MaxSim for each query vector, rows of these among the documents of all
+        processes, and ``(queries, 1)`` vectors of each query.
+    """
+    columns, _ = first_places(gather(documents["index"]))
+    with torch.no_grad():
+        tokens, mask = gather_tokens(queries["token_embeddings"], queries["attention_mask"])
+        mine = packed_maxsim(
+            tokens.to(dtype), documents["token_embeddings"].to(dtype), mask, documents["attention_mask"]
+        )
+        # Rows, then transposed: of what is not contiguous, torch's all_gather mixes up the entries.
+        counts = mask.sum(1, keepdim=True)
+        return gather(mine.T.contiguous())[columns].T / counts, columns, counts
 
 
 def divergence(scores: Tensor, teacher: Tensor) -> Tensor:

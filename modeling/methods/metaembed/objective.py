@@ -19,14 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import InputError
-from ...search.scoring import packed_maxsim
 from ...training.losses import (
     divergence,
-    first_places,
     gather,
     gather_tokens,
     in_batch_labels,
     judged_relevant,
+    maxsim_taught,
     product_dtype,
     refuse_single,
     unwrapped,
@@ -413,24 +412,14 @@ class MetaEmbedHeadObjective(_NestedLoss):
         documents: Features,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Divergence of the groups' scores from MaxSim over all tokens, of all queries and all different documents.
-
-        Queries travel between processes, being short, and scores come back.
-        """
-        columns, _ = first_places(gather(documents["index"]))
-        with torch.no_grad():
-            tokens, mask = gather_tokens(queries["token_embeddings"], queries["attention_mask"])
-            mine = packed_maxsim(
-                tokens.to(dtype), documents["token_embeddings"].to(dtype), mask, documents["attention_mask"]
-            )
-            # Rows, then transposed: of what is not contiguous, torch's all_gather mixes up the entries.
-            teacher = gather(mine.T.contiguous())[columns].T
-            teacher = teacher * self.score_scale / mask.sum(1, keepdim=True)
+        """Divergence of the groups' scores from MaxSim over all tokens, of all queries and different documents."""
+        teacher, columns, _ = maxsim_taught(queries, documents, dtype)
         asked, asked_mask = gather_tokens(_at_least_float(asked), asked_mask)
         held = _at_least_float(everything)[columns]
         similarity = (asked.flatten(0, 1) @ held.flatten(0, 1).T).view(*asked.shape[:2], *held.shape[:2])
         scored = group_scores(similarity, self.groups, asked_mask, mean=True)
-        return torch.stack([divergence(scores * self.score_scale, teacher) for scores in scored]).mean()
+        scale = self.score_scale
+        return torch.stack([divergence(scores * scale, teacher * scale) for scores in scored]).mean()
 
 
 TASKS = ("query", "document")
