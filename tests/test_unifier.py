@@ -39,6 +39,7 @@ import polyrep
 from polyrep import InputError
 from polyrep.cli import main
 from polyrep.data import RetrievalDataset
+from polyrep.encoding import Embeddings
 from polyrep.encoding.encode import encode
 from polyrep.hub.cards import render_card
 from polyrep.hub.example import one_folder
@@ -52,6 +53,7 @@ from polyrep.methods import (
     UnifierPooling,
 )
 from polyrep.methods.unifier import modeling_unifier, weight
+from polyrep.methods.unifier.objective import document_frequency
 from polyrep.methods.unifier.weight import choose_dense_weight
 from polyrep.search import commands
 from polyrep.training.arguments import RecipeArguments
@@ -160,6 +162,7 @@ def branch(model: UnifierHead, states: list[torch.Tensor], dense: torch.Tensor) 
         {"lexicon_layers": 0},
         {"lexicon_layers": 1, "mlm_head": True, "split_layer": -1},
         {"projection": True},
+        {"own_words": False},
     ],
     ids=str,
 )
@@ -182,7 +185,8 @@ def test_the_lexicon_view_follows_the_formula(read, config):
                 for state, token in zip(states, read["input_ids"][text].tolist(), strict=False):
                     if token not in (0, 1):
                         score = float(model.decoder.weight[word] @ state + model.decoder.bias[word])
-                        most = max(most, score)
+                        own = model.config.own_words and token == word
+                        most = max(most, score, score + math.expm1(float(model.own.weight[word])) if own else score)
                 assert output.lexicon[text, word].item() == pytest.approx(math.log(1 + most), abs=1e-9)
     assert (output.lexicon[:2] > 0).any() and not output.lexicon[2].any()  # a special token alone has no word
 
@@ -306,7 +310,7 @@ def test_copied_layers_are_the_last_ones_of_a_bert(backbone):
 @pytest.mark.parametrize("active", [1, 7, 30])
 def test_the_bias_leaves_as_many_words_as_are_asked_for(backbone, active):
     plain = encoder_of(backbone)
-    model = UnifierModel.from_modules(plain, initial_active=active, split_layer=1).eval()
+    model = UnifierModel.from_modules(plain, initial_active=active, split_layer=1, own_words=False).eval()
     batch = batch_of(plain, TEXTS)
     model.head.calibrate(lambda: model(**batch))
     with torch.no_grad():
@@ -315,6 +319,27 @@ def test_the_bias_leaves_as_many_words_as_are_asked_for(backbone, active):
     assert not found[:, model.config.special_token_ids].any()
     more = UnifierModel.from_modules(plain, initial_active=10**4).eval()  # than there are words
     assert math.isfinite(float(more.head.decoder.bias.detach().sum()))
+
+
+def test_own_words_start_with_the_root_of_their_inverse_document_frequency():
+    """Counted in cached token states, and for a word of no other score the weight itself."""
+    texts = [[2, 3, 3], [3, 4], [], [3, 2]]
+    indices = np.array([word for text in texts for word in text], np.int32)
+    offsets = np.cumsum([0, *map(len, texts)])
+    states = Embeddings("states", np.zeros((len(indices), 2, 8), np.float16), offsets, indices, 8, 0.0, Path())
+    frequency = document_frequency(states, 11)
+    assert frequency.tolist() == [sum(word in text for text in texts) for word in range(11)]
+    model = UnifierHead(UnifierHeadConfig(**SIZES, lexicon_layers=0)).double().eval()
+    model.restrict(torch.tensor([2, 3, 9]))
+    model.weigh_own(torch.from_numpy(frequency), len(texts))
+    with torch.no_grad():
+        model.decoder.weight.zero_()
+        model.decoder.bias.zero_()
+        ids = torch.tensor([[3, 4, 9, 0]])
+        found = model(torch.zeros(1, 4, 8).double(), torch.zeros(1, 8).double(), ids).lexicon[0]
+    for word in range(11):
+        of = math.sqrt(math.log(1 + (4 - int(frequency[word]) + 0.5) / (int(frequency[word]) + 0.5)))
+        assert found[word].item() == pytest.approx(of if word in (3, 9) else 0)  # 4 is no word of the head any more
 
 
 def tiny(kind: Any, config: Any, folder: Path, backbone: Path) -> Path:
