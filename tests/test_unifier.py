@@ -185,8 +185,10 @@ def test_the_lexicon_view_follows_the_formula(read, config):
                 for state, token in zip(states, read["input_ids"][text].tolist(), strict=False):
                     if token not in (0, 1):
                         score = float(model.decoder.weight[word] @ state + model.decoder.bias[word])
-                        own = model.config.own_words and token == word
-                        most = max(most, score, score + math.expm1(float(model.own.weight[word])) if own else score)
+                        most = max(most, score)
+                        if model.config.own_words and token == word:
+                            more = math.expm1(float(model.own.weight[word])) + float(model.own_bias)
+                            most = max(most, float(model.decoder.weight[word] @ state) + more)
                 assert output.lexicon[text, word].item() == pytest.approx(math.log(1 + most), abs=1e-9)
     assert (output.lexicon[:2] > 0).any() and not output.lexicon[2].any()  # a special token alone has no word
 
@@ -321,6 +323,22 @@ def test_the_bias_leaves_as_many_words_as_are_asked_for(backbone, active):
     assert math.isfinite(float(more.head.decoder.bias.detach().sum()))
 
 
+def test_own_words_are_compared_with_the_mean_of_them(backbone):
+    plain = encoder_of(backbone)
+    model = UnifierModel.from_modules(plain, lexicon_layers=0, split_layer=1).eval()
+    batch = batch_of(plain, TEXTS)
+    model.head.calibrate(lambda: model(**batch))
+    with torch.no_grad():
+        states = plain[0].model.eval()(**batch, output_hidden_states=True).hidden_states[1].double()
+        scores = [
+            float(model.head.decoder.weight[int((model.head.terms == word).nonzero())].double() @ state)
+            for text, ids in zip(states, batch["input_ids"].tolist(), strict=True)
+            for state, word in zip(text, ids, strict=True)
+            if word not in model.config.special_token_ids
+        ]
+    assert float(model.head.own_bias) == pytest.approx(-float(np.mean(scores)), rel=1e-5)
+
+
 def test_own_words_start_with_the_root_of_their_inverse_document_frequency():
     """Counted in cached token states, and for a word of no other score the weight itself."""
     texts = [[2, 3, 3], [3, 4], [], [3, 2]]
@@ -367,7 +385,7 @@ def masked(name: str, folder: Path, backbone: Path) -> Path:
 @pytest.mark.parametrize("name", ["bert", "modernbert", "distilbert"])
 def test_a_masked_language_models_own_scores_are_the_words(name, backbone, tmp_path):
     plain = encoder_of(masked(name, tmp_path / name, backbone))
-    model = UnifierModel.from_modules(plain, lexicon_layers=0).eval()
+    model = UnifierModel.from_modules(plain, lexicon_layers=0, own_words=False).eval()
     assert model.config.mlm_head and model.config.split_layer == -1
     language = {"bert": BertForMaskedLM, "modernbert": ModernBertForMaskedLM, "distilbert": DistilBertForMaskedLM}[
         name
@@ -378,21 +396,21 @@ def test_a_masked_language_models_own_scores_are_the_words(name, backbone, tmp_p
     with torch.no_grad():
         logits = language.from_pretrained(tmp_path / name).eval()(**batch).logits
         model.head.calibrate(lambda: model(**batch))
-        seen: list[torch.Tensor] = []
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         model.head._seen = seen
         model(**batch)
     for text, ids in enumerate(batch["input_ids"].tolist()):
         counted = [t for t, i in enumerate(ids) if i not in model.config.special_token_ids]
         for column, word in enumerate(model.head.terms.tolist()):
             expected = max(float(logits[text, token, word]) for token in counted)
-            shift.add(round(expected - float(seen[0][text, column]), 3))
+            shift.add(round(expected - float(seen[0][0][text, column]), 3))
     assert max(shift) - min(shift) <= 0.002  # but for the bias that all words share
 
 
 def test_an_encoder_without_a_language_model_scores_words_by_their_embeddings(backbone, tmp_path):
     plain = encoder_of(backbone)
     assert not UnifierHead.from_backbone(plain).config.mlm_head
-    model = UnifierModel.from_modules(plain, lexicon_layers=0, split_layer=1).eval()
+    model = UnifierModel.from_modules(plain, lexicon_layers=0, split_layer=1, own_words=False).eval()
     words = plain[0].model.get_input_embeddings().weight
     assert torch.equal(model.head.decoder.weight, words[model.head.terms])
     assert torch.equal(model.head.terms, torch.tensor([i for i in range(len(words)) if i >= 5]))  # [PAD] to [MASK]

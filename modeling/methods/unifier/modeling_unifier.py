@@ -306,7 +306,7 @@ class UnifierHead(WholeWeights, PreTrainedModel):
             self.transform, self.transform_norm = nn.Linear(dim, dim), nn.LayerNorm(dim, config.norm_eps)
         self.decoder = nn.Linear(dim, config.words)
         if config.own_words:
-            self.own = nn.Embedding(config.words, 1)
+            self.own, self.own_bias = nn.Embedding(config.words, 1), nn.Parameter(torch.zeros(1))
         self.register_buffer("terms", torch.arange(config.words))  # vocabulary id of each output
         self.register_buffer("learned", torch.ones(config.words, dtype=torch.bool))  # outputs that training computes
         if config.gate == "query":
@@ -324,6 +324,7 @@ class UnifierHead(WholeWeights, PreTrainedModel):
                     initialization.eye_(getattr(module, name).weight)
             if module.config.own_words:
                 initialization.zeros_(module.own.weight)
+                initialization.zeros_(module.own_bias)
             zeros = [module.gate] if hasattr(module, "gate") else []
             if module.config.lexicon_init == "identity":
                 zeros += [part for layer in module.layers for part in (layer.output, layer.down)]
@@ -421,15 +422,20 @@ class UnifierHead(WholeWeights, PreTrainedModel):
     def calibrate(self, encode: Callable[[], None]) -> None:
         """Move the bias of all words alike, so that texts have ``initial_active`` words, on the mean.
 
+        Own words do not count. The mean of their scores is what ``own_bias`` takes away.
+
         Args:
             encode: Has the head read these texts, in one call or several.
         """
         self._seen = []
         try:
             encode()
-            most = torch.cat([part.float() for part in self._seen])  # (texts, words)
+            most = torch.cat([part.float() for part, _ in self._seen])  # (texts, words)
+            own = torch.cat([part.float() for _, part in self._seen])  # (tokens,)
         finally:
             self._seen = None
+        if self.config.own_words and len(own):
+            self.own_bias.fill_(-own.mean())
         count = self.config.initial_active * len(most)
         if count < most.numel():
             threshold = most.flatten().topk(count + 1).values[-2:].mean()  # between the two, whatever rounding does
@@ -536,7 +542,7 @@ class UnifierHead(WholeWeights, PreTrainedModel):
         if config.mlm_head:
             states = self.transform_norm(F.gelu(self.transform(states)))
         weight, bias, terms = self.decoder.weight, self.decoder.bias, self.terms
-        own = self.own.weight[:, 0] if config.own_words else None
+        own = torch.expm1(self.own.weight[:, 0]) + self.own_bias if config.own_words else None
         if self.training and not torch.compiler.is_compiling() and not self.learned.all():
             weight, bias, terms = weight[self.learned], bias[self.learned], terms[self.learned]
             own = None if own is None else own[self.learned]
@@ -547,11 +553,15 @@ class UnifierHead(WholeWeights, PreTrainedModel):
             most = _Most.apply(states, weight, bias, counted)
         else:
             most = _most(states, weight, bias, counted)[0]
-        if self._seen is not None:
-            self._seen.append(most)
         most = most.to(torch.promote_types(most.dtype, torch.float32))
+        if own is None:
+            place, scores = None, most.new_zeros(0)
+        else:
+            place, scores = _of_own_words(states, input_ids, counted, weight, terms, config.vocab_size)
+        if self._seen is not None:
+            self._seen.append((most, scores[scores.isfinite()]))
         if own is not None:
-            most = _at_least_own(most, states, input_ids, counted, weight, bias, own, terms, config.vocab_size)
+            most = most.scatter_reduce(1, place, (scores + own[place]).to(most.dtype), "amax")
         weights = torch.log1p(F.relu(most))
         weights = weights.new_zeros(weights.shape[0], config.vocab_size).index_copy(1, terms, weights)
         return self._prune(weights, task) if prune else weights
@@ -565,29 +575,15 @@ class UnifierHead(WholeWeights, PreTrainedModel):
         return torch.zeros_like(weights).scatter(1, terms, values)
 
 
-def _at_least_own(
-    most: Tensor,
-    states: Tensor,
-    input_ids: Tensor,
-    counted: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    own: Tensor,
-    terms: Tensor,
-    size: int,
-) -> Tensor:
-    """Scores ``(batch, words)`` of which those of a text's own words are at least what their tokens give.
-
-    A token gives its word the score of its state plus ``exp(own) - 1``. With a score of zero the word weighs ``own``.
-    """
-    column = torch.full((size,), -1, device=terms.device).scatter(
-        0, terms, torch.arange(len(terms), device=terms.device)
-    )
-    place = column[input_ids]  # (batch, tokens)
+def _of_own_words(
+    states: Tensor, input_ids: Tensor, counted: Tensor, weight: Tensor, terms: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """Place ``(batch, tokens)`` of each token among the words, and its score ``w . z``; minus infinity for no word."""
+    columns = torch.arange(len(terms), device=terms.device)
+    place = columns.new_full((size,), -1).scatter(0, terms, columns)[input_ids]
     known, place = counted & (place >= 0), place.clamp(min=0)
-    scores = (states * weight[place]).sum(-1) + bias[place] + torch.expm1(own)[place]
-    scores = scores.to(most.dtype).masked_fill(~known, -math.inf)
-    return most.scatter_reduce(1, place, scores, "amax")
+    scores = (states * weight[place]).sum(-1)
+    return place, scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~known, -math.inf)
 
 
 def _most(states: Tensor, weight: Tensor, bias: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
