@@ -39,6 +39,7 @@ import polyrep
 from polyrep import InputError
 from polyrep.cli import main
 from polyrep.data import RetrievalDataset
+from polyrep.encoding import Embeddings
 from polyrep.encoding.encode import encode
 from polyrep.hub.cards import render_card
 from polyrep.hub.example import one_folder
@@ -52,6 +53,7 @@ from polyrep.methods import (
     UnifierPooling,
 )
 from polyrep.methods.unifier import modeling_unifier, weight
+from polyrep.methods.unifier.objective import document_frequency
 from polyrep.methods.unifier.weight import choose_dense_weight
 from polyrep.search import commands
 from polyrep.training.arguments import RecipeArguments
@@ -160,6 +162,7 @@ def branch(model: UnifierHead, states: list[torch.Tensor], dense: torch.Tensor) 
         {"lexicon_layers": 0},
         {"lexicon_layers": 1, "mlm_head": True, "split_layer": -1},
         {"projection": True},
+        {"own_words": False},
     ],
     ids=str,
 )
@@ -183,6 +186,9 @@ def test_the_lexicon_view_follows_the_formula(read, config):
                     if token not in (0, 1):
                         score = float(model.decoder.weight[word] @ state + model.decoder.bias[word])
                         most = max(most, score)
+                        if model.config.own_words and token == word:
+                            more = math.expm1(float(model.own.weight[word])) + float(model.own_bias)
+                            most = max(most, float(model.decoder.weight[word] @ state) + more)
                 assert output.lexicon[text, word].item() == pytest.approx(math.log(1 + most), abs=1e-9)
     assert (output.lexicon[:2] > 0).any() and not output.lexicon[2].any()  # a special token alone has no word
 
@@ -306,7 +312,7 @@ def test_copied_layers_are_the_last_ones_of_a_bert(backbone):
 @pytest.mark.parametrize("active", [1, 7, 30])
 def test_the_bias_leaves_as_many_words_as_are_asked_for(backbone, active):
     plain = encoder_of(backbone)
-    model = UnifierModel.from_modules(plain, initial_active=active, split_layer=1).eval()
+    model = UnifierModel.from_modules(plain, initial_active=active, split_layer=1, own_words=False).eval()
     batch = batch_of(plain, TEXTS)
     model.head.calibrate(lambda: model(**batch))
     with torch.no_grad():
@@ -315,6 +321,43 @@ def test_the_bias_leaves_as_many_words_as_are_asked_for(backbone, active):
     assert not found[:, model.config.special_token_ids].any()
     more = UnifierModel.from_modules(plain, initial_active=10**4).eval()  # than there are words
     assert math.isfinite(float(more.head.decoder.bias.detach().sum()))
+
+
+def test_own_words_are_compared_with_the_mean_of_them(backbone):
+    plain = encoder_of(backbone)
+    model = UnifierModel.from_modules(plain, lexicon_layers=0, split_layer=1).eval()
+    batch = batch_of(plain, TEXTS)
+    model.head.calibrate(lambda: model(**batch))
+    with torch.no_grad():
+        states = plain[0].model.eval()(**batch, output_hidden_states=True).hidden_states[1].double()
+        scores = [
+            float(model.head.decoder.weight[int((model.head.terms == word).nonzero())].double() @ state)
+            for text, ids in zip(states, batch["input_ids"].tolist(), strict=True)
+            for state, word in zip(text, ids, strict=True)
+            if word not in model.config.special_token_ids
+        ]
+    assert float(model.head.own_bias) == pytest.approx(-float(np.mean(scores)), rel=1e-5)
+
+
+def test_own_words_start_with_the_root_of_their_inverse_document_frequency():
+    """Counted in cached token states, and for a word of no other score the weight itself."""
+    texts = [[2, 3, 3], [3, 4], [], [3, 2]]
+    indices = np.array([word for text in texts for word in text], np.int32)
+    offsets = np.cumsum([0, *map(len, texts)])
+    states = Embeddings("states", np.zeros((len(indices), 2, 8), np.float16), offsets, indices, 8, 0.0, Path())
+    frequency = document_frequency(states, 11)
+    assert frequency.tolist() == [sum(word in text for text in texts) for word in range(11)]
+    model = UnifierHead(UnifierHeadConfig(**SIZES, lexicon_layers=0)).double().eval()
+    model.restrict(torch.tensor([2, 3, 9]))
+    model.weigh_own(torch.from_numpy(frequency), len(texts))
+    with torch.no_grad():
+        model.decoder.weight.zero_()
+        model.decoder.bias.zero_()
+        ids = torch.tensor([[3, 4, 9, 0]])
+        found = model(torch.zeros(1, 4, 8).double(), torch.zeros(1, 8).double(), ids).lexicon[0]
+    for word in range(11):
+        of = math.sqrt(math.log(1 + (4 - int(frequency[word]) + 0.5) / (int(frequency[word]) + 0.5)))
+        assert found[word].item() == pytest.approx(of if word in (3, 9) else 0)  # 4 is no word of the head any more
 
 
 def tiny(kind: Any, config: Any, folder: Path, backbone: Path) -> Path:
@@ -342,7 +385,7 @@ def masked(name: str, folder: Path, backbone: Path) -> Path:
 @pytest.mark.parametrize("name", ["bert", "modernbert", "distilbert"])
 def test_a_masked_language_models_own_scores_are_the_words(name, backbone, tmp_path):
     plain = encoder_of(masked(name, tmp_path / name, backbone))
-    model = UnifierModel.from_modules(plain, lexicon_layers=0).eval()
+    model = UnifierModel.from_modules(plain, lexicon_layers=0, own_words=False).eval()
     assert model.config.mlm_head and model.config.split_layer == -1
     language = {"bert": BertForMaskedLM, "modernbert": ModernBertForMaskedLM, "distilbert": DistilBertForMaskedLM}[
         name
@@ -353,21 +396,21 @@ def test_a_masked_language_models_own_scores_are_the_words(name, backbone, tmp_p
     with torch.no_grad():
         logits = language.from_pretrained(tmp_path / name).eval()(**batch).logits
         model.head.calibrate(lambda: model(**batch))
-        seen: list[torch.Tensor] = []
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         model.head._seen = seen
         model(**batch)
     for text, ids in enumerate(batch["input_ids"].tolist()):
         counted = [t for t, i in enumerate(ids) if i not in model.config.special_token_ids]
         for column, word in enumerate(model.head.terms.tolist()):
             expected = max(float(logits[text, token, word]) for token in counted)
-            shift.add(round(expected - float(seen[0][text, column]), 3))
+            shift.add(round(expected - float(seen[0][0][text, column]), 3))
     assert max(shift) - min(shift) <= 0.002  # but for the bias that all words share
 
 
 def test_an_encoder_without_a_language_model_scores_words_by_their_embeddings(backbone, tmp_path):
     plain = encoder_of(backbone)
     assert not UnifierHead.from_backbone(plain).config.mlm_head
-    model = UnifierModel.from_modules(plain, lexicon_layers=0, split_layer=1).eval()
+    model = UnifierModel.from_modules(plain, lexicon_layers=0, split_layer=1, own_words=False).eval()
     words = plain[0].model.get_input_embeddings().weight
     assert torch.equal(model.head.decoder.weight, words[model.head.terms])
     assert torch.equal(model.head.terms, torch.tensor([i for i in range(len(words)) if i >= 5]))  # [PAD] to [MASK]

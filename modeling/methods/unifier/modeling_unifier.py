@@ -90,7 +90,8 @@ class UnifierHeadConfig(PretrainedConfig):
         projection (bool): One linear map of the dense vector, the identity at first: for an encoder that stays frozen.
         mlm_head (bool): Score words as the backbone's masked language model does, by its transform and output layer.
             Default: where it has one; else by its word embeddings.
-        initial_active (int): Words that a text has before training, on the mean.
+        own_words (bool): A text's own words weigh more than a state says of them, each by a learned number.
+        initial_active (int): Words that a text has before training beside its own, on the mean.
         query_top_k (int): Most words of a query; None keeps all.
         document_top_k (int): Most words of a document; None keeps all.
         gate (str): query: weigh the two views of each query. none: do not.
@@ -146,6 +147,7 @@ class UnifierHeadConfig(PretrainedConfig):
         normalize: bool | None = None,
         projection: bool = False,
         mlm_head: bool | None = None,
+        own_words: bool = True,
         initial_active: int = 64,
         query_top_k: int | None = None,
         document_top_k: int | None = None,
@@ -304,6 +306,8 @@ class UnifierHead(WholeWeights, PreTrainedModel):
         if config.mlm_head:
             self.transform, self.transform_norm = nn.Linear(dim, dim), nn.LayerNorm(dim, config.norm_eps)
         self.decoder = nn.Linear(dim, config.words)
+        if config.own_words:
+            self.own, self.own_bias = nn.Embedding(config.words, 1), nn.Parameter(torch.zeros(1))
         self.register_buffer("terms", torch.arange(config.words))  # vocabulary id of each output
         self.register_buffer("learned", torch.ones(config.words, dtype=torch.bool))  # outputs that training computes
         if config.gate == "query":
@@ -319,6 +323,9 @@ class UnifierHead(WholeWeights, PreTrainedModel):
             for name in ("global_map", "map"):
                 if hasattr(module, name):
                     initialization.eye_(getattr(module, name).weight)
+            if module.config.own_words:
+                initialization.zeros_(module.own.weight)
+                initialization.zeros_(module.own_bias)
             zeros = [module.gate] if hasattr(module, "gate") else []
             if module.config.lexicon_init == "identity":
                 zeros += [part for layer in module.layers for part in (layer.output, layer.down)]
@@ -416,20 +423,36 @@ class UnifierHead(WholeWeights, PreTrainedModel):
     def calibrate(self, encode: Callable[[], None]) -> None:
         """Move the bias of all words alike, so that texts have ``initial_active`` words, on the mean.
 
+        Own words do not count. The mean of their scores is what ``own_bias`` takes away.
+
         Args:
             encode: Has the head read these texts, in one call or several.
         """
         self._seen = []
         try:
             encode()
-            most = torch.cat([part.float() for part in self._seen])  # (texts, words)
+            most = torch.cat([part.float() for part, _ in self._seen])  # (texts, words)
+            own = torch.cat([part.float() for _, part in self._seen])  # (tokens,)
         finally:
             self._seen = None
+        if self.config.own_words and len(own):
+            self.own_bias.fill_(-own.mean())
         count = self.config.initial_active * len(most)
         if count < most.numel():
             threshold = most.flatten().topk(count + 1).values[-2:].mean()  # between the two, whatever rounding does
             if torch.isfinite(threshold):
                 self.decoder.bias.sub_(threshold.to(self.decoder.bias))
+
+    @torch.no_grad()
+    def weigh_own(self, documents: Tensor, count: int) -> None:
+        """Let own words start with the square root of BM25's inverse document frequency, so that products have it.
+
+        Args:
+            documents: ``(vocab_size,)`` in how many documents each entry of the vocabulary is.
+            count: Documents there are.
+        """
+        there = documents.to(self.own.weight)[self.terms.to(documents.device)]
+        self.own.weight[:, 0] = torch.log1p((count - there + 0.5) / (there + 0.5)).sqrt()
 
     @torch.no_grad()
     def restrict(self, terms: Tensor) -> None:
@@ -444,6 +467,10 @@ class UnifierHead(WholeWeights, PreTrainedModel):
         decoder = nn.Linear(self.config.hidden_size, int(kept.sum())).to(self.decoder.weight)
         decoder.weight.copy_(self.decoder.weight[kept])
         decoder.bias.copy_(self.decoder.bias[kept])
+        if self.config.own_words:
+            own = nn.Embedding(len(decoder.bias), 1).to(self.own.weight)
+            own.weight.copy_(self.own.weight[kept])
+            self.own = own
         self.decoder, self.terms, self.learned = decoder, self.terms[kept], self.learned[kept]
         self.config.words = len(self.terms)
 
@@ -516,8 +543,10 @@ class UnifierHead(WholeWeights, PreTrainedModel):
         if config.mlm_head:
             states = self.transform_norm(F.gelu(self.transform(states)))
         weight, bias, terms = self.decoder.weight, self.decoder.bias, self.terms
+        own = torch.expm1(self.own.weight[:, 0]) + self.own_bias if config.own_words else None
         if self.training and not torch.compiler.is_compiling() and not self.learned.all():
             weight, bias, terms = weight[self.learned], bias[self.learned], terms[self.learned]
+            own = None if own is None else own[self.learned]
         known = torch.ones(config.vocab_size, dtype=torch.bool)
         known[[i for i in config.special_token_ids if i < config.vocab_size]] = False
         counted = mask & known.to(input_ids.device)[input_ids]
@@ -525,9 +554,16 @@ class UnifierHead(WholeWeights, PreTrainedModel):
             most = _Most.apply(states, weight, bias, counted)
         else:
             most = _most(states, weight, bias, counted)[0]
+        most = most.to(torch.promote_types(most.dtype, torch.float32))
+        if own is None:
+            place, scores = None, most.new_zeros(0)
+        else:
+            place, scores = _of_own_words(states, input_ids, counted, weight, terms, config.vocab_size)
         if self._seen is not None:
-            self._seen.append(most)
-        weights = torch.log1p(F.relu(most.to(torch.promote_types(most.dtype, torch.float32))))
+            self._seen.append((most, scores[scores.isfinite()]))
+        if own is not None:
+            most = most.scatter_reduce(1, place, (scores + own[place]).to(most.dtype), "amax")
+        weights = torch.log1p(F.relu(most))
         weights = weights.new_zeros(weights.shape[0], config.vocab_size).index_copy(1, terms, weights)
         return self._prune(weights, task) if prune else weights
 
@@ -538,6 +574,17 @@ class UnifierHead(WholeWeights, PreTrainedModel):
             return weights
         values, terms = weights.topk(min(top_k, weights.shape[1]), dim=1)
         return torch.zeros_like(weights).scatter(1, terms, values)
+
+
+def _of_own_words(
+    states: Tensor, input_ids: Tensor, counted: Tensor, weight: Tensor, terms: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """Place ``(batch, tokens)`` of each token among the words, and its score ``w . z``; minus infinity for no word."""
+    columns = torch.arange(len(terms), device=terms.device)
+    place = columns.new_full((size,), -1).scatter(0, terms, columns)[input_ids]
+    known, place = counted & (place >= 0), place.clamp(min=0)
+    scores = (states * weight[place]).sum(-1)
+    return place, scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~known, -math.inf)
 
 
 def _most(states: Tensor, weight: Tensor, bias: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:

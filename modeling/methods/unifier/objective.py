@@ -11,11 +11,13 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from sentence_transformers.util import get_rank
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...encoding.embeddings import Embeddings
 from ...errors import InputError, refusals
 from ...hub.polyrep_room import pool_tokens
 from ...search.scoring import dot
@@ -210,15 +212,21 @@ class UnifierObjective(_TwoViews):
         )
 
     def initialize(self, pairs: Mapping[str, Dataset]) -> None:
-        """Find the words that occur, and set their bias by some documents."""
+        """Find the words that occur, their weights as own words, and their bias by some documents."""
         model, head = unwrapped(self.model), self.head
-        columns = [data[name] for data in pairs.values() for name in data.column_names if name != "label"]
+        occurring = torch.zeros(head.config.vocab_size, dtype=torch.bool)
+        frequency, count = torch.zeros(head.config.vocab_size, dtype=torch.int64), 0
+        for data in pairs.values():
+            for name in (name for name in data.column_names if name != "label"):
+                for start in range(0, len(data), 1024):
+                    ids = model.preprocess(list(data[name][start : start + 1024]))["input_ids"].cpu()
+                    there = torch.zeros(len(ids), len(occurring), dtype=torch.bool).scatter(1, ids, True)
+                    occurring |= there.any(0)
+                    if name == "positive":
+                        frequency, count = frequency + there.sum(0), count + len(ids)
+        if head.config.own_words:
+            head.weigh_own(frequency, count)
         if self.rows == "occurring":
-            occurring = torch.zeros(head.config.vocab_size, dtype=torch.bool)
-            for column in columns:
-                for start in range(0, len(column), 1024):
-                    batch = model.preprocess(list(column[start : start + 1024]))
-                    occurring[batch["input_ids"].unique().cpu()] = True
             head.learned.copy_(occurring.to(head.terms.device)[head.terms])
             if not head.learned.any():
                 raise InputError("no training text holds a word of the vocabulary, so no word could be learned.")
@@ -259,6 +267,18 @@ class UnifierObjective(_TwoViews):
         return {name: output[name] for name in (*views, "gate") if name in output}
 
 
+def document_frequency(documents: Embeddings, size: int) -> np.ndarray:
+    """In how many documents each entry of the vocabulary is, ``(size,)``, of cached token states."""
+    assert documents.offsets is not None and documents.indices is not None
+    found = np.zeros(size, np.int64)
+    for start in range(0, len(documents), 4096):
+        bounds = documents.offsets[start : start + 4097]
+        ids = documents.indices[bounds[0] : bounds[-1]].astype(np.int64)
+        texts = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+        found += np.bincount(np.unique(texts * size + ids) % size, minlength=size)
+    return found
+
+
 class UnifierHeadObjective(_TwoViews):
     """Fit the branch and the gate to the cached token states of a frozen encoder: the model is the head alone.
 
@@ -288,7 +308,7 @@ class UnifierHeadObjective(_TwoViews):
 
     @torch.no_grad()
     def prepare(self, data: HeadData) -> Rows:
-        """Keep the words that occur, and set their bias by some documents.
+        """Keep the words that occur, and set their weights as own words and their bias by some documents.
 
         Raises:
             InputError: No text holds a word of the vocabulary.
@@ -301,6 +321,10 @@ class UnifierHeadObjective(_TwoViews):
                 occurring[torch.from_numpy(side.embeddings.indices[:].astype("int64"))] = True  # type: ignore[index]
             with refusals():
                 head.restrict(occurring.nonzero()[:, 0])
+
+        if head.config.own_words:
+            found = [document_frequency(part.documents.embeddings, head.config.vocab_size) for part in data.parts]
+            head.weigh_own(torch.from_numpy(sum(found)), sum(len(part.documents) for part in data.parts))
 
         def encode() -> None:
             for part in data.parts:
