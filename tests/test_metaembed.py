@@ -501,15 +501,15 @@ def test_a_head_starts_as_the_mean_of_the_tokens():
         torch.testing.assert_close(found[row], expected.expand(4, -1))
 
 
-def test_a_layer_attends_as_its_formula_says():
+def test_a_layer_attends_as_its_formula_says_and_tokens_near_an_anchor_count_most():
     """Token by token in float64: to all tokens, to the meta tokens before it, and to itself."""
     model, (tokens, mask) = head(num_layers=1, num_heads=2).double(), tokens_of([5, 3])
-    tokens, layer, metas = tokens.double(), model.layers[0], model.metas.weight[3:]
+    tokens, layer, metas, anchors = tokens.double(), model.layers[0], model.metas.weight[3:], model.anchors.weight[3:]
     with torch.no_grad():
         found = model(tokens, mask).token_embeddings
         for row, length in enumerate((5, 3)):
             text = tokens[row, :length]
-            mean = F.normalize(text.mean(0), dim=0)
+            units = [token / token.norm() for token in text]
             normed = [layer.norm(meta) for meta in metas]
             for place, meta in enumerate(metas):
                 context = [layer.token_norm(token) for token in text] + normed[: place + 1]
@@ -521,6 +521,8 @@ def test_a_layer_attends_as_its_formula_says():
                     mixed.append(scores.softmax(0) @ values)
                 state = meta + layer.out(torch.cat(mixed))
                 state = state + layer.ffn_out(F.gelu(layer.ffn_in(layer.ffn_norm(state))))
+                shares = torch.stack([anchors[place] @ unit for unit in units]).softmax(0)
+                mean = F.normalize(shares @ text, dim=0)
                 expected = F.normalize(mean + model.residual(model.norm(state)), dim=0)
                 torch.testing.assert_close(found[row, place], expected, atol=1e-9, rtol=0)
 

@@ -838,7 +838,7 @@ class MetaEmbedHeadConfig(Nested, PretrainedConfig):
         num_document_vectors (int): Vectors of a document.
         groups (list): See MetaEmbedConfig.
         projection_dim (int): Width of the vectors, to which wider token vectors are projected; None for theirs.
-        residual (bool): Vectors are the mean of the token vectors plus what is learned.
+        residual (bool): Vectors are means of the token vectors plus what is learned; else what is learned alone.
         query_side (str): meta: a query has vectors of its own meta tokens. tokens: it keeps its token vectors.
         output (str): token_embeddings for a MultiVectorEncoder; sentence_embedding: vector 1, for cosine.
         query_budget (int): Vectors of a query that are given where a call asks for no number. Default: all.
@@ -939,7 +939,10 @@ class MetaEmbedHead(WholeWeights, PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.metas = MetaTokens(config.num_query_vectors + config.num_document_vectors, config.dim)
+        count = config.num_query_vectors + config.num_document_vectors
+        self.metas = MetaTokens(count, config.dim)
+        if config.residual:
+            self.anchors = MetaTokens(count, config.dim)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.dim)
         if config.projection_dim:
@@ -949,11 +952,13 @@ class MetaEmbedHead(WholeWeights, PreTrainedModel):
 
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, MetaTokens):
+        if module is getattr(self, "anchors", None):
+            initialization.zeros_(module.weight)  # all tokens count alike
+        elif module is self.metas:
             initialization.normal_(module.weight)
         elif module is getattr(self, "projection", None):
             initialization.orthogonal_(module.weight)
-        elif module is self.residual:  # vectors start as the mean
+        elif module is self.residual:  # vectors start as means
             if self.config.residual:
                 initialization.zeros_(module.weight)
             else:
@@ -996,9 +1001,6 @@ class MetaEmbedHead(WholeWeights, PreTrainedModel):
         mask = mask.bool()
         self._check(token_embeddings, mask)
         tokens = torch.where(mask[..., None], token_embeddings, 0).to(self.metas.weight.dtype)
-        mean = F.normalize(pool_tokens(tokens, mask, "mean"), dim=-1)  # (batch, dim)
-        if config.projection_dim:
-            mean = self.projection(mean)
         side = "query" if task == "query" else "document"
         if side == "query" and config.query_side == "tokens":
             if num_vectors is not None:
@@ -1008,17 +1010,30 @@ class MetaEmbedHead(WholeWeights, PreTrainedModel):
                 )
             kept = F.normalize(self.projection(tokens), dim=-1) if config.projection_dim else tokens
             kept = torch.where(mask[..., None], kept, 0).to(dtype)
+            mean = self._projected(F.normalize(pool_tokens(tokens, mask, "mean"), dim=-1))
             return made_output(config, kept, mask, F.normalize(mean, dim=-1).to(dtype))
         count = config.budget_of(side, num_vectors, self.training, name)
         first = 0 if side == "query" else config.num_query_vectors
-        metas = self.metas.weight[first : first + count].expand(tokens.shape[0], -1, -1)  # (batch, count, dim)
+        chosen = slice(first, first + count)
+        metas = self.metas.weight[chosen].expand(tokens.shape[0], -1, -1)  # (batch, count, dim)
         before = torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril()
         seen = torch.cat([mask[:, None].expand(-1, count, -1), before.expand(tokens.shape[0], -1, -1)], -1)
         for layer in self.layers:
             metas = layer(metas, tokens, seen)
         vectors = self.residual(self.norm(metas))
-        vectors = F.normalize(vectors + mean[:, None] if config.residual else vectors, dim=-1).to(dtype)
+        if config.residual:
+            vectors = vectors + self._means(tokens, mask, self.anchors.weight[chosen])
+        vectors = F.normalize(vectors, dim=-1).to(dtype)
         return made_output(config, vectors, torch.ones_like(vectors[..., 0], dtype=torch.bool))
+
+    def _means(self, tokens: Tensor, mask: Tensor, anchors: Tensor) -> Tensor:
+        """Means ``(batch, n, width)`` of token vectors, in which those near an anchor ``(n, dim)`` count most."""
+        near = (F.normalize(tokens, dim=-1) @ anchors.T).transpose(1, 2)  # (batch, n, tokens)
+        shares = near.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
+        return self._projected(F.normalize(shares @ tokens, dim=-1))
+
+    def _projected(self, vectors: Tensor) -> Tensor:
+        return self.projection(vectors) if self.config.projection_dim else vectors
 
     def _check(self, tokens: Tensor, mask: Tensor) -> None:
         config, name = self.config, type(self).__name__
