@@ -1,4 +1,4 @@
-"""How well nested vectors of a frozen late-interaction model do at every size, beside pooling that learns from as much.
+"""How well nested vectors of a frozen late-interaction model do at every size, beside equally taught pooling.
 
     python benchmarks/metaembed_frozen.py --dev --output results   # what dev chooses, metaembed-frozen-dev.json
     python benchmarks/metaembed_frozen.py --chosen results/metaembed-frozen-dev.json --output results   # the table
@@ -47,7 +47,7 @@ RUN = ROOT / "hub_configs" / "metaembed-minilm-frozen"
 NESTED, SINGLE, SLOTS = "MetaEmbed", "one vector", "ReinPool slots"
 FITS: dict[str, list[str]] = {
     NESTED: [],
-    "MetaEmbed from the mean": ["--sharpness", "0"],
+    "MetaEmbed from the mean": ["--covering", "false"],
     "MetaEmbed without residual": ["--residual", "false"],
     "MetaEmbed not nested": ["--nested", "false"],
     SINGLE: ["--num_query_vectors", "1", "--num_document_vectors", "1"],
@@ -242,7 +242,7 @@ def margins(tests: Values) -> list[dict[str, Any]]:
     claim("frozen_gain_over_single", f"{NESTED}, {most}", f"{SINGLE}, 1", 0.0)
     claim("frozen_mmr_gain_1", f"{NESTED}, 1", "MetaEmbed not nested, 1", 3.0, by_value=True)
     claim("frozen_mmr_cost_full", f"{NESTED}, {most}", f"MetaEmbed not nested, {most}", -0.5, by_value=True)
-    claim("frozen_anchor_gain", f"{NESTED}, {most}", f"MetaEmbed from the mean, {most}", 0.0)
+    claim("frozen_covering_gain", f"{NESTED}, {most}", f"MetaEmbed from the mean, {most}", 0.0)
     claim("frozen_residual_gain", f"{NESTED}, {most}", f"MetaEmbed without residual, {most}", 0.0)
     macro = [float(np.mean([values[f"{NESTED}, {k}"].mean() for values in tests.values()])) for k in LADDER]
     worst = 100 * min(after - before for before, after in zip(macro, macro[1:], strict=False))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from polyrep.methods import (
     MetaEmbedObjective,
     MetaEmbedTransformer,
 )
-from polyrep.methods.metaembed.objective import principal_axes, token_kinds
+from polyrep.methods.metaembed.objective import principal_axes
 
 GROUPS = [[1, 1], [2, 4], [3, 5]]
 SIZES: dict[str, Any] = {"num_query_vectors": 3, "num_document_vectors": 5, "groups": GROUPS}
@@ -283,34 +282,6 @@ def test_a_head_learns_from_pairs_and_from_maxsim_over_all_tokens():
     assert float(parts["maxsim"]) == pytest.approx(0.6 * np.mean(divergences), rel=1e-6)
 
 
-def test_kinds_of_tokens_are_as_many_as_there_are_and_the_first_are_far_apart():
-    corners = torch.eye(4)
-    tokens = torch.cat([corners[[0]].repeat(9, 1), corners[[1]].repeat(3, 1), -2 * corners[[0]], corners[[0]] * 5])
-    found = token_kinds(tokens, 7)
-    torch.testing.assert_close(found, torch.stack([corners[0], -corners[0], corners[1]]))
-    torch.testing.assert_close(token_kinds(tokens, 1).norm(dim=1), torch.ones(1))
-
-
-@pytest.mark.parametrize("side", ["meta", "tokens"])
-def test_vectors_after_the_first_start_at_kinds_of_tokens(side):
-    """Of texts in which each token is one of four kinds, each vector after the first is one kind."""
-    config = MetaEmbedHeadConfig(dim=4, num_query_vectors=2, num_document_vectors=5, query_side=side)
-    head, tokens = MetaEmbedHead(config), torch.eye(4).repeat(6, 1)
-    objective = MetaEmbedHeadObjective(head, sharpness=50.0)
-    objective.prepare(SimpleNamespace(some_tokens=lambda side, most: tokens))
-    anchors = head.anchors.weight.detach()
-    assert not anchors[[0, 2]].any() and bool(anchors[1].any()) == (side == "meta")
-    torch.testing.assert_close(anchors[3:].norm(dim=1), torch.full((4,), 50.0))
-    with torch.no_grad():
-        found = head(tokens[None, :8]).token_embeddings[0]
-    torch.testing.assert_close(found[0], torch.full((4,), 0.5))
-    torch.testing.assert_close(found[1:].sort(0).values[-1], torch.ones(4))
-    torch.testing.assert_close(found[1:].sum(0), torch.ones(4))
-    before = MetaEmbedHead(config)
-    MetaEmbedHeadObjective(before, sharpness=0.0).prepare(SimpleNamespace())
-    assert not before.anchors.weight.any()
-
-
 # Bad input.
 
 
@@ -347,7 +318,6 @@ def test_what_cannot_be_learned_from_is_refused(model, backbone, tmp_path, multi
         ({"label_weight": 0.0}, "nothing would be learned"),
         ({"maxsim_weight": -1.0}, "--maxsim_weight -1.0"),
         ({"score_scale": 0.0}, "--score_scale 0.0"),
-        ({"sharpness": -1.0}, "--sharpness -1.0.*the farthest tokens"),
     ):
         with pytest.raises(InputError, match=words):
             MetaEmbedHeadObjective(head, **settings)

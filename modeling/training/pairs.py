@@ -294,12 +294,6 @@ class HeadData(Dataset):
         means = [mean_of_tokens(part.documents.embeddings).values for part in self.parts]
         return torch.from_numpy(np.concatenate(means).astype(np.float32))
 
-    def some_tokens(self, side: Literal["queries", "documents"], most: int) -> Tensor:
-        """Token vectors ``(most or fewer, dim)`` of queries or documents, at even distances over all data sets."""
-        values = [getattr(part, side).embeddings.values for part in self.parts]
-        step = -(-sum(map(len, values)) // most)
-        return torch.from_numpy(np.concatenate([part[::step] for part in values]).astype(np.float32))
-
     def relevant(self) -> Tensor:
         """``(pairs, 2)`` place of a query and of its document among those of all data sets."""
         found = np.empty((len(self.pairs), 2), np.int64)

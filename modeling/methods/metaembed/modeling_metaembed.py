@@ -62,6 +62,9 @@ PAPER = {
 FAMILIES = {"token_embeddings": "MultiVectorEncoder", "sentence_embedding": "SentenceTransformer"}
 """Output -> class of sentence-transformers that reads it."""
 
+SHARPNESS = (8.0, 16.0)
+"""What a head's means start with, from the first, which is broad, to the last, which is hardly more than one token."""
+
 TOLERANCE = 1e-4
 """By how much states may differ, of their length, that are the same but for rounding."""
 
@@ -839,6 +842,8 @@ class MetaEmbedHeadConfig(Nested, PretrainedConfig):
         groups (list): See MetaEmbedConfig.
         projection_dim (int): Width of the vectors, to which wider token vectors are projected; None for theirs.
         residual (bool): Vectors are means of the token vectors plus what is learned; else what is learned alone.
+        covering (bool): Each mean after the first is around the token that those before it cover least; else all are
+            the mean of all tokens.
         query_side (str): meta: a query has vectors of its own meta tokens. tokens: it keeps its token vectors.
         output (str): token_embeddings for a MultiVectorEncoder; sentence_embedding: vector 1, for cosine.
         query_budget (int): Vectors of a query that are given where a call asks for no number. Default: all.
@@ -871,6 +876,7 @@ class MetaEmbedHeadConfig(Nested, PretrainedConfig):
         groups: list[list[int | None]] | None = None,
         projection_dim: int | None = None,
         residual: bool = True,
+        covering: bool = True,
         query_side: str = "meta",
         output: str = "token_embeddings",
         query_budget: int | None = None,
@@ -941,8 +947,8 @@ class MetaEmbedHead(WholeWeights, PreTrainedModel):
         super().__init__(config)
         count = config.num_query_vectors + config.num_document_vectors
         self.metas = MetaTokens(count, config.dim)
-        if config.residual:
-            self.anchors = MetaTokens(count, config.dim)
+        if config.residual and config.covering:
+            self.sharpness = MetaTokens(count, 1)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.dim)
         if config.projection_dim:
@@ -952,8 +958,10 @@ class MetaEmbedHead(WholeWeights, PreTrainedModel):
 
     def _init_weights(self, module):
         super()._init_weights(module)
-        if module is getattr(self, "anchors", None):
-            initialization.zeros_(module.weight)  # all tokens count alike
+        if module is getattr(self, "sharpness", None):
+            counts = self.config.num_query_vectors, self.config.num_document_vectors
+            start = torch.cat([torch.linspace(*SHARPNESS, count) for count in counts])
+            initialization.copy_(module.weight, start[:, None])
         elif module is self.metas:
             initialization.normal_(module.weight)
         elif module is getattr(self, "projection", None):
@@ -966,7 +974,7 @@ class MetaEmbedHead(WholeWeights, PreTrainedModel):
 
     @classmethod
     def from_backbone(cls, model, **config) -> MetaEmbedHead:
-        """An untrained head, all of whose vectors are the mean, for a MultiVectorEncoder."""
+        """An untrained head, whose vectors are means of token vectors, for a MultiVectorEncoder."""
         return cls(MetaEmbedHeadConfig(dim=model.get_embedding_dimension(), **config))
 
     @property
@@ -1021,16 +1029,37 @@ class MetaEmbedHead(WholeWeights, PreTrainedModel):
         for layer in self.layers:
             metas = layer(metas, tokens, seen)
         vectors = self.residual(self.norm(metas))
-        if config.residual:
-            vectors = vectors + self._means(tokens, mask, self.anchors.weight[chosen])
+        if config.residual and config.covering:
+            vectors = vectors + self._means(tokens, mask, self.sharpness.weight[chosen])
+        elif config.residual:
+            vectors = vectors + self._means(tokens, mask, vectors[0, :1, :1])
         vectors = F.normalize(vectors, dim=-1).to(dtype)
         return made_output(config, vectors, torch.ones_like(vectors[..., 0], dtype=torch.bool))
 
-    def _means(self, tokens: Tensor, mask: Tensor, anchors: Tensor) -> Tensor:
-        """Means ``(batch, n, width)`` of token vectors, in which those near an anchor ``(n, dim)`` count most."""
-        near = (F.normalize(tokens, dim=-1) @ anchors.T).transpose(1, 2)  # (batch, n, tokens)
+    def _means(self, tokens: Tensor, mask: Tensor, sharpness: Tensor) -> Tensor:
+        """Means of token vectors, ``(batch, n, width)``, each around the token that those before it cover least.
+
+        The first is the mean of all. A token is covered as well as the most like of the means so far is to it. The
+        next mean is around the one that is covered least: each token counts by the exponential of its cosine to that
+        one, times ``sharpness (n, 1)``. So any first means are those of a call that asks for no more.
+        """
+        unit = F.normalize(tokens, dim=-1)
+        rows = torch.arange(len(tokens), device=tokens.device)
+        centres, covered = [], torch.full_like(unit[..., 0], -1.0).masked_fill(~mask, torch.inf)
+        with torch.no_grad():  # which token is next has no gradient
+            mean = F.normalize(pool_tokens(tokens, mask, "mean"), dim=-1)
+            for sharp in sharpness[1:]:
+                covered = torch.maximum(covered, (unit @ mean[..., None])[..., 0])  # (batch, tokens)
+                centre = unit[rows, covered.argmin(1)]
+                centres.append(centre)
+                near = (unit @ centre[..., None])[..., 0].masked_fill(~mask, -torch.inf)
+                mean = F.normalize((torch.softmax(sharp * near, 1)[:, None] @ tokens)[:, 0], dim=-1)
+        first = F.normalize(pool_tokens(tokens, mask, "mean"), dim=-1)[:, None]
+        if not centres:
+            return self._projected(first)
+        near = sharpness[1:] * (torch.stack(centres, 1) @ unit.transpose(1, 2))  # (batch, n - 1, tokens)
         shares = near.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
-        return self._projected(F.normalize(shares @ tokens, dim=-1))
+        return self._projected(torch.cat([first, F.normalize(shares @ tokens, dim=-1)], 1))
 
     def _projected(self, vectors: Tensor) -> Tensor:
         return self.projection(vectors) if self.config.projection_dim else vectors

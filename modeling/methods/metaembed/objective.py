@@ -12,11 +12,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from sentence_transformers.multi_vector_encoder.losses import CachedMultiVectorMultipleNegativesRankingLoss
 from sentence_transformers.util import get_rank
-from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -43,9 +41,6 @@ if TYPE_CHECKING:
 
 SAMPLE = 1024
 """Documents by which a new projection is set, at most."""
-
-TOKENS = 20_000
-"""Token vectors of which kinds are found, at most."""
 
 
 def group_scores(
@@ -74,27 +69,6 @@ def principal_axes(vectors: Tensor, dim: int) -> Tensor:
     unit = F.normalize(vectors.double(), dim=-1)
     axes = torch.linalg.eigh(unit.T @ unit).eigenvectors  # ascending
     return axes.flip(1)[:, :dim].T.to(vectors.dtype)
-
-
-def token_kinds(tokens: Tensor, count: int) -> Tensor:
-    """Centres of clusters of token vectors, at unit length: ``(count or fewer, dim)``.
-
-    The first ones are far from one another, so that any first ones stand for different kinds.
-
-    Args:
-        tokens: ``(tokens, dim)``.
-        count: Clusters, at most as many as there are different tokens.
-    """
-    unit = F.normalize(tokens.float(), dim=-1).numpy()
-    found = KMeans(min(count, len(np.unique(unit, axis=0))), n_init=1, max_iter=50, random_state=0).fit(unit)
-    centres = F.normalize(torch.from_numpy(found.cluster_centers_), dim=-1)
-    similarity = centres @ centres.T
-    order = [int(np.bincount(found.labels_).argmax())]  # the largest first
-    while len(order) < len(centres):
-        nearest = similarity[:, order].amax(1)
-        nearest[order] = math.inf
-        order.append(int(nearest.argmin()))
-    return centres[order]
 
 
 class _NestedLoss(Objective):
@@ -368,14 +342,12 @@ class MetaEmbedHeadObjective(_NestedLoss):
         label_weight: Weight of the contrast.
         maxsim_weight: Weight of the divergence from MaxSim over all tokens, a mean over the groups.
         score_scale: Factor of scores per query vector before the softmax of the divergence.
-        sharpness: Length of the anchors that vectors after the first start with: of the token vectors, those near one
-            kind of them count most, the more the longer it is. 0: all start as the mean of all.
     """
 
     trains_on = "tokens"
     needs_labels = True
-    learning_rates = {r"\banchors\.": 10.0}
-    """Anchors are many times as long as token vectors."""
+    learning_rates = {r"\bsharpness\.": 100.0}
+    """It is about ten, where other parameters are below one."""
     model: MetaEmbedHead
 
     def __init__(
@@ -389,11 +361,8 @@ class MetaEmbedHeadObjective(_NestedLoss):
         label_weight: float = 1.0,
         maxsim_weight: float = 0.0,
         score_scale: float = 30.0,
-        sharpness: float = 10.0,
     ):
         super().__init__(model, temperature, score, nested, diversity_weight, group_weights)
-        if not 0 <= sharpness < math.inf:
-            raise InputError(f"--sharpness {sharpness}: below 0 the farthest tokens would count. Use 0 or more.")
         for name, value in (("label_weight", label_weight), ("maxsim_weight", maxsim_weight)):
             if not 0 <= value < math.inf:
                 raise InputError(f"--{name} {value}: below 0 it would teach the opposite. Use 0 or more.")
@@ -402,7 +371,6 @@ class MetaEmbedHeadObjective(_NestedLoss):
         if not 0 < score_scale < math.inf:
             raise InputError(f"--score_scale {score_scale}: a softmax needs a positive factor, e.g. 30.")
         self.label_weight, self.maxsim_weight, self.score_scale = label_weight, maxsim_weight, score_scale
-        self.sharpness = sharpness
 
     @property
     def config(self) -> Any:
@@ -411,21 +379,11 @@ class MetaEmbedHeadObjective(_NestedLoss):
 
     @torch.no_grad()
     def prepare(self, data: HeadData) -> Rows:
-        """Set a projection to the principal axes of the documents' mean vectors, and anchors to kinds of tokens."""
-        config = self.config
-        if config.projection_dim is not None:
+        """Set a projection to the principal axes of the documents' mean vectors."""
+        if self.config.projection_dim is not None:
             means = data.document_means().float()
             weight = self.model.projection.weight
-            weight.copy_(principal_axes(means[:: -(-len(means) // SAMPLE)], config.projection_dim))
-        if config.residual and self.sharpness:
-            sides: list[tuple[Any, int, int]] = [("documents", config.num_query_vectors, config.num_document_vectors)]
-            if config.query_side == "meta":
-                sides.append(("queries", 0, config.num_query_vectors))
-            for side, first, count in sides:
-                if count > 1:
-                    centres = token_kinds(data.some_tokens(side, TOKENS), count - 1)
-                    anchors = self.model.anchors.weight[first + 1 : first + 1 + len(centres)]
-                    anchors.copy_(self.sharpness * centres)
+            weight.copy_(principal_axes(means[:: -(-len(means) // SAMPLE)], self.config.projection_dim))
         return data
 
     def forward(self, features: list[Features], labels: Tensor) -> dict[str, Tensor]:
