@@ -155,7 +155,7 @@ class HierarchicalProjection(SoftGateObjective):
 class Bench(FitBench):
     """One data set with its cached vectors, and everything that can be fitted to them."""
 
-    run, code = RUN, CODE
+    run, code, label = RUN, CODE, "reinpool"
 
     def __init__(self, args: Arguments, source: str, model: MultiVectorEncoder, length: int | None = None):
         super().__init__(args, source, model)
@@ -203,11 +203,11 @@ class Bench(FitBench):
             what = ["--backbone", self.args.backbone, "--datasets", str(self.source), "--seed", str(seed)]
             length = ["--max_length", str(self.length)] if self.length else []
             train_run(
-                [RUN.name, *what, *where, *length, "--save_strategy", "no", "--head_only", "true", *flags],
+                [self.run.name, *what, *where, *length, "--save_strategy", "no", "--head_only", "true", *flags],
                 prog="train.py",
             )
 
-        return self.fitted("reinpool", {"arguments": flags, "seed": seed, "length": self.length}, fit) / "head"
+        return self.fitted(self.label, {"arguments": flags, "seed": seed, "length": self.length}, fit) / "head"
 
     def hierarchical_projection(self, seed: int) -> Path:
         """The control: a projection alone, on the clusters of HierarchicalTokenPooling, by the recipe's own steps."""

@@ -60,7 +60,7 @@ from polyrep.methods import (
     MetaEmbedTransformer,
 )
 from polyrep.methods.metaembed.backbone import open_backbone
-from polyrep.methods.metaembed.modeling_metaembed import PAPER
+from polyrep.methods.metaembed.modeling_metaembed import PAPER, SHARPNESS
 from polyrep.search import open_index
 from polyrep.training.adapters import add_adapters, merge_adapters
 
@@ -493,23 +493,56 @@ def test_fewer_vectors_of_a_head_are_the_first_of_all_and_padding_is_nothing(pro
     assert (everything[:, 0] - everything[:, 1]).norm(dim=-1).min() > 1e-2
 
 
-def test_a_head_starts_as_the_mean_of_the_tokens():
-    model, (tokens, mask) = MetaEmbedHead(MetaEmbedHeadConfig(dim=16, num_document_vectors=4)), tokens_of([7, 4, 1])
-    found = vectors(model.eval(), {"token_embeddings": tokens, "attention_mask": mask})
+def means(tokens: torch.Tensor, sharpness: list[float]) -> list[torch.Tensor]:
+    """A text's means, one after another: of all tokens, then around the one that those before cover least."""
+    units = [token / token.norm() for token in tokens]
+    found = [F.normalize(tokens.mean(0), dim=0)]
+    for sharp in sharpness[1:]:
+        covered = [max(float(unit @ mean) for mean in found) for unit in units]
+        centre = units[int(np.argmin(covered))]
+        shares = torch.stack([sharp * (unit @ centre) for unit in units]).softmax(0)
+        found.append(F.normalize(shares @ tokens, dim=0))
+    return found
+
+
+@pytest.mark.parametrize("task", ["query", "document"])
+def test_a_head_starts_as_means_around_what_is_not_covered_yet(task):
+    model, (tokens, mask) = (
+        MetaEmbedHead(MetaEmbedHeadConfig(dim=16, num_query_vectors=3)).double(),
+        tokens_of([7, 4, 1]),
+    )
+    tokens = tokens.double() * torch.tensor([0.5, 2.0, 1.0, 3.0, 1.0, 0.7, 1.3], dtype=torch.float64)[:, None]
+    with torch.no_grad():
+        found = model.eval()(tokens, mask, task).token_embeddings
+    count = {"query": 3, "document": 32}[task]
     for row, length in enumerate((7, 4, 1)):
-        expected = F.normalize(tokens[row, :length].mean(0), dim=0)
-        torch.testing.assert_close(found[row], expected.expand(4, -1))
+        expected = means(tokens[row, :length], torch.linspace(*SHARPNESS, count).tolist())
+        torch.testing.assert_close(found[row], torch.stack(expected), atol=1e-6, rtol=0)
+    alike = MetaEmbedHead(MetaEmbedHeadConfig(dim=16, num_query_vectors=3, covering=False)).double().eval()
+    with torch.no_grad():
+        torch.testing.assert_close(alike(tokens, mask, task).token_embeddings, found[:, :1].expand_as(found))
+
+
+def test_enough_means_are_the_tokens_themselves():
+    """Tokens at right angles, each of them a mean once the means are sharp."""
+    model, tokens = MetaEmbedHead(MetaEmbedHeadConfig(dim=16, num_document_vectors=9)), torch.eye(16)[None, :8]
+    with torch.no_grad():
+        model.sharpness.weight.fill_(50.0)
+        found = model.eval()(tokens).token_embeddings[0, 1:]
+    torch.testing.assert_close(found.sum(0)[:8], torch.ones(8))
+    torch.testing.assert_close(found @ found.T, torch.eye(8), atol=1e-6, rtol=0)
 
 
 def test_a_layer_attends_as_its_formula_says():
     """Token by token in float64: to all tokens, to the meta tokens before it, and to itself."""
     model, (tokens, mask) = head(num_layers=1, num_heads=2).double(), tokens_of([5, 3])
     tokens, layer, metas = tokens.double(), model.layers[0], model.metas.weight[3:]
+    sharpness = model.sharpness.weight[3:, 0].tolist()
     with torch.no_grad():
         found = model(tokens, mask).token_embeddings
         for row, length in enumerate((5, 3)):
             text = tokens[row, :length]
-            mean = F.normalize(text.mean(0), dim=0)
+            starts = means(text, sharpness)
             normed = [layer.norm(meta) for meta in metas]
             for place, meta in enumerate(metas):
                 context = [layer.token_norm(token) for token in text] + normed[: place + 1]
@@ -521,7 +554,7 @@ def test_a_layer_attends_as_its_formula_says():
                     mixed.append(scores.softmax(0) @ values)
                 state = meta + layer.out(torch.cat(mixed))
                 state = state + layer.ffn_out(F.gelu(layer.ffn_in(layer.ffn_norm(state))))
-                expected = F.normalize(mean + model.residual(model.norm(state)), dim=0)
+                expected = F.normalize(starts[place] + model.residual(model.norm(state)), dim=0)
                 torch.testing.assert_close(found[row, place], expected, atol=1e-9, rtol=0)
 
 

@@ -62,6 +62,9 @@ PAPER = {
 FAMILIES = {"token_embeddings": "MultiVectorEncoder", "sentence_embedding": "SentenceTransformer"}
 """Output -> class of sentence-transformers that reads it."""
 
+SHARPNESS = (8.0, 16.0)
+"""What a head's means start with, from the first, which is broad, to the last, which is hardly more than one token."""
+
 TOLERANCE = 1e-4
 """By how much states may differ, of their length, that are the same but for rounding."""
 
@@ -838,7 +841,9 @@ class MetaEmbedHeadConfig(Nested, PretrainedConfig):
         num_document_vectors (int): Vectors of a document.
         groups (list): See MetaEmbedConfig.
         projection_dim (int): Width of the vectors, to which wider token vectors are projected; None for theirs.
-        residual (bool): Vectors are the mean of the token vectors plus what is learned.
+        residual (bool): Vectors are means of the token vectors plus what is learned; else what is learned alone.
+        covering (bool): Each mean after the first is around the token that those before it cover least; else all are
+            the mean of all tokens.
         query_side (str): meta: a query has vectors of its own meta tokens. tokens: it keeps its token vectors.
         output (str): token_embeddings for a MultiVectorEncoder; sentence_embedding: vector 1, for cosine.
         query_budget (int): Vectors of a query that are given where a call asks for no number. Default: all.
@@ -871,6 +876,7 @@ class MetaEmbedHeadConfig(Nested, PretrainedConfig):
         groups: list[list[int | None]] | None = None,
         projection_dim: int | None = None,
         residual: bool = True,
+        covering: bool = True,
         query_side: str = "meta",
         output: str = "token_embeddings",
         query_budget: int | None = None,
@@ -939,7 +945,10 @@ class MetaEmbedHead(WholeWeights, PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.metas = MetaTokens(config.num_query_vectors + config.num_document_vectors, config.dim)
+        count = config.num_query_vectors + config.num_document_vectors
+        self.metas = MetaTokens(count, config.dim)
+        if config.residual and config.covering:
+            self.sharpness = MetaTokens(count, 1)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.dim)
         if config.projection_dim:
@@ -949,11 +958,15 @@ class MetaEmbedHead(WholeWeights, PreTrainedModel):
 
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, MetaTokens):
+        if module is getattr(self, "sharpness", None):
+            counts = self.config.num_query_vectors, self.config.num_document_vectors
+            start = torch.cat([torch.linspace(*SHARPNESS, count) for count in counts])
+            initialization.copy_(module.weight, start[:, None])
+        elif module is self.metas:
             initialization.normal_(module.weight)
         elif module is getattr(self, "projection", None):
             initialization.orthogonal_(module.weight)
-        elif module is self.residual:  # vectors start as the mean
+        elif module is self.residual:  # vectors start as means
             if self.config.residual:
                 initialization.zeros_(module.weight)
             else:
@@ -961,7 +974,7 @@ class MetaEmbedHead(WholeWeights, PreTrainedModel):
 
     @classmethod
     def from_backbone(cls, model, **config) -> MetaEmbedHead:
-        """An untrained head, all of whose vectors are the mean, for a MultiVectorEncoder."""
+        """An untrained head, whose vectors are means of token vectors, for a MultiVectorEncoder."""
         return cls(MetaEmbedHeadConfig(dim=model.get_embedding_dimension(), **config))
 
     @property
@@ -996,9 +1009,6 @@ class MetaEmbedHead(WholeWeights, PreTrainedModel):
         mask = mask.bool()
         self._check(token_embeddings, mask)
         tokens = torch.where(mask[..., None], token_embeddings, 0).to(self.metas.weight.dtype)
-        mean = F.normalize(pool_tokens(tokens, mask, "mean"), dim=-1)  # (batch, dim)
-        if config.projection_dim:
-            mean = self.projection(mean)
         side = "query" if task == "query" else "document"
         if side == "query" and config.query_side == "tokens":
             if num_vectors is not None:
@@ -1008,17 +1018,51 @@ class MetaEmbedHead(WholeWeights, PreTrainedModel):
                 )
             kept = F.normalize(self.projection(tokens), dim=-1) if config.projection_dim else tokens
             kept = torch.where(mask[..., None], kept, 0).to(dtype)
+            mean = self._projected(F.normalize(pool_tokens(tokens, mask, "mean"), dim=-1))
             return made_output(config, kept, mask, F.normalize(mean, dim=-1).to(dtype))
         count = config.budget_of(side, num_vectors, self.training, name)
         first = 0 if side == "query" else config.num_query_vectors
-        metas = self.metas.weight[first : first + count].expand(tokens.shape[0], -1, -1)  # (batch, count, dim)
+        chosen = slice(first, first + count)
+        metas = self.metas.weight[chosen].expand(tokens.shape[0], -1, -1)  # (batch, count, dim)
         before = torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril()
         seen = torch.cat([mask[:, None].expand(-1, count, -1), before.expand(tokens.shape[0], -1, -1)], -1)
         for layer in self.layers:
             metas = layer(metas, tokens, seen)
         vectors = self.residual(self.norm(metas))
-        vectors = F.normalize(vectors + mean[:, None] if config.residual else vectors, dim=-1).to(dtype)
+        if config.residual and config.covering:
+            vectors = vectors + self._means(tokens, mask, self.sharpness.weight[chosen])
+        elif config.residual:
+            vectors = vectors + self._means(tokens, mask, vectors[0, :1, :1])
+        vectors = F.normalize(vectors, dim=-1).to(dtype)
         return made_output(config, vectors, torch.ones_like(vectors[..., 0], dtype=torch.bool))
+
+    def _means(self, tokens: Tensor, mask: Tensor, sharpness: Tensor) -> Tensor:
+        """Means of token vectors, ``(batch, n, width)``, each around the token that those before it cover least.
+
+        The first is the mean of all. A token is covered as well as the most like of the means so far is to it. The
+        next mean is around the one that is covered least: each token counts by the exponential of its cosine to that
+        one, times ``sharpness (n, 1)``. So any first means are those of a call that asks for no more.
+        """
+        unit = F.normalize(tokens, dim=-1)
+        rows = torch.arange(len(tokens), device=tokens.device)
+        centres, covered = [], torch.full_like(unit[..., 0], -1.0).masked_fill(~mask, torch.inf)
+        with torch.no_grad():  # which token is next has no gradient
+            mean = F.normalize(pool_tokens(tokens, mask, "mean"), dim=-1)
+            for sharp in sharpness[1:]:
+                covered = torch.maximum(covered, (unit @ mean[..., None])[..., 0])  # (batch, tokens)
+                centre = unit[rows, covered.argmin(1)]
+                centres.append(centre)
+                near = (unit @ centre[..., None])[..., 0].masked_fill(~mask, -torch.inf)
+                mean = F.normalize((torch.softmax(sharp * near, 1)[:, None] @ tokens)[:, 0], dim=-1)
+        first = F.normalize(pool_tokens(tokens, mask, "mean"), dim=-1)[:, None]
+        if not centres:
+            return self._projected(first)
+        near = sharpness[1:] * (torch.stack(centres, 1) @ unit.transpose(1, 2))  # (batch, n - 1, tokens)
+        shares = near.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
+        return self._projected(torch.cat([first, F.normalize(shares @ tokens, dim=-1)], 1))
+
+    def _projected(self, vectors: Tensor) -> Tensor:
+        return self.projection(vectors) if self.config.projection_dim else vectors
 
     def _check(self, tokens: Tensor, mask: Tensor) -> None:
         config, name = self.config, type(self).__name__

@@ -345,6 +345,8 @@ class MetaEmbedHeadObjective(_NestedLoss):
 
     trains_on = "tokens"
     needs_labels = True
+    learning_rates = {r"\bsharpness\.": 100.0}
+    """It is about ten, where other parameters are below one."""
     model: MetaEmbedHead
 
     def __init__(
