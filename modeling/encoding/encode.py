@@ -219,8 +219,8 @@ def _open_model(args: EncodeArguments, name: str, source: Source, size: int, dev
     def origin_of(name: str) -> Origin:
         view = views[name]
         _refuse_narrow(view.kind, args.precision)
-        first = name, view.kind, view.dim, view.similarity, print_, args.precision
-        return Origin(*first, *cut, vocabulary=view.vocabulary, sentence_dim=view.sentence_dim)
+        first = Origin(name, view.kind, view.dim, view.similarity, print_, args.precision, *cut)
+        return replace(first, vocabulary=view.vocabulary, sentence_dim=view.sentence_dim)
 
     def viewed(content: list[Any]) -> list[Embeddings]:
         found = encode_views(model, content, names, task=args.task, batch_size=args.batch_size)

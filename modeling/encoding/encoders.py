@@ -74,7 +74,7 @@ def token_router_of(model: Any) -> Router | None:
     for vectors that are there, which leaves the same in a batch, but the last as ``dense``.
     """
     parts = list(model.children()) if isinstance(model, nn.Module) else []
-    inner = getattr(parts[0], "model", None) if parts else None
+    inner: Any = getattr(parts[0], "model", None) if parts else None
     if callable(getattr(inner, "encode_routed", None)):
 
         def asked(batch: dict[str, Any], task: str) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def token_router_of(model: Any) -> Router | None:
             return {name: output.get(name) if by_name else getattr(output, name) for name in names}
 
         return Router(inner.config, asked)
-    head = next((part for part in parts if callable(getattr(part, "route", None))), None)
+    head: Any = next((part for part in parts if callable(getattr(part, "route", None))), None)
     if head is None:
         return None
 

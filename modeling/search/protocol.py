@@ -216,10 +216,10 @@ def refuse_unfit_entries(vectors: Embeddings, origin: Origin, whose: str, ids: S
     if vectors.kind != "routed":
         return
     assert vectors.indices is not None and vectors.offsets is not None
-    remedy = "Encode again with the model that made the index."
+    remedy, offsets = "Encode again with the model that made the index.", vectors.offsets
 
     def told(row: int) -> str:
-        text = int(np.searchsorted(vectors.offsets, row, "right")) - 1  # type: ignore[arg-type]
+        text = int(np.searchsorted(offsets, row, "right")) - 1
         return f"{whose} {ids[text]!r:.80}" if len(ids) else f"{whose} {text}"
 
     outside = np.flatnonzero((vectors.indices < 0) | (vectors.indices >= origin.vocabulary))

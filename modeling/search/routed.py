@@ -79,6 +79,7 @@ class RoutedIndex(FolderIndex):
     similarities = tuple(ROUTED)
     elsewhere = "memory:"
     unit = "entries under keys"
+    _ranks: torch.Tensor | None
 
     def __init__(self, parts: SplitResult, settings: dict[str, str], *, force: bool = False):
         super().__init__(parts, force=force)
@@ -240,7 +241,7 @@ class RoutedIndex(FolderIndex):
 
     def _open(self, folder: Path | None, ids: list[str], arrays: dict[str, np.ndarray]) -> None:
         self.documents = Documents(ids)
-        self._ranks: torch.Tensor | None = None
+        self._ranks = None
         self._added = _Added()
         self.lists: _Lists | None = None
         if folder is None:

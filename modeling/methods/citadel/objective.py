@@ -423,7 +423,7 @@ class CitadelHeadObjective(_RoutedLoss):
             scores = scores_of(queries, documents, self.head.config.clamp)  # of all processes
             parts = {}
             if self.maxsim_weight:
-                teacher, columns, lengths = maxsim_taught(*features, dtype)
+                teacher, columns, lengths = maxsim_taught(features[0], features[1], dtype)
                 teacher = teacher * self.score_scale
                 said = scores[:, columns] * self.score_scale / lengths
                 parts["maxsim"] = self.maxsim_weight * divergence(said, teacher)

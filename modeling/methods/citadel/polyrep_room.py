@@ -40,6 +40,11 @@ except ImportError:  # AutoModel works without sentence-transformers
     MultiVectorEncoder = SentenceTransformer = None
     Module = Transformer = nn.Module
 
+try:
+    from sentence_transformers.multi_vector_encoder.modules.token_pooling import BaseTokenPooling
+except ImportError:  # by itself: most rooms pool no tokens
+    BaseTokenPooling = nn.Module
+
 logger = logging.getLogger(__name__)
 
 SIDES = "router_mapping={'query': 'query', 'positive': 'document'}"
@@ -448,3 +453,72 @@ class HeadModule:
                 f"{cls.__name__}: {name}={changes[name]!r}, but the head was {cls.made} with {name}={fields[name]!r}, "
                 f"and its weights fit nothing else. Change only {', '.join(sorted(allowed))}, or get another head."
             )
+
+
+class TokenPoolingModule(HeadModule, BaseTokenPooling):
+    """A head as token pooling: for one call, by itself, or as last module behind any MultiVectorEncoder.
+
+    The head reads token vectors, their mask and the ``task``, and gives vectors and the ``mask`` of those that are
+    there. All texts of a batch go through it at once.
+
+    Attributes:
+        output_field: Of the head's output: where its vectors are, ``(batch, vectors, dim)``.
+    """
+
+    output_field = "token_embeddings"
+
+    @torch.inference_mode()
+    def pool(self, embeddings, *, task=None, attention_mask=None, padding_side="right"):
+        """Pool encoded texts: a list of ``(tokens, dim)``, or a padded ``(batch, tokens, dim)``.
+
+        Args:
+            embeddings: Token vectors of each text.
+            task: What they were encoded for; what is not pooled passes unchanged.
+            attention_mask: ``(batch, tokens)`` of a padded tensor; default: rows that are not zero.
+            padding_side: Where the result of a padded tensor is padded.
+
+        Returns:
+            A list of ``(vectors, dim)``, or a padded ``(batch, vectors, dim)``.
+
+        Raises:
+            ValueError: There is no such side, a text of a list is of another shape, or the head refuses the tokens.
+        """
+        if not self.applies_to(task) or not len(embeddings):
+            return embeddings
+        name = type(self).__name__
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"{name}: padding_side={padding_side!r} is neither 'left' nor 'right'. Use one of these.")
+        padded = isinstance(embeddings, Tensor)
+        if padded:
+            tokens = embeddings
+            mask = embeddings.abs().sum(-1) > 0 if attention_mask is None else attention_mask.bool()
+        else:
+            if wrong := [tuple(text.shape) for text in embeddings if text.ndim != 2]:
+                raise ValueError(
+                    f"{name}: a text of the list has shape {wrong[0]}, so it is no list of token vectors. Use tensors "
+                    "of shape (tokens, dim)."
+                )
+            tokens = nn.utils.rnn.pad_sequence(embeddings, batch_first=True)
+            lengths = torch.tensor([len(text) for text in embeddings], device=tokens.device)
+            mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        output = self._run(tokens, mask, task)
+        pooled = [vectors[there] for vectors, there in zip(output[self.output_field], output.mask, strict=True)]
+        if not padded:
+            return pooled
+        return nn.utils.rnn.pad_sequence(pooled, batch_first=True, padding_side=padding_side)
+
+    def pool_one(self, embedding, task=None, **kwargs):
+        """One text, ``(tokens, dim)`` to ``(vectors, dim)``."""
+        return self.pool([embedding], task=task)[0]
+
+    def _run(self, tokens, mask, task):
+        """Pool on the tokens' device, without dropout: nobody moves or sets a pooling that is passed to a call."""
+        if self.model.device != tokens.device:
+            with torch.inference_mode(False):  # else the weights could never be trained again
+                self.model.to(tokens.device)
+        training = self.model.training
+        self.model.eval()
+        try:
+            return self.model(tokens, mask, task=task)
+        finally:
+            self.model.train(training)
