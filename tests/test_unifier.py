@@ -512,6 +512,29 @@ def test_the_loss_follows_its_formula(kl, judged):
         assert value.item() == pytest.approx(weights[name] * expected[name], rel=1e-4), name
 
 
+@pytest.mark.parametrize("sample", [0, 1, 400])
+def test_a_step_scores_the_words_of_its_texts_and_some_others(sample):
+    made = objective(word_sample=sample)
+    head, generator = stirred(made.head.train()), torch.Generator().manual_seed(3)
+    features = {
+        "token_states": torch.randn(2, 6, 2, 8, generator=generator),
+        "input_ids": torch.tensor([[0, 4, 5, 6, 9, 1], [0, 7, 1, 0, 0, 0]]),
+        "attention_mask": (torch.arange(6) < torch.tensor([[6], [3]])).long(),
+    }
+    with made.some_words([features]):
+        scored = head.terms[head.step_words].tolist()
+        few = made.encode(features, "document")["lexicon"]
+    assert head.step_words is None
+    assert {0, 1, 4, 5, 6, 7, 9} <= {*scored} and 7 <= len(scored) <= 7 + min(sample, 4)
+    assert sample < 400 or len(scored) == 11  # so many draws miss none of them
+    whole = made.encode(features, "document")["lexicon"]
+    torch.testing.assert_close(few[:, scored], whole[:, scored])
+    left_out = [word for word in range(11) if word not in scored]
+    assert (whole > 0).any() and not few[:, left_out].any()
+    few.sum().backward()
+    assert head.decoder.weight.grad is not None and not head.decoder.weight.grad[left_out].any()
+
+
 def test_the_sum_trains_the_gate_and_not_the_views():
     queries, documents, own = sides(gated=True)
     learned = [*queries.values(), *documents.values()]
@@ -530,6 +553,7 @@ def test_the_sum_trains_the_gate_and_not_the_views():
         ({"flops_weight": -1.0}, "--flops_weight -1.0"),
         ({"kl": "both"}, "--kl 'both': unknown. Use one of forward, reverse, none"),
         ({"rows": "few"}, "--rows 'few'.*occurring, all"),
+        ({"word_sample": -1}, "--word_sample -1: below 0"),
         ({"dense_loss": 0.0, "lexicon_loss": 0.0}, "no view would learn"),
         ({"dense_loss": 0.0}, "--dense_loss 0 with --kl forward.*Add --kl none"),
         ({"lexicon_loss": 0.0, "kl": "none", "gate": "query"}, "--gate query.*Use --gate none"),

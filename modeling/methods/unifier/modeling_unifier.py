@@ -312,7 +312,7 @@ class UnifierHead(WholeWeights, PreTrainedModel):
         self.register_buffer("learned", torch.ones(config.words, dtype=torch.bool))  # outputs that training computes
         if config.gate == "query":
             self.gate = nn.Linear(dim, 1)
-        self._seen = None
+        self._seen = self.step_words = None
         self.post_init()
 
     def _init_weights(self, module):
@@ -544,9 +544,10 @@ class UnifierHead(WholeWeights, PreTrainedModel):
             states = self.transform_norm(F.gelu(self.transform(states)))
         weight, bias, terms = self.decoder.weight, self.decoder.bias, self.terms
         own = torch.expm1(self.own.weight[:, 0]) + self.own_bias if config.own_words else None
-        if self.training and not torch.compiler.is_compiling() and not self.learned.all():
-            weight, bias, terms = weight[self.learned], bias[self.learned], terms[self.learned]
-            own = None if own is None else own[self.learned]
+        learned = self.learned if self.step_words is None else self.step_words & self.learned
+        if self.training and not torch.compiler.is_compiling() and not learned.all():
+            weight, bias, terms = weight[learned], bias[learned], terms[learned]
+            own = None if own is None else own[learned]
         known = torch.ones(config.vocab_size, dtype=torch.bool)
         known[[i for i in config.special_token_ids if i < config.vocab_size]] = False
         counted = mask & known.to(input_ids.device)[input_ids]

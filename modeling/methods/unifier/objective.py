@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from sentence_transformers.util import get_rank
+from sentence_transformers.util import get_rank, get_world_size
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -60,6 +62,8 @@ class _TwoViews(Objective):
         kl_weight: Its weight.
         flops_weight: Weight of what an inverted index would cost.
         rows: Words that are trained, and kept in the end: those that occur in the training texts, or all.
+        word_sample: Words that a step scores beside those of its texts, drawn anew each step; None for all. A text
+            then has weights, and a cost, of these alone. Scoring words is most of the time of a step.
     """
 
     def __init__(
@@ -73,9 +77,14 @@ class _TwoViews(Objective):
         kl_weight: float = 1.0,
         flops_weight: float = 2e-3,
         rows: str = "occurring",
+        word_sample: int | None = None,
     ):
         super().__init__()
         self.model = model
+        if word_sample is not None and word_sample < 0:
+            raise InputError(
+                f"--word_sample {word_sample}: below 0 there are no words. Use 0 or more, or leave it out."
+            )
         tau = tau if tau is not None else 0.05 if self.head.config.normalize else 1.0
         for name, value in (("tau", tau), ("lexicon_tau", lexicon_tau)):
             if not 0 < value < math.inf:
@@ -103,6 +112,7 @@ class _TwoViews(Objective):
             )
         self.tau, self.lexicon_tau, self.dense_loss, self.lexicon_loss = tau, lexicon_tau, dense_loss, lexicon_loss
         self.kl, self.kl_weight, self.flops_weight, self.rows = kl, kl_weight, flops_weight, rows
+        self.word_sample = word_sample
 
     @property
     def head(self) -> Any:
@@ -113,6 +123,33 @@ class _TwoViews(Objective):
     def views(self) -> tuple[str, ...]:
         """Those that a step computes: both, unless nothing is learned of words, which cost the most."""
         return VIEWS if self.lexicon_loss else ("dense",)
+
+    @contextmanager
+    def some_words(self, sides: Iterable[Mapping[str, Any]]) -> Iterator[None]:
+        """Let the head score the words of some texts and :attr:`word_sample` others meanwhile, the same everywhere."""
+        head = self.head
+        if self.word_sample is None:
+            yield
+            return
+        there = torch.zeros(head.config.vocab_size, dtype=torch.bool, device=head.terms.device)
+        for side in sides:
+            there[side["input_ids"].to(there.device).flatten()] = True
+        drawn = torch.randint(len(head.terms), (self.word_sample,), generator=self._drawn).to(there.device)
+        if get_world_size() > 1:
+            every = there.int()
+            torch.distributed.all_reduce(every)
+            there = every > 0
+        there[head.terms[drawn]] = True
+        head.step_words = there[head.terms]
+        try:
+            yield
+        finally:
+            head.step_words = None
+
+    @cached_property
+    def _drawn(self) -> torch.Generator:
+        """What draws the same words in all processes."""
+        return torch.Generator().manual_seed(0)
 
     def losses(
         self,
@@ -253,10 +290,12 @@ class UnifierObjective(_TwoViews):
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> dict[str, Tensor]:
         """Parts of the loss of a batch: columns of queries, their documents, and hard negatives."""
-        queries, *columns = (
-            self._views(features, "document" if column else "query", self.views)
-            for column, features in enumerate(sentence_features)
-        )
+        sides = list(sentence_features)
+        with self.some_words(sides):
+            queries, *columns = (
+                self._views(features, "document" if column else "query", self.views)
+                for column, features in enumerate(sides)
+            )
         documents = {view: gather(torch.cat([column[view] for column in columns])) for view in self.views}
         batch = len(queries["dense"])
         return self.losses(queries, documents, in_batch_labels(batch, documents["dense"].device, len(columns)))
@@ -338,9 +377,10 @@ class UnifierHeadObjective(_TwoViews):
 
     def forward(self, features: list[Features], labels: Tensor) -> dict[str, Tensor]:
         """Parts of the loss of a batch of :class:`~polyrep.training.pairs.HeadData`: queries, and all documents."""
-        queries, local = (
-            self.encode(side, task, self.views) for side, task in zip(features, ("query", "document"), strict=True)
-        )
+        with self.some_words(features):
+            queries, local = (
+                self.encode(side, task, self.views) for side, task in zip(features, ("query", "document"), strict=True)
+            )
         documents = {view: gather(local[view]) for view in self.views}
         own = labels + get_rank() * len(local["dense"])
         return self.losses(queries, documents, own, judged_relevant(features))
