@@ -189,6 +189,7 @@ def ablations(study: Study) -> list[dict[str, Any]]:
         "global_token_gain": (UNIFIER, "no dense vector"),
         "kl_gain": (UNIFIER, "no KL"),
         "gate_gain": ("gate", UNIFIER),
+        "own_words_gain": (UNIFIER, "no own words"),
     }.items():
         if not {*sides} <= study.settings.keys():
             continue
