@@ -36,6 +36,10 @@ def build(backbone: Path, scratch: Path) -> Example:
         with torch.no_grad():
             for parameter in head.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+            if head.config.own_bonus:
+                head.bonus.add_(3)  # so that rounding chooses no other key
+            else:
+                head.restrict(head.terms[::4])
         return head
 
     encoder = SentenceTransformer(modules=[Transformer(str(backbone)), Pooling(32, "mean"), Normalize()], device="cpu")
@@ -45,7 +49,7 @@ def build(backbone: Path, scratch: Path) -> Example:
     names: Any = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
     narrow = Dense(32, 16, bias=False, activation_function=torch.nn.Identity(), **names)
     late = [Transformer(str(backbone)), narrow, MultiVectorMask(), Normalize(**names)]
-    routed = CitadelHead.from_backbone(MultiVectorEncoder(modules=late, device="cpu"), token_dim=8, initial_active=4)
+    routed = CitadelHead.from_backbone(MultiVectorEncoder(modules=late, device="cpu"), token_dim=8, initial_active=40)
     return Example(
         {
             "retriever": one_folder(
