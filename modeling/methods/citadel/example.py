@@ -23,7 +23,7 @@ from .modeling_citadel import (
 
 WHOLE = "--batch_sampler batch_sampler --bf16 false --token_dim 8 --cls_dim 16"
 RUNS = {
-    "whole": TinyRun("citadel-minilm", WHOLE),
+    "whole": TinyRun("citadel-minilm", WHOLE, together="--learning_rate 1e-4"),
     "head": TinyRun("citadel-minilm-frozen", "--depth 4 --token_dim 8 --label_weight 0.5"),
 }
 
