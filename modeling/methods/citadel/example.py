@@ -23,7 +23,7 @@ from .modeling_citadel import (
 
 WHOLE = "--batch_sampler batch_sampler --bf16 false --token_dim 8 --cls_dim 16"
 RUNS = {
-    "whole": TinyRun("citadel-minilm", WHOLE),
+    "whole": TinyRun("citadel-minilm", WHOLE, together="--learning_rate 1e-4"),
     "head": TinyRun("citadel-minilm-frozen", "--depth 4 --token_dim 8 --label_weight 0.5"),
 }
 
@@ -49,7 +49,8 @@ def build(backbone: Path, scratch: Path) -> Example:
     names: Any = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
     narrow = Dense(32, 16, bias=False, activation_function=torch.nn.Identity(), **names)
     late = [Transformer(str(backbone)), narrow, MultiVectorMask(), Normalize(**names)]
-    routed = CitadelHead.from_backbone(MultiVectorEncoder(modules=late, device="cpu"), token_dim=8, initial_active=40)
+    keys = {"query_keys": 6, "document_keys": 10, "initial_active": 40}
+    routed = CitadelHead.from_backbone(MultiVectorEncoder(modules=late, device="cpu"), token_dim=8, **keys)
     return Example(
         {
             "retriever": one_folder(

@@ -185,7 +185,7 @@ class _RoutedLoss(Objective):
             if not side["weights"].detach().any():
                 raise InputError(
                     f"every {name} of a step has lost its entries, so nothing can be learned: --sparsity_weight "
-                    f"{self.sparsity_weight:g} outweighs the pairs. Lower it tenfold."
+                    f"{self.sparsity_weight:g} outweighs the pairs, or --learning_rate is too high. Lower one tenfold."
                 )
 
     def balance(self, sides: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Tensor]:
