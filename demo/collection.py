@@ -442,14 +442,14 @@ class Collection:
         text = checked(text, "query")
 
         def minilm() -> tuple[Tensor, dict[str, Tensor]]:
-            values, _, _, dim = encode_chunk(self.minilm, [text], "query", "layers", 1)
-            dense = self._dense(Embeddings("layers", values, None, None, dim, 0.0, Path()))
+            layers = encode_chunk(self.minilm, [text], "query", "layers", 1).embeddings("layers")
+            dense = self._dense(layers)
             side = SentenceSide.encode(self.minilm, {"query": text}, "query", "query", vectors=dense.numpy())
-            return torch.from_numpy(values), side.features(np.arange(1))
+            return torch.from_numpy(layers.values), side.features(np.arange(1))
 
         def late() -> Embeddings:
-            values, lengths, _, _ = encode_chunk(self.late, [text], "query", "tokens", 1)
-            return in_memory(values.astype(np.float32), np.cumsum([0, *(lengths if lengths is not None else ())]))
+            tokens = encode_chunk(self.late, [text], "query", "tokens", 1).embeddings("tokens")
+            return replace(tokens, values=tokens.values.astype(np.float32))
 
         (layers, features), minilm_ms = timed(minilm, repeats)
         tokens, late_ms = timed(late, repeats)

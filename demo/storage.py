@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,9 +122,8 @@ def encoded(
     documents, parts = list(texts.values()), place(cache, name, key).with_suffix(".parts")
 
     def encode(start: int) -> Embeddings:
-        values, lengths, _, dim = encode_chunk(model, documents[start : start + PART], "document", kind, batch_size)
-        offsets = None if lengths is None else np.cumsum([0, *lengths], dtype=np.int64)
-        return Embeddings(kind, values.astype(np.float16), offsets, None, dim, 0.0, Path())
+        found = encode_chunk(model, documents[start : start + PART], "document", kind, batch_size).embeddings(kind)
+        return replace(found, values=found.values.astype(np.float16), indices=None)
 
     def encode_all() -> Embeddings:
         found = []

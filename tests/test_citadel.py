@@ -737,7 +737,7 @@ def test_what_does_not_fit_is_refused(backbone, tmp_path):
     model = head()
     with pytest.raises(ValueError, match=r"token vectors of shape \(3, 6, 7\).*made for \(texts, tokens, 8\)"):
         model(**DOCUMENT | {"token_embeddings": DOCUMENT["token_embeddings"][..., :7]})
-    with pytest.raises(ValueError, match="no input_ids, by which a token has its own word"):
+    with pytest.raises(ValueError, match="no input_ids, and with routing=.* a token has its own word by its id"):
         model(**DOCUMENT | {"input_ids": None})
     broken = DOCUMENT["token_embeddings"].clone()
     broken[1, 2, 0] = math.nan

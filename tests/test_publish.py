@@ -456,7 +456,7 @@ def test_a_name_that_the_hub_would_refuse_is_refused_first(name, tmp_path, capsy
 
 
 def test_flags_that_lead_nowhere_are_refused(finished, capsys, tmp_path):
-    assert "no such template. There are dense2sparse," in refused(finished, capsys, "--card", "nothing")
+    assert "no such template. There are citadel, dense2sparse," in refused(finished, capsys, "--card", "nothing")
     assert "no such template" in refused(finished, capsys, "--card", "_doors")
     assert "expected NAME=ORG/NAME" in refused(finished, capsys, "--hub_dataset", "tiny")
     assert "the results have no such data set" in refused(finished, capsys, "--hub_dataset", "x=a/b")

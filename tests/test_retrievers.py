@@ -52,7 +52,7 @@ def test_bytes_are_those_of_the_arrays(dims, dtype):
 
 
 def test_bytes_of_an_unknown_kind_are_refused():
-    with pytest.raises(InputError, match="'quaternary'.*dense, sparse, multi or binary"):
+    with pytest.raises(InputError, match="'quaternary'.*dense, sparse, multi, binary or routed"):
         bytes_per_document("quaternary", dims=8)
 
 

@@ -703,8 +703,8 @@ class CitadelHead(WholeWeights, PreTrainedModel):
             )
         if input_ids is None and (config.routing == "static" or config.router_reads == "states"):
             raise ValueError(
-                f"{name}: no input_ids, by which a token has its own word. Put it behind a transformer that reads "
-                "texts."
+                f"{name}: no input_ids, and with routing={config.routing!r}, router_reads={config.router_reads!r} a "
+                "token has its own word by its id. Put it behind a transformer that reads texts."
             )
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a graph cannot look at the numbers
             return
