@@ -43,14 +43,14 @@ def build(backbone: Path, scratch: Path) -> Example:
         return head
 
     encoder = SentenceTransformer(modules=[Transformer(str(backbone)), Pooling(32, "mean"), Normalize()], device="cpu")
-    head = CitadelHead.from_backbone(encoder, router_layer=1, token_dim=8, initial_active=4)
+    every: Any = {"document_keys": 61, "initial_active": 30}  # of documents, so that rounding cuts off none
+    head = CitadelHead.from_backbone(encoder, router_layer=1, token_dim=8, **every)
     bare = SentenceTransformer(modules=[Transformer(str(backbone))], device="cpu")
-    weights = CitadelHead.from_backbone(bare, router_layer=-1, token_dim=0, cls_dim=0)
+    weights = CitadelHead.from_backbone(bare, router_layer=-1, token_dim=0, cls_dim=0, **every)
     names: Any = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
     narrow = Dense(32, 16, bias=False, activation_function=torch.nn.Identity(), **names)
     late = [Transformer(str(backbone)), narrow, MultiVectorMask(), Normalize(**names)]
-    keys = {"query_keys": 6, "document_keys": 10, "initial_active": 40}
-    routed = CitadelHead.from_backbone(MultiVectorEncoder(modules=late, device="cpu"), token_dim=8, **keys)
+    routed = CitadelHead.from_backbone(MultiVectorEncoder(modules=late, device="cpu"), token_dim=8, **every)
     return Example(
         {
             "retriever": one_folder(
