@@ -16,7 +16,8 @@ Where this code leaves the paper:
 - ``isolated``: the text does not see the meta tokens and none of them sees a later one. Then the text is read as the
   backbone reads it, and the first vectors alone equal the first of all. Causal models are so anyway.
 - The tokens start as words of the vocabulary, drawn at random: around the mean word they would stay alike.
-- The frozen tier is ours: meta tokens over the cached token vectors of any late-interaction model.
+- The frozen tier is ours: meta tokens over the cached token vectors of any late-interaction model. There p is another
+  mean for each vector, around the token that the means before it cover least, so that vectors differ from the start.
 """
 
 # mypy: ignore-errors
