@@ -2,7 +2,7 @@
 
 A list holds the entries of one key, by document; a search reads the lists of the query's keys through memory maps and
 nothing else, so that an index may be larger than memory. Every document has a score, as by the oracle
-(:func:`polyrep.search.scoring._score_routed`): 0 where it shares no key and there are no vectors of whole texts.
+(the exact scores of ``polyrep.search.scoring``): 0 where it shares no key and there are no vectors of whole texts.
 
 ::
 
