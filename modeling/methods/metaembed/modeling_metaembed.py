@@ -1045,13 +1045,13 @@ class MetaEmbedHead(WholeWeights, PreTrainedModel):
         one, times ``sharpness (n, 1)``. So any first means are those of a call that asks for no more.
         """
         unit = F.normalize(tokens, dim=-1)
-        rows = torch.arange(len(tokens), device=tokens.device)
         centres, covered = [], torch.full_like(unit[..., 0], -1.0).masked_fill(~mask, torch.inf)
         with torch.no_grad():  # which token is next has no gradient
             mean = F.normalize(pool_tokens(tokens, mask, "mean"), dim=-1)
             for sharp in sharpness[1:]:
                 covered = torch.maximum(covered, (unit @ mean[..., None])[..., 0])  # (batch, tokens)
-                centre = unit[rows, covered.argmin(1)]
+                place = covered.argmin(1)[:, None, None].expand(-1, -1, unit.shape[-1])
+                centre = unit.gather(1, place)[:, 0]
                 centres.append(centre)
                 near = (unit @ centre[..., None])[..., 0].masked_fill(~mask, -torch.inf)
                 mean = F.normalize((torch.softmax(sharp * near, 1)[:, None] @ tokens)[:, 0], dim=-1)
