@@ -193,37 +193,39 @@ def test_the_lexicon_view_follows_the_formula(read, config):
     assert (output.lexicon[:2] > 0).any() and not output.lexicon[2].any()  # a special token alone has no word
 
 
-@pytest.mark.parametrize("block", [1, 3, 4096])
-def test_gradients_through_the_largest_scores_are_those_of_the_whole_table(monkeypatch, block):
-    monkeypatch.setattr(modeling_unifier, "CACHED_BLOCK", block)
+@pytest.mark.parametrize("scores", [1, 200, 2**21])
+def test_gradients_through_the_largest_scores_are_those_of_the_whole_table(monkeypatch, scores):
+    monkeypatch.setattr(modeling_unifier, "CACHED_SCORES", scores)
     monkeypatch.setattr(modeling_unifier, "PAIR_BLOCK", 4)
     generator = torch.Generator().manual_seed(2)
-    parts = [torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((2, 5, 4), (7, 4), (7,))]
+    parts = [torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((2, 5, 4), (70, 4), (70,))]
     counted = torch.tensor([[True, True, False, True, True], [True, False, False, False, False]])
     found, expected = ([part.clone().requires_grad_() for part in parts] for _ in range(2))
     ours = torch.log1p(F.relu(modeling_unifier._Most.apply(*found, counted)))
-    scores = F.linear(*expected).masked_fill(~counted[..., None], -math.inf)
-    theirs = torch.log1p(F.relu(scores.amax(1)))
+    table = F.linear(*expected).masked_fill(~counted[..., None], -math.inf)
+    theirs = torch.log1p(F.relu(table.amax(1)))
     torch.testing.assert_close(ours, theirs)
-    slopes = torch.randn(2, 7, dtype=torch.float64, generator=generator)
+    slopes = torch.randn(2, 70, dtype=torch.float64, generator=generator)
     for made in (ours, theirs):
         (made * slopes).sum().backward()
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.grad, other.grad)
 
 
-@pytest.mark.parametrize("block", [3, 4096])
-def test_a_processor_finds_the_largest_scores_that_other_devices_find(monkeypatch, block):
+@pytest.mark.parametrize("scores", [1, 2**21])
+def test_a_processor_finds_the_largest_scores_that_other_devices_find(monkeypatch, scores):
     monkeypatch.setattr(modeling_unifier, "WORD_BLOCK", 2)
-    monkeypatch.setattr(modeling_unifier, "CACHED_BLOCK", block)
+    monkeypatch.setattr(modeling_unifier, "CACHED_SCORES", scores)
     generator = torch.Generator().manual_seed(2)
-    parts = [torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((3, 5, 4), (7, 4), (7,))]
+    parts = [torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((3, 5, 4), (70, 4), (70,))]
     counted = torch.tensor([[True, False, True, True, False], [False] * 5, [False, False, True, False, False]])
     values, places = modeling_unifier._most(*parts, counted)
+    alone, nowhere = modeling_unifier._most(*parts, counted, placed=False)
+    assert nowhere is None and torch.equal(alone, values)
     monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)  # which takes the other way
     expected, others = modeling_unifier._most(*parts, counted)
     torch.testing.assert_close(values, expected)
-    assert torch.equal(places, others) and torch.equal(places[2], torch.full((7,), 2))
+    assert torch.equal(places, others) and torch.equal(places[2], torch.full((70,), 2))
     assert (values[1] == -math.inf).all()
 
 

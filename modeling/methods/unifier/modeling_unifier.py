@@ -60,8 +60,8 @@ FAMILIES = {"dense": "SentenceTransformer", "lexicon": "SparseEncoder"}
 WORD_BLOCK = 4096
 """Words that are scored at a time: all of them at all tokens of a batch would be a gigabyte."""
 
-CACHED_BLOCK = 1024
-"""Likewise on a processor."""
+CACHED_SCORES = 2**21
+"""Scores of words that a processor computes at a time, as many as its cache holds."""
 
 PAIR_BLOCK = 2**15
 """Words of texts whose gradients are computed at a time."""
@@ -554,7 +554,7 @@ class UnifierHead(WholeWeights, PreTrainedModel):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             most = _Most.apply(states, weight, bias, counted)
         else:
-            most = _most(states, weight, bias, counted)[0]
+            most = _most(states, weight, bias, counted, placed=False)[0]
         most = most.to(torch.promote_types(most.dtype, torch.float32))
         if own is None:
             place, scores = None, most.new_zeros(0)
@@ -588,11 +588,13 @@ def _of_own_words(
     return place, scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~known, -math.inf)
 
 
-def _most(states: Tensor, weight: Tensor, bias: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+def _most(
+    states: Tensor, weight: Tensor, bias: Tensor, counted: Tensor, placed: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Largest score of each word at a token that counts, ``(batch, words)``, and where; without one, -infinity."""
     followed = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if states.device.type == "cpu" and not followed:
-        return _most_of_each(states, weight, bias, counted)
+        return _most_of_each(states, weight, bias, counted, placed)
     values, places, left_out = [], [], ~counted[..., None]
     for start in range(0, weight.shape[0], WORD_BLOCK):
         block = slice(start, start + WORD_BLOCK)
@@ -603,23 +605,30 @@ def _most(states: Tensor, weight: Tensor, bias: Tensor, counted: Tensor) -> tupl
     return torch.cat(values, 1), torch.cat(places, 1)
 
 
-def _most_of_each(states: Tensor, weight: Tensor, bias: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """The same text by text: padding is not scored, and so few words at a time that a processor's cache holds them."""
+def _most_of_each(
+    states: Tensor, weight: Tensor, bias: Tensor, counted: Tensor, placed: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The same text by text: padding is not scored, and so few words at a time that a processor's cache holds them.
+
+    Where nobody asks for the places, the maximum alone takes a sixth of the time.
+    """
     lengths, place_of = counted.sum(1).tolist(), counted.nonzero()[:, 1]
     packed, place_of = states[counted], place_of.split(lengths)  # (tokens, dim)
-    values, places = [], []
-    for start in range(0, weight.shape[0], CACHED_BLOCK):
-        block = slice(start, start + CACHED_BLOCK)
+    values, places, step = [], [], max(32, CACHED_SCORES // max(1, len(packed)))
+    for start in range(0, weight.shape[0], step):
+        block = slice(start, start + step)
         scores = F.linear(packed, weight[block], bias[block])  # (tokens, words)
         value = scores.new_full((len(lengths), scores.shape[1]), -math.inf)
-        place = counted.new_zeros(value.shape, dtype=torch.int64)
+        place = counted.new_zeros(value.shape, dtype=torch.int64) if placed else None
         for row, part in enumerate(scores.split(lengths)):
-            if len(part):
+            if len(part) and place is None:
+                value[row] = part.amax(0)
+            elif len(part):
                 value[row], best = part.max(0)
                 place[row] = place_of[row][best]
         values.append(value)
         places.append(place)
-    return torch.cat(values, 1), torch.cat(places, 1)
+    return torch.cat(values, 1), torch.cat(places, 1) if placed else None
 
 
 class _Most(torch.autograd.Function):
