@@ -52,14 +52,15 @@ TWO_MODELS = f"{DENSE} + {WORDS}"
 
 SYSTEMS: dict[str, list[str]] = {
     UNIFIER: [],
-    DENSE: ["--lexicon_loss", "0", "--kl", "none"],
-    WORDS: ["--dense_loss", "0", "--kl", "none"],
+    DENSE: ["--lexicon_loss", "0", "--sum_loss", "0"],
+    WORDS: ["--dense_loss", "0", "--sum_loss", "0", "--dense_steps", "0"],
+    "no loss of the sum": ["--sum_loss", "0"],
     "no dense vector": ["--global_token", "none"],
     "dense vector attached": ["--global_token", "attached"],
-    "no KL": ["--kl", "none"],
+    "KL": ["--kl", "forward"],
     "KL reversed": ["--kl", "reverse"],
     "gate": ["--gate", "query"],
-    "no own words": ["--own_words", "false"],
+    "no own words": ["--own_words", "false", "--initial_active", "64", "--lexicon_tau", "1"],
     "BM25 negatives": [],
 }
 """Name -> flags over the run; the first three are tuned, each by the same number of settings."""
@@ -68,17 +69,12 @@ TUNED = (UNIFIER, DENSE, WORDS)
 VIEWS = {DENSE: ("dense",), WORDS: ("lexicon",)}
 """Of the others both count; a view that learned nothing is no row."""
 
-WORDS_KEPT = ("--query_top_k 48 --document_top_k 128", "--query_top_k 64 --document_top_k 256")
-BOTH_TRIES = [
-    f"{rate} --flops_weight {weight} {kept}"
-    for rate in ("1e-4", "3e-4")
-    for weight in ("5e-4", "2e-3")
-    for kept in WORDS_KEPT
-]
+KEPT = "--query_top_k 48 --document_top_k 128"
+BOTH_TRIES = [f"{rate} {KEPT}" for rate in ("3e-4", "1e-3")]
 TRIES = {
     UNIFIER: BOTH_TRIES,
     WORDS: BOTH_TRIES,
-    DENSE: [f"{rate} --tau {tau}" for rate in ("3e-4", "1e-3") for tau in ("0.03", "0.05", "0.07", "0.1")],
+    DENSE: [f"{rate} --tau {tau}" for rate in ("3e-4", "1e-3") for tau in ("0.05", "0.1")],
 }
 """Learning rates and further flags. How many words are kept asks for no fit of its own."""
 
@@ -108,10 +104,6 @@ class Arguments(frozen_tier.Arguments):
     max_length: int = field(
         default=256,
         metadata={"help": "Tokens of a text, of which states are kept: as many as the backbone reads."},
-    )
-    tuning_steps: int = field(
-        default=100,
-        metadata={"help": "Steps of the fits among which dev chooses, and of the ablations; what is chosen has more."},
     )
     dev: bool = field(default=False, metadata={"help": "Choose on dev alone, and write what was tried as NAME-dev."})
     chosen: str | None = field(
@@ -316,7 +308,7 @@ class Study:
     def fit(self, system: str, setting: str, seed: int) -> Path:
         """File with the vectors that a fit gives all data sets, made now or before."""
         learned = setting.partition(" --query_top_k")[0].split()
-        flags = [*SHARED, *SYSTEMS[system], "--learning_rate", *learned, *self.benches[0].flags]
+        flags = ["--bf16", str(HALF), *SYSTEMS[system], "--learning_rate", *learned, *self.benches[0].flags]
         texts = [bench.texts for bench in self.benches]
         bm25 = system if system == "BM25 negatives" else None
         digest = self.benches[0].digest({"flags": flags, "seed": seed, "texts": texts, "negatives": bm25})
@@ -433,11 +425,10 @@ class Study:
 
     @cached_property
     def tried(self) -> list[dict[str, Any]]:
-        """Every setting of what is tuned, with the first seed and few steps: what it has on dev, and what it costs."""
+        """Every setting of what is tuned, with the first seed: what it has on dev, and what it costs."""
         rows, seed = [], self.args.seeds[0]
         tuned = [(system, setting) for system in TUNED if system in self.fitted for setting in TRIES[system]]
         for system, setting in tqdm(tuned, desc="tuning"):
-            few = rehearsed(setting, self.args.tuning_steps)
             for bench in self.benches:
                 row = {
                     "system": system,
@@ -446,9 +437,9 @@ class Study:
                     "metric": "nDCG@10",
                     "setting": setting,
                 }
-                row |= {"value": float(bench.ndcg(system, few, seed, "dev").mean())}
+                row |= {"value": float(bench.ndcg(system, setting, seed, "dev").mean())}
                 if system != DENSE:
-                    words = self.source(bench, system, few, seed, "lexicon")
+                    words = self.source(bench, system, setting, seed, "lexicon")
                     row["flops"] = bench.ranking(f"{system}, lexicon", [words], "dev").costs["flops"]
                 rows.append(row | {"queries": len(bench.split("dev").queries)})
             tqdm.write(f"{system:<16} {setting:<70} {[round(row['value'], 4) for row in rows[-len(self.benches) :]]}")
@@ -460,8 +451,7 @@ class Study:
         choice = self._choice() if self.args.chosen else best(self.tried)
         tuned = {system: [choice[system]] for system in TUNED if system in self.fitted}
         settings, values = chosen_on_dev(self.benches, tuned, self.args.seeds)  # type: ignore[arg-type]
-        few = rehearsed(settings[UNIFIER], self.args.tuning_steps)
-        others = {system: [few] for system in self.fitted if system not in TUNED}
+        others = {system: [settings[UNIFIER]] for system in self.fitted if system not in TUNED}
         more, more_values = chosen_on_dev(self.benches, others, self.args.ablation_seeds)  # type: ignore[arg-type]
         return settings | more, values | more_values
 
@@ -478,18 +468,8 @@ class Study:
 
     @property
     def settings(self) -> dict[str, str]:
-        """System -> what dev chose; of the ablations, that of UnifieR in few steps."""
+        """System -> what dev chose; of the ablations, that of UnifieR."""
         return self.chosen[0]
-
-    @property
-    def few(self) -> str:
-        """UnifieR's setting in the steps of the ablations, with which these are compared."""
-        return rehearsed(self.settings[UNIFIER], self.args.tuning_steps)
-
-    @property
-    def rehearsal(self) -> str:
-        """Name of the sum of that fit in the table."""
-        return f"{UNIFIER} at {self.args.tuning_steps} steps, sum"
 
     def seeds(self, system: str) -> list[int]:
         """Of a system's fits."""
@@ -522,18 +502,10 @@ class Study:
                     parts = self.sources(bench, system, setting, seed)
                     found.append(bench.fused(f"{system}, RRF", parts, split))
                     found.append(self.summed(bench, FEWER, system, setting, seed, split, FEW))
-        for seed in self.args.ablation_seeds if self.settings.keys() - TUNED else ():
-            found.append(replace(self.whole(bench, UNIFIER, self.few, seed, split), system=self.rehearsal))
         for name in self.hybrids:
             for seed in self.args.seeds if name not in (RAW_BM25, RAW_D2S) else self.args.seeds[:1]:
                 found.append(self.summed(bench, f"{name}, sum", name, "", seed, split))
         return found
-
-
-def rehearsed(setting: str, steps: int) -> str:
-    """A setting with other steps than the run's; how many words are kept stays at its end."""
-    learned, between, kept = setting.partition(" --query_top_k")
-    return f"{learned} --max_steps {steps}{between}{kept}"
 
 
 def best(tried: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -556,9 +528,7 @@ def best(tried: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 HALF = fastest_dtype("auto") == torch.bfloat16
-SHARED = ["--bf16", str(HALF), "--projection", "true", "--gate", "none", "--word_sample", "4096"]
-"""Of every fit, before its own: a dense view that learns as an adapter does, no gate, and a fifth of the words a step.
-Products are in half precision where the processor computes in it; scores never are."""
+"""Products are in half precision where the processor computes in it; scores never are."""
 
 FEWER = f"{UNIFIER}, sum of {FEW}"
 

@@ -5,9 +5,9 @@
 
 Token states of the frozen encoder are cached once, at two layers. Every system is then one fit over all data sets,
 with the shipped run's pairs, negatives and steps. UnifieR, the dense view alone and the lexicon view alone are each
-tuned on dev by as many settings, at a third of the steps, one for all sets; the other fits take over what UnifieR
-chose. The weight of every sum is chosen on dev, one for all sets, too. What was fitted and found is kept, see
-``unifier_study.py``, so that an interrupted run goes on where it was.
+tuned on dev, one setting for all sets; the other fits take over what UnifieR chose. The weight of every sum is chosen
+on dev, one for all sets, too. What was fitted and found is kept, see ``unifier_study.py``, so that an interrupted run
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -69,6 +69,11 @@ from polyrep.methods import UnifierHead, UnifierModel
 from polyrep.report import print_and_write, provenance, write_results
 from polyrep.search import open_index
 from polyrep.search.weighted import View, find_candidates
+
+SKETCHES = (
+    "Before, some 35 sketches on dev, with one seed and up to 100 steps, led to own words, the temperature of the "
+    "words, the loss of the sum and the steps of the dense view alone."
+)
 
 TIMED = 100
 """Queries of a data set that are timed, one at a time."""
@@ -183,11 +188,12 @@ def gains(study: Study, tests: Values) -> list[dict[str, Any]]:
 
 
 def ablations(study: Study) -> list[dict[str, Any]]:
-    """What some parts gain, both sides with seeds and steps of the ablations; of the sum, and of each view."""
+    """What some parts gain, both sides with the seeds of the ablations; of the sum, and of each view."""
     found = []
     for claim, sides in {
         "global_token_gain": (UNIFIER, "no dense vector"),
-        "kl_gain": (UNIFIER, "no KL"),
+        "kl_gain": ("KL", UNIFIER),
+        "sum_loss_gain": (UNIFIER, "no loss of the sum"),
         "gate_gain": ("gate", UNIFIER),
         "own_words_gain": (UNIFIER, "no own words"),
     }.items():
@@ -212,8 +218,8 @@ def ablations(study: Study) -> list[dict[str, Any]]:
 
 
 def row_ranking(study: Study, bench: Bench, system: str, row: str, seed: int) -> Ranking:
-    """The ranking of test that a row of a system with both views has by one of its fits in few steps."""
-    setting = study.few if system == UNIFIER else study.settings[system]
+    """The ranking of test that a row of a system with both views has by one of its fits."""
+    setting = study.settings[system]
     if row == "sum":
         return study.whole(bench, system, setting, seed, "test")
     return bench.ranking(f"{system}, {row}", [study.source(bench, system, setting, seed, row)], "test")
@@ -309,14 +315,16 @@ def main() -> None:
     }
     output = Path(args.output) if args.output else None
     if args.dev:
-        steps = f"Fits of {args.tuning_steps} steps with one seed."
         results = common | {
             "name": f"{args.name}-dev",
             "seeds": args.seeds[:1],
             "rows": [row | {"system": f"{row['system']}: {row['setting']}"} for row in study.tried],
             "chosen": best(study.tried),
             "claims": [],
-            "notes": [f"{steps} Settings of words are allowed with at most {MOST_FLOPS:g} FLOPs on each set."],
+            "notes": [
+                f"Fits with one seed. {SKETCHES}",
+                f"Settings of words are allowed with at most {MOST_FLOPS:g} FLOPs on each set.",
+            ],
         }
         print(write_results(results, output))
         return
@@ -350,7 +358,7 @@ def notes(study: Study) -> list[str]:
     others = [system for system in study.settings if system not in TUNED]
     beside = (
         f" {', '.join(others)}: with UnifieR's setting and seeds {', '.join(map(str, study.args.ablation_seeds))} "
-        f"alone, at {study.args.tuning_steps} steps, as {study.rehearsal}, with which they are compared."
+        "alone, with which UnifieR is compared for their claims."
         if others
         else ""
     )
@@ -359,8 +367,8 @@ def notes(study: Study) -> list[str]:
         f"One fit over {', '.join(bench.name for bench in study.benches)} together, of texts cut at "
         f"{study.args.max_length} tokens; {RAW}, Dense2Sparse and {OWN}, which are fitted to each set, the former "
         f"with seed {study.args.seeds[0]}, read the backbone's own length. {tuned} were tuned on dev, "
-        f"{len(TRIES[UNIFIER])} settings each, at {study.args.tuning_steps} steps, those of words with at most "
-        f"{MOST_FLOPS:g} FLOPs.{beside}",
+        f"{len(TRIES[UNIFIER])}, {len(TRIES[DENSE])} and {len(TRIES[WORDS])} settings, those of words with at most "
+        f"{MOST_FLOPS:g} FLOPs. {SKETCHES}{beside}",
         f"Sums are of raw scores: the words, or beside BM25 and Dense2Sparse the dense vectors, find {CANDIDATES:,} "
         f"candidates, both score them, and the weight of the other score is the best of {len(MULTIPLES)} on dev with "
         "the first seed, one for all sets.",

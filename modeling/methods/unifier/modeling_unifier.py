@@ -63,6 +63,9 @@ WORD_BLOCK = 4096
 CACHED_SCORES = 2**21
 """Scores of words that a processor computes at a time, as many as its cache holds."""
 
+REPEATED = 0.9
+"""BM25's k1: by how much a word weighs more for standing in a text again."""
+
 PAIR_BLOCK = 2**15
 """Words of texts whose gradients are computed at a time."""
 
@@ -565,6 +568,9 @@ class UnifierHead(WholeWeights, PreTrainedModel):
         if own is not None:
             most = most.scatter_reduce(1, place, (scores + own[place]).to(most.dtype), "amax")
         weights = torch.log1p(F.relu(most))
+        if own is not None:  # a word that a text repeats weighs more, as in BM25
+            times = weights.new_zeros(weights.shape).scatter_add(1, place, scores.isfinite().to(weights.dtype))
+            weights = weights * torch.where(times > 0, (1 + REPEATED) * times / (REPEATED + times), 1)
         weights = weights.new_zeros(weights.shape[0], config.vocab_size).index_copy(1, terms, weights)
         return self._prune(weights, task) if prune else weights
 

@@ -6,11 +6,14 @@ One loss, two ways to feed it. ``UnifierObjective`` trains a whole model with th
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
+from itertools import chain, islice, repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +21,8 @@ import torch
 from sentence_transformers.util import get_rank, get_world_size
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from ...encoding.embeddings import Embeddings
 from ...errors import InputError, refusals
@@ -26,7 +31,7 @@ from ...search.scoring import dot
 from ...training.losses import gather, in_batch_labels, judged_relevant, refuse_single, unwrapped
 from ...training.objective import Objective, Rows
 from ...training.pairs import HeadData
-from ...training.sides import Features
+from ...training.sides import Features, SentenceSide, Side
 from .modeling_unifier import VIEWS, UnifierHead
 
 if TYPE_CHECKING:
@@ -34,6 +39,9 @@ if TYPE_CHECKING:
 
 SAMPLE = 128
 """Documents by which the bias of the words is set."""
+
+DENSE_BATCH, DENSE_RATE, DENSE_NEGATIVES = 128, 1e-3, 2
+"""Pairs of a step, learning rate and negatives of a pair, of the dense view alone: see ``dense_steps``."""
 
 _CHOICES = {"kl": ("forward", "reverse", "none"), "rows": ("occurring", "all")}
 
@@ -45,7 +53,7 @@ class _TwoViews(Objective):
     negatives of everybody among them, each divided by a temperature of its own::
 
         dense_loss * CE(s_den) + lexicon_loss * CE(s_lex) + kl_weight * KL(softmax s_den || softmax s_lex)
-        + flops_weight * FLOPs of queries and of documents
+        + sum_loss * CE(s_den + s_lex) + flops_weight * FLOPs of queries and of documents
         + CE(g s_den + (2 - g) s_lex), with a gate: of the gate alone, which the scores are constants to
 
     FLOPs of some texts are the sum over words of the squared mean weight. The paper scores both views by plain inner
@@ -57,11 +65,15 @@ class _TwoViews(Objective):
         dense_loss: Weight of the dense view's own loss; 0 trains the lexicon view alone, as a control.
         lexicon_loss: Weight of the lexicon view's own loss; 0 trains the dense view alone, as a control, and then no
             word is scored.
+        sum_loss: Weight of the loss of the sum, by which each view learns what the other does not find; ours.
         kl: What the views learn from each other: forward, the lexicon's distribution is to cover the dense one's;
             reverse, the other way round; or none.
         kl_weight: Its weight.
         flops_weight: Weight of what an inverted index would cost.
         rows: Words that are trained, and kept in the end: those that occur in the training texts, or all.
+        dense_steps: Of a frozen encoder with a projection: steps in which that learns alone, before the others, from
+            pooled vectors. It wants hundreds, and one of them takes milliseconds; a step of both views reads every
+            token, and takes seconds.
         word_sample: Words that a step scores beside those of its texts, drawn anew each step; None for all. A text
             then has weights, and a cost, of these alone. Scoring words is most of the time of a step.
     """
@@ -73,11 +85,13 @@ class _TwoViews(Objective):
         lexicon_tau: float = 1.0,
         dense_loss: float = 1.0,
         lexicon_loss: float = 1.0,
+        sum_loss: float = 0.0,
         kl: str = "forward",
         kl_weight: float = 1.0,
         flops_weight: float = 2e-3,
         rows: str = "occurring",
         word_sample: int | None = None,
+        dense_steps: int = 0,
     ):
         super().__init__()
         self.model = model
@@ -90,7 +104,8 @@ class _TwoViews(Objective):
             if not 0 < value < math.inf:
                 raise InputError(f"--{name} {value}: scores are divided by it. Use e.g. 0.05 for cosines, else 1.")
         weights = {"dense_loss": dense_loss, "lexicon_loss": lexicon_loss}
-        for name, value in (weights | {"kl_weight": kl_weight, "flops_weight": flops_weight}).items():
+        others = {"sum_loss": sum_loss, "kl_weight": kl_weight, "flops_weight": flops_weight}
+        for name, value in (weights | others).items():
             if not 0 <= value < math.inf:
                 raise InputError(f"--{name} {value}: below 0 it would teach the opposite. Use 0 or more.")
         for name, choice in (("kl", kl), ("rows", rows)):
@@ -103,6 +118,8 @@ class _TwoViews(Objective):
             raise InputError(
                 f"--{idle} 0 with --kl {kl}: a view would learn from one that does not learn. Add --kl none."
             )
+        if sum_loss and not all(weights.values()):
+            raise InputError(f"--sum_loss {sum_loss:g}: sums two views, and one of them does not learn. Leave it out.")
         if self.head.config.gate == "query" and not all(weights.values()):
             raise InputError("--gate query: weighs two views, and one of them does not learn. Use --gate none.")
         if not lexicon_loss and self.trains_on and not self.head.config.projection:
@@ -110,9 +127,22 @@ class _TwoViews(Objective):
                 "--lexicon_loss 0: of a frozen encoder the dense view learns nothing. Add --projection true, a "
                 "linear map behind it."
             )
+        if dense_steps < 0:
+            raise InputError(f"--dense_steps {dense_steps}: cannot be taken. Use 0 or more.")
+        if dense_steps and not (dense_loss and self.trains_on and self.head.config.projection):
+            raise InputError(
+                f"--dense_steps {dense_steps}: are of a map behind a frozen encoder's dense view, and none "
+                "learns here. Add --projection true to a run of UnifierHeadObjective, or leave it out."
+            )
         self.tau, self.lexicon_tau, self.dense_loss, self.lexicon_loss = tau, lexicon_tau, dense_loss, lexicon_loss
-        self.kl, self.kl_weight, self.flops_weight, self.rows = kl, kl_weight, flops_weight, rows
-        self.word_sample = word_sample
+        self.sum_loss, self.kl, self.kl_weight, self.flops_weight, self.rows = (
+            sum_loss,
+            kl,
+            kl_weight,
+            flops_weight,
+            rows,
+        )
+        self.word_sample, self.dense_steps = word_sample, dense_steps
 
     @property
     def head(self) -> Any:
@@ -194,6 +224,9 @@ class _TwoViews(Objective):
             self.metrics = {}
             if "lexicon" not in scores:
                 return parts
+            if self.sum_loss:
+                both = scores["dense"] + scores["lexicon"]
+                parts["both"] = self.sum_loss * F.cross_entropy(ranked(both), own)
             if self.kl != "none":
                 first, second = (ranked(scores[view]).log_softmax(1) for view in VIEWS)
                 first, second = (first, second) if self.kl == "forward" else (second, first)
@@ -318,6 +351,11 @@ def document_frequency(documents: Embeddings, size: int) -> np.ndarray:
     return found
 
 
+def _pooled(side: Side, task: str) -> SentenceSide:
+    """One vector a text, in memory."""
+    return SentenceSide(side.single(task), side.first, same=side.same)
+
+
 class UnifierHeadObjective(_TwoViews):
     """Fit the branch and the gate to the cached token states of a frozen encoder: the model is the head alone.
 
@@ -373,7 +411,40 @@ class UnifierHeadObjective(_TwoViews):
                     self.encode({name: value.to(head.device) for name, value in features.items()}, "document")
 
         head.calibrate(encode)
+        if self.dense_steps:
+            self._learn_map(data)
         return data
+
+    def _learn_map(self, data: HeadData) -> None:
+        """Let the map of the dense view learn alone before, from pooled vectors, with which a step takes milliseconds.
+
+        A step of both views reads every token and takes seconds, so that they have a hundredth of the steps that a map
+        needs.
+        """
+        head, pooled = self.head, copy.copy(data)
+        pooled.parts = [
+            replace(part, queries=_pooled(part.queries, "query"), documents=_pooled(part.documents, "document"))
+            for part in data.parts
+        ]
+        pooled.negatives = DENSE_NEGATIVES if data.negatives else 0
+        pooled.even_out(0)  # else a map of many data sets follows the largest
+        batches: DataLoader = DataLoader(pooled, DENSE_BATCH, shuffle=True, collate_fn=pooled.collate)
+        optimizer = torch.optim.AdamW(head.map.parameters(), DENSE_RATE, weight_decay=0.0)
+        steps = islice(chain.from_iterable(repeat(batches)), self.dense_steps)
+        for batch in tqdm(steps, "dense view", self.dense_steps, leave=False):
+            asked, found = ({k: v.to(head.device) for k, v in side.items()} for side in batch["features"])
+            queries, documents = (
+                head(None, side["sentence_embedding"], None, views=("dense",)).dense for side in (asked, found)
+            )
+            own = batch["labels"].to(head.device)
+            # Of this process's documents alone: all of them take the same steps.
+            known = (asked["judged"][..., None] == found["index"] + 1).any(1)
+            known[torch.arange(len(own)), own] = False
+            scores = dot(queries, documents) / self.tau
+            loss = F.cross_entropy(scores.masked_fill(known, -1e9), own)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
 
     def forward(self, features: list[Features], labels: Tensor) -> dict[str, Tensor]:
         """Parts of the loss of a batch of :class:`~polyrep.training.pairs.HeadData`: queries, and all documents."""
