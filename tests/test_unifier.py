@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DOCUMENTS, QUERIES, ROOT, run_python, write_beir
+from conftest import DOCUMENTS, QRELS, QUERIES, ROOT, run_python, write_beir
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Normalize, Transformer
@@ -58,6 +58,7 @@ from polyrep.methods.unifier.weight import choose_dense_weight
 from polyrep.search import commands
 from polyrep.training.arguments import RecipeArguments
 from polyrep.training.datasets import dev_of
+from polyrep.training.pairs import HeadData
 
 TEXTS = list(DOCUMENTS.values())
 SIZES: dict[str, Any] = {
@@ -189,7 +190,9 @@ def test_the_lexicon_view_follows_the_formula(read, config):
                         if model.config.own_words and token == word:
                             more = math.expm1(float(model.own.weight[word])) + float(model.own_bias)
                             most = max(most, float(model.decoder.weight[word] @ state) + more)
-                assert output.lexicon[text, word].item() == pytest.approx(math.log(1 + most), abs=1e-9)
+                times = read["input_ids"][text, :length].tolist().count(word) if word not in (0, 1) else 0
+                more = 1.9 * times / (0.9 + times) if model.config.own_words and times else 1.0
+                assert output.lexicon[text, word].item() == pytest.approx(more * math.log(1 + most), abs=1e-9)
     assert (output.lexicon[:2] > 0).any() and not output.lexicon[2].any()  # a special token alone has no word
 
 
@@ -483,8 +486,9 @@ def test_the_loss_follows_its_formula(kl, judged):
     known = torch.zeros(3, 7, dtype=torch.bool)
     known[0, [2, 4]] = known[2, 5] = True
     settings = {"tau": 0.1, "lexicon_tau": 0.5, "dense_loss": 0.7, "lexicon_loss": 1.3, "kl_weight": 0.4}
+    settings["sum_loss"] = 0.6
     parts = objective(kl=kl, flops_weight=0.01, **settings).losses(queries, documents, own, known if judged else None)
-    expected = dict.fromkeys(("dense", "lexicon", "kl", "sum"), 0.0)
+    expected = dict.fromkeys(("dense", "lexicon", "both", "kl", "sum"), 0.0)
     for row in range(3):
         right = int(own[row])
         left = [d for d in range(7) if not judged or d == right or not known[row, d]]
@@ -493,7 +497,8 @@ def test_the_loss_follows_its_formula(kl, judged):
             for view, tau in (("dense", 0.1), ("lexicon", 0.5))
         }
         gate = float(queries["gate"][row])
-        pairs = zip(scores["dense"], scores["lexicon"], strict=True)
+        pairs = [*zip(scores["dense"], scores["lexicon"], strict=True)]
+        scores["both"] = [dense + lexicon for dense, lexicon in pairs]
         scores["sum"] = [gate * dense + (2 - gate) * lexicon for dense, lexicon in pairs]
         shares = {}
         for view, values in scores.items():
@@ -507,7 +512,7 @@ def test_the_loss_follows_its_formula(kl, judged):
         for side in (queries, documents)
         for word in range(9)
     )
-    weights = {"dense": 0.7, "lexicon": 1.3, "kl": 0.4, "sum": 1.0}
+    weights = {"dense": 0.7, "lexicon": 1.3, "both": 0.6, "kl": 0.4, "sum": 1.0}
     assert parts.pop("flops").item() == pytest.approx(0.01 * cost, rel=1e-5)
     assert ("kl" in parts) == (kl != "none")
     for name, value in parts.items():
@@ -537,6 +542,47 @@ def test_a_step_scores_the_words_of_its_texts_and_some_others(sample):
     assert head.decoder.weight.grad is not None and not head.decoder.weight.grad[left_out].any()
 
 
+def test_the_loss_of_the_sum_trains_both_views():
+    queries, documents, own = sides()
+    learned = [*queries.values(), *documents.values()]
+    for tensor in learned:
+        tensor.requires_grad_()
+    objective(sum_loss=1.0, kl="none").losses(queries, documents, own)["both"].backward()
+    assert all(tensor.grad is not None and tensor.grad.any() for tensor in learned)
+
+
+def test_the_map_of_a_frozen_encoder_learns_alone_first(backbone, tmp_path):
+    """From its pooled vectors, by the temperature of the dense view, until it ranks the pairs better than before."""
+    plain = encoder_of(backbone)
+    dataset = RetrievalDataset("tiny", "train", DOCUMENTS, QUERIES, QRELS)
+    data = HeadData(kind="states", negatives=1, labels=True, depth=3)
+    data.add(plain, dataset, layers=(1, -1), token="mean", cache_dir=tmp_path)
+    parts, pairs = list(data.parts), data.pairs.copy()
+
+    def fitted(steps: int) -> UnifierHead:
+        torch.manual_seed(0)
+        head = UnifierHead.from_backbone(plain, projection=True, split_layer=1)
+        UnifierHeadObjective(head, kl="none", tau=0.5, dense_steps=steps).prepare(data)
+        return head.eval()
+
+    def loss(head: UnifierHead) -> float:
+        asked, found = (
+            torch.from_numpy(side.single(task).values)
+            for side, task in ((parts[0].queries, "query"), (parts[0].documents, "document"))
+        )
+        with torch.no_grad():
+            queries, documents = (head(None, vectors, None, views=("dense",)).dense for vectors in (asked, found))
+        scores = (queries @ documents.T)[pairs[:, 1]] / 0.5
+        return F.cross_entropy(scores, torch.from_numpy(pairs[:, 2])).item()
+
+    before, after = fitted(0), fitted(60)
+    assert torch.equal(before.map.weight, torch.eye(len(before.map.weight)))
+    assert loss(after) < loss(before) - 0.1
+    for name, weight_ in before.state_dict().items():
+        assert name == "map.weight" or torch.equal(weight_, after.state_dict()[name]), name
+    assert data.parts == parts and np.array_equal(data.pairs, pairs) and data.kind == "states" and data.negatives == 1
+
+
 def test_the_sum_trains_the_gate_and_not_the_views():
     queries, documents, own = sides(gated=True)
     learned = [*queries.values(), *documents.values()]
@@ -556,6 +602,10 @@ def test_the_sum_trains_the_gate_and_not_the_views():
         ({"kl": "both"}, "--kl 'both': unknown. Use one of forward, reverse, none"),
         ({"rows": "few"}, "--rows 'few'.*occurring, all"),
         ({"word_sample": -1}, "--word_sample -1: below 0"),
+        ({"sum_loss": math.inf}, "--sum_loss inf"),
+        ({"dense_loss": 0.0, "kl": "none", "sum_loss": 1.0}, "--sum_loss 1: sums two views.*Leave it out"),
+        ({"dense_steps": -1}, "--dense_steps -1: cannot be taken"),
+        ({"dense_steps": 5}, "--dense_steps 5: are of a map.*Add --projection true"),
         ({"dense_loss": 0.0, "lexicon_loss": 0.0}, "no view would learn"),
         ({"dense_loss": 0.0}, "--dense_loss 0 with --kl forward.*Add --kl none"),
         ({"lexicon_loss": 0.0, "kl": "none", "gate": "query"}, "--gate query.*Use --gate none"),

@@ -415,6 +415,7 @@ class UnifierHeadObjective(_TwoViews):
             self._learn_map(data)
         return data
 
+    @torch.enable_grad()
     def _learn_map(self, data: HeadData) -> None:
         """Let the map of the dense view learn alone before, from pooled vectors, with which a step takes milliseconds.
 
