@@ -923,13 +923,12 @@ def test_the_fine_tuned_benchmark_trains_each_form_once(backbone, tmp_path):
     assert run("--fit_only", "dense only") == 2 and not (tmp_path / "out").exists()
     kept = sorted((cache / "finetuned").iterdir())
     dates = [path.stat().st_mtime_ns for path in kept]
-    kept[0].with_suffix(".part").write_bytes(b"cut off")
-    forms = ["--systems", "dense only", "lexicon only", "no dense vector", "no KL"]
-    assert run(*forms) == 2 * 4, "UnifieR and three others"
+    forms = ["--systems", "dense only", "lexicon only", "no KL"]
+    assert run(*forms) == 2 * 3, "UnifieR and the two others that were not there"
     assert [path.stat().st_mtime_ns for path in kept] == dates
     results = json.loads((tmp_path / "out" / "unifier-finetuned.json").read_text(encoding="utf-8"))
     rows = {row["system"]: row for row in results["rows"] if row["metric"] == "nDCG@10"}
-    sums = {"UnifieR", "no dense vector", "no KL", "dense only + lexicon only", "dense only + BM25"}
+    sums = {"UnifieR", "no KL", "dense only + lexicon only", "dense only + BM25"}
     alone = {"BM25", "all-MiniLM-L6-v2", "dense only", "lexicon only", "UnifieR, dense", "UnifieR, lexicon"}
     assert {f"{name}, sum" for name in sums | {"all-MiniLM-L6-v2 + BM25"}} | alone <= rows.keys()
     assert all(rows[name]["seeds"] == 2 for name in ("UnifieR, sum", "dense only", "dense only + BM25, sum"))
@@ -948,7 +947,7 @@ def test_the_fine_tuned_benchmark_trains_each_form_once(backbone, tmp_path):
     assert claims["margin_over_adapter_bm25"]["met"] == (claims["margin_over_adapter_bm25"]["interval"][0] > 0)
     assert claims["flops"]["value"] == rows["UnifieR, lexicon"]["flops"]
 
-    assert run(*forms) == 0
+    assert run(*forms) == 0, "nothing is missing"
     again = json.loads((tmp_path / "out" / "unifier-finetuned.json").read_text(encoding="utf-8"))
     assert [again["rows"], again["claims"]] == [results["rows"], results["claims"]]
 
