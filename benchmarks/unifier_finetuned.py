@@ -1,13 +1,14 @@
 """What two views gain together when the whole encoder is trained, beside each alone, two models, and BM25.
 
-    python benchmarks/unifier_finetuned.py --fit_only "UnifieR"                    # these two beside each other, with
-    python benchmarks/unifier_finetuned.py --fit_only "dense only" "lexicon only"  # OMP_NUM_THREADS=1 on a processor
+    python benchmarks/unifier_finetuned.py --fit_only "UnifieR"                    # and once it takes steps, since
+    python benchmarks/unifier_finetuned.py --fit_only "dense only" "lexicon only"  # both mine, this beside it
     python benchmarks/unifier_finetuned.py --output results                        # what is missing, and the table
 
 Every form is one training over all data sets, by the shipped run. Vectors of what was trained are kept under a hash
 of data, flags and the method's code, so that a command trains what is missing, and one on which nothing is missing
 makes the table. Texts are cut shorter in training than where they are measured, since its time goes there. dev chooses
 the weight of every sum, how many words are kept, and of several learning rates one; all of them for all data sets.
+On a processor a training takes as many threads as OMP_NUM_THREADS says.
 """
 
 from __future__ import annotations
@@ -246,8 +247,6 @@ def main() -> None:
         if unknown := set(getattr(args, flag)) - FORMS.keys():
             there = ", ".join(map(repr, FORMS))
             raise InputError(f"--{flag} {' '.join(map(repr, sorted(unknown)))}: unknown form. There are {there}.")
-    if not (args.seeds and args.learning_rates):
-        raise InputError("--seeds, --learning_rates: one has no value, so nothing could be trained. Give one or more.")
     made_by = provenance(shlex.join(["python", *sys.argv]))  # the code as it is now, not after hours of edits
     folder = fetch(args.backbone)
     model = load(folder, dtype=fastest_dtype("auto"))

@@ -911,7 +911,7 @@ def test_the_fine_tuned_benchmark_trains_each_form_once(backbone, tmp_path):
         shutil.copy(data / "qrels" / "train.tsv", data / "qrels" / f"{split}.tsv")
     command = [str(ROOT / "benchmarks" / "unifier_finetuned.py"), "--datasets", str(data), "--backbone", str(backbone)]
     command += ["--cache_dir", str(cache), "--output", str(tmp_path / "out"), "--max_steps", "2"]
-    command += ["--train_length", "8", "--max_length", "16", "--seeds", "0", "1"]
+    command += ["--train_length", "8", "--max_length", "16", "--seeds", "0", "1", "--learning_rates", "0.02"]
     command += ["--flags", "--per_device_train_batch_size 2 --negative_margin 0"]
 
     def run(*flags: str) -> int:
@@ -950,6 +950,25 @@ def test_the_fine_tuned_benchmark_trains_each_form_once(backbone, tmp_path):
     assert run(*forms) == 0, "nothing is missing"
     again = json.loads((tmp_path / "out" / "unifier-finetuned.json").read_text(encoding="utf-8"))
     assert [again["rows"], again["claims"]] == [results["rows"], results["claims"]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "refusal"),
+    [
+        (
+            ["--systems", "dense only", "BM25 negatives"],
+            "--systems 'BM25 negatives': unknown form. There are 'UnifieR'",
+        ),
+        (["--fit_only", "dense"], "--fit_only 'dense': unknown form. .*'dense only'"),
+    ],
+)
+def test_the_fine_tuned_benchmark_refuses_before_it_trains(flags, refusal, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    finetuned = importlib.import_module("unifier_finetuned")
+    monkeypatch.setattr("sys.argv", ["unifier_finetuned.py", *flags])
+    monkeypatch.setattr(finetuned, "Study", None)
+    with pytest.raises(InputError, match=refusal):
+        finetuned.main()
 
 
 def test_hybrids_of_the_benchmark_are_as_strong_as_they_can_be(monkeypatch):
