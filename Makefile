@@ -164,6 +164,7 @@ results-gpu: $(VENV)/.dev
 	$(BIN)/python benchmarks/gaussian_finetuned.py --stage dev
 	$(BIN)/python benchmarks/gaussian_finetuned.py --stage test
 	$(BIN)/python benchmarks/gaussian_finetuned.py --stage table --output results
+	$(BIN)/python benchmarks/unifier_finetuned.py --output results
 
 $(VENV)/.%: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)

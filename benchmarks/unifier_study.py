@@ -330,9 +330,7 @@ class Study:
                     found = encoded(head, bench.side(which), which, trainer.objective.views)
                     arrays |= {f"{bench.name}.{which}.{name}": array for name, array in found.items()}
             costs = seconds | {"words": head.config.words, "seconds": time.perf_counter() - started}
-            with staged_file(path) as partial:
-                tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-                save_file(tensors, partial, metadata={"costs": json.dumps(costs)})
+            keep_vectors(path, arrays, costs)
         return path
 
     def source(self, bench: Bench, system: str, setting: str, seed: int, view: str) -> Source:
@@ -426,23 +424,23 @@ class Study:
     @cached_property
     def tried(self) -> list[dict[str, Any]]:
         """Every setting of what is tuned, with the first seed: what it has on dev, and what it costs."""
-        rows, seed = [], self.args.seeds[0]
+        rows = []
         tuned = [(system, setting) for system in TUNED if system in self.fitted for setting in TRIES[system]]
         for system, setting in tqdm(tuned, desc="tuning"):
-            for bench in self.benches:
-                row = {
-                    "system": system,
-                    "dataset": bench.name,
-                    "split": "dev",
-                    "metric": "nDCG@10",
-                    "setting": setting,
-                }
-                row |= {"value": float(bench.ndcg(system, setting, seed, "dev").mean())}
-                if system != DENSE:
-                    words = self.source(bench, system, setting, seed, "lexicon")
-                    row["flops"] = bench.ranking(f"{system}, lexicon", [words], "dev").costs["flops"]
-                rows.append(row | {"queries": len(bench.split("dev").queries)})
-            tqdm.write(f"{system:<16} {setting:<70} {[round(row['value'], 4) for row in rows[-len(self.benches) :]]}")
+            rows += self.on_dev(system, setting)
+        return rows
+
+    def on_dev(self, system: str, setting: str) -> list[dict[str, Any]]:
+        """What a setting has on dev of each data set and costs, with the first seed."""
+        rows, seed = [], self.args.seeds[0]
+        for bench in self.benches:
+            row: dict[str, Any] = {"system": system, "dataset": bench.name, "split": "dev", "metric": "nDCG@10"}
+            row |= {"setting": setting, "value": float(bench.ndcg(system, setting, seed, "dev").mean())}
+            if system != DENSE:
+                words = self.source(bench, system, setting, seed, "lexicon")
+                row["flops"] = bench.ranking(f"{system}, lexicon", [words], "dev").costs["flops"]
+            rows.append(row | {"queries": len(bench.split("dev").queries)})
+        tqdm.write(f"{system:<16} {setting:<70} {[round(row['value'], 4) for row in rows]}")
         return rows
 
     @cached_property
@@ -489,7 +487,15 @@ class Study:
             bench.ranking(RAW, [bench.raw], split),
             bench.ranking("Dense2Sparse", [bench.dense2sparse], split),
             *(bench.ranking(OWN, [bench.adapted(seed)], split) for seed in self.args.seeds),
+            *self.of_fits(bench, split),
         ]
+        for seed in self.args.ablation_seeds if self.settings.keys() - TUNED else ():
+            found.append(replace(self.whole(bench, UNIFIER, self.few, seed, split), system=self.rehearsal))
+        return found + self.of_hybrids(bench, split)
+
+    def of_fits(self, bench: Bench, split: str) -> list[Ranking]:
+        """Rows of what is fitted: views and sums."""
+        found = []
         for system, setting in self.settings.items():
             for seed in self.seeds(system):
                 if system not in VIEWS:
@@ -502,10 +508,22 @@ class Study:
                     parts = self.sources(bench, system, setting, seed)
                     found.append(bench.fused(f"{system}, RRF", parts, split))
                     found.append(self.summed(bench, FEWER, system, setting, seed, split, FEW))
-        for name in self.hybrids:
-            for seed in self.args.seeds if name not in (RAW_BM25, RAW_D2S) else self.args.seeds[:1]:
-                found.append(self.summed(bench, f"{name}, sum", name, "", seed, split))
         return found
+
+    def of_hybrids(self, bench: Bench, split: str) -> list[Ranking]:
+        """Rows of sums of two systems."""
+        return [
+            self.summed(bench, f"{name}, sum", name, "", seed, split)
+            for name in self.hybrids
+            for seed in (self.args.seeds if name not in (RAW_BM25, RAW_D2S) else self.args.seeds[:1])
+        ]
+
+
+def keep_vectors(path: Path, arrays: Mapping[str, np.ndarray], costs: Mapping[str, float]) -> None:
+    """Write what a fit gives the data sets, whole or not at all."""
+    with staged_file(path) as partial:
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        save_file(tensors, partial, metadata={"costs": json.dumps(costs)})
 
 
 def best(tried: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -957,6 +957,72 @@ def test_the_benchmark_runs_whole_and_its_second_run_fits_nothing(backbone, tmp_
     assert [again["rows"], again["claims"]] == [results["rows"], results["claims"]]
 
 
+def test_the_fine_tuned_benchmark_trains_each_form_once(backbone, tmp_path):
+    data, cache = write_beir(tmp_path / "tiny", "train"), tmp_path / "cache"
+    for split in ("dev", "test"):
+        shutil.copy(data / "qrels" / "train.tsv", data / "qrels" / f"{split}.tsv")
+    command = [str(ROOT / "benchmarks" / "unifier_finetuned.py"), "--datasets", str(data), "--backbone", str(backbone)]
+    command += ["--cache_dir", str(cache), "--output", str(tmp_path / "out"), "--max_steps", "2"]
+    command += ["--train_length", "8", "--max_length", "16", "--seeds", "0", "1", "--learning_rates", "0.02"]
+    command += ["--flags", "--per_device_train_batch_size 2 --negative_margin 0 --document_top_k 20 --query_top_k 10"]
+
+    def run(*flags: str) -> int:
+        """Trainings that a command makes."""
+        done = run_python(*command, *flags)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.count("train_runtime")
+
+    assert run("--fit_only", "dense only") == 2 and not (tmp_path / "out").exists()
+    kept = sorted((cache / "finetuned").iterdir())
+    dates = [path.stat().st_mtime_ns for path in kept]
+    forms = ["--systems", "dense only", "lexicon only", "KL"]
+    assert run(*forms) == 2 * 3, "UnifieR and the two others that were not there"
+    assert [path.stat().st_mtime_ns for path in kept] == dates
+    results = json.loads((tmp_path / "out" / "unifier-finetuned.json").read_text(encoding="utf-8"))
+    rows = {row["system"]: row for row in results["rows"] if row["metric"] == "nDCG@10"}
+    sums = {"UnifieR", "KL", "dense only + lexicon only", "dense only + BM25"}
+    alone = {"BM25", "all-MiniLM-L6-v2", "dense only", "lexicon only", "UnifieR, dense", "UnifieR, lexicon"}
+    assert {f"{name}, sum" for name in sums | {"all-MiniLM-L6-v2 + BM25"}} | alone <= rows.keys()
+    assert all(rows[name]["seeds"] == 2 for name in ("UnifieR, sum", "dense only", "dense only + BM25, sum"))
+    assert results["seeds"] == [0, 1] and results["settings_tried"] == 3
+    claims = {claim["claim"].removeprefix("unifier.finetuned_"): claim for claim in results["claims"]}
+    value = {name: row["value"] for name, row in rows.items()}
+    for claim, difference, target in (
+        ("uni_gain", value["UnifieR, sum"] - max(value["UnifieR, dense"], value["UnifieR, lexicon"]), 1.0),
+        ("margin_over_two_models", value["UnifieR, sum"] - value["dense only + lexicon only, sum"], -0.3),
+        ("margin_over_adapter_bm25", value["UnifieR, sum"] - value["dense only + BM25, sum"], 0.0),
+        ("dense_cost", value["UnifieR, dense"] - value["dense only"], -0.3),
+        ("kl_gain", value["KL, sum"] - value["UnifieR, sum"], None),
+    ):
+        assert claims[claim]["value"] == pytest.approx(100 * difference) and claims[claim]["target"] == target
+    assert claims["uni_gain"]["met"] == (claims["uni_gain"]["value"] >= 1.0), "held to its value"
+    assert claims["margin_over_adapter_bm25"]["met"] == (claims["margin_over_adapter_bm25"]["interval"][0] > 0)
+    assert claims["flops"]["value"] == rows["UnifieR, lexicon"]["flops"]
+
+    assert run(*forms) == 0, "nothing is missing"
+    again = json.loads((tmp_path / "out" / "unifier-finetuned.json").read_text(encoding="utf-8"))
+    assert [again["rows"], again["claims"]] == [results["rows"], results["claims"]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "refusal"),
+    [
+        (
+            ["--systems", "dense only", "BM25 negatives"],
+            "--systems 'BM25 negatives': unknown form. There are 'UnifieR'",
+        ),
+        (["--fit_only", "dense"], "--fit_only 'dense': unknown form. .*'dense only'"),
+    ],
+)
+def test_the_fine_tuned_benchmark_refuses_before_it_trains(flags, refusal, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    finetuned = importlib.import_module("unifier_finetuned")
+    monkeypatch.setattr("sys.argv", ["unifier_finetuned.py", *flags])
+    monkeypatch.setattr(finetuned, "Study", None)
+    with pytest.raises(InputError, match=refusal):
+        finetuned.main()
+
+
 def test_hybrids_of_the_benchmark_are_as_strong_as_they_can_be(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     study, text = importlib.import_module("unifier_study"), importlib.import_module("unifier_text")
