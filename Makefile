@@ -166,6 +166,9 @@ results-gpu: $(VENV)/.dev
 	$(BIN)/python benchmarks/gaussian_finetuned.py --stage dev
 	$(BIN)/python benchmarks/gaussian_finetuned.py --stage test
 	$(BIN)/python benchmarks/gaussian_finetuned.py --stage table --output results
+	$(BIN)/python benchmarks/metaembed_text.py --stage dev
+	$(BIN)/python benchmarks/metaembed_text.py --stage test
+	$(BIN)/python benchmarks/metaembed_text.py --stage table --output results
 
 $(VENV)/.%: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
