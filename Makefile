@@ -117,6 +117,8 @@ results-sets: $(VENV)/.dev
 	$(BIN)/python benchmarks/gaussian_pictures.py --output results
 	$(BIN)/python benchmarks/unifier_text.py --dev --output results
 	$(BIN)/python benchmarks/unifier_text.py --chosen results/unifier-text-dev.json --output results
+	$(BIN)/python benchmarks/metaembed_frozen.py --dev --output results
+	$(BIN)/python benchmarks/metaembed_frozen.py --chosen results/metaembed-frozen-dev.json --output results
 	$(BIN)/accelerate launch train.py hub_configs/dense2sparse-minilm --datasets tldr_pages scitldr scifact \
 		--output_dir models/hybrids/dense2sparse-minilm --overwrite
 	$(BIN)/python benchmarks/hybrids.py --output results
@@ -165,6 +167,9 @@ results-gpu: $(VENV)/.dev
 	$(BIN)/python benchmarks/gaussian_finetuned.py --stage test
 	$(BIN)/python benchmarks/gaussian_finetuned.py --stage table --output results
 	$(BIN)/python benchmarks/unifier_finetuned.py --output results
+	$(BIN)/python benchmarks/metaembed_text.py --stage dev
+	$(BIN)/python benchmarks/metaembed_text.py --stage test
+	$(BIN)/python benchmarks/metaembed_text.py --stage table --output results
 
 $(VENV)/.%: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)

@@ -115,7 +115,7 @@ class Rows:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if (row["key"], row["split"]) == (self.key, split):
+            if (row["key"], row["split"]) == (self.key_of(row["form"]), split):
                 found[row["form"], row["seed"]] = row
         return found
 
@@ -123,20 +123,35 @@ class Rows:
         """Add a finished row."""
         whole = not self.path.is_file() or not (content := self.path.read_bytes()) or content.endswith(b"\n")
         with self.path.open("a", encoding="utf-8") as lines:
-            lines.write(("" if whole else "\n") + json.dumps(row | {"key": self.key}) + "\n")
+            lines.write(("" if whole else "\n") + json.dumps(row | {"key": self.key_of(row["form"])}) + "\n")
+
+    def key_of(self, form: str) -> str:
+        """What a row of a form depends on, as a hash: here, what all rows do."""
+        return self.key
+
+
+def trained(args: Arguments, tier: Tier, form: str, seed: int, output: Path) -> tuple[Path, dict[str, float]]:
+    """Train one model into ``output``.
+
+    Returns:
+        Its folder, and what was monitored.
+    """
+    argv = [tier.run_of(form), "--backbone", args.backbone, "--datasets", *args.datasets]
+    argv += ["--output_dir", str(output), "--seed", str(seed), "--max_steps", str(args.max_steps)]
+    argv += ["--save_strategy", "no", "--per_device_train_batch_size", str(args.batch)]
+    argv += ["--mined_cache", f"{args.cache_dir}/mined"]
+    final = train_run([*argv, *tier.forms[form], *shlex.split(args.flags)], prog="train.py")
+    assert final is not None
+    log = json.loads((output / "training.json").read_text(encoding="utf-8"))["log"]
+    logged = next((entry for entry in reversed(log) if "loss" in entry), {})
+    return final, {name: value for name, value in logged.items() if name.startswith(tier.monitors)}
 
 
 def measured(args: Arguments, tier: Tier, form: str, seed: int, split: str) -> dict[str, Any]:
     """Train one model and measure it: rankings of every set, what it cost, and what was monitored."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        argv = [tier.run_of(form), "--backbone", args.backbone, "--datasets", *args.datasets]
-        argv += ["--output_dir", f"{scratch}/model", "--seed", str(seed), "--max_steps", str(args.max_steps)]
-        argv += ["--save_strategy", "no", "--per_device_train_batch_size", str(args.batch)]
-        argv += ["--mined_cache", f"{args.cache_dir}/mined"]
-        final = train_run([*argv, *tier.forms[form], *shlex.split(args.flags)], prog="train.py")
-        log = json.loads((Path(scratch) / "model" / "training.json").read_text(encoding="utf-8"))["log"]
-        assert final is not None
+        final, monitors = trained(args, tier, form, seed, Path(scratch) / "model")
         model = load(final, dtype=fastest_dtype("auto"))
         model.max_seq_length = 256
         datasets: dict[str, Any] = {}
@@ -161,8 +176,6 @@ def measured(args: Arguments, tier: Tier, form: str, seed: int, split: str) -> d
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    logged = next((entry for entry in reversed(log) if "loss" in entry), {})
-    monitors = {k: v for k, v in logged.items() if k.startswith(tier.monitors)}
     seconds = round(time.perf_counter() - started, 1)
     return {"form": form, "seed": seed, "split": split, "seconds": seconds, **monitors, "datasets": datasets}
 

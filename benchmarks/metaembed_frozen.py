@@ -4,8 +4,15 @@
     python benchmarks/metaembed_frozen.py --chosen results/metaembed-frozen-dev.json --output results   # the table
 
 One head gives every number of vectors of MetaEmbed; ReinPool's ladder does, too, and its slots need a fit for each.
+MetaEmbed and ReinPool are each tuned on dev, at a third of the steps, one setting for all sets. What MetaEmbed's parts
+are worth is told by fits of as few steps, beside MetaEmbed with as few.
+
 Fitted heads and rankings are kept under a hash of data, settings and the methods' code, so a run that was interrupted
-makes only what is missing.
+makes only what is missing. Several processes share the fits: each takes its part with ``--fit_only``, and then the
+same command without it makes the rest. Since fits depend on the number of threads, all are started with the same::
+
+    export OMP_NUM_THREADS=1
+    for part in 1/2 2/2; do python benchmarks/metaembed_frozen.py --dev --fit_only $part & done; wait
 """
 
 from __future__ import annotations
@@ -16,19 +23,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import reinpool_text
 import torch
 from bench import ROOT, code_of
-from frozen_tier import gain_claim
+from metaembed_claims import Values, at_most, draw, gain, gap_closed, monotone
 from tqdm import tqdm
 from transformers import AutoModel, HfArgumentParser
 
 from polyrep.data.named import made_here
 from polyrep.encoding import Embeddings
-from polyrep.encoding.embeddings import mean_of_tokens
+from polyrep.encoding.embeddings import mean_of_tokens, sum_of_tokens
 from polyrep.encoding.nested import groups_of, queries_for
 from polyrep.errors import InputError
 from polyrep.evaluation.bm25 import rank_with_bm25
@@ -44,30 +51,46 @@ from polyrep.report import print_and_write, provenance, write_results
 
 RUN = ROOT / "hub_configs" / "metaembed-minilm-frozen"
 
-NESTED, SINGLE, SLOTS = "MetaEmbed", "one vector", "ReinPool slots"
-FITS: dict[str, list[str]] = {
-    NESTED: [],
-    "MetaEmbed from the mean": ["--covering", "false"],
-    "MetaEmbed without residual": ["--residual", "false"],
-    "MetaEmbed not nested": ["--nested", "false"],
-    SINGLE: ["--num_query_vectors", "1", "--num_document_vectors", "1"],
-}
-"""Heads by the shipped run: the method, and without each of its parts. All but the first take over its setting."""
-
+NESTED, SINGLE, LADDERS, SLOTS = "MetaEmbed", "one vector", "ReinPool", "ReinPool slots"
+NOT_NESTED, FROM_MEAN, NO_RESIDUAL = f"{NESTED} not nested", f"{NESTED} from the mean", f"{NESTED} without residual"
 SLOT_NUMBERS = (8, 32)
 """Vectors for which ReinPool's slots are fitted."""
 
-DISTIL = "--maxsim_weight 1 --label_weight 0.3"
-TRIES = [
-    f"{rate} --score mean {learned} {side}".strip()
-    for side in ("", "--query_side tokens")
-    for rate in ("5e-4", "2e-3")
-    for learned in ("", DISTIL)
-]
-"""Learning rates and further flags."""
+HEADS: dict[str, list[str]] = {
+    NESTED: [],
+    FROM_MEAN: ["--covering", "false"],
+    NO_RESIDUAL: ["--residual", "false"],
+    NOT_NESTED: ["--nested", "false"],
+    SINGLE: ["--num_query_vectors", "1", "--num_document_vectors", "1"],
+}
+"""Heads of MetaEmbed: the method, and without each of its parts. All but the first take over its setting."""
 
-REINPOOL_TRIES = ["5e-4", "2e-3"]
-"""Learning rates of the controls, whose other settings were chosen for these sets before."""
+RIVALS: dict[str, list[str]] = {
+    LADDERS: [],
+    **{f"{SLOTS}, {k}": ["--pooling", "slots", "--num_vectors", str(k), "--ladder", str(k)] for k in SLOT_NUMBERS},
+}
+"""Heads of ReinPool. The slots take over the ladder's setting."""
+
+ALIKE = shlex.split("--per_device_train_batch_size 32 --negatives 1 --queries judged")
+"""Of every fit, whichever its run: the judgments of train, as many pairs a step and negatives of each. Beside the
+judgments, ReinPool always learns from the frozen model's own scores, and MetaEmbed where dev says so."""
+
+OWN_THREADS = ["--use_cpu", "false"]
+"""Training on a processor would take all of its cores, also those of other parts of the fits. So it keeps what it has;
+where there is no accelerator, it is on the processor all the same."""
+
+LEARNED = ("--label_weight 1", "--label_weight 0.3 --maxsim_weight 1")
+TRIES = {
+    NESTED: [
+        f"{rate} --score mean {learned} {side}".strip()
+        for side in ("", "--query_side tokens")
+        for rate in ("5e-4", "2e-3")
+        for learned in LEARNED
+    ],
+    LADDERS: [f"{rate} --label_weight {weight}" for rate in ("5e-4", "2e-3") for weight in ("1", "0.3")],
+}
+"""Learning rates and further flags that are tried: of either the same rates and weights of the judgments, and of
+MetaEmbed the two kinds of queries, of which ReinPool has one."""
 
 
 @dataclass
@@ -81,16 +104,38 @@ class Arguments:
         default="models/four/late-interaction-minilm/final",
         metadata={"help": "Folder or Hub id of a MultiVectorEncoder."},
     )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the fits."})
-    systems: list[str] = field(default_factory=lambda: list(FITS), metadata={"help": "Heads that are fitted."})
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of MetaEmbed and of ReinPool's ladder."}
+    )
+    ablation_seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "Of these, the seeds of all other fits: slots and ablations."}
+    )
+    tuning_steps: int = field(
+        default=100,
+        metadata={"help": "Steps of the fits among which dev chooses, and of the ablations; what is chosen has more."},
+    )
+    systems: list[str] = field(
+        default_factory=lambda: list(HEADS), metadata={"help": "Heads that are fitted; MetaEmbed always is."}
+    )
     dev: bool = field(default=False, metadata={"help": "Choose on dev alone, and write what was tried as NAME-dev."})
     chosen: str | None = field(
         default=None, metadata={"help": "The JSON that --dev wrote: its choice is taken, and nothing chosen again."}
+    )
+    fit_only: str = field(
+        default="", metadata={"help": "I/N: make the I-th of N parts of the fits, of --dev or --chosen, and end."}
     )
     flags: str = field(default="", metadata={"help": "Flags of the run for every fit, e.g. '--max_steps 2'."})
     cache_dir: str = field(default=".cache", metadata={"help": "Embeddings, fitted heads and rankings."})
     output: str | None = field(default=None, metadata={"help": "Folder for the JSON, Markdown and PNG."})
     name: str = field(default="metaembed-frozen", metadata={"help": "Name of the files."})
+
+
+class Fit(NamedTuple):
+    """One head of a data set."""
+
+    system: str
+    setting: str  # a learning rate and further flags
+    seed: int
 
 
 class Bench(reinpool_text.Bench):
@@ -103,19 +148,36 @@ class Bench(reinpool_text.Bench):
         self.reinpool = reinpool_text.Bench(args, source, model)
         self.given = cache(self._given)
 
-    def _given(self, folder: Path) -> tuple[Any, dict[str, dict[int, Embeddings]], dict[int, Embeddings]]:
-        """What a fitted head makes: numbers that go together, queries of both splits, and documents at each number."""
+    def fitted_head(self, fit: Fit) -> Path:
+        """The folder of a head, fitted now or before."""
+        of, flags = (self, HEADS) if fit.system in HEADS else (self.reinpool, RIVALS)
+        return of.head([*ALIKE, *OWN_THREADS, *flags[fit.system], "--learning_rate", *fit.setting.split()], fit.seed)
+
+    def _given(
+        self, folder: Path
+    ) -> tuple[dict[int, int | None], dict[str, dict[int | None, Embeddings]], dict[int, Embeddings]]:
+        """What a head of MetaEmbed makes.
+
+        Returns:
+            Number of document vectors -> that of query vectors, None where queries keep their tokens; split -> the
+            latter -> queries; and the former -> documents.
+        """
         head = AutoModel.from_pretrained(folder).eval()
-        groups = groups_of(head)
-        numbers = [k for k in LADDER if k <= head.config.num_document_vectors]
-        asked: dict[int, Any] = {k: queries_for(groups, k) for k in numbers}
-        queries: dict[str, dict[int, Embeddings]] = {}
+        groups, most = groups_of(head), head.config.num_document_vectors
+        asked = {k: queries_for(groups, k) for k in LADDER if k <= most}
+        counts = sorted({count for count in asked.values() if count})
+
+        def kept(_: np.ndarray, tokens: torch.Tensor, mask: torch.Tensor) -> dict[int, tuple]:
+            made = head(tokens, mask, "query")
+            return {0: (made.token_embeddings, made.mask)}
+
+        queries: dict[str, dict[int | None, Embeddings]] = {}
         for split in ("dev", "test"):
             whole = self.queries(split)
-            counts = sorted({count for count in asked.values() if count})
-            made = pooled(whole, by_head(head, "query", counts)) if counts else {}
-            queries[split] = {k: made[asked[k]] if asked[k] else whole for k in numbers}
-        return asked, queries, pooled(self.documents, by_head(head, "document", numbers))
+            queries[split] = dict(pooled(whole, by_head(head, "query", counts))) if counts else {}
+            if None in asked.values():
+                queries[split][None] = pooled(whole, kept)[0]
+        return asked, queries, pooled(self.documents, by_head(head, "document", list(asked)))
 
     def nested(self, system: str, folder: Path, k: int, split: str) -> Ranking:
         """What the first vectors of a head find."""
@@ -124,45 +186,114 @@ class Bench(reinpool_text.Bench):
 
         def make() -> Ranking:
             asked, queries, documents = self.given(folder)
-            found = rank_embeddings(system, queries[split][k], documents[k], self.ranks, similarity="maxsim")
-            costs = {"vectors_per_document": float(k), "vectors_per_query": float(queries[split][k].lengths.mean())}
-            return replace(found, costs=found.costs | costs)
+            return rank_few(system, queries[split][asked[k]], documents[k], self.ranks)
 
         return keep_ranking(path, system, make, reinpool_text.KEPT_DEPTH)
 
-    def fit(self, system: str, setting: str, seed: int) -> Path:
-        """The folder of a head of :data:`FITS`; ``setting`` is a learning rate and further flags."""
-        return self.head(["--learning_rate", *setting.split(), *FITS[system]], seed)
+    def found(self, fit: Fit, split: str, name: str | None = None) -> dict[int, Ranking]:
+        """Rankings of a head by number of vectors, as rows of ``name``, by default the system's.
+
+        The passes over the corpus that they ask for are made once for all of them, and then forgotten.
+        """
+        folder, numbers = self.fitted_head(fit), sizes(fit.system)
+        title = fit.system.partition(", ")[0] if name is None else name
+        if fit.system in HEADS:
+            rankings = {k: self.nested(f"{title}, {k}", folder, k, split) for k in numbers}
+            self.given.cache_clear()
+            return rankings
+        out = reinpool_text.Measured(self.reinpool, split)
+        make: Callable[..., dict[int, Embeddings]] = lambda n: self.reinpool.by_head(folder, n)  # noqa: E731
+        reinpool_text.add_ladder(out, title, folder.parent.name, make, numbers)
+        return dict(zip(numbers, out.rankings, strict=True))
 
     def ndcg(self, ranking: Ranking, split: str) -> np.ndarray:
         """nDCG@10 of each query."""
         return per_query_metrics(self.split(split), ranking)["nDCG@10"]
 
 
+def rank_few(system: str, queries: Embeddings, documents: Embeddings, ranks: np.ndarray) -> Ranking:
+    """What some vectors of each text find; documents of one vector are scored as one vector, in an index of such.
+
+    Args:
+        system: Name of the row.
+        queries: Of kind tokens.
+        documents: Of kind tokens, as many vectors of each.
+        ranks: What decides ties.
+    """
+    vectors = {"document": float(documents.lengths.mean()), "query": float(queries.lengths.mean())}
+    single = len(documents.values) == len(documents)
+    if single:
+        queries, documents = sum_of_tokens(queries), replace(documents, kind="sentence", offsets=None)
+    found = rank_embeddings(system, queries, documents, ranks, similarity="dot" if single else "maxsim")
+    return replace(found, costs=found.costs | {f"vectors_per_{side}": count for side, count in vectors.items()})
+
+
 def sizes(system: str) -> Sequence[int]:
-    """Numbers of vectors at which a system has a row."""
+    """Numbers of vectors that a head gives, and has rows of."""
+    if system.startswith(f"{SLOTS}, "):
+        return (int(system.rpartition(" ")[2]),)
     return LADDER[:1] if system == SINGLE else LADDER
 
 
-def tuned(benches: Sequence[Bench], seed: int) -> list[dict[str, Any]]:
-    """Every setting of what is tuned on dev with one seed: mean nDCG@10 over the numbers of vectors, a row a set."""
+# What is fitted
+
+
+def rehearsed(setting: str, args: Arguments) -> str:
+    """A setting with the few steps of tuning."""
+    return f"{setting} --max_steps {args.tuning_steps}"
+
+
+def rehearsal(args: Arguments) -> str:
+    """What MetaEmbed is called with the few steps of the ablations, with which these are compared."""
+    return f"{NESTED} at {args.tuning_steps} steps"
+
+
+def tried_fits(args: Arguments) -> list[Fit]:
+    """What dev chooses among, with one seed."""
+    return [Fit(system, rehearsed(s, args), args.seeds[0]) for system, tries in TRIES.items() for s in tries]
+
+
+def table_fits(args: Arguments, chosen: Mapping[str, str]) -> dict[Fit, str]:
+    """Fits of the table, and what their rows are called before the number of vectors."""
+    found = {Fit(system, chosen[system], seed): system for system in (NESTED, LADDERS) for seed in args.seeds}
+    for seed in args.ablation_seeds:
+        found |= {Fit(system, chosen[LADDERS], seed): SLOTS for system in RIVALS if system != LADDERS}
+        few = rehearsed(chosen[NESTED], args)
+        others = [system for system in HEADS if system in args.systems and system != NESTED]
+        found |= {Fit(system, few, seed): system for system in others}
+        if others:
+            found[Fit(NESTED, few, seed)] = rehearsal(args)
+    return found
+
+
+def fit_part(benches: Sequence[Bench], fits: Sequence[Fit], part: str) -> None:
+    """Make the I-th of N parts of some fits of every data set.
+
+    Raises:
+        InputError: ``part`` is no I/N.
+    """
+    number, _, count = part.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise InputError(f"--fit_only {part!r}: no part of the fits. Write I/N with I from 1 to N, e.g. 1/2.")
+    # By its place in all of them, not among those that are missing: these change while others are at work.
+    mine = [(fit, bench) for fit in fits for bench in benches][int(number) - 1 :: int(count)]
+    for fit, bench in tqdm(mine, desc=f"fits, {part}"):
+        bench.fitted_head(fit)
+
+
+def tuned(benches: Sequence[Bench], args: Arguments) -> list[dict[str, Any]]:
+    """Every setting that is tried on dev: mean nDCG@10 over the numbers of vectors, a row a set."""
     rows = []
-    tries = [(NESTED, setting) for setting in TRIES] + [("ReinPool", rate) for rate in REINPOOL_TRIES]
-    for system, setting in tqdm(tries, desc="tuning"):
+    for fit in tqdm(tried_fits(args), desc="tuning"):
+        setting = fit.setting.rpartition(" --max_steps")[0]
         for bench in benches:
-            if system == NESTED:
-                folder = bench.fit(system, setting, seed)
-                found = {k: bench.nested(f"{system}, {k}", folder, k, "dev") for k in LADDER}
-                bench.given.cache_clear()
-            else:
-                found = ladder(bench, ["--learning_rate", setting], seed, "dev")
+            found = bench.found(fit, "dev")
             by_number = {str(k): float(bench.ndcg(ranking, "dev").mean()) for k, ranking in found.items()}
-            row = {"system": system, "dataset": bench.name, "split": "dev", "metric": "nDCG@10", "setting": setting}
-            row |= {"value": float(np.mean(list(by_number.values()))), "by_number": by_number}
+            row = {"system": fit.system, "dataset": bench.name, "split": "dev", "metric": "nDCG@10"}
+            row |= {"setting": setting, "value": float(np.mean(list(by_number.values()))), "by_number": by_number}
             rows.append(row | {"queries": len(bench.split("dev").queries)})
-            tqdm.write(
-                f"{system:<12} {setting:<70} {bench.name:<12} { {k: round(v, 4) for k, v in by_number.items()} }"
-            )
+            shown = " ".join(f"{k}: {value:.4f}" for k, value in by_number.items())
+            tqdm.write(f"{fit.system:<12} {setting:<70} {bench.name:<12} {shown}")
     return rows
 
 
@@ -178,223 +309,182 @@ def best(tried: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return found
 
 
-def ladder(bench: Bench, flags: list[str], seed: int, split: str) -> dict[int, Ranking]:
-    """ReinPool's head at every number of vectors."""
-    out = reinpool_text.Measured(bench.reinpool, split)
-    folder = bench.reinpool.head(flags, seed)
-    make: Callable[..., dict[int, Embeddings]] = lambda numbers: bench.reinpool.by_head(folder, numbers)  # noqa: E731
-    reinpool_text.add_ladder(out, "ReinPool", folder.parent.name, make, LADDER)
-    return dict(zip(LADDER, out.rankings, strict=True))
+def read_choice(path: str) -> dict[str, str]:
+    """What ``--chosen`` names; InputError unless it has a setting that is known for all that is tuned."""
+    chosen = read_json(Path(path)).get("chosen")
+    for system, tries in TRIES.items():
+        if not isinstance(chosen, dict) or chosen.get(system) not in tries:
+            raise InputError(
+                f"--chosen {path}: has no setting of {system!r} that is among those tried here, so nothing says how "
+                "to fit it. Name the JSON that --dev wrote with this code."
+            )
+    return dict(chosen)
 
 
-def slots(bench: Bench, flags: list[str], seed: int, k: int, split: str) -> Ranking:
-    """ReinPool's slots, of which each number of vectors needs a head."""
-    out = reinpool_text.Measured(bench.reinpool, split)
-    some = ["--pooling", "slots", "--num_vectors", str(k), "--ladder", str(k)]
-    folder = bench.reinpool.head([*some, *flags], seed)
-    out.add(f"{SLOTS}, {k}", folder.parent.name, lambda: bench.reinpool.by_head(folder, (k,))[k])
-    return out.rankings[0]
+# The table
 
 
-def rankings(bench: Bench, args: Arguments, chosen: Mapping[str, str]) -> list[Ranking]:
-    """Every row of a data set; a system's seeds are rankings of one name."""
+def rankings(bench: Bench, args: Arguments, chosen: Mapping[str, str]) -> list[tuple[Ranking, int | None]]:
+    """Every row of a data set, and the seed that it is of; a system's seeds are rankings of one name."""
     out = reinpool_text.Measured(bench.reinpool, "test")
     out.add("full MaxSim", "full", lambda: bench.documents)
     mean = replace(mean_of_tokens(bench.documents), offsets=np.arange(len(bench.documents) + 1))
     out.add("mean", "mean", lambda: mean, single=True)
     reinpool_text.add_ladder(out, "hierarchical", "hierarchical", bench.reinpool.hierarchical, LADDER)
-    found = [*out.rankings, replace(rank_with_bm25(bench.split("test"), reinpool_text.KEPT_DEPTH), system="BM25")]
-    rate = ["--learning_rate", chosen["ReinPool"]]
-    for seed in args.seeds:
-        found += ladder(bench, rate, seed, "test").values()
-        found += [slots(bench, rate, seed, k, "test") for k in SLOT_NUMBERS]
-        for system in args.systems:
-            folder = bench.fit(system, chosen[NESTED], seed)
-            found += [bench.nested(f"{system}, {k}", folder, k, "test") for k in sizes(system)]
-            bench.given.cache_clear()
+    bm25 = replace(rank_with_bm25(bench.split("test"), reinpool_text.KEPT_DEPTH), system="BM25")
+    found: list[tuple[Ranking, int | None]] = [(ranking, None) for ranking in [*out.rankings, bm25]]
+    for fit, name in table_fits(args, chosen).items():
+        found += [(ranking, fit.seed) for ranking in bench.found(fit, "test", name).values()]
     return found
 
 
-# Claims
+def margins(tests: Values, few: str) -> list[dict[str, Any]]:
+    """What nested vectors gain at each number, and what their parts are worth.
 
-Values = dict[str, dict[str, np.ndarray]]
-"""Data set -> row -> nDCG@10 of each query, averaged over seeds."""
-
-
-def margins(tests: Values) -> list[dict[str, Any]]:
-    """What nested vectors gain at each number, and what their parts are worth."""
-    there = {row for values in tests.values() for row in values}
-    found = []
-
-    def claim(name: str, ours: str, other: str, target: float | None, by_value: bool = False) -> None:
-        if ours in there and other in there:
-            entry = gain_claim(f"metaembed.{name}", tests, ours, other, target)
-            if by_value and target is not None:
-                entry |= {"met": entry["value"] >= target, "held_to": "value"}
-            found.append(entry | {"control": other})
-
-    most = LADDER[-1]
+    Args:
+        tests: What was measured.
+        few: What MetaEmbed is called with the steps of the ablations.
+    """
+    found: list[dict[str, Any]] = []
+    most, name = LADDER[-1], "metaembed.frozen_"
     for k in SLOT_NUMBERS:
-        claim(f"frozen_margin_over_slots_{k}", f"{NESTED}, {k}", f"{SLOTS}, {k}", 0.0)
+        found += gain(f"{name}margin_over_slots_{k}", tests, f"{NESTED}, {k}", f"{SLOTS}, {k}")
     for k in LADDER:
-        claim(f"frozen_margin_over_hierarchical_{k}", f"{NESTED}, {k}", f"hierarchical, {k}", 0.0 if k <= 8 else -0.5)
-        claim(f"frozen_margin_over_reinpool_{k}", f"{NESTED}, {k}", f"ReinPool, {k}", -0.5)
-    claim("frozen_gain_over_single", f"{NESTED}, {most}", f"{SINGLE}, 1", 0.0)
-    claim("frozen_mmr_gain_1", f"{NESTED}, 1", "MetaEmbed not nested, 1", 3.0, by_value=True)
-    claim("frozen_mmr_cost_full", f"{NESTED}, {most}", f"MetaEmbed not nested, {most}", -0.5, by_value=True)
-    claim("frozen_covering_gain", f"{NESTED}, {most}", f"MetaEmbed from the mean, {most}", 0.0)
-    claim("frozen_residual_gain", f"{NESTED}, {most}", f"MetaEmbed without residual, {most}", 0.0)
-    macro = [float(np.mean([values[f"{NESTED}, {k}"].mean() for values in tests.values()])) for k in LADDER]
-    worst = 100 * min(after - before for before, after in zip(macro, macro[1:], strict=False))
-    found.append({"claim": "metaembed.frozen_monotone_steps", "value": worst, "target": -0.2, "met": worst >= -0.2})
-    closed = {
-        name: float(
-            (values[f"{NESTED}, 8"].mean() - values["mean"].mean())
-            / (values["full MaxSim"].mean() - values["mean"].mean())
-        )
-        for name, values in tests.items()
-    }
-    gap = float(np.mean(list(closed.values())))
-    found.append(
-        {
-            "claim": "metaembed.frozen_gap_closed_8",
-            "value": gap,
-            "target": 0.75,
-            "met": gap >= 0.75,
-            "by_dataset": closed,
-        }
-    )
-    return found
+        ours, target = f"{NESTED}, {k}", 0.0 if k <= 8 else -0.5
+        found += gain(f"{name}margin_over_hierarchical_{k}", tests, ours, f"hierarchical, {k}", target)
+        found += gain(f"{name}margin_over_reinpool_{k}", tests, ours, f"{LADDERS}, {k}", -0.5)
+    whole = f"{few}, {most}"
+    found += gain(f"{name}gain_over_single", tests, whole, f"{SINGLE}, 1")
+    found += gain(f"{name}mmr_gain_1", tests, f"{few}, 1", f"{NOT_NESTED}, 1", 3.0, by_value=True)
+    found += gain(f"{name}mmr_cost_full", tests, whole, f"{NOT_NESTED}, {most}", -0.5, by_value=True)
+    found += gain(f"{name}covering_gain", tests, whole, f"{FROM_MEAN}, {most}")
+    found += gain(f"{name}residual_gain", tests, whole, f"{NO_RESIDUAL}, {most}")
+    found += monotone(f"{name}monotone_steps", tests, NESTED)
+    return found + gap_closed(f"{name}gap_closed_8", tests, f"{NESTED}, 8", "mean", "full MaxSim")
 
 
 def of_heads(benches: Sequence[Bench], args: Arguments, chosen: Mapping[str, str]) -> list[dict[str, Any]]:
     """How long a fit takes, how alike a document's vectors are, and by how much a prefix differs from a slice."""
-    seconds, cosines, errors = [], [], []
+    seconds, cosines, errors = {}, {}, []
     for bench in benches:
-        folder = bench.fit(NESTED, chosen[NESTED], args.seeds[0])
-        seconds.append(float(read_json(folder.parent / "training.json")["seconds"]))
+        folder = bench.fitted_head(Fit(NESTED, chosen[NESTED], args.seeds[0]))
+        seconds[bench.name] = float(read_json(folder.parent / "training.json")["seconds"])
         documents = bench.given(folder)[2][8]
         vectors = torch.from_numpy(np.asarray(documents.values, np.float32)).view(len(documents), 8, -1)
         pairs = torch.triu_indices(8, 8, 1)
-        cosines.append(float((vectors @ vectors.transpose(1, 2))[:, pairs[0], pairs[1]].mean()))
+        cosines[bench.name] = float((vectors @ vectors.transpose(1, 2))[:, pairs[0], pairs[1]].mean())
         head = AutoModel.from_pretrained(folder).eval()
         tokens = bench.documents.values[: bench.documents.offsets[1]]  # type: ignore[index]
         text = torch.from_numpy(np.asarray(tokens, np.float32))[None]
         with torch.inference_mode():
-            whole = head(text).token_embeddings
-            few = [head(text, num_vectors=k).token_embeddings - whole[:, :k] for k in LADDER]
+            whole = head(text, task="document").token_embeddings
+            few = [head(text, task="document", num_vectors=k).token_embeddings - whole[:, :k] for k in LADDER]
         errors.append(max(float(part.abs().max()) for part in few))
         bench.given.cache_clear()
-    found = []
-    for name, value, target in (
-        ("frozen_head_fit_seconds", max(seconds), 180.0),
-        ("frozen_pairwise_cosine_8", float(np.mean(cosines)), 0.9),
-        ("frozen_prefix_error", max(errors), 1e-6),
-    ):
-        found.append({"claim": f"metaembed.{name}", "value": value, "target": target, "met": value <= target})
-    return found
+    common: dict[str, Any] = {"system": NESTED, "split": "test"}
+    mean = float(np.mean(list(cosines.values())))
+    return [
+        at_most("metaembed.head_fit_seconds", max(seconds.values()), 180.0, by_dataset=seconds) | common,
+        at_most("metaembed.frozen_pairwise_cosine_8", mean, 0.9, by_dataset=cosines) | common,
+        at_most("metaembed.frozen_prefix_error", max(errors), 1e-6) | common,
+    ]
 
 
-# The picture
-
-DRAWN = {NESTED: "C0", "ReinPool": "C1", "hierarchical": "C2"}
-
-
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Quality over the number of vectors: a panel for each data set, a line for each pooling."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = [row for row in results["rows"] if row["metric"] == "nDCG@10"]
-    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
-    figure, axes = plt.subplots(1, len(datasets), figsize=(1 + 3.2 * len(datasets), 3.2), squeeze=False)
-    for axis, dataset in zip(axes[0], datasets, strict=True):
-        value = {row["system"]: row["value"] for row in rows if row["dataset"] == dataset}
-        for system, color in DRAWN.items():
-            there = [k for k in LADDER if f"{system}, {k}" in value]
-            axis.plot(there, [value[f"{system}, {k}"] for k in there], "o-", color=color, label=system, markersize=4)
-        for system, style in (("full MaxSim", "-"), ("mean", "--"), ("BM25", ":")):
-            axis.axhline(value[system], color="grey", linestyle=style, linewidth=0.9, label=system)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(LADDER, [str(k) for k in LADDER])
-        axis.set_title(dataset, fontsize=10)
-        axis.set_xlabel("vectors of a document")
-        axis.grid(linewidth=0.3)
-    axes[0][0].set_ylabel("nDCG@10, test")
-    axes[0][-1].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+LINES = {NESTED: "C0", LADDERS: "C1", SLOTS: "C3", "hierarchical": "C2"}
+ACROSS = {"full MaxSim": "-", "mean": "--", "BM25": ":"}
 
 
-def choice(args: Arguments, benches: Sequence[Bench]) -> dict[str, str]:
-    """What dev chose: read, or chosen now."""
-    if not args.chosen:
-        return best(tuned(benches, args.seeds[0]))
-    chosen = read_json(Path(args.chosen)).get("chosen")
-    known = {NESTED: TRIES, "ReinPool": REINPOOL_TRIES}
-    for system, tries in known.items():
-        if not isinstance(chosen, dict) or chosen.get(system) not in tries:
-            raise InputError(
-                f"--chosen {args.chosen}: has no setting of {system!r} that is among those tried here, so nothing "
-                "says how to fit it. Name the JSON that --dev wrote with this code."
-            )
-    return dict(chosen)
+def checked(args: Arguments) -> Arguments:
+    """The arguments; InputError for those that do not go together."""
+    if unknown := sorted(set(args.systems) - HEADS.keys()):
+        raise InputError(f"--systems {', '.join(unknown)}: unknown. There are {', '.join(map(repr, HEADS))}.")
+    if beyond := sorted(set(args.ablation_seeds) - set(args.seeds)):
+        raise InputError(
+            f"--ablation_seeds {' '.join(map(str, beyond))}: not among --seeds {' '.join(map(str, args.seeds))}, so "
+            "MetaEmbed would have no fit to compare them with. Name some of those."
+        )
+    if args.fit_only and not (args.dev or args.chosen):
+        raise InputError(
+            f"--fit_only {args.fit_only}: what the table fits follows from what dev chooses. Say --dev, or --chosen "
+            "with the JSON that --dev wrote."
+        )
+    return args
 
 
 def main() -> None:
     """Fit, measure and write."""
-    (args,) = HfArgumentParser([Arguments]).parse_args_into_dataclasses()
-    if unknown := set(args.systems) - FITS.keys() or {NESTED} - set(args.systems):
-        raise InputError(
-            f"--systems: {sorted(unknown)} unknown or missing. There are {list(FITS)}, and {NESTED} always."
-        )
+    args = checked(HfArgumentParser([Arguments]).parse_args_into_dataclasses()[0])
     made_by = provenance(shlex.join(["python", *sys.argv]))  # the code as it is now, not after an hour of edits
     folder = fetch(args.backbone)
     model = load(folder, dtype=fastest_dtype("auto"))
     benches = [Bench(args, source, model) for source in args.datasets]
     output = Path(args.output) if args.output else None
+    chosen = read_choice(args.chosen) if args.chosen and not args.dev else None
+    if args.fit_only:
+        fit_part(benches, tried_fits(args) if chosen is None else list(table_fits(args, chosen)), args.fit_only)
+        return
     common = made_by | {
         "models": {args.backbone: fingerprint(folder)},
-        "settings_tried": len(TRIES) + len(REINPOOL_TRIES),
+        "settings_tried": sum(map(len, TRIES.values())),
         "data": made_here(*args.datasets),
     }
-    if args.dev:
-        tried = tuned(benches, args.seeds[0])
-        results = common | {
-            "name": f"{args.name}-dev",
-            "seeds": args.seeds[:1],
-            "rows": [row | {"system": f"{row['system']}: {row['setting']}"} for row in tried],
-            "chosen": best(tried),
-            "claims": [],
-            "notes": [f"Values are means over {', '.join(map(str, LADDER))} vectors of a document."],
-        }
-        print(write_results(results, output))
-        return
-    chosen = choice(args, benches)
+    if chosen is None:
+        tried = tuned(benches, args)
+        chosen = best(tried)
+        if args.dev:
+            results = common | {
+                "name": f"{args.name}-dev",
+                "seeds": args.seeds[:1],
+                "rows": [row | {"system": f"{row['system']}: {row['setting']}"} for row in tried],
+                "chosen": chosen,
+                "claims": [],
+                "notes": [
+                    f"Fits of {args.tuning_steps} steps. Values are means over {', '.join(map(str, LADDER))} vectors "
+                    "of a document."
+                ],
+            }
+            print(write_results(results, output))
+            return
     found: list[dict[str, Any]] = []
-    tests: Values = {}
+    tests: dict[str, dict[str, dict[int, np.ndarray]]] = {}
     for bench in benches:
         some = rankings(bench, args, chosen)
-        found += table_rows(bench.split("test"), some, "full MaxSim")
-        tests[bench.name] = {
-            name: np.mean([bench.ndcg(ranking, "test") for ranking in some if ranking.system == name], axis=0)
-            for name in dict.fromkeys(ranking.system for ranking in some)
-        }
+        found += table_rows(bench.split("test"), [ranking for ranking, _ in some], "full MaxSim")
+        values = tests[bench.name] = {}
+        for ranking, seed in some:
+            ndcg = bench.ndcg(ranking, "test")
+            values.setdefault(ranking.system, {}).update(
+                dict.fromkeys(args.seeds if seed is None else [seed], ndcg),
+            )
     results = common | {
         "name": args.name,
         "seeds": args.seeds,
         "rows": found,
-        "claims": [*margins(tests), *of_heads(benches, args, chosen)],
-        "notes": [
-            f"{NESTED}: --learning_rate {chosen[NESTED]}, one fit a set and seed for all numbers of vectors, and its "
-            "controls with the same setting. ReinPool and its slots: the shipped run of reinpool-minilm at "
-            f"--learning_rate {chosen['ReinPool']}. Both learning from the same judgments of train.",
-        ],
+        "claims": [*margins(tests, rehearsal(args)), *of_heads(benches, args, chosen)],
+        "chosen": chosen,
+        "notes": notes(args, chosen),
     }
-    print_and_write(results, output, draw)
+    print_and_write(results, output, lambda results, path: draw(results, path, LINES, ACROSS))
+
+
+def notes(args: Arguments, chosen: Mapping[str, str]) -> list[str]:
+    """What a reader of the tables should know."""
+    seeds = ", ".join(map(str, args.ablation_seeds))
+    found = [
+        f"{NESTED}: --learning_rate {chosen[NESTED]}, one fit a set and seed for all numbers of vectors. {LADDERS}: "
+        f"the run of reinpool-minilm at --learning_rate {chosen[LADDERS]}. Both chosen on dev, of "
+        f"{len(TRIES[NESTED])} and {len(TRIES[LADDERS])} settings at {args.tuning_steps} steps. Every fit: "
+        f"{' '.join(ALIKE)}. {LADDERS} learns from the frozen model's scores beside the judgments, and so does a fit "
+        "of MetaEmbed with --maxsim_weight.",
+        f"{SLOTS}: seeds {seeds} alone, as MetaEmbed in the claims that compare them.",
+    ]
+    others = [system for system in HEADS if system in args.systems and system != NESTED]
+    if others:
+        found.append(
+            f"{', '.join(others)}: with MetaEmbed's setting, seeds {seeds} and {args.tuning_steps} steps, as "
+            f"{rehearsal(args)!r}, with which the claims compare them."
+        )
+    return found
 
 
 if __name__ == "__main__":
