@@ -29,7 +29,7 @@ from polyrep.encoding.encoders import token_router_of
 from polyrep.encoding.shards import Origin, Shard, manifest_of, write_shard
 from polyrep.encoding.views import encode_views, views_of, weights_of_views
 from polyrep.encoding.windows import Windows
-from polyrep.evaluation.systems import bytes_per_document
+from polyrep.evaluation.systems import bytes_per_document, costs_of
 from polyrep.files import write_json
 from polyrep.hub import fingerprint
 from polyrep.methods.citadel.objective import Entries, routed_scores
@@ -243,6 +243,18 @@ def test_an_entry_takes_as_many_bytes_as_are_said(precision, bytes_, tmp_path):
     said = index.statistics()
     assert (said["entries"], said["documents"]) == (total, 200)
     assert said["entries_per_document"] == total / 200
+
+
+@pytest.mark.parametrize("whole", [WHOLE, 0])
+def test_a_row_says_what_entries_cost_and_how_many_are_multiplied(whole):
+    queries, documents = (drawn(n, n, dim=32, whole=whole, keys=12) for n in (7, 30))
+    found, pairs = costs_of(queries, documents), 0
+    for row in range(7):
+        asked = [key for key, _ in entries(queries, row)]
+        pairs += sum(asked.count(key) for column in range(30) for key, _ in entries(documents, column))
+    assert found["products"] == pytest.approx(pairs / (7 * 30))
+    assert found["entries_per_document"] == pytest.approx(documents.offsets[-1] / 30)
+    assert found["bytes_per_document"] == pytest.approx(documents.offsets[-1] / 30 * (32 * 2 + 4) + whole * 2)
 
 
 def test_eight_bits_err_by_half_a_step_of_each_entry(tmp_path):
