@@ -367,6 +367,8 @@ def _table_cells(system: str, metrics: dict[str, dict[str, Any]]) -> dict[str, s
         "bytes/doc": _or(main.get("bytes_per_document"), ",.0f"),
         "windows/doc": _or(main.get("windows_per_document"), ".1f"),
         "vectors/doc": _or(main.get("vectors_per_document"), ".1f"),
+        "entries/doc": _or(main.get("entries_per_document"), ".1f"),
+        "products": _or(main.get("products"), ".1f"),
         "active dims": _or(main.get("active_dims"), ".1f"),
         "query dims": _or(main.get("query_active_dims"), ".1f"),
         "FLOPs": _or(main.get("flops"), ".2f"),

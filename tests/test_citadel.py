@@ -21,6 +21,8 @@ from transformers import AutoModel
 
 import polyrep
 from polyrep import InputError
+from polyrep.encoding.shards import Origin, Shard
+from polyrep.encoding.views import View, encode_views, views_of
 from polyrep.hub.example import one_folder
 from polyrep.methods import (
     CitadelHead,
@@ -33,6 +35,7 @@ from polyrep.methods import (
 )
 from polyrep.methods.citadel import modeling_citadel
 from polyrep.methods.citadel.objective import everyones, flat, routed_scores, scores_of
+from polyrep.search import open_index
 from polyrep.search.scoring import maxsim
 
 ASKED, TEXTS = list(QUERIES.values()), list(DOCUMENTS.values())
@@ -531,6 +534,63 @@ def test_a_threshold_prunes_documents_alone_and_more_of_it_more_of_them(folder):
             found = model.encode_routed(**batch)
             assert torch.equal(found.mask, before.mask & (before.weights > threshold))
             assert torch.equal(model.encode_routed(**batch, task="query").mask, queries.mask)
+
+
+def routing_model(kind: str, backbone: Path, where: Path) -> Any:
+    """A model that routes: one folder, or a head behind an encoder or behind a late-interaction model."""
+    few: dict[str, Any] = {"token_dim": 8, "initial_active": 4, "document_keys": 2}
+    if kind == "folder":
+        inner = CitadelModel.from_modules(encoder_of(backbone), router_layer=1, **few)
+        made = one_folder(inner, backbone, where / "inner", SparseEncoder, CitadelTransformer)
+        return polyrep.load(polyrep.save(made, where / "model"), trust_remote_code=True)
+    if kind == "encoder":
+        first = Transformer(str(backbone))
+        head = CitadelHead.from_backbone(encoder_of(backbone), router_layer=1, clamp=False, **few)
+        return SparseEncoder(modules=[first, CitadelPooling(head)], device="cpu")
+    late = late_model(backbone)
+    head = stirred(CitadelHead.from_backbone(late, **few), 0.1)
+    return SparseEncoder(modules=[*late.children(), CitadelPooling(head)], device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["folder", "encoder", "late"])
+def test_the_views_of_a_model_are_its_router_and_its_entries(kind, backbone, tmp_path):
+    model = routing_model(kind, backbone, tmp_path).eval()
+    config: Any = list(model.children())[-1].model.config
+    views, whole = views_of(model), 0 if kind == "late" else 32
+    similarity = "routed_unclamped" if kind == "encoder" else "routed"
+    assert config.entry_dim == 8 and list(views) == ["router", "routed"]
+    assert views["router"] == View("sparse", config.vocab_size, "dot", "", weight=0.0)
+    further: dict[str, Any] = {"weight": 1.0, "vocabulary": config.vocab_size, "sentence_dim": whole}
+    assert views["routed"] == View("routed", 8, similarity, "", **further)
+    sides, passed = {}, {}
+    for task, texts, encode in (
+        ("query", ASKED, model.encode_query),
+        ("document", TEXTS, model.encode_document),
+    ):
+        found = encode_views(model, texts, ["router", "routed"], task=task, batch_size=2)
+        with torch.no_grad():
+            passed[task] = model(model.preprocess(texts, task=task), task=task)
+        weights = encode(texts).to_dense()
+        sides[task] = found["routed"]
+        for number in range(len(texts)):
+            router = np.zeros(config.vocab_size)
+            part = slice(*found["router"].offsets[number : number + 2])
+            router[found["router"].indices[part]] = found["router"].values[part]
+            np.testing.assert_allclose(router, weights[number].numpy(), atol=1e-5)
+            own, part = passed[task], slice(*found["routed"].offsets[number : number + 2])
+            token, place = own["mask"][number].nonzero(as_tuple=True)
+            assert found["routed"].indices[part].tolist() == own["keys"][number, token, place].tolist()
+            vectors = own["weights"][number, token, place][:, None] * own["vectors"][number, token]
+            np.testing.assert_allclose(found["routed"].values[part], vectors.numpy(), atol=1e-5)
+        if whole:
+            np.testing.assert_allclose(found["routed"].sentences, passed[task]["dense"].numpy(), atol=1e-5)
+    expected = scores_of(*(everyones([passed[task]]) for task in ("query", "document")), clamp=config.clamp)
+    assert len(np.unique(expected.numpy().round(4))) > len(ASKED)
+    origin = Origin("routed", "routed", 8, similarity, "m", vocabulary=config.vocab_size, sentence_dim=whole)
+    index = open_index(f"routed:{tmp_path}/index?precision=float32")
+    index.add([Shard(list(DOCUMENTS), sides["document"], origin)])
+    for row, hits in zip(expected.tolist(), index.search(sides["query"], len(TEXTS)), strict=True):
+        assert {hit.id: hit.score for hit in hits} == pytest.approx(dict(zip(DOCUMENTS, row, strict=True)), abs=1e-4)
 
 
 # How it is learned.

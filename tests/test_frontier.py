@@ -18,6 +18,7 @@ from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import Pooling
 from test_retrievers import vectors_of
+from test_routed import looped
 from test_scoring import dense
 from transformers import AutoModel, BertConfig, BertTokenizer
 from world import write_world
@@ -37,7 +38,8 @@ from polyrep.evaluation.frontier.rivals import RIVALS
 from polyrep.evaluation.frontier.rows import FULL, Candidate, Encoded, Method, quantized
 from polyrep.evaluation.frontier.timed import rank_when_ready
 from polyrep.hub import load
-from polyrep.methods import UnifierModel
+from polyrep.methods import CitadelPooling, UnifierModel
+from polyrep.methods.citadel import frontier as citadel
 from polyrep.methods.dense2sparse import frontier as dense2sparse
 from polyrep.methods.unifier import frontier as unifier
 from polyrep.report import write_results
@@ -121,7 +123,7 @@ def test_every_method_of_a_late_interaction_model_has_its_rows(late):
     assert late[1]["failures"] == []
     one_stage = {FULL, "BM25", "mean", "mean, int8", "mean, one-bit", f"{FULL}, int8", f"{FULL}, one-bit"}
     one_stage |= {f"{name}, {k}" for name in ("hierarchical", "ReinPool", "MetaEmbed") for k in ladder}
-    one_stage |= {"MetaEmbed, 1 then 32", "CITADEL, words"}
+    one_stage |= {"MetaEmbed, 1 then 32", "CITADEL, words", "CITADEL"}
     one_stage |= {f"ReinPool, {k}, {how}" for k in (1, 4, 16, 32) for how in ("int8", "one-bit")}
     one_stage |= {f"hierarchical, {k}, {how}" for k in (4, 16, 32) for how in ("int8", "one-bit")}
     one_stage |= {"MUVERA, 10240", "MUVERA, 10240, one-bit", "MUVERA, 1280"}
@@ -132,7 +134,7 @@ def test_every_method_of_a_late_interaction_model_has_its_rows(late):
     assert {name.rpartition(", ")[0] for name in staged} == {
         name
         for name in one_stage
-        if name.startswith(("BM25", "MUVERA, 10240", "Dense2Sparse", "CITADEL"))
+        if name.startswith(("BM25", "MUVERA, 10240", "Dense2Sparse", "CITADEL, words"))
         or name in ("mean", "mean, one-bit", "hierarchical, 8", "ReinPool, 1", "ReinPool, 8", "ReinPool, 1, one-bit")
         or name in ("LEMUR, 2048", "CSR, 128", "MetaEmbed, 1", "MetaEmbed, 8")
     }
@@ -152,6 +154,8 @@ def test_costs_follow_from_what_an_index_stores(late):
     assert rows["ReinPool, 4, one-bit"] <= 4 * dim / 8 + 8
     assert (rows["LEMUR, 2048"], rows["LEMUR, 2048, int8"]) == (4096, 2048)
     assert (rows["MetaEmbed, 1"], rows["MetaEmbed, 8"]) == (dim * 2, 8 * dim * 2 + 8)
+    routed = main_rows(late[1])["CITADEL"]
+    assert rows["CITADEL"] == pytest.approx(routed["entries_per_document"] * (dim * 2 + 4)) and routed["products"] > 0
     for name, row in main_rows(late[1]).items():
         if "rerank" in name:
             first = rows[name.rpartition(", ")[0]]
@@ -173,6 +177,36 @@ def test_one_index_finds_by_its_first_vector_and_orders_by_all(late):
     assert both["value"] == most["value"]  # of so few documents the first vector finds all
     assert both["settings"] == {"vectors": "1 finds 200, 32 order them"}
     assert rows["MetaEmbed, 4"]["settings"] == {"vectors": "2 of a query, 4 of a document"}
+
+
+def test_rows_of_a_router_are_what_it_makes_of_cached_vectors(tmp_path, pages, models):
+    full = full_model(tmp_path, models["late"], *judged_queries(str(pages), "test"))
+    words, entries = (candidate.make() for candidate in citadel.METHOD.rows(full))
+    (folder,) = (tmp_path / "kept" / "heads").glob("*/head")
+    pooling = CitadelPooling.from_pretrained(folder)
+    for task, cached, weights, made in (
+        ("query", full.queries, words.queries, entries.queries),
+        ("document", full.documents, words.documents, entries.documents),
+    ):
+        cuts = np.split(np.asarray(cached.values, np.float32), cached.offsets[1:-1])
+        found = pooling.route(list(map(torch.from_numpy, cuts)), task=task)
+        for number in range(len(made)):
+            part = slice(*made.offsets[number : number + 2])
+            token, place = found.mask[number].nonzero(as_tuple=True)
+            assert made.indices[part].tolist() == found.keys[number, token, place].tolist()
+            vectors = found.weights[number, token, place][:, None] * found.vectors[number, token]
+            np.testing.assert_allclose(made.values[part], vectors.numpy(), rtol=2e-3, atol=1e-4)
+            largest: dict[int, float] = {}
+            for key, weight in zip(made.indices[part], found.weights[number, token, place].tolist(), strict=True):
+                largest[key] = max(weight, largest.get(key, 0.0))
+            part = slice(*weights.offsets[number : number + 2])
+            kept = dict(zip(weights.indices[part].tolist(), weights.values[part].tolist(), strict=True))
+            assert kept == pytest.approx(largest, rel=1e-3)
+    assert entries.similarity == "routed" and entries.documents.values.dtype == np.float16
+    ranking = rank_when_ready("CITADEL", entries.queries, entries.documents, full.ranks, similarity="routed")
+    expected = np.take_along_axis(looped(entries.queries, entries.documents, True), ranking.positions, 1)
+    np.testing.assert_allclose(ranking.scores, expected, rtol=1e-4, atol=1e-5)
+    assert (np.diff(ranking.scores) <= 0).all() and len(np.unique(ranking.scores)) > len(full.dataset.queries)
 
 
 def test_claims_set_the_best_learned_row_of_each_size_against_the_best_other(late):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_retrievers import vectors_of
+from test_routed import drawn
 from test_scoring import brute_force, dense, ragged, sparse, texts_of
 
 from polyrep import InputError
@@ -28,6 +29,8 @@ def sides(kind: str) -> tuple:
         return ragged(rng, [3, 1, 4]), ragged(rng, [2, 5, 0, 1, 7, 3, 3, 2, 0, 6, 4, 1])
     if kind == "sparse":
         return sparse(rng, 3), sparse(rng, 12)
+    if kind == "routed":
+        return drawn(3, 1, keys=6), drawn(12, 2, keys=6)
     return dense(rng.normal(size=(3, 6)).astype(np.float16)), dense(rng.normal(size=(12, 6)).astype(np.float16))
 
 
@@ -47,6 +50,8 @@ CASES = [
     ("sentence", "manhattan"),
     ("sparse", "dot"),
     ("sparse", "cosine"),
+    ("routed", "routed"),
+    ("routed", "routed_unclamped"),
 ]
 
 
@@ -82,7 +87,7 @@ def test_terms_of_every_document_are_scored_as_a_dense_vector(similarity):
     assert (np.diff(scores) <= 0).all() and positions[0].tolist() == list(range(11, -1, -1))
 
 
-@pytest.mark.parametrize("kind,similarity", [case for case in CASES if case[0] != "sparse"])
+@pytest.mark.parametrize("kind,similarity", [case for case in CASES if case[0] not in ("sparse", "routed")])
 def test_a_second_stage_orders_by_the_full_score(kind, similarity):
     queries, documents = sides(kind)
     candidates = np.stack([np.random.default_rng(row).permutation(12)[:7] for row in range(3)])

@@ -29,9 +29,10 @@ from polyrep.encoding.encoders import token_router_of
 from polyrep.encoding.shards import Origin, Shard, manifest_of, write_shard
 from polyrep.encoding.views import encode_views, views_of, weights_of_views
 from polyrep.encoding.windows import Windows
-from polyrep.evaluation.systems import bytes_per_document
+from polyrep.evaluation.systems import bytes_per_document, costs_of
 from polyrep.files import write_json
 from polyrep.hub import fingerprint
+from polyrep.methods.citadel.objective import Entries, routed_scores
 from polyrep.search import Hit, Service, commands, exact_search, open_index, ranking, routed, scoring
 from polyrep.search.ranking import rescore, tie_ranks
 from polyrep.search.scoring import _score_routed
@@ -183,6 +184,52 @@ def test_the_index_is_the_oracle_after_every_change(clamp, pieces, tmp_path):
     check()
 
 
+def scores_in(hits: list[list[Hit]], ids: list[str]) -> np.ndarray:
+    """Scores ``(queries, documents)`` from hits that name every document once."""
+    assert all(sorted(hit.id for hit in row) == sorted(ids) for row in hits)
+    found = [{hit.id: hit.score for hit in row} for row in hits]
+    return np.array([[row[name] for name in ids] for row in found])
+
+
+def stored_as(documents: Embeddings, precision: str, threshold: float) -> Embeddings:
+    """Entries as an index holds them: those longer than a threshold, in steps of a 127th of their largest number."""
+    kept = kept_above(documents, threshold)
+    values = kept.values.astype(np.float64)
+    if precision == "int8":
+        steps = np.abs(values).max(1, keepdims=True) / 127
+        values = np.rint(values / np.where(steps, steps, 1)) * steps
+    return replace(kept, values=values)
+
+
+@pytest.mark.parametrize("clamp", [True, False])
+@pytest.mark.parametrize("threshold", [0.0, 2.5])
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+def test_index_oracle_and_a_step_of_training_give_one_score(precision, threshold, clamp, tmp_path):
+    queries, documents = drawn(9, 1, keys=12), drawn(40, 2, keys=12)
+    held = stored_as(documents, precision, threshold)
+    assert 0 in queries.lengths and 0 in documents.lengths
+    assert (held.lengths == 0).sum() > (documents.lengths == 0).sum() or not threshold  # it empties some
+    expected = looped(queries, held, clamp)
+    oracle = _score_routed(queries, held, clamp=clamp).numpy()
+    np.testing.assert_allclose(oracle, expected, rtol=1e-5, atol=1e-4)
+    index = open_index(f"routed:{tmp_path}/index?precision={precision}&threshold={threshold}")
+    index.add([Shard(ids_of(documents), documents, origin(clamp))])
+    assert index.statistics()["documents_without_entries"] == (held.lengths == 0).sum()
+    found = scores_in(index.search(queries, len(documents)), ids_of(documents))
+    np.testing.assert_allclose(found, oracle, rtol=1e-5, atol=1e-4)
+    sides = [
+        Entries(
+            torch.from_numpy(side.indices.astype(np.int64)),
+            torch.from_numpy(side.values.astype(np.float64)),
+            torch.from_numpy(np.repeat(np.arange(len(side)), side.lengths)),
+        )
+        for side in (queries, held)
+    ]
+    whole = queries.sentences.astype(np.float64) @ documents.sentences.astype(np.float64).T
+    trained = routed_scores(*sides, (len(queries), len(documents)), clamp).numpy() + whole
+    np.testing.assert_allclose(trained, expected, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(("precision", "bytes_"), [("float16", 68), ("int8", 40), ("float32", 132)])
 def test_an_entry_takes_as_many_bytes_as_are_said(precision, bytes_, tmp_path):
     documents = drawn(200, 1, dim=32)
@@ -196,6 +243,18 @@ def test_an_entry_takes_as_many_bytes_as_are_said(precision, bytes_, tmp_path):
     said = index.statistics()
     assert (said["entries"], said["documents"]) == (total, 200)
     assert said["entries_per_document"] == total / 200
+
+
+@pytest.mark.parametrize("whole", [WHOLE, 0])
+def test_a_row_says_what_entries_cost_and_how_many_are_multiplied(whole):
+    queries, documents = (drawn(n, n, dim=32, whole=whole, keys=12) for n in (7, 30))
+    found, pairs = costs_of(queries, documents), 0
+    for row in range(7):
+        asked = [key for key, _ in entries(queries, row)]
+        pairs += sum(asked.count(key) for column in range(30) for key, _ in entries(documents, column))
+    assert found["products"] == pytest.approx(pairs / (7 * 30))
+    assert found["entries_per_document"] == pytest.approx(documents.offsets[-1] / 30)
+    assert found["bytes_per_document"] == pytest.approx(documents.offsets[-1] / 30 * (32 * 2 + 4) + whole * 2)
 
 
 def test_eight_bits_err_by_half_a_step_of_each_entry(tmp_path):

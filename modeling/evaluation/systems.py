@@ -233,7 +233,11 @@ def keep_ranking(path: Path, system: str, make: Callable[[], Ranking], depth: in
 
 
 def costs_of(queries: Embeddings, documents: Embeddings) -> dict[str, float]:
-    """Bytes per document; for sparse vectors also active dimensions of both sides and FLOPs; its windows, if any."""
+    """Bytes per document; for sparse vectors also active dimensions of both sides and FLOPs; its windows, if any.
+
+    For routed entries also how many a document has, and ``products``: how many a query and a document multiply on the
+    mean, those under one key.
+    """
     dtype = str(documents.values.dtype)
     windows: dict[str, float] = {}
     if documents.windows is not None:
@@ -254,6 +258,19 @@ def costs_of(queries: Embeddings, documents: Embeddings) -> dict[str, float]:
             "active_dims": nnz,
             "query_active_dims": float(queries.lengths.mean()),
             "flops": flops(*shares),
+        }
+    if documents.kind == "routed":
+        named = [np.asarray(side.indices) for side in (queries, documents)]
+        most = 1 + max(int(keys.max(initial=0)) for keys in named)
+        means = [np.bincount(k, minlength=most) / len(s) for k, s in zip(named, (queries, documents), strict=True)]
+        entries = float(documents.lengths.mean())
+        size = bytes_per_document("routed", dtype, dims=documents.dim, nnz=entries)
+        if documents.sentences is not None:
+            size += bytes_per_document("dense", str(documents.sentences.dtype), dims=documents.sentence_dim)
+        return {
+            "bytes_per_document": size,
+            "entries_per_document": entries,
+            "products": flops(*means),
         }
     size = bytes_per_document("dense", dtype, dims=documents.dim) * windows.get("windows_per_document", 1)
     return windows | {"bytes_per_document": size}

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 from urllib.parse import SplitResult
@@ -165,44 +165,17 @@ class RoutedIndex(FolderIndex):
             1 where one holds all.
         """
         documents = self.count()
-        found = dict.fromkeys(("entries", "documents_without_entries", "lists", "longest_list", "gini"), 0.0)
-        if self.lists is not None and documents:
-            lengths = np.sort(np.diff(self.lists.bounds))
-            lengths = lengths[lengths > 0]
-            there = np.zeros(documents, bool)
-            there[self.lists.places] = True
-            found |= {"entries": int(lengths.sum()), "documents_without_entries": int((~there).sum())}
-            if len(lengths):
-                ranks = np.arange(1, len(lengths) + 1)
-                gini = 2 * float(ranks @ lengths) / (len(lengths) * lengths.sum()) - (len(lengths) + 1) / len(lengths)
-                found |= {"lists": len(lengths), "longest_list": int(lengths[-1]), "gini": float(gini)}
-        return {"documents": documents, "entries_per_document": found["entries"] / max(1, documents)} | found
+        if self.lists is None or not documents:
+            return statistics_of_lists(np.empty(0, np.int64), documents, 0)
+        there = np.zeros(documents, bool)
+        there[self.lists.places] = True
+        return statistics_of_lists(np.diff(self.lists.bounds), documents, int((~there).sum()))
 
     def _scores(self, asked: Embeddings) -> np.ndarray:
         """Scores ``(queries, documents)`` of some queries."""
         (origin,) = self.origins.values()
-        lists, clamp = cast(_Lists, self.lists), clamps(origin.similarity)
-        assert asked.indices is not None
-        scores = np.zeros((len(asked), self.count()), np.float32)
-        owner = np.repeat(np.arange(len(asked)), asked.lengths)
-        order = np.argsort(asked.indices, kind="stable")  # by key, then by query
-        keys, starts = np.unique(asked.indices[order], return_index=True)
-        for key, start, stop in zip(keys.tolist(), starts, [*starts[1:], len(order)], strict=False):
-            rows = order[start:stop]
-            askers, groups = np.unique(owner[rows], return_index=True)  # a query may have a key twice
-            for values, places in self._pieces(lists, key):
-                products = asked.values[rows] @ values.T  # (query entries, entries of the list)
-                begins = np.flatnonzero(np.diff(places, prepend=-1))
-                if len(begins) < len(places):
-                    products = np.maximum.reduceat(products, begins, axis=1)  # (query entries, documents)
-                if clamp:
-                    np.maximum(products, 0, out=products)
-                if len(askers) < len(rows):
-                    products = np.add.reduceat(products, groups, axis=0)
-                if len(askers) == 1:
-                    scores[askers[0], places[begins]] += products[0]
-                else:
-                    scores[np.ix_(askers, places[begins])] += products
+        lists, scores = cast(_Lists, self.lists), np.zeros((len(asked), self.count()), np.float32)
+        add_scores_of_lists(scores, asked, lambda key: self._pieces(lists, key), clamp=clamps(origin.similarity))
         if asked.sentences is not None and lists.sentences is not None:
             for start in range(0, scores.shape[1], PIECE):
                 part = _wide(lists.sentences[start : start + PIECE])
@@ -331,6 +304,62 @@ class RoutedIndex(FolderIndex):
     def _save(self) -> None:
         super()._save()
         self._load()  # as maps of what was written, so that it is not in memory
+
+
+def statistics_of_lists(lengths: np.ndarray, documents: int, empty: int) -> dict[str, float]:
+    """What lists of entries are like; see :meth:`RoutedIndex.statistics`.
+
+    Args:
+        lengths: ``(keys,)`` entries of each list, those without any among them or not.
+        documents: How many there are.
+        empty: How many of them are in no list.
+    """
+    lengths = np.sort(lengths[lengths > 0])
+    found: dict[str, float] = {"documents": documents, "entries": int(lengths.sum())}
+    found |= {"entries_per_document": found["entries"] / max(1, documents), "documents_without_entries": empty}
+    if not len(lengths):
+        return found | {"lists": 0, "longest_list": 0, "gini": 0.0}
+    ranks = np.arange(1, len(lengths) + 1)
+    gini = 2 * float(ranks @ lengths) / (len(lengths) * lengths.sum()) - (len(lengths) + 1) / len(lengths)
+    return found | {"lists": len(lengths), "longest_list": int(lengths[-1]), "gini": float(gini)}
+
+
+def add_scores_of_lists(
+    scores: np.ndarray,
+    asked: Embeddings,
+    pieces: Callable[[int], Iterable[tuple[np.ndarray, np.ndarray]]],
+    *,
+    clamp: bool,
+) -> None:
+    """Add what queries score with the entries of their own keys; no other list is read.
+
+    Args:
+        scores: ``(queries, documents)`` in float32, which is added to.
+        asked: Routed queries in float32.
+        pieces: Gives the list of a key, some of it at a time: entries ``(entries, dim)`` in float32 and the documents
+            that they are of ``(entries,)``, rising, all of a document's together.
+        clamp: Whether a query entry counts 0 where its best product is negative.
+    """
+    assert asked.indices is not None
+    owner = np.repeat(np.arange(len(asked)), asked.lengths)
+    order = np.argsort(asked.indices, kind="stable")  # by key, then by query
+    keys, starts = np.unique(asked.indices[order], return_index=True)
+    for key, start, stop in zip(keys.tolist(), starts, [*starts[1:], len(order)], strict=False):
+        rows = order[start:stop]
+        askers, groups = np.unique(owner[rows], return_index=True)  # a query may have a key twice
+        for values, places in pieces(key):
+            products = asked.values[rows] @ values.T  # (query entries, entries of the list)
+            begins = np.flatnonzero(np.diff(places, prepend=-1))
+            if len(begins) < len(places):
+                products = np.maximum.reduceat(products, begins, axis=1)  # (query entries, documents)
+            if clamp:
+                np.maximum(products, 0, out=products)
+            if len(askers) < len(rows):
+                products = np.add.reduceat(products, groups, axis=0)
+            if len(askers) == 1:
+                scores[askers[0], places[begins]] += products[0]
+            else:
+                scores[np.ix_(askers, places[begins])] += products
 
 
 class _Added:

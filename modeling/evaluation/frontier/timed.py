@@ -17,7 +17,7 @@ from scipy.sparse import csr_matrix
 from sentence_transformers.util import SimilarityFunction
 from torch import Tensor
 
-from ...encoding.embeddings import Embeddings, row_of
+from ...encoding.embeddings import Embeddings, between, row_of
 from ...search.ranking import (
     deeper,
     exact_search,
@@ -29,7 +29,8 @@ from ...search.ranking import (
     unpacked,
     without,
 )
-from ...search.scoring import best_windows, maxsim_of_flat
+from ...search.routed import add_scores_of_lists
+from ...search.scoring import Lists, best_windows, clamps, maxsim_of_flat
 from ..systems import Ranking, costs_of, latency, timed_rows
 
 MEMORY = 4 * 2**30
@@ -56,7 +57,7 @@ class ReadyIndex:
     """Documents prepared for exact search, query by query.
 
     Args:
-        documents: Encoded documents of kind ``sentence``, ``tokens`` or ``sparse``.
+        documents: Encoded documents of kind ``sentence``, ``tokens``, ``sparse`` or ``routed``.
         ranks: ``(documents,)`` what decides ties; see :func:`polyrep.search.ranking.tie_ranks`.
         similarity: As for :func:`polyrep.search.ranking.exact_search`.
         device: Where to compute.
@@ -74,6 +75,12 @@ class ReadyIndex:
         if documents.kind == "sparse":
             matrix = sparse_rows(documents, 0, len(documents), similarity).T.tocsr()  # (vocabulary, documents)
             self.postings, self.everywhere, self.numbers = _without_full_rows(matrix)
+        elif documents.kind == "routed" and self.in_memory:
+            self.lists, self.clamp = Lists.of(documents), clamps(similarity)
+            self.entries = self.documents.values[self.lists.order]
+            self.documents = documents  # whose own order nothing reads any more
+            sentences = documents.sentences
+            self.sentences = None if sentences is None else np.array(sentences, np.float32)
         elif self.in_memory:
             self.vectors = torch.from_numpy(self.documents.values).to(device)
             if similarity == "cosine":
@@ -105,6 +112,8 @@ class ReadyIndex:
             if len(self.everywhere):
                 found += sparse[:, self.everywhere].toarray() @ self.numbers
             return torch.from_numpy(found)
+        if queries.kind == "routed":
+            return torch.from_numpy(self._of_lists(between(queries, start, stop)))
         if queries.offsets is None:
             batch = torch.from_numpy(np.asarray(queries.values[start:stop], np.float32)).to(self.device)
             if self.similarity == "cosine":
@@ -125,6 +134,21 @@ class ReadyIndex:
             block = maxsim_of_flat(batch, tokens, part, self.similarity, owner)  # (documents, queries with vectors)
             scores[: block.shape[1], first:last] = block.T
             first = last
+        return scores
+
+    def _of_lists(self, queries: Embeddings) -> np.ndarray:
+        """Scores ``(queries, documents)`` of routed queries, which read the lists of their keys alone."""
+        scores = np.zeros((len(queries), len(self.documents)), np.float32)
+        queries = replace(queries, values=np.asarray(queries.values, np.float32))
+
+        def one_list(key: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            first, last = (int(np.searchsorted(self.lists.keys, key, side)) for side in ("left", "right"))
+            if first < last:
+                yield self.entries[first:last], self.lists.owner[first:last]
+
+        add_scores_of_lists(scores, queries, one_list, clamp=self.clamp)
+        if queries.sentences is not None and self.sentences is not None:
+            scores += np.asarray(queries.sentences, np.float32) @ self.sentences.T
         return scores
 
 

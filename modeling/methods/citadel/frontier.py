@@ -1,10 +1,11 @@
-"""CITADEL's row in the frontier: the words of a router that was fitted to a late-interaction model's token vectors."""
+"""CITADEL's rows in the frontier: the words and the entries of a router over a late-interaction model's vectors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,30 +16,53 @@ from ...encoding.embeddings import Embeddings, joined, rows
 from ...evaluation.frontier.fit import costs_of_fit, fit_run
 from ...evaluation.frontier.full_model import FullModel
 from ...evaluation.frontier.pooling import token_batches
-from ...evaluation.frontier.rows import Candidate, Encoded, Method
+from ...evaluation.frontier.rows import Candidate, Encoded, Method, Once
 from .modeling_citadel import CitadelHead
 
-BATCH = 256
-"""Texts at a time."""
+BATCH = 64
+"""Texts at a time: of 256 tokens each, their scores of a block of words are a quarter of a gigabyte."""
+
+
+class Routed(NamedTuple):
+    """What a router makes of texts: weights of words, and entries under them."""
+
+    words: Embeddings
+    entries: Embeddings
 
 
 def table_rows(full: FullModel) -> Iterator[Candidate]:
-    """The weights of words alone, which any sparse engine searches."""
+    """The weights of words alone, which any sparse engine searches, and the entries of which they are the lists."""
 
-    def words() -> Encoded:
+    def make() -> tuple[CitadelHead, Routed, Routed, dict[str, float]]:
         folder = fit_run(full, METHOD.run, METHOD.fit_digest())
         head = AutoModel.from_pretrained(folder).eval()
-        queries, documents = (
-            words_of_tokens(head, side, task) for side, task in ((full.queries, "query"), (full.documents, "document"))
+        sides = (
+            routed_tokens(head, side, task) for side, task in ((full.queries, "query"), (full.documents, "document"))
         )
-        return Encoded(queries, documents, "dot", costs_of_fit(folder.parent))
+        return head, *sides, costs_of_fit(folder.parent)
+
+    made = Once(make)
+
+    def words() -> Encoded:
+        _, queries, documents, costs = made()
+        return Encoded(queries.words, documents.words, "dot", costs)
+
+    def entries() -> Encoded:
+        head, queries, documents, costs = made()
+        return Encoded(queries.entries, documents.entries, similarity_of(head), costs)
 
     yield Candidate("CITADEL, words", words, True)
+    yield Candidate("CITADEL", entries)
+
+
+def similarity_of(head: CitadelHead) -> str:
+    """Name of the score of its entries."""
+    return "routed" if head.config.clamp else "routed_unclamped"
 
 
 @torch.inference_mode()
-def words_of_tokens(head: CitadelHead, tokens: Embeddings, task: str) -> Embeddings:
-    """What a head whose router reads token vectors gives to the words of cached texts.
+def routed_tokens(head: CitadelHead, tokens: Embeddings, task: str) -> Routed:
+    """What a head whose router reads token vectors makes of cached texts, in one pass.
 
     Args:
         head: Fitted to the model.
@@ -46,24 +70,38 @@ def words_of_tokens(head: CitadelHead, tokens: Embeddings, task: str) -> Embeddi
         task: ``query`` or ``document``.
 
     Returns:
-        Embeddings of kind ``sparse``, in float16.
+        Embeddings of kinds ``sparse`` and ``routed``, of documents in the half precision that an index stores.
     """
-    parts, places = [], []
+    dtype = np.float16 if task == "document" else np.float32
+    words, entries, places = [], [], []
     batches = token_batches(tokens, BATCH)
     for chosen, vectors, mask in tqdm(batches, desc="CITADEL", leave=False, total=-(-len(tokens) // BATCH)):
-        weights = head(vectors, mask, task).router_embedding.numpy()
-        text_of, word = weights.nonzero()
-        offsets = np.concatenate([[0], np.cumsum(np.bincount(text_of, minlength=len(weights)))]).astype(np.int64)
-        values = weights[text_of, word].astype(np.float16)
-        parts.append(Embeddings("sparse", values, offsets, word.astype(np.int32), weights.shape[1], 0.0, Path()))
+        made = head(vectors, mask, task)
+        text_of, word = made.router_embedding.nonzero(as_tuple=True)
+        values, width = made.router_embedding[text_of, word], made.router_embedding.shape[1]
+        words.append(_flat("sparse", values, text_of, word, len(chosen), width, dtype))
+        text_of, token, place = made.mask.nonzero(as_tuple=True)
+        values = made.weights[text_of, token, place][:, None] * made.vectors[text_of, token]
+        keys = made.keys[text_of, token, place]
+        entries.append(_flat("routed", values, text_of, keys, len(chosen), values.shape[1], dtype))
         places.append(chosen)
-    return replace(rows(joined(parts), np.argsort(np.concatenate(places))), windows=tokens.windows)
+    back = np.argsort(np.concatenate(places))
+    return Routed(*(replace(rows(joined(parts), back), windows=tokens.windows) for parts in (words, entries)))
+
+
+def _flat(
+    kind: str, values: torch.Tensor, text_of: torch.Tensor, indices: torch.Tensor, texts: int, dim: int, dtype: type
+) -> Embeddings:
+    """Some rows of ``texts`` texts, one text after another."""
+    offsets = np.cumsum([0, *text_of.bincount(minlength=texts).tolist()], dtype=np.int64)
+    named = indices.numpy().astype(np.int32)
+    return Embeddings(kind, values.numpy().astype(dtype), offsets, named, dim, 0.0, Path())  # type: ignore[arg-type]
 
 
 METHOD = Method(
     table_rows,
     ("tokens",),
-    ("methods/citadel", "evaluation/frontier/pooling.py"),
+    ("methods/citadel", "evaluation/frontier/pooling.py", "search/routed.py"),
     "citadel-minilm-frozen",
     "CITADEL",
 )
