@@ -482,16 +482,14 @@ class Study:
 
     def rankings(self, bench: Bench, split: str = "test") -> list[Ranking]:
         """Every row of a data set; a system's seeds are rankings of one name."""
-        found = [
+        return [
             bench.ranking("BM25", [bench.bm25], split),
             bench.ranking(RAW, [bench.raw], split),
             bench.ranking("Dense2Sparse", [bench.dense2sparse], split),
             *(bench.ranking(OWN, [bench.adapted(seed)], split) for seed in self.args.seeds),
             *self.of_fits(bench, split),
+            *self.of_hybrids(bench, split),
         ]
-        for seed in self.args.ablation_seeds if self.settings.keys() - TUNED else ():
-            found.append(replace(self.whole(bench, UNIFIER, self.few, seed, split), system=self.rehearsal))
-        return found + self.of_hybrids(bench, split)
 
     def of_fits(self, bench: Bench, split: str) -> list[Ranking]:
         """Rows of what is fitted: views and sums."""
