@@ -39,7 +39,7 @@ class Views(NamedTuple):
 
 
 def table_rows(full: FullModel) -> Iterator[Candidate]:
-    """The lexicon view of one head, and the sum of both views; the dense one is the full model's own vector."""
+    """The lexicon view of one head, and the sum of both; the dense one is the full model's vector by a map."""
 
     def make() -> tuple[UnifierHead, Views, Views, dict[str, float]]:
         if full.similarity not in ("dot", "cosine"):
