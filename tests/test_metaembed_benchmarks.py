@@ -290,6 +290,8 @@ def test_parts_of_the_fits_are_all_of_them_once():
         for part in ("1/2", "2/2"):
             frozen.fit_part(benches, fits, part)
         assert len(made) == len(set(made)) == 3 * len(fits)
+    with pytest.raises(InputError, match="--tuning_steps 9: no fewer than --steps 9.*Use fewer"):
+        arguments(frozen, steps=9, tuning_steps=9)
     few = f"{chosen['MetaEmbed']} --max_steps {args.tuning_steps}"
     assert frozen.Fit("MetaEmbed", few, 0) in frozen.tried_fits(args), "the ablations' control is there from dev"
 
