@@ -4,8 +4,8 @@
     python benchmarks/metaembed_frozen.py --chosen results/metaembed-frozen-dev.json --output results   # the table
 
 One head gives every number of vectors of MetaEmbed; ReinPool's ladder does, too, and its slots need a fit for each.
-MetaEmbed and ReinPool are each tuned on dev, at a third of the steps, one setting for all sets. What MetaEmbed's parts
-are worth is told by fits of as few steps, beside MetaEmbed with as few.
+MetaEmbed and ReinPool are each tuned on dev, in few steps, one setting for all sets. What MetaEmbed's parts are worth
+is told by fits of as few steps, beside MetaEmbed with as few.
 
 Fitted heads and rankings are kept under a hash of data, settings and the methods' code, so a run that was interrupted
 makes only what is missing. Several processes share the fits: each takes its part with ``--fit_only``, and then the
@@ -65,6 +65,9 @@ HEADS: dict[str, list[str]] = {
 }
 """Heads of MetaEmbed: the method, and without each of its parts. All but the first take over its setting."""
 
+TRIED_NUMBERS = (1, 8, 32)
+"""Vectors of a document with which dev chooses."""
+
 RIVALS: dict[str, list[str]] = {
     LADDERS: [],
     **{f"{SLOTS}, {k}": ["--pooling", "slots", "--num_vectors", str(k), "--ladder", str(k)] for k in SLOT_NUMBERS},
@@ -110,9 +113,9 @@ class Arguments:
     ablation_seeds: list[int] = field(
         default_factory=lambda: [0], metadata={"help": "Of these, the seeds of all other fits: slots and ablations."}
     )
+    steps: int = field(default=200, metadata={"help": "Steps of what is chosen, and of ReinPool's slots."})
     tuning_steps: int = field(
-        default=100,
-        metadata={"help": "Steps of the fits among which dev chooses, and of the ablations; what is chosen has more."},
+        default=60, metadata={"help": "Steps of the fits among which dev chooses, and of the ablations."}
     )
     systems: list[str] = field(
         default_factory=lambda: list(HEADS), metadata={"help": "Heads that are fitted; MetaEmbed always is."}
@@ -190,13 +193,12 @@ class Bench(reinpool_text.Bench):
 
         return keep_ranking(path, system, make, reinpool_text.KEPT_DEPTH)
 
-    def found(self, fit: Fit, split: str, name: str | None = None) -> dict[int, Ranking]:
-        """Rankings of a head by number of vectors, as rows of ``name``, by default the system's.
+    def found(self, fit: Fit, split: str, title: str, numbers: Sequence[int]) -> dict[int, Ranking]:
+        """Rankings of a head by number of vectors, as rows called ``title, NUMBER``.
 
         The passes over the corpus that they ask for are made once for all of them, and then forgotten.
         """
-        folder, numbers = self.fitted_head(fit), sizes(fit.system)
-        title = fit.system.partition(", ")[0] if name is None else name
+        folder = self.fitted_head(fit)
         if fit.system in HEADS:
             rankings = {k: self.nested(f"{title}, {k}", folder, k, split) for k in numbers}
             self.given.cache_clear()
@@ -238,9 +240,9 @@ def sizes(system: str) -> Sequence[int]:
 # What is fitted
 
 
-def rehearsed(setting: str, args: Arguments) -> str:
-    """A setting with the few steps of tuning."""
-    return f"{setting} --max_steps {args.tuning_steps}"
+def lasting(setting: str, steps: int) -> str:
+    """A setting with its steps."""
+    return f"{setting} --max_steps {steps}"
 
 
 def rehearsal(args: Arguments) -> str:
@@ -250,15 +252,17 @@ def rehearsal(args: Arguments) -> str:
 
 def tried_fits(args: Arguments) -> list[Fit]:
     """What dev chooses among, with one seed."""
-    return [Fit(system, rehearsed(s, args), args.seeds[0]) for system, tries in TRIES.items() for s in tries]
+    seed, few = args.seeds[0], args.tuning_steps
+    return [Fit(system, lasting(setting, few), seed) for system, tries in TRIES.items() for setting in tries]
 
 
 def table_fits(args: Arguments, chosen: Mapping[str, str]) -> dict[Fit, str]:
     """Fits of the table, and what their rows are called before the number of vectors."""
-    found = {Fit(system, chosen[system], seed): system for system in (NESTED, LADDERS) for seed in args.seeds}
+    full = {system: lasting(setting, args.steps) for system, setting in chosen.items()}
+    few = lasting(chosen[NESTED], args.tuning_steps)
+    found = {Fit(system, full[system], seed): system for system in (NESTED, LADDERS) for seed in args.seeds}
     for seed in args.ablation_seeds:
-        found |= {Fit(system, chosen[LADDERS], seed): SLOTS for system in RIVALS if system != LADDERS}
-        few = rehearsed(chosen[NESTED], args)
+        found |= {Fit(system, full[LADDERS], seed): SLOTS for system in RIVALS if system != LADDERS}
         others = [system for system in HEADS if system in args.systems and system != NESTED]
         found |= {Fit(system, few, seed): system for system in others}
         if others:
@@ -282,12 +286,12 @@ def fit_part(benches: Sequence[Bench], fits: Sequence[Fit], part: str) -> None:
 
 
 def tuned(benches: Sequence[Bench], args: Arguments) -> list[dict[str, Any]]:
-    """Every setting that is tried on dev: mean nDCG@10 over the numbers of vectors, a row a set."""
+    """Every setting that is tried on dev: mean nDCG@10 over some numbers of vectors, a row a set."""
     rows = []
     for fit in tqdm(tried_fits(args), desc="tuning"):
         setting = fit.setting.rpartition(" --max_steps")[0]
         for bench in benches:
-            found = bench.found(fit, "dev")
+            found = bench.found(fit, "dev", fit.system, TRIED_NUMBERS)
             by_number = {str(k): float(bench.ndcg(ranking, "dev").mean()) for k, ranking in found.items()}
             row = {"system": fit.system, "dataset": bench.name, "split": "dev", "metric": "nDCG@10"}
             row |= {"setting": setting, "value": float(np.mean(list(by_number.values()))), "by_number": by_number}
@@ -334,7 +338,8 @@ def rankings(bench: Bench, args: Arguments, chosen: Mapping[str, str]) -> list[t
     bm25 = replace(rank_with_bm25(bench.split("test"), reinpool_text.KEPT_DEPTH), system="BM25")
     found: list[tuple[Ranking, int | None]] = [(ranking, None) for ranking in [*out.rankings, bm25]]
     for fit, name in table_fits(args, chosen).items():
-        found += [(ranking, fit.seed) for ranking in bench.found(fit, "test", name).values()]
+        made = bench.found(fit, "test", name, sizes(fit.system))
+        found += [(ranking, fit.seed) for ranking in made.values()]
     return found
 
 
@@ -367,7 +372,7 @@ def of_heads(benches: Sequence[Bench], args: Arguments, chosen: Mapping[str, str
     """How long a fit takes, how alike a document's vectors are, and by how much a prefix differs from a slice."""
     seconds, cosines, errors = {}, {}, []
     for bench in benches:
-        folder = bench.fitted_head(Fit(NESTED, chosen[NESTED], args.seeds[0]))
+        folder = bench.fitted_head(Fit(NESTED, lasting(chosen[NESTED], args.steps), args.seeds[0]))
         seconds[bench.name] = float(read_json(folder.parent / "training.json")["seconds"])
         documents = bench.given(folder)[2][8]
         vectors = torch.from_numpy(np.asarray(documents.values, np.float32)).view(len(documents), 8, -1)
@@ -384,7 +389,8 @@ def of_heads(benches: Sequence[Bench], args: Arguments, chosen: Mapping[str, str
     common: dict[str, Any] = {"system": NESTED, "split": "test"}
     mean = float(np.mean(list(cosines.values())))
     return [
-        at_most("metaembed.head_fit_seconds", max(seconds.values()), 180.0, by_dataset=seconds) | common,
+        at_most("metaembed.head_fit_seconds", max(seconds.values()), 180.0, by_dataset=seconds, steps=args.steps)
+        | common,
         at_most("metaembed.frozen_pairwise_cosine_8", mean, 0.9, by_dataset=cosines) | common,
         at_most("metaembed.frozen_prefix_error", max(errors), 1e-6) | common,
     ]
@@ -402,6 +408,11 @@ def checked(args: Arguments) -> Arguments:
         raise InputError(
             f"--ablation_seeds {' '.join(map(str, beyond))}: not among --seeds {' '.join(map(str, args.seeds))}, so "
             "MetaEmbed would have no fit to compare them with. Name some of those."
+        )
+    if args.tuning_steps >= args.steps:
+        raise InputError(
+            f"--tuning_steps {args.tuning_steps}: no fewer than --steps {args.steps}, so the ablations would be "
+            "compared with what the table has already. Use fewer, e.g. a third."
         )
     if args.fit_only and not (args.dev or args.chosen):
         raise InputError(
@@ -439,8 +450,8 @@ def main() -> None:
                 "chosen": chosen,
                 "claims": [],
                 "notes": [
-                    f"Fits of {args.tuning_steps} steps. Values are means over {', '.join(map(str, LADDER))} vectors "
-                    "of a document."
+                    f"Fits of {args.tuning_steps} steps. Values are means over {', '.join(map(str, TRIED_NUMBERS))} "
+                    "vectors of a document."
                 ],
             }
             print(write_results(results, output))
@@ -471,7 +482,8 @@ def notes(args: Arguments, chosen: Mapping[str, str]) -> list[str]:
     """What a reader of the tables should know."""
     seeds = ", ".join(map(str, args.ablation_seeds))
     found = [
-        f"{NESTED}: --learning_rate {chosen[NESTED]}, one fit a set and seed for all numbers of vectors. {LADDERS}: "
+        f"{NESTED}: --learning_rate {chosen[NESTED]}, one fit of {args.steps} steps a set and seed for all numbers of "
+        f"vectors. {LADDERS}: "
         f"the run of reinpool-minilm at --learning_rate {chosen[LADDERS]}. Both chosen on dev, of "
         f"{len(TRIES[NESTED])} and {len(TRIES[LADDERS])} settings at {args.tuning_steps} steps. Every fit: "
         f"{' '.join(ALIKE)}. {LADDERS} learns from the frozen model's scores beside the judgments, and so does a fit "

@@ -62,19 +62,20 @@ FORMS: dict[str, list[str]] = {
 TUNED = (NESTED, SINGLE, MEAN, LATE)
 """Forms that are tuned, and measured with every seed; the others take over the setting of the first."""
 
-RATES = ("2e-5", "5e-5")
+RATES = ("5e-5", "2e-5")
 TRIES: dict[str, list[str]] = {
     NESTED: [f"{rate} --score {score}" for rate in RATES for score in ("sum", "mean")],
     SINGLE: list(RATES),
     MEAN: list(RATES),
-    LATE: ["5e-5", "1e-4"],
+    LATE: ["1e-4", "5e-5"],
     LADDERS: FROZEN_TRIES[LADDERS],
 }
 """Learning rates and further flags that dev chooses among, with one seed. Late interaction's are about its recipe's,
-which leaves the lowest layers as they are; ReinPool's are those that the frozen tier tries."""
+which leaves the lowest layers as they are; ReinPool's are those that the frozen tier tries. What is likeliest to be
+best stands first."""
 
 SPLITS = ("dev", "test")
-ALIKE_8 = 8
+COMPARED = 8
 """Vectors of a document whose likeness is told."""
 
 CHECKED = 16
@@ -95,6 +96,10 @@ class Arguments(finetuned_tier.Arguments):
     )
     ablation_seeds: list[int] = field(
         default_factory=lambda: [0], metadata={"help": "Of these, the seeds of the other forms."}
+    )
+    tries: int = field(
+        default=4,
+        metadata={"help": "Settings of each form, the first ones, that dev chooses among."},
     )
     batch: int = field(default=32, metadata={"help": "Pairs of a step."})
     max_length: int = field(default=128, metadata={"help": "Tokens of a text while training."})
@@ -209,10 +214,10 @@ class Study:
         """
         first = self.args.seeds[0]
         if stage == "dev":
-            yield from (Job(form, s, first) for form in TUNED if form in self.forms for s in TRIES[form])
+            yield from (Job(form, s, first) for form in TUNED if form in self.forms for s in self.tries(form))
             if self.pools:
                 late = self.choice(LATE)
-                yield from (Job(LADDERS, rehearsed(s, self.args), first, late) for s in TRIES[LADDERS])
+                yield from (Job(LADDERS, rehearsed(s, self.args), first, late) for s in self.tries(LADDERS))
             return
         for form in self.forms:
             setting = self.choice(form if form in TUNED else NESTED)
@@ -224,10 +229,14 @@ class Study:
         """Of a form on test."""
         return self.args.seeds if form in (*TUNED, LADDERS) else self.args.ablation_seeds
 
+    def tries(self, form: str) -> list[str]:
+        """Settings of a form that dev chooses among."""
+        return TRIES[form][: self.args.tries]
+
     def on_dev(self, form: str) -> dict[str, float]:
         """Setting -> mean nDCG@10 on dev, over data sets and numbers of vectors, of what has a row."""
         found = {}
-        for setting in TRIES[form]:
+        for setting in self.tries(form):
             job = Job(form, setting, self.args.seeds[0])
             if form == LADDERS:
                 job = job._replace(setting=rehearsed(setting, self.args), of=self.choice(LATE))
@@ -242,7 +251,7 @@ class Study:
             InputError: One has no row yet.
         """
         values = self.on_dev(form)
-        if missing := [setting for setting in TRIES[form] if setting not in values]:
+        if missing := [setting for setting in self.tries(form) if setting not in values]:
             raise InputError(
                 f"--stage {self.args.stage}: {form!r} with {missing[0]!r} has no row on dev yet, so nothing is "
                 "chosen. Run --stage dev first, until it says that all is done."
@@ -300,9 +309,9 @@ class Study:
                     name = job.form if most == 1 else f"{job.form}, {k}"
                     measured[split][name] = entry(part, rank_few(name, few, first_vectors(documents, k), ranks))
             row["datasets"][whole.name] = measured
-            if most >= ALIKE_8:
+            if most >= COMPARED:
                 cosines[whole.name] = likeness(documents)
-        if most >= ALIKE_8:
+        if most >= COMPARED:
             row["cosine_8"] = cosines
         if model[0].model.config.attention == "isolated" and most > 1:
             texts = list(self.dataset(args.datasets[0], "test").corpus.values())
@@ -377,9 +386,9 @@ def entry(dataset: Any, ranking: Ranking) -> dict[str, Any]:
 
 def likeness(documents: Embeddings) -> float:
     """Mean cosine between two of a document's first eight vectors."""
-    few = first_vectors(documents, ALIKE_8)
-    vectors = torch.from_numpy(np.asarray(few.values, np.float32)).view(len(few), ALIKE_8, -1)
-    first, second = torch.triu_indices(ALIKE_8, ALIKE_8, 1)
+    few = first_vectors(documents, COMPARED)
+    vectors = torch.from_numpy(np.asarray(few.values, np.float32)).view(len(few), COMPARED, -1)
+    first, second = torch.triu_indices(COMPARED, COMPARED, 1)
     return float(torch.cosine_similarity(vectors[:, first], vectors[:, second], dim=-1).mean())
 
 

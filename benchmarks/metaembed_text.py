@@ -35,7 +35,6 @@ from metaembed_study import (
     NOT_NESTED,
     PAPER,
     SINGLE,
-    TRIES,
     TUNED,
     Arguments,
     Study,
@@ -165,7 +164,7 @@ def notes(study: Study) -> list[str]:
     """What a reader of the tables should know."""
     args = study.args
     chosen = [f"{form}: --learning_rate {study.choice(form)}" for form in TUNED if form in study.forms]
-    tried = sum(len(TRIES[form]) for form in TUNED if form in study.forms)
+    tried = sum(len(study.tries(form)) for form in TUNED if form in study.forms)
     found = [
         f"Each model: {args.max_steps} steps of {args.batch} pairs of {', '.join(args.datasets)} together, texts cut "
         f"at {args.max_length} tokens while training and at {args.encoded_length} in the index. {'; '.join(chosen)}, "
@@ -192,6 +191,8 @@ def checked(args: Arguments) -> Arguments:
     known = [*ALL_FORMS, LADDERS]
     if unknown := [form for form in args.forms if form not in known]:
         raise InputError(f"--forms {', '.join(unknown)}: unknown. There are {', '.join(map(repr, known))}.")
+    if args.tries < 1:
+        raise InputError(f"--tries {args.tries}: nothing would be there to choose. Use 1 or more.")
     if LADDERS in args.forms and LATE not in args.forms:
         raise InputError(f"--forms: {LADDERS} pools the vectors of {LATE!r}, which is not among them. Name it, too.")
     if beyond := sorted(set(args.ablation_seeds) - set(args.seeds)):
@@ -217,7 +218,7 @@ def main() -> None:
     results = provenance(shlex.join(["python", *sys.argv])) | {
         "name": args.name,
         "seeds": args.seeds,
-        "settings_tried": sum(len(TRIES[form]) for form in [*TUNED, LADDERS] if form in args.forms),
+        "settings_tried": sum(len(study.tries(form)) for form in [*TUNED, LADDERS] if form in args.forms),
         "models": {args.backbone: fingerprint(fetch(args.backbone))},
         "data": made_here(*args.datasets),
         "rows": table.rows,

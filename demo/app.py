@@ -29,6 +29,8 @@ from storage import open_models
 
 from polyrep.data import load_retrieval_dataset
 from polyrep.errors import InputError
+from polyrep.evaluation.frontier.pooling import LADDER
+from polyrep.files import read_json
 from polyrep.hub import load
 
 HERE = Path(__file__).resolve().parent
@@ -49,6 +51,9 @@ EXAMPLES = (
 
 RESULTS = ROOT / "results"
 FRONTIERS = ("python_docs", "tldr_pages", "scifact")
+BUDGETS = {"trained with the encoder": "metaembed-text", "a head over a frozen model": "metaembed-frozen"}
+"""What MetaEmbed's vectors are made by -> name of its results."""
+
 MOST_VECTORS = 16
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "models", "show_progress": "minimal"}
 """One computation at a time: two cores give one query its milliseconds, and two queries neither theirs."""
@@ -167,6 +172,8 @@ def build(collection: Collection) -> gr.Blocks:
             _uncertainty_tab(collection, queries)
         with gr.Tab("Layers"):
             _layers_tab(collection, queries)
+        with gr.Tab("Vectors"):
+            _vectors_tab()
         with gr.Tab("Frontier"):
             _frontier_tab()
     return demo
@@ -317,6 +324,42 @@ def _layers_tab(collection: Collection, queries: list[str]) -> None:
         "length. The column “sum” adds them up; “score” is what the model itself gives. The Search tab's score may "
         "differ in the fourth digit, since the index holds 16 bits a number."
     )
+
+
+def nested_results(made: str) -> tuple[str, dict[str, Any] | None]:
+    """Name of the results of MetaEmbed, and these; None if they have not been measured."""
+    name = BUDGETS.get(made) or next(iter(BUDGETS.values()))
+    path = RESULTS / f"{name}.json"
+    return name, read_json(path) if path.is_file() else None
+
+
+def _vectors_tab() -> None:
+    def at(made: str, number: int | None) -> str:
+        if number not in LADDER:
+            raise InputError(f"Choose how many vectors a document has: {', '.join(map(str, LADDER))}.")
+        name, results = nested_results(made)
+        return views.unmeasured(name) if results is None else views.few_vectors(results, number)
+
+    def shown(made: str) -> str:
+        name, results = nested_results(made)
+        if results is None:
+            return ""
+        return views.vectors_curve((RESULTS / f"{name}.png").read_bytes(), results, name)
+
+    _explain(
+        "A model of MetaEmbed writes 32 vectors of a document, and any first ones of them are an index by "
+        "themselves. So the size is chosen when an index is made or searched, not when the model is trained. Beside "
+        "it are as many vectors by other means, of as many bytes."
+    )
+    with gr.Row(equal_height=False):
+        made = gr.Radio(list(BUDGETS), value=next(iter(BUDGETS)), label="MetaEmbed", scale=1)
+        number = gr.Radio(list(LADDER), value=8, label="Vectors of a document", scale=1)
+    answer, draw = answered(at), answered(shown)
+    result = _html(answer(made.value, number.value))
+    picture = _html(draw(made.value))
+    quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "trigger_mode": "always_last"}
+    gr.on([made.input, number.input], answer, [made, number], result, **quick)
+    made.input(draw, made, picture, **quick)
 
 
 def _frontier_tab() -> None:

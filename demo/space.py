@@ -26,7 +26,8 @@ DEMO = Path(__file__).resolve().parent
 ROOT = DEMO.parent
 OWN = ("app.py", "collection.py", "images.py", "packed.py", "storage.py", "views.py", "style.css")
 SPACE = ("README.md", "requirements.txt")
-BESIDE = ("LICENSE", "results/frontier-*.json", "results/frontier-*.png")
+SHOWN = ("frontier", "metaembed")
+BESIDE = ("LICENSE", *(f"results/{name}-*.{kind}" for name in SHOWN for kind in ("json", "png")))
 _UNWANTED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.partial")
 
 

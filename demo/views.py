@@ -250,6 +250,58 @@ def frontier(picture: bytes, results: Mapping[str, Any], name: str) -> str:
 <details class="whole"><summary>The whole table, results/frontier-{escape(name)}.md</summary>{table}</details>"""
 
 
+NESTED = "MetaEmbed"
+
+
+def unmeasured(name: str) -> str:
+    """That results are not there, which is nobody's mistake."""
+    return f"""<p class="note" role="status">results/{escape(name)}.json is not there, so there is no curve to show:
+nobody has measured it yet. <code>benchmarks/{escape(name.replace("-", "_"))}.py --output results</code> makes
+it.</p>"""
+
+
+def few_vectors(results: Mapping[str, Any], number: int) -> str:
+    """What is found with so many vectors of a document, and what with all or with one, on each data set."""
+    rows = quality_rows(results)
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    by_system: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        family, _, count = row["system"].partition(", ")
+        if count in ("", str(number)):
+            by_system.setdefault(family, {})[row["dataset"]] = row
+    ours = by_system.get(NESTED, {})
+    cells = []
+    # The method first, then whatever has as many vectors, then what has another number.
+    for system, of in sorted(by_system.items(), key=lambda item: (item[0] != NESTED, _other(item[1], number))):
+        size = {f"{row['bytes_per_document']:,.0f}" for row in of.values() if "bytes_per_document" in row}
+        values = [f"{of[name]['value']:.3f}" if name in of else "" for name in datasets]
+        cells.append([escape(system), *values, " – ".join(sorted(size, key=len))])
+    known = ", ".join(f"{row['value']:.3f} on {escape(name)}" for name, row in ours.items())
+    size = next(iter(ours.values()))["bytes_per_document"] if ours else 0
+    head = f"{number} {_plural('vector', number)} of MetaEmbed, {size:,.0f} bytes: nDCG@10 {known}."
+    table = _table(["nDCG@10", *datasets, "bytes a document"], cells)
+    return f"""<p class="figures" role="status">{head}</p>
+{_scrolling(f"With {number} {_plural('vector', number)} of a document", table)}"""
+
+
+def _other(rows: Mapping[str, Mapping[str, Any]], number: int) -> bool:
+    """Whether rows of a system have another number of vectors than this."""
+    return not all(row["system"].endswith(f", {number}") for row in rows.values())
+
+
+def vectors_curve(picture: bytes, results: Mapping[str, Any], name: str) -> str:
+    """The picture of quality over the number of vectors."""
+    values: dict[int, list[float]] = {}
+    for row in quality_rows(results):
+        family, _, count = row["system"].partition(", ")
+        if family == NESTED:
+            values.setdefault(int(count), []).append(row["value"])
+    means = "; ".join(f"{count}: {sum(of) / len(of):.3f}" for count, of in sorted(values.items()))
+    alt = f"Quality over the number of vectors of a document. Mean nDCG@10 of MetaEmbed with so many vectors: {means}."
+    return f"""<img class="result" src="{embedded(picture, "image/png")}" alt="{escape(alt)}">
+<p class="note">The whole table is results/{escape(name)}.md. Bands are 95 % intervals over the test queries.</p>"""
+
+
 def choices(label: str, texts: Sequence[str]) -> str:
     """Texts to press."""
     return _buttons(label, "choices", [escape(text) for text in texts])

@@ -439,6 +439,37 @@ def test_a_budget_takes_the_best_row_within_it(app):
     assert best_of(within(rows, {"bytes": 256.0}))["system"] == published["system"]  # as the command itself says
 
 
+def nested_rows() -> list[dict[str, Any]]:
+    """Rows of a benchmark of MetaEmbed on two data sets."""
+    several = [(system, k) for system in ("hierarchical", "MetaEmbed") for k in (1, 2, 4, 8, 16, 32)]
+    names = [(f"{system}, {k}", 256.0 * k) for system, k in several] + [("late interaction", 9000.0)]
+    return [
+        {"system": name, "dataset": dataset, "metric": metric, "value": place / 100, "bytes_per_document": size}
+        for place, (name, size) in enumerate(names)
+        for dataset in ("one", EVIL)
+        for metric in ("nDCG@10", "MRR@10")
+    ]
+
+
+def test_a_number_of_vectors_shows_what_each_way_finds_with_as_many(app, tmp_path, monkeypatch):
+    monkeypatch.setattr(app, "RESULTS", tmp_path)
+    assert app.nested_results("a head over a frozen model") == ("metaembed-frozen", None)
+    note = views.unmeasured("metaembed-frozen")
+    assert "results/metaembed-frozen.json is not there" in note and "benchmarks/metaembed_frozen.py" in note
+    assert app.nested_results("what is no choice") == ("metaembed-text", None)
+    (tmp_path / "metaembed-text.json").write_text(json.dumps({"rows": nested_rows()}))
+    name, results = app.nested_results("trained with the encoder")
+    page = views.few_vectors(results, 4)
+    assert name == "metaembed-text" and EVIL not in page and page.count("<tr>") == 3 + 1
+    # The places in the list: MetaEmbed, 4 is the ninth row, hierarchical, 4 the third, late interaction the last.
+    cells = ("MetaEmbed</th>", "0.080", "hierarchical</th>", "0.020", "late", "0.120")
+    order = [page[page.index("<table") :].index(cell) for cell in cells]
+    assert order == sorted(order) and "4 vectors of MetaEmbed, 1,024 bytes: nDCG@10 0.080 on one" in page
+    assert "1 vector of MetaEmbed, 256 bytes" in views.few_vectors(results, 1)
+    curve = views.vectors_curve(picture(), results, name)
+    assert "1: 0.060; 2: 0.070; 4: 0.080; 8: 0.090; 16: 0.100; 32: 0.110" in curve and "data:image/png" in curve
+
+
 def test_a_smaller_corpus_keeps_what_is_needed(whole):
     smaller = demo.few(whole, 50, ["velmora-000"])
     assert len(smaller.corpus) == 50 and "velmora-000" in smaller.corpus

@@ -22,7 +22,7 @@ from test_demo import awaited, free_port
 
 CHROMIUM = os.environ.get("POLYREP_CHROMIUM") or shutil.which("chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-TABS = ("Search", "Words", "Kept tokens", "Uncertainty", "Layers", "Frontier")
+TABS = ("Search", "Words", "Kept tokens", "Uncertainty", "Layers", "Vectors", "Frontier")
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 SLOW = 300_000
 """Milliseconds for a step, on a machine that does much else."""
@@ -114,6 +114,7 @@ CONTENT = {
     "Kept tokens": "pooled vectors",
     "Uncertainty": "a variance does not rank better",
     "Layers": "layer 6",
+    "Vectors": "any first ones of them are an index by themselves",
     "Frontier": "Within 1,024 bytes a document and 8 ms a query",
 }
 
