@@ -107,6 +107,9 @@ results-sets: $(VENV)/.dev
 			--output results || exit 1; \
 	done
 	$(BIN)/python benchmarks/search.py --output results
+	$(BIN)/accelerate launch train.py hub_configs/citadel-minilm --datasets $(FOUR) \
+		--output_dir models/four/citadel-minilm --overwrite
+	$(BIN)/python benchmarks/routed_growth.py --model models/four/citadel-minilm/final --output results
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/choose.py
 	$(BIN)/python benchmarks/encode_speed.py --output results
@@ -119,6 +122,8 @@ results-sets: $(VENV)/.dev
 	$(BIN)/python benchmarks/unifier_text.py --chosen results/unifier-text-dev.json --output results
 	$(BIN)/python benchmarks/metaembed_frozen.py --dev --output results
 	$(BIN)/python benchmarks/metaembed_frozen.py --chosen results/metaembed-frozen-dev.json --output results
+	$(BIN)/python benchmarks/citadel_text.py --dev --output results
+	$(BIN)/python benchmarks/citadel_text.py --chosen results/citadel-frozen-dev.json --output results
 	$(BIN)/accelerate launch train.py hub_configs/dense2sparse-minilm --datasets tldr_pages scitldr scifact \
 		--output_dir models/hybrids/dense2sparse-minilm --overwrite
 	$(BIN)/python benchmarks/hybrids.py --output results

@@ -98,7 +98,14 @@ def planned(bench: FitBench, flags: list[str], seed: int, output: str = "fit") -
     return resolve([*argv, "--save_strategy", "no", "--disable_tqdm", "true"], prog="train.py")
 
 
-def fitted(bench: FitBench, flags: list[str], seed: int, head_of: Callable[[Plan], Any], data_of: Callable) -> Any:
+def fitted(
+    bench: FitBench,
+    flags: list[str],
+    seed: int,
+    head_of: Callable[[Plan], Any],
+    data_of: Callable,
+    objective_class: Any = None,
+) -> Any:
     """The trainer of a fitted head, with the shipped run's steps.
 
     Args:
@@ -107,11 +114,12 @@ def fitted(bench: FitBench, flags: list[str], seed: int, head_of: Callable[[Plan
         seed: Of the fit.
         head_of: Makes the head of a plan.
         data_of: Gives the training pairs of a plan and an objective.
+        objective_class: Takes the place of the run's objective, with its arguments.
     """
     with tempfile.TemporaryDirectory() as scratch:
         plan = planned(bench, flags, seed, scratch)
         set_seed(seed)
-        objective: Any = plan.objective(head_of(plan), **plan.objective_arguments)
+        objective: Any = (objective_class or plan.objective)(head_of(plan), **plan.objective_arguments)
         data: HeadData = data_of(plan, objective)
         objective.prepare(data)
         trainer = HeadTrainer(

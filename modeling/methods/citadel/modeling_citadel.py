@@ -62,8 +62,11 @@ KEYS = (1, 256)
 WORD_BLOCK = 4096
 """Words that are scored at a time: all of them at all tokens of a batch would be a gigabyte."""
 
-TOKEN_BLOCK = 1024
-"""Tokens whose scores of all words are in memory at a time in training."""
+TOKEN_BLOCK = 256
+"""Tokens whose scores of all words are in memory at a time in training.
+
+Of more the arrays are so large that memory is asked for anew at each step of the arithmetic, which takes longer.
+"""
 
 SAMPLE = 512
 """Tokens by which bias and bonus are set."""

@@ -347,6 +347,8 @@ class CitadelHeadObjective(_RoutedLoss):
 
     trains_on = "tokens"
     model: CitadelHead
+    own_words = False
+    """Whether batches have ``input_ids``, which say what words the vectors are of: no cache keeps them."""
 
     def __init__(
         self,
@@ -367,7 +369,7 @@ class CitadelHeadObjective(_RoutedLoss):
             raise InputError("--label_weight 0 --maxsim_weight 0: nothing would be learned. Leave one out.")
         if not 0 < score_scale < math.inf:
             raise InputError(f"--score_scale {score_scale}: a softmax needs a positive factor, e.g. 30.")
-        if not self.learned:
+        if not self.learned and not self.own_words:
             raise InputError(
                 "--routing static: cached token vectors do not tell which words they are of, so none would meet. "
                 "Train a whole model, hub_configs/citadel-minilm."
@@ -411,7 +413,7 @@ class CitadelHeadObjective(_RoutedLoss):
     def forward(self, features: list[Features], labels: Tensor) -> dict[str, Tensor]:
         """Parts of the loss of a batch of :class:`~polyrep.training.pairs.HeadData`: queries, and all documents."""
         query, document = (
-            self.model(side["token_embeddings"], side["attention_mask"], task, prune=False)
+            self.model(side["token_embeddings"], side["attention_mask"], task, side.get("input_ids"), prune=False)
             for side, task in zip(features, ("query", "document"), strict=True)
         )
         device = query["weights"].device
@@ -427,7 +429,7 @@ class CitadelHeadObjective(_RoutedLoss):
                 teacher = teacher * self.score_scale
                 said = scores[:, columns] * self.score_scale / lengths
                 parts["maxsim"] = self.maxsim_weight * divergence(said, teacher)
-                if self.router_weight:
+                if self.router_weight and self.learned:
                     words = dot(queries["router_embedding"], documents["router_embedding"][columns])
                     said = words * self.score_scale / lengths
                     parts["router"] = self.router_weight * divergence(said, teacher)
