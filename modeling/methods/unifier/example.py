@@ -20,10 +20,11 @@ from .modeling_unifier import (
     UnifierTransformer,
 )
 
-WHOLE = "--batch_sampler batch_sampler --bf16 false --hard_negatives 1 --negative_margin 0 --initial_active 8"
+SMALL = "--initial_active 8 --document_top_k 20 --query_top_k 10"  # a vocabulary of a few dozen words
+WHOLE = f"{SMALL} --batch_sampler batch_sampler --bf16 false --hard_negatives 1 --negative_margin 0"
 RUNS = {
     "whole": TinyRun("unifier-minilm", f"{WHOLE} --gate query"),
-    "head": TinyRun("unifier-minilm-frozen", "--initial_active 8 --depth 4"),
+    "head": TinyRun("unifier-minilm-frozen", f"{SMALL} --depth 4"),
 }
 
 
