@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -642,6 +643,20 @@ def test_the_dense_view_alone_scores_no_word_and_nothing_but_its_loss_trains_it(
     assert parts.keys() == {"dense"} and parts["dense"].item() == pytest.approx(expected.item(), rel=1e-5)
     parts["dense"].backward()
     assert all(parameter.grad is None for parameter in model[0].model.head.parameters())
+
+
+@pytest.mark.parametrize("pipeline", [False, True])
+def test_what_is_new_learns_faster_than_the_encoder(pipeline, backbone, tmp_path):
+    if pipeline:
+        head = UnifierHead.from_backbone(encoder_of(backbone))
+        model = SentenceTransformer(modules=[encoder_of(backbone)[0], UnifierPooling(head)], device="cpu")
+    else:
+        whole = UnifierModel.from_modules(encoder_of(backbone))
+        model = one_folder(whole, backbone, tmp_path / "model", transformer=modeling_unifier.UnifierTransformer)
+    loss = UnifierObjective(model)
+    (pattern,), (factor,) = zip(*loss.learning_rates.items(), strict=True)
+    faster = {id(parameter) for name, parameter in loss.named_parameters() if re.search(pattern, name)}
+    assert factor > 1 and faster == {id(parameter) for parameter in loss.head.parameters()}
 
 
 def test_words_that_occur_are_trained_and_kept_in_the_end(backbone):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -42,6 +43,9 @@ SAMPLE = 128
 
 DENSE_BATCH, DENSE_RATE, DENSE_NEGATIVES = 128, 1e-3, 2
 """Pairs of a step, learning rate and negatives of a pair, of the dense view alone: see ``dense_steps``."""
+
+HEAD_RATE = 50.0
+"""Learning rate of branch, words and gate, as a multiple of the encoder's: they are new, and have far to go."""
 
 _CHOICES = {"kl": ("forward", "reverse", "none"), "rows": ("occurring", "all")}
 
@@ -280,6 +284,12 @@ class UnifierObjective(_TwoViews):
             f"{type(self).__name__}: the model has no two views. Use a UnifierModel, or put a UnifierPooling behind a "
             "Transformer."
         )
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """What is new learns at :data:`HEAD_RATE` times the rate of the encoder."""
+        (name,) = [name for name, module in self.named_modules() if module is self.head]
+        return {rf"^{re.escape(name)}\.": HEAD_RATE}
 
     def initialize(self, pairs: Mapping[str, Dataset]) -> None:
         """Find the words that occur, their weights as own words, and their bias by some documents."""
