@@ -567,7 +567,7 @@ class Study:
             InputError: It names none that is tried here.
         """
         if not self.args.chosen:
-            return best(self.tried())
+            return frozen_tier.best_settings(self.tried())[CITADEL]
         chosen = read_json(Path(self.args.chosen)).get("chosen")
         if not isinstance(chosen, dict) or chosen.get(CITADEL) not in self.tier.tries:
             raise InputError(
@@ -635,14 +635,6 @@ class Study:
 
 STORED = digest([(ROOT / "modeling" / part).read_text("utf-8") for part in ("search/routed.py", "search/scoring.py")])
 """What tells how entries are scored."""
-
-
-def best(tried: Sequence[Mapping[str, Any]]) -> str:
-    """The setting with the best mean on dev, one for all sets."""
-    values: dict[str, list[float]] = {}
-    for row in tried:
-        values.setdefault(row["setting"], []).append(row["value"])
-    return max(values, key=lambda setting: float(np.mean(values[setting])))
 
 
 def cut_to(k: int) -> str:

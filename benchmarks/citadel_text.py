@@ -38,10 +38,9 @@ from citadel_study import (
     Arguments,
     Bench,
     Study,
-    best,
     cut_to,
 )
-from frozen_tier import gain_claim
+from frozen_tier import at_most, best_settings, gain_claim, held_to_value
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -115,11 +114,6 @@ def _engine_figures(bench: Bench, made: Mapping[str, Any]) -> dict[str, Any]:
 # Claims
 
 
-def by_value(claim: dict[str, Any]) -> dict[str, Any]:
-    """A claim that is held to its value, not to the lower end of its interval."""
-    return claim | {"met": claim["value"] >= claim["target"], "held_to": "value"}
-
-
 def retention(claim: str, tests: Values, other: str) -> dict[str, Any]:
     """Share of another row's nDCG@10 that the method keeps: the mean of the data sets, with resampled queries."""
     generator, resampled, by_set = np.random.default_rng(0), [], {}
@@ -130,7 +124,7 @@ def retention(claim: str, tests: Values, other: str) -> dict[str, Any]:
         by_set[name] = float(ours.mean() / max(whole.mean(), 1e-9))
     interval = [float(x) for x in np.percentile(np.mean(resampled, axis=0), [2.5, 97.5])]
     entry = {"claim": claim, "value": float(np.mean(list(by_set.values()))), "interval": interval, "target": 0.97}
-    return by_value(entry) | {"control": other, "split": "test", "by_dataset": by_set}
+    return held_to_value(entry) | {"control": other, "split": "test", "by_dataset": by_set}
 
 
 def quality_claims(study: Study, tests: Values, chosen: str) -> list[dict[str, Any]]:
@@ -146,7 +140,7 @@ def quality_claims(study: Study, tests: Values, chosen: str) -> list[dict[str, A
             values = {name: study.ndcg(name, chosen, seeds, "test") for name in (CITADEL, control)}
             alike = {b.name: {name: values[name][b.name] for name in values} for b in study.benches}
             entry = gain_claim(f"citadel.{claim}", alike, CITADEL, control, target) | {"control": control}
-            found.append(by_value(entry) if target else entry)
+            found.append(held_to_value(entry) if target else entry)
     others = [name for name in ("ReinPool", "hierarchical") if name in study.args.rivals]
     if others:
         margins = {}
@@ -157,17 +151,16 @@ def quality_claims(study: Study, tests: Values, chosen: str) -> list[dict[str, A
             }
             rival = f"{max(macro, key=macro.__getitem__)}, {k}, int8"
             entry = gain_claim("citadel.margin_at_equal_bytes", tests, cut_to(k), rival, -0.5)
-            margins[k] = by_value(entry) | {"control": rival}
+            margins[k] = held_to_value(entry) | {"control": rival}
         at = {str(k): {name: said[name] for name in ("value", "interval", "control")} for k, said in margins.items()}
         found.append(margins[POOLED[-1]] | {"at_vectors": at})
     return found
 
 
-def at_most(claim: str, by_dataset: Mapping[str, float], target: float) -> dict[str, Any]:
+def small(claim: str, by_dataset: Mapping[str, float], target: float) -> dict[str, Any]:
     """A claim on a mean over data sets that is to be small."""
     value = float(np.mean(list(by_dataset.values())))
-    entry = {"claim": f"citadel.{claim}", "value": value, "target": target, "met": value <= target}
-    return entry | {"system": CITADEL, "split": "test", "by_dataset": dict(by_dataset)}
+    return at_most(f"citadel.{claim}", value, target, system=CITADEL, split="test", by_dataset=dict(by_dataset))
 
 
 def cost_claims(study: Study, rankings: Mapping[str, Sequence[Ranking]], chosen: str) -> list[dict[str, Any]]:
@@ -180,12 +173,12 @@ def cost_claims(study: Study, rankings: Mapping[str, Sequence[Ranking]], chosen:
         return {name: mean(name, ours, cost) / max(mean(name, theirs, cost), 1e-9) for name in rankings}
 
     found = [
-        at_most("interactions_ratio", ratio("products", CITADEL, FULL), 0.01),
-        at_most("bytes_ratio", ratio("bytes_per_document", CITADEL, FULL), 0.15),
+        small("interactions_ratio", ratio("products", CITADEL, FULL), 0.01),
+        small("bytes_ratio", ratio("bytes_per_document", CITADEL, FULL), 0.15),
     ]
     if NO_BALANCE in study.fitted:
         ours = study.rehearsal if study.few else CITADEL
-        found.append(at_most("largest_list_ratio", ratio("longest_list", ours, NO_BALANCE), 0.5) | {"system": ours})
+        found.append(small("largest_list_ratio", ratio("longest_list", ours, NO_BALANCE), 0.5) | {"system": ours})
     figures = {bench.name: engine_figures(study, bench, chosen) for bench in study.benches}
     exact = sum(said["equal"] for said in figures.values()) / sum(said["queries"] for said in figures.values())
     ratios = {name: said["ms"][FULL] / said["ms"][CITADEL] for name, said in figures.items()}
@@ -245,7 +238,7 @@ def main() -> None:
             "name": f"{args.name}-dev",
             "seeds": args.seeds[:1],
             "rows": [row | {"system": f"{row['system']}: {row['setting']}"} for row in tried],
-            "chosen": {CITADEL: best(tried)},
+            "chosen": best_settings(tried),
             "claims": [],
             "drawn": [],
             "notes": [f"Fits of {args.tuning_steps} steps with one seed."] if args.tuning_steps else [],

@@ -217,6 +217,28 @@ def gain_claim(
     return entry | {"held_to": "lower", "system": system, "split": "test", "by_dataset": by_dataset}
 
 
+def held_to_value(claim: dict[str, Any]) -> dict[str, Any]:
+    """A claim that is held to its value, not to the lower end of its interval."""
+    return claim | {"met": claim["value"] >= claim["target"], "held_to": "value"}
+
+
+def at_most(claim: str, value: float, target: float, **beside: Any) -> dict[str, Any]:
+    """A claim that a figure is no larger than its target."""
+    return {"claim": claim, "value": value, "target": target, "met": value <= target} | beside
+
+
+def best_settings(tried: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Each system's setting with the best mean on dev, one for all sets.
+
+    Args:
+        tried: ``system``, ``setting`` and ``value``, a row a data set.
+    """
+    values: dict[str, dict[str, list[float]]] = {}
+    for row in tried:
+        values.setdefault(row["system"], {}).setdefault(row["setting"], []).append(row["value"])
+    return {system: max(of, key=lambda setting, of=of: float(np.mean(of[setting]))) for system, of in values.items()}
+
+
 def significant(
     tests: Mapping[str, Mapping[str, np.ndarray]], chosen: Sequence[str], control: str
 ) -> dict[str, list[str]]:

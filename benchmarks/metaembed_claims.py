@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from frozen_tier import gain_claim
+from frozen_tier import gain_claim, held_to_value
 
 from polyrep.evaluation.frontier.pooling import LADDER
 
@@ -51,9 +51,7 @@ def gain(
     if not has(tests, ours, other):
         return []
     entry = gain_claim(claim, common(tests, ours, other), ours, other, target) | {"control": other}
-    if by_value and target is not None:
-        entry |= {"met": entry["value"] >= target, "held_to": "value"}
-    return [entry]
+    return [held_to_value(entry) if by_value and target is not None else entry]
 
 
 def monotone(claim: str, tests: Values, system: str, numbers: Sequence[int] = LADDER) -> list[dict[str, Any]]:
@@ -88,11 +86,6 @@ def gap_closed(
     value = float(np.mean(list(by_dataset.values())))
     entry: dict[str, Any] = {"claim": claim, "value": value, "target": target, "met": value >= target}
     return [entry | {"system": ours, "split": "test", "from": low, "to": high, "by_dataset": by_dataset}]
-
-
-def at_most(claim: str, value: float, target: float, **beside: Any) -> dict[str, Any]:
-    """A claim that a figure is no larger than its target."""
-    return {"claim": claim, "value": value, "target": target, "met": value <= target} | beside
 
 
 def draw(results: dict[str, Any], path: Path, lines: Mapping[str, str], across: Mapping[str, str]) -> None:

@@ -29,7 +29,8 @@ import numpy as np
 import reinpool_text
 import torch
 from bench import ROOT, code_of
-from metaembed_claims import Values, at_most, draw, gain, gap_closed, monotone
+from frozen_tier import at_most, best_settings
+from metaembed_claims import Values, draw, gain, gap_closed, monotone
 from tqdm import tqdm
 from transformers import AutoModel, HfArgumentParser
 
@@ -301,18 +302,6 @@ def tuned(benches: Sequence[Bench], args: Arguments) -> list[dict[str, Any]]:
     return rows
 
 
-def best(tried: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Each system's setting with the best mean on dev, one for all sets."""
-    found = {}
-    for system in dict.fromkeys(row["system"] for row in tried):
-        values: dict[str, list[float]] = {}
-        for row in tried:
-            if row["system"] == system:
-                values.setdefault(row["setting"], []).append(row["value"])
-        found[system] = max(values, key=lambda setting: float(np.mean(values[setting])))
-    return found
-
-
 def read_choice(path: str) -> dict[str, str]:
     """What ``--chosen`` names; InputError unless it has a setting that is known for all that is tuned."""
     chosen = read_json(Path(path)).get("chosen")
@@ -441,7 +430,7 @@ def main() -> None:
     }
     if chosen is None:
         tried = tuned(benches, args)
-        chosen = best(tried)
+        chosen = best_settings(tried)
         if args.dev:
             results = common | {
                 "name": f"{args.name}-dev",

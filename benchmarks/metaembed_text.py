@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from metaembed_claims import at_most, draw, gain, gap_closed, monotone
+from frozen_tier import at_most
+from metaembed_claims import draw, gain, gap_closed, monotone
 from metaembed_costs import costs
 from metaembed_study import (
     ALIKE,

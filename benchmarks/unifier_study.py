@@ -19,7 +19,7 @@ import frozen_tier
 import numpy as np
 import torch
 from bench import ROOT, FitBench, code_of
-from frozen_tier import RAW, chosen_on_dev
+from frozen_tier import RAW, best_settings, chosen_on_dev
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -529,18 +529,15 @@ def best(tried: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
     Settings whose words cost more than :data:`MOST_FLOPS` on any set are left out; where all do, the cheapest is it.
     """
-    found = {}
-    for system in dict.fromkeys(row["system"] for row in tried):
-        by_setting: dict[str, list[Mapping[str, Any]]] = {}
-        for row in tried:
-            if row["system"] == system:
-                by_setting.setdefault(row["setting"], []).append(row)
-        costs = {setting: max(row.get("flops", 0.0) for row in rows_) for setting, rows_ in by_setting.items()}
-        allowed = [setting for setting, cost in costs.items() if cost <= MOST_FLOPS] or [
-            min(costs, key=costs.__getitem__)
-        ]
-        found[system] = max(allowed, key=lambda setting: np.mean([row["value"] for row in by_setting[setting]]))
-    return found
+    costs: dict[str, dict[str, float]] = {}
+    for row in tried:
+        of = costs.setdefault(row["system"], {})
+        of[row["setting"]] = max(of.get(row["setting"], 0.0), row.get("flops", 0.0))
+    allowed = {
+        system: [setting for setting, cost in of.items() if cost <= MOST_FLOPS] or [min(of, key=of.__getitem__)]
+        for system, of in costs.items()
+    }
+    return best_settings([row for row in tried if row["setting"] in allowed[row["system"]]])
 
 
 HALF = fastest_dtype("auto") == torch.bfloat16
