@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from world import write_world
 
 from polyrep import InputError
 from polyrep.data import load_retrieval_dataset
+from polyrep.evaluation.frontier import pooling
 from polyrep.evaluation.metrics import METRICS
 
 SIZES = {"train": 12, "dev": 6, "test": 8}
@@ -91,6 +93,8 @@ def test_heads_of_a_frozen_model_are_chosen_and_measured_and_a_second_run_fits_n
     frozen, out = importlib.import_module("metaembed_frozen"), tmp_path / "out"
     tries = {system: [some[0], some[-1]] for system, some in frozen.TRIES.items()}  # of both kinds of queries
     monkeypatch.setattr(frozen, "TRIES", tries)
+    small = functools.partial(pooling.token_batches, size=3)  # so that texts of several batches differ in length
+    monkeypatch.setattr(pooling, "token_batches", small)
     flags = ["--datasets", data, "--backbone", late, "--cache_dir", str(tmp_path / "cache"), "--output", str(out)]
     flags += ["--seeds", "0", "1", "--systems", "MetaEmbed", "MetaEmbed not nested", "one vector"]
     # These flags stand behind the steps of tuning, so that all fits have two.
