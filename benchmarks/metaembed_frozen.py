@@ -31,7 +31,6 @@ import torch
 from bench import ROOT, code_of
 from frozen_tier import at_most, best_settings
 from metaembed_claims import Values, draw, gain, gap_closed, monotone
-from torch.nn.functional import pad
 from tqdm import tqdm
 from transformers import AutoModel, HfArgumentParser
 
@@ -172,18 +171,13 @@ class Bench(reinpool_text.Bench):
         asked = {k: queries_for(groups, k) for k in LADDER if k <= most}
         counts = sorted({count for count in asked.values() if count})
 
+        def kept(_: np.ndarray, tokens: torch.Tensor, mask: torch.Tensor) -> dict[int, tuple]:
+            made = head(tokens, mask, "query")
+            return {0: (made.token_embeddings, made.mask)}
+
         queries: dict[str, dict[int | None, Embeddings]] = {}
         for split in ("dev", "test"):
             whole = self.queries(split)
-            longest = int(whole.lengths.max())
-
-            def kept(
-                _: np.ndarray, tokens: torch.Tensor, mask: torch.Tensor, longest: int = longest
-            ) -> dict[int, tuple]:
-                made = head(tokens, mask, "query")
-                rest = (0, longest - tokens.shape[1])  # one width, since batches are put under one another
-                return {0: (pad(made.token_embeddings, (0, 0, *rest)), pad(made.mask, rest))}
-
             queries[split] = dict(pooled(whole, by_head(head, "query", counts))) if counts else {}
             if None in asked.values():
                 queries[split][None] = pooled(whole, kept)[0]

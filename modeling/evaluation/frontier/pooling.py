@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ...encoding.embeddings import Embeddings
 from ...files import staged_file
-from ...training.sides import TokenSide
+from ...training.sides import TokenSide, pad_tokens
 
 LADDER = (1, 2, 4, 8, 16, 32)
 """Numbers of vectors at which pooled documents are compared."""
@@ -63,8 +63,9 @@ def pooled(documents: Embeddings, pool: Pool, *, binary: bool = False, desc: str
     for number, parts in found.items():
         rows = np.concatenate([rows for rows, _, _ in parts])
         back = torch.from_numpy(np.argsort(rows))
-        vectors = torch.cat([v for _, v, _ in parts])[back]  # (documents, number, dim)
-        there = torch.cat([t for _, _, t in parts])[back]
+        # Where a text keeps its tokens, batches differ in width.
+        vectors = torch.cat(pad_tokens([v for _, v, _ in parts]))[back]  # (documents, number, dim)
+        there = torch.cat(pad_tokens([t for _, _, t in parts]))[back]
         offsets = np.concatenate([[0], there.sum(1).cumsum(0).numpy()])
         result[number] = replace(documents, values=vectors[there].numpy(), offsets=offsets)
     return result

@@ -32,7 +32,7 @@ from ...training.losses import (
 )
 from ...training.objective import Objective, Rows
 from ...training.pairs import HeadData
-from ...training.sides import Features
+from ...training.sides import Features, pad_tokens
 from .modeling_metaembed import MetaEmbedHead
 
 if TYPE_CHECKING:
@@ -285,11 +285,8 @@ class _GradCache(CachedMultiVectorMultipleNegativesRankingLoss):
         self, reps: list[list[Tensor]], masks_chunks: list[list[Tensor]], *, with_backward: bool = False
     ) -> Tensor:
         """Loss from all vectors."""
-        width = max(part.shape[1] for part in reps[0])  # queries that keep their tokens
-        queries, mask = (
-            torch.cat([F.pad(part, (0, 0) * (part.ndim - 2) + (0, width - part.shape[1])) for part in parts])
-            for parts in (reps[0], masks_chunks[0])
-        )
+        # Chunks differ in width where queries keep their tokens.
+        queries, mask = (torch.cat(pad_tokens(parts)) for parts in (reps[0], masks_chunks[0]))
         parts = self.losses(queries, mask, [torch.cat(column) for column in reps[1:]])
         loss = torch.stack(list(parts.values())).sum()
         if with_backward:
