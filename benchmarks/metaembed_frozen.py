@@ -83,15 +83,16 @@ OWN_THREADS = ["--use_cpu", "false"]
 """Training on a processor would take all of its cores, also those of other parts of the fits. So it keeps what it has;
 where there is no accelerator, it is on the processor all the same."""
 
+RATES = ("5e-4", "1e-3", "2e-3")
 LEARNED = ("--label_weight 1", "--label_weight 0.3 --maxsim_weight 1")
 TRIES = {
     NESTED: [
         f"{rate} --score mean {learned} {side}".strip()
         for side in ("", "--query_side tokens")
-        for rate in ("5e-4", "2e-3")
+        for rate in RATES
         for learned in LEARNED
     ],
-    LADDERS: [f"{rate} --label_weight {weight}" for rate in ("5e-4", "2e-3") for weight in ("1", "0.3")],
+    LADDERS: [f"{rate} --label_weight {weight}" for rate in RATES for weight in ("1", "0.3")],
 }
 """Learning rates and further flags that are tried: of either the same rates and weights of the judgments, and of
 MetaEmbed the two kinds of queries, of which ReinPool has one."""

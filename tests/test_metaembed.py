@@ -543,8 +543,9 @@ def test_a_layer_attends_as_its_formula_says():
         for row, length in enumerate((5, 3)):
             text = tokens[row, :length]
             starts = means(text, sharpness)
-            normed = [layer.norm(meta) for meta in metas]
-            for place, meta in enumerate(metas):
+            seeds = [meta + 4 * start for meta, start in zip(metas, starts, strict=True)]
+            normed = [layer.norm(seed) for seed in seeds]
+            for place, meta in enumerate(seeds):
                 context = [layer.token_norm(token) for token in text] + normed[: place + 1]
                 mixed = []
                 for part in (slice(0, 8), slice(8, 16)):

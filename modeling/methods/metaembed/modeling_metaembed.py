@@ -842,7 +842,7 @@ class MetaEmbedHeadConfig(Nested, PretrainedConfig):
         num_document_vectors (int): Vectors of a document.
         groups (list): See MetaEmbedConfig.
         projection_dim (int): Width of the vectors, to which wider token vectors are projected; None for theirs.
-        residual (bool): Vectors are means of the token vectors plus what is learned; else what is learned alone.
+        residual (bool): Meta tokens, and what they give, are added to means of the token vectors; else they are alone.
         covering (bool): Each mean after the first is around the token that those before it cover least; else all are
             the mean of all tokens.
         query_side (str): meta: a query has vectors of its own meta tokens. tokens: it keeps its token vectors.
@@ -1025,15 +1025,17 @@ class MetaEmbedHead(WholeWeights, PreTrainedModel):
         first = 0 if side == "query" else config.num_query_vectors
         chosen = slice(first, first + count)
         metas = self.metas.weight[chosen].expand(tokens.shape[0], -1, -1)  # (batch, count, dim)
+        if config.residual:
+            # Of the first mean alone, the sharpness has no part in it.
+            means = self._means(tokens, mask, self.sharpness.weight[chosen] if config.covering else metas[0, :1, :1])
+            metas = metas + config.dim**0.5 * means  # as long as a meta token is at first
         before = torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril()
         seen = torch.cat([mask[:, None].expand(-1, count, -1), before.expand(tokens.shape[0], -1, -1)], -1)
         for layer in self.layers:
             metas = layer(metas, tokens, seen)
         vectors = self.residual(self.norm(metas))
-        if config.residual and config.covering:
-            vectors = vectors + self._means(tokens, mask, self.sharpness.weight[chosen])
-        elif config.residual:
-            vectors = vectors + self._means(tokens, mask, vectors[0, :1, :1])
+        if config.residual:
+            vectors = vectors + self._projected(means)
         vectors = F.normalize(vectors, dim=-1).to(dtype)
         return made_output(config, vectors, torch.ones_like(vectors[..., 0], dtype=torch.bool))
 
@@ -1057,10 +1059,10 @@ class MetaEmbedHead(WholeWeights, PreTrainedModel):
                 mean = F.normalize((torch.softmax(sharp * near, 1)[:, None] @ tokens)[:, 0], dim=-1)
         first = F.normalize(pool_tokens(tokens, mask, "mean"), dim=-1)[:, None]
         if not centres:
-            return self._projected(first)
+            return first
         near = sharpness[1:] * (torch.stack(centres, 1) @ unit.transpose(1, 2))  # (batch, n - 1, tokens)
         shares = near.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
-        return self._projected(torch.cat([first, F.normalize(shares @ tokens, dim=-1)], 1))
+        return torch.cat([first, F.normalize(shares @ tokens, dim=-1)], 1)
 
     def _projected(self, vectors: Tensor) -> Tensor:
         return self.projection(vectors) if self.config.projection_dim else vectors
