@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from sentence_transformers.util import batch_to_device
 from torch import nn
+from tqdm import tqdm
 
 from ..errors import InputError
 from .embeddings import Embeddings, Kind, joined, rows
@@ -97,7 +98,7 @@ def weights_of_views(model: Any, names: Sequence[str], subject: str) -> dict[str
 
 @torch.inference_mode()
 def encode_views(
-    model: Any, texts: Sequence[str], names: Sequence[str], *, task: str, batch_size: int = 32
+    model: Any, texts: Sequence[str], names: Sequence[str], *, task: str, batch_size: int = 32, progress: str = ""
 ) -> dict[str, Embeddings]:
     """Encode texts once, into several kinds of vectors.
 
@@ -107,6 +108,7 @@ def encode_views(
         names: Of the views that are wanted.
         task: ``query`` or ``document``.
         batch_size: Texts per forward pass.
+        progress: What a progress bar says; none without it.
 
     Returns:
         Name -> vectors in float32, in the order of the texts.
@@ -128,7 +130,8 @@ def encode_views(
     order = sorted(
         range(len(texts)), key=lambda number: -len(texts[number])
     )  # side by side with others of their length
-    for start in range(0, len(texts), batch_size):
+    starts = range(0, len(texts), batch_size)
+    for start in tqdm(starts, desc=progress, unit="batch", disable=not progress):
         batch = model.preprocess([texts[i] for i in order[start : start + batch_size]], prompt=prompt, task=task)
         found = model({**batch_to_device(batch, model.device), "views": tuple(names)}, task=task)
         found = part.weighed(found) if hasattr(part, "weighed") else found

@@ -17,8 +17,9 @@ from ...search.weighted import View, find_candidates
 QUERIES = 2000
 """Of a data set at most: a sample of dev, which may be a tenth of a million train queries."""
 
-DOCUMENTS = 20_000
-"""Of a corpus at most: all that these queries judge, and a sample of the others."""
+DOCUMENTS = 5000
+"""Of a corpus at most: all that these queries judge, and a sample of the others. One number is chosen, and a model
+that was fitted in minutes should not encode for longer than that."""
 
 CANDIDATES = 1000
 """Documents of a query that are summed: the best by the lexicon, as a search takes them."""
@@ -39,8 +40,9 @@ def choose_dense_weight(model: Any, datasets: Sequence[RetrievalDataset]) -> Non
     views = views_of(model)
     tuned = []
     for dataset in map(_smaller, datasets):
+        bar = f"{dataset.name}: weight of views"
         encoded = [
-            encode_views(model, list(texts.values()), list(views), task=task)
+            encode_views(model, list(texts.values()), list(views), task=task, progress=f"{bar}, {task}")
             for task, texts in (("query", dataset.queries), ("document", dataset.corpus))
         ]
         compared = [View(encoded[0][name], encoded[1][name], view.similarity) for name, view in views.items()]
