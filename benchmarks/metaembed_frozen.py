@@ -36,8 +36,7 @@ from transformers import AutoModel, HfArgumentParser
 
 from polyrep.data.named import made_here
 from polyrep.encoding import Embeddings
-from polyrep.encoding.embeddings import mean_of_tokens, sum_of_tokens
-from polyrep.encoding.nested import groups_of, queries_for
+from polyrep.encoding.embeddings import mean_of_tokens
 from polyrep.errors import InputError
 from polyrep.evaluation.bm25 import rank_with_bm25
 from polyrep.evaluation.frontier.pooling import LADDER, pooled
@@ -47,7 +46,7 @@ from polyrep.evaluation.table import table_rows
 from polyrep.files import read_json
 from polyrep.hub import fetch, fingerprint, load
 from polyrep.hub.folder import fastest_dtype
-from polyrep.methods.metaembed.frontier import by_head
+from polyrep.methods.metaembed.frontier import as_searched, by_head, queries_by_head
 from polyrep.report import print_and_write, provenance, write_results
 
 RUN = ROOT / "hub_configs" / "metaembed-minilm-frozen"
@@ -158,31 +157,12 @@ class Bench(reinpool_text.Bench):
         of, flags = (self, HEADS) if fit.system in HEADS else (self.reinpool, RIVALS)
         return of.head([*ALIKE, *OWN_THREADS, *flags[fit.system], "--learning_rate", *fit.setting.split()], fit.seed)
 
-    def _given(
-        self, folder: Path
-    ) -> tuple[dict[int, int | None], dict[str, dict[int | None, Embeddings]], dict[int, Embeddings]]:
-        """What a head of MetaEmbed makes.
-
-        Returns:
-            Number of document vectors -> that of query vectors, None where queries keep their tokens; split -> the
-            latter -> queries; and the former -> documents.
-        """
+    def _given(self, folder: Path) -> tuple[dict[str, dict[int, Embeddings]], dict[int, Embeddings]]:
+        """What a head of MetaEmbed makes by number of document vectors: queries of each split, and documents."""
         head = AutoModel.from_pretrained(folder).eval()
-        groups, most = groups_of(head), head.config.num_document_vectors
-        asked = {k: queries_for(groups, k) for k in LADDER if k <= most}
-        counts = sorted({count for count in asked.values() if count})
-
-        def kept(_: np.ndarray, tokens: torch.Tensor, mask: torch.Tensor) -> dict[int, tuple]:
-            made = head(tokens, mask, "query")
-            return {0: (made.token_embeddings, made.mask)}
-
-        queries: dict[str, dict[int | None, Embeddings]] = {}
-        for split in ("dev", "test"):
-            whole = self.queries(split)
-            queries[split] = dict(pooled(whole, by_head(head, "query", counts))) if counts else {}
-            if None in asked.values():
-                queries[split][None] = pooled(whole, kept)[0]
-        return asked, queries, pooled(self.documents, by_head(head, "document", list(asked)))
+        numbers = [k for k in LADDER if k <= head.config.num_document_vectors]
+        queries = {split: queries_by_head(head, self.queries(split), numbers) for split in ("dev", "test")}
+        return queries, pooled(self.documents, by_head(head, "document", numbers))
 
     def nested(self, system: str, folder: Path, k: int, split: str) -> Ranking:
         """What the first vectors of a head find."""
@@ -190,8 +170,8 @@ class Bench(reinpool_text.Bench):
         path = Path(self.args.cache_dir) / "rankings" / f"{self.name}-{self.digest(depends)}.safetensors"
 
         def make() -> Ranking:
-            asked, queries, documents = self.given(folder)
-            return rank_few(system, queries[split][asked[k]], documents[k], self.ranks)
+            queries, documents = self.given(folder)
+            return rank_few(system, queries[split][k], documents[k], self.ranks)
 
         return keep_ranking(path, system, make, reinpool_text.KEPT_DEPTH)
 
@@ -225,10 +205,8 @@ def rank_few(system: str, queries: Embeddings, documents: Embeddings, ranks: np.
         ranks: What decides ties.
     """
     vectors = {"document": float(documents.lengths.mean()), "query": float(queries.lengths.mean())}
-    single = len(documents.values) == len(documents)
-    if single:
-        queries, documents = sum_of_tokens(queries), replace(documents, kind="sentence", offsets=None)
-    found = rank_embeddings(system, queries, documents, ranks, similarity="dot" if single else "maxsim")
+    asked, held, similarity = as_searched(queries, documents)
+    found = rank_embeddings(system, asked, held, ranks, similarity=similarity)
     return replace(found, costs=found.costs | {f"vectors_per_{side}": count for side, count in vectors.items()})
 
 

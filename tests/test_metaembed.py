@@ -47,9 +47,11 @@ from transformers import (
 import polyrep
 from polyrep import InputError
 from polyrep.cli import main
-from polyrep.encoding import EncodedCorpus
+from polyrep.encoding import Embeddings, EncodedCorpus
+from polyrep.encoding.embeddings import row_of
 from polyrep.encoding.encode import encode
 from polyrep.encoding.nested import groups_of
+from polyrep.evaluation.frontier.pooling import pooled
 from polyrep.methods import (
     MetaEmbedBudget,
     MetaEmbedConfig,
@@ -60,6 +62,7 @@ from polyrep.methods import (
     MetaEmbedTransformer,
 )
 from polyrep.methods.metaembed.backbone import open_backbone
+from polyrep.methods.metaembed.frontier import as_searched, by_head, queries_by_head
 from polyrep.methods.metaembed.modeling_metaembed import PAPER, SHARPNESS
 from polyrep.search import open_index
 from polyrep.training.adapters import add_adapters, merge_adapters
@@ -570,6 +573,33 @@ def test_queries_of_a_head_keep_their_tokens_or_have_vectors(multi_vector_model)
             same(found, plain)
         documents = multi_vector_model.encode_document(TEXTS, token_pooling=pooling)
         assert {np.asarray(document).shape for document in documents} == {(6, 16)}
+
+
+@pytest.mark.parametrize("side", ["meta", "tokens"])
+def test_rows_of_a_head_ask_with_what_goes_with_their_documents(side):
+    model, lengths = head(query_side=side, groups=[[1, 1], [3, 6]] if side == "meta" else None).eval(), [7, 4, 1]
+    tokens, mask = tokens_of(lengths)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    texts = Embeddings("tokens", tokens[mask].numpy().astype(np.float16), offsets, None, 16, 0.0, Path())
+    asked = queries_by_head(model, texts, (1, 2, 6))
+    held = pooled(texts, by_head(model, "document", [1, 6]))
+    with torch.no_grad():
+        expected = [
+            model(text[:length][None].half().float(), task="query")
+            for text, length in zip(tokens, lengths, strict=True)
+        ]
+    for documents, count in ((1, 1), (2, 3), (6, 3)):
+        for place, output in enumerate(expected):
+            vectors = output.token_embeddings[0]
+            vectors = vectors[:count] if side == "meta" else vectors
+            np.testing.assert_allclose(row_of(asked[documents], place).values, vectors, atol=1e-3)
+    one, single, similarity = as_searched(asked[1], held[1])
+    assert (one.kind, single.kind, similarity) == ("sentence", "sentence", "dot")
+    whole = [
+        row_of(asked[1], place).values.astype(np.float32) @ held[1].values.astype(np.float32).T for place in range(3)
+    ]
+    np.testing.assert_allclose(one.values @ single.values.T, [scores.sum(0) for scores in whole], atol=1e-2)
+    assert as_searched(asked[6], held[6]) == (asked[6], held[6], "maxsim")
 
 
 @pytest.mark.parametrize(("side", "task"), [("meta", "query"), ("meta", "document"), ("tokens", "query")])

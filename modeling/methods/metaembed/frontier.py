@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 from transformers import AutoModel
 
-from ...encoding.embeddings import Embeddings
+from ...encoding.embeddings import Embeddings, sum_of_tokens
 from ...encoding.nested import groups_of, queries_for
 from ...evaluation.frontier.fit import costs_of_fit, fit_run
 from ...evaluation.frontier.full_model import FullModel
@@ -33,29 +32,55 @@ def by_head(head: MetaEmbedHead, task: str, numbers: list[int]) -> Pool:
     return pool
 
 
+def queries_by_head(head: MetaEmbedHead, queries: Embeddings, numbers: Iterable[int]) -> dict[int, Embeddings]:
+    """Number of document vectors -> queries with the vectors that go with it, which may be those of all tokens.
+
+    Args:
+        head: Fitted.
+        queries: The frozen model's, of kind ``tokens``.
+        numbers: Of document vectors.
+    """
+    counts = {k: queries_for(groups_of(head), k) for k in numbers}
+    some = sorted({count for count in counts.values() if count is not None})
+    if some:
+        found = pooled(queries, by_head(head, "query", some))
+        return {k: found[count] for k, count in counts.items() if count is not None}
+
+    def kept(_: np.ndarray, tokens: Tensor, mask: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        made = head(tokens, mask, "query")
+        return {0: (made.token_embeddings, made.mask)}
+
+    return dict.fromkeys(counts, pooled(queries, kept)[0])
+
+
+def as_searched(queries: Embeddings, documents: Embeddings) -> tuple[Embeddings, Embeddings, str]:
+    """Both sides and their similarity: documents of one vector lie in an index of such, which asks for no MaxSim.
+
+    Args:
+        queries: Of kind ``tokens``.
+        documents: Of kind ``tokens``, as many vectors of each.
+    """
+    if len(documents.values) > len(documents):
+        return queries, documents, "maxsim"
+    return sum_of_tokens(queries), replace(documents, kind="sentence", offsets=None), "dot"
+
+
 def rows(full: FullModel) -> Iterator[Candidate]:
     """A nested head, at several numbers of vectors; and one index of which the first vector finds, and all re-rank."""
 
-    def make() -> tuple[dict[int, int], dict[int, Embeddings], dict[int, Embeddings], dict[str, float]]:
+    def make() -> tuple[dict[int, Embeddings], dict[int, Embeddings], dict[int, str], dict[str, float]]:
         folder = fit_run(full, METHOD.run, METHOD.fit_digest())
         head = AutoModel.from_pretrained(folder).eval()
-        groups = groups_of(head)
-        asked: dict[int, Any] = {k: queries_for(groups, k) for k in LADDER}
-        queries = pooled(full.queries, by_head(head, "query", sorted(set(asked.values()))))
+        said = {k: str(queries_for(groups_of(head), k) or "all tokens") for k in LADDER}
         documents = pooled(full.documents, by_head(head, "document", list(LADDER)))
-        return asked, queries, documents, costs_of_fit(folder.parent)
+        return queries_by_head(head, full.queries, LADDER), documents, said, costs_of_fit(folder.parent)
 
     made = Once(make)
 
     def row(k: int) -> Encoded:
-        numbers, queries, documents, costs = made()
-        asked, held = queries[number := numbers[k]], documents[k]
-        costs = costs | {"vectors_per_document": float(k)}
-        settings = {"vectors": f"{number} of a query, {k} of a document"}
-        if k == number == 1:
-            asked, held = (replace(side, kind="sentence", offsets=None) for side in (asked, held))
-            return Encoded(asked, held, "dot", costs, settings)
-        return Encoded(asked, held, "maxsim", costs, settings)
+        queries, documents, said, costs = made()
+        settings = {"vectors": f"{said[k]} of a query, {k} of a document"}
+        return Encoded(*as_searched(queries[k], documents[k]), costs | {"vectors_per_document": float(k)}, settings)
 
     def both() -> Encoded:
         first, most = row(1), max(LADDER)
