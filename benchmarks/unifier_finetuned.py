@@ -3,6 +3,7 @@
     python benchmarks/unifier_finetuned.py --fit_only "UnifieR"                    # and once it takes steps, since
     python benchmarks/unifier_finetuned.py --fit_only "dense only" "lexicon only"  # both mine, this beside it
     python benchmarks/unifier_finetuned.py --output results                        # what is missing, and the table
+    python benchmarks/unifier_finetuned.py --output results --splade naver/splade-v3   # and a SPLADE that learns alike
 
 Every form is one training over all data sets, by the shipped run. Vectors of what was trained are kept under a hash
 of data, flags and the method's code, so that a command trains what is missing, and one on which nothing is missing
@@ -19,7 +20,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +31,10 @@ import numpy as np
 import torch
 import unifier_study
 from bench import ROOT
+from datasets import DatasetDict
 from frozen_tier import RAW
+from sentence_transformers import SparseEncoder, SparseEncoderTrainer, SparseEncoderTrainingArguments
+from sentence_transformers.sparse_encoder import losses
 from tqdm import tqdm
 from transformers import HfArgumentParser, set_seed
 from unifier_study import (
@@ -53,6 +57,7 @@ from unifier_study import (
 from unifier_text import ablations, flops_claim, gains, tables
 
 from polyrep.data.named import made_here
+from polyrep.encoding import embed
 from polyrep.encoding.views import encode_views
 from polyrep.errors import InputError
 from polyrep.evaluation.hybrid import MULTIPLES
@@ -60,11 +65,18 @@ from polyrep.evaluation.systems import Ranking
 from polyrep.hub import fetch, fingerprint, load
 from polyrep.hub.folder import fastest_dtype
 from polyrep.hub.reading import set_length
+from polyrep.methods.dense2sparse.frontier import pruned
 from polyrep.report import print_and_write, provenance
 from polyrep.training.build import build
 from polyrep.training.whole import WholeTraining
 
 TIER = "finetuned_"
+
+SPLADE = "SPLADE"
+SPLADE_RATES = (2e-5, 1e-4)
+"""Learning rates of which dev chooses one: it may be of another size than the backbone, and want another."""
+REGULARISED = {"query_regularizer_weight": 5e-5, "document_regularizer_weight": 3e-5}
+"""Weights of the FLOPs loss, those of the documentation of sentence-transformers."""
 
 FORMS = {
     # A map of its own, and so steps of its own, is of a frozen encoder alone.
@@ -73,6 +85,8 @@ FORMS = {
     if name != "BM25 negatives"
 }
 """Name -> flags over the run, whose negatives the backbone finds; all but the first three are ablations."""
+
+unifier_study.VIEWS[SPLADE] = ("lexicon",)
 
 
 @dataclass
@@ -91,6 +105,10 @@ class Arguments(frozen_tier.Arguments):
     train_length: int = field(default=128, metadata={"help": "Tokens of a text in training."})
     max_length: int = field(default=256, metadata={"help": "Tokens of a text that is measured."})
     fit_only: list[str] = field(default_factory=list, metadata={"help": "Train these forms and leave."})
+    splade: str | None = field(
+        default=None,
+        metadata={"help": "SparseEncoder that is trained by the stock SpladeLoss on the same pairs: a further row."},
+    )
     name: str = field(default="unifier-finetuned", metadata={"help": "Name of the files."})
 
     @property
@@ -125,6 +143,8 @@ class Study(unifier_study.Study):
         """File with the vectors that a training gives all data sets, made now or before."""
         args, first = self.args, self.benches[0]
         rate = setting.partition(" --query_top_k")[0]
+        if system == SPLADE:
+            return self.fit_splade(float(rate), seed)
         flags = [
             "--bf16",
             str(HALF),
@@ -142,14 +162,60 @@ class Study(unifier_study.Study):
         if not path.is_file():
             started = time.perf_counter()
             training = self.trained(flags, seed)
+            training.objective.complete(training.pairs)
+            set_length(training.model, args.max_length, args.backbone)
             costs = {"fit_seconds": time.perf_counter() - started, "words": training.objective.head.config.words}
             arrays = self.encoded(training, VIEWS.get(system, ("dense", "lexicon")))
             keep_vectors(path, arrays, costs | {"seconds": time.perf_counter() - started})
             print(f"{system}, seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
         return path
 
-    def trained(self, flags: Sequence[str], seed: int) -> WholeTraining:
-        """A training of the shipped run, done. ``train.py`` would take every core, which others may be using."""
+    def fit_splade(self, rate: float, seed: int) -> Path:
+        """Likewise of the SPLADE: stock modules, loss and trainer, and the pairs and steps of the others."""
+        args, first = self.args, self.benches[0]
+        folder = fetch(str(args.splade))
+        lengths = [args.train_length, args.max_length]
+        steps = {"steps": args.max_steps, "rate": rate, "regularised": REGULARISED, "half": HALF, "flags": first.flags}
+        depends = steps | {"seed": seed, "lengths": lengths, "texts": [bench.texts for bench in self.benches]}
+        digest = first.digest(depends | {"backbone": self.backbone, "model": fingerprint(folder)})
+        path = Path(args.cache_dir) / "finetuned" / f"unifier-{SPLADE}-{digest}.safetensors"
+        if path.is_file():
+            return path
+        started = time.perf_counter()
+        like = self.trained([*FORMS[WORDS], "--max_steps", str(args.max_steps), *first.flags], seed, only_ready=True)
+        model: Any = SparseEncoder(str(folder), device=str(like.model.device))
+        set_length(model, args.train_length, str(args.splade))
+        shared = ("lr_scheduler_type", "warmup_steps", "max_grad_norm", "weight_decay", "batch_sampler")
+        shared += ("per_device_train_batch_size", "dataloader_drop_last", "multi_dataset_batch_sampler")
+        with tempfile.TemporaryDirectory() as scratch:
+            arguments = SparseEncoderTrainingArguments(
+                scratch,
+                **{name: getattr(like.plan.args, name) for name in shared},
+                learning_rate=rate,
+                max_steps=args.max_steps,
+                bf16=HALF and model.device.type != "cpu",  # where it asks for every core
+                save_strategy="no",
+                report_to="none",
+                logging_steps=25,
+                seed=seed,
+            )
+            loss = losses.SpladeLoss(model, losses.SparseMultipleNegativesRankingLoss(model), **REGULARISED)
+            SparseEncoderTrainer(model=model, args=arguments, train_dataset=DatasetDict(like.pairs), loss=loss).train()
+        fit_seconds = time.perf_counter() - started
+        set_length(model, args.max_length, str(args.splade))
+        arrays = {}
+        for bench in self.benches:
+            for which, task, texts in texts_of(bench):
+                with torch.autocast(model.device.type, torch.bfloat16, enabled=HALF):
+                    found = embed(model, texts, task=task, name=f"{bench.name}-{which}", batch_size=ENCODED)
+                few = pruned(found, MOST_WORDS)
+                parts = {"values": few.values.astype(np.float16), "indices": few.indices, "offsets": few.offsets}
+                arrays |= {f"{bench.name}.{which}.lexicon.{part}": array for part, array in parts.items()}
+        keep_vectors(path, arrays, {"fit_seconds": fit_seconds, "seconds": time.perf_counter() - started})
+        return path
+
+    def trained(self, flags: Sequence[str], seed: int, only_ready: bool = False) -> WholeTraining:
+        """A training of the shipped run, done or ready; ``train.py`` would take every core, also those of others."""
         args = self.args
         what = ["--datasets", *args.datasets, "--backbone", args.backbone, "--mined_cache", f"{args.cache_dir}/mined"]
         with tempfile.TemporaryDirectory() as scratch:
@@ -159,9 +225,8 @@ class Study(unifier_study.Study):
             training = WholeTraining(plan, Path(scratch) / "init")  # the words of whole texts are the ones that occur
             set_length(training.model, args.train_length, args.backbone)
             training.refuse_no_step()
-            training.train(None)
-        training.objective.complete(training.pairs)
-        set_length(training.model, args.max_length, args.backbone)
+            if not only_ready:
+                training.train(None)
         return training
 
     def encoded(self, training: WholeTraining, views: Sequence[str]) -> dict[str, np.ndarray]:
@@ -170,10 +235,7 @@ class Study(unifier_study.Study):
         config.query_top_k = config.document_top_k = MOST_WORDS
         arrays: dict[str, np.ndarray] = {}
         for bench in tqdm(self.benches, desc="encode"):
-            for which in ("documents", "dev", "test"):
-                dataset = bench.split("dev" if which == "documents" else which)
-                texts = dataset.corpus if which == "documents" else dataset.queries
-                task = "document" if which == "documents" else "query"
+            for which, task, texts in texts_of(bench):
                 with torch.autocast(model.device.type, torch.bfloat16, enabled=HALF):
                     found = encode_views(model, list(texts.values()), views, task=task, batch_size=ENCODED)
                 for view, vectors in found.items():
@@ -187,18 +249,19 @@ class Study(unifier_study.Study):
 
     def tries(self, system: str) -> list[str]:
         """Settings of a form, among which dev chooses."""
-        rates = [f"{rate:g}" for rate in self.args.learning_rates]
+        rates = [f"{rate:g}" for rate in (SPLADE_RATES if system == SPLADE else self.args.learning_rates)]
         return rates if system == DENSE else [f"{rate} {KEPT}" for rate in rates]
 
     @property
     def fitted(self) -> list[str]:
         """Forms that are trained, in the order of the table."""
-        return [form for form in FORMS if form in self.args.systems or form == UNIFIER]
+        forms = [form for form in FORMS if form in self.args.systems or form == UNIFIER]
+        return [*forms, *([SPLADE] if self.args.splade else [])]
 
     @cached_property
     def tried(self) -> list[dict[str, Any]]:
         """Every setting of the forms that are no ablations, with the first seed: what it has on dev."""
-        forms = [form for form in self.fitted if form in unifier_study.TUNED]
+        forms = [form for form in self.fitted if form in (*unifier_study.TUNED, SPLADE)]
         return [row for form in forms for setting in self.tries(form) for row in self.on_dev(form, setting)]
 
     @cached_property
@@ -221,7 +284,7 @@ class Study(unifier_study.Study):
     @property
     def hybrids(self) -> list[str]:
         """Sums of two systems that can be had."""
-        there = [TWO_MODELS] if {DENSE, WORDS} <= self.settings.keys() else []
+        there = [f"{DENSE} + {words}" for words in (WORDS, SPLADE) if {DENSE, words} <= self.settings.keys()]
         return [*there, RAW_BM25, *([ADAPTER_BM25] if DENSE in self.settings else [])]
 
     def rankings(self, bench: unifier_study.Bench, split: str = "test") -> list[Ranking]:
@@ -230,11 +293,26 @@ class Study(unifier_study.Study):
         return [*plain, *self.of_fits(bench, split), *self.of_hybrids(bench, split)]
 
 
+def texts_of(bench: unifier_study.Bench) -> Iterator[tuple[str, str, Mapping[str, str]]]:
+    """What is encoded of a data set: documents and the queries of either split, with the task and the texts."""
+    yield "documents", "document", bench.split("dev").corpus
+    for split in ("dev", "test"):
+        yield split, "query", bench.split(split).queries
+
+
 def notes(study: Study) -> list[str]:
     """What a reader of the tables should know."""
     args, first = study.args, study.args.seeds[0]
-    ablated = [form for form in study.settings if form not in unifier_study.TUNED]
+    ablated = [form for form in study.settings if form not in (*unifier_study.TUNED, SPLADE)]
     beside = f" {', '.join(ablated)}: with UnifieR's setting." if ablated else ""
+    stock = (
+        [
+            f"{SPLADE} is {args.splade}, another encoder, trained by the stock SpladeLoss ({REGULARISED}) on the same "
+            f"pairs, of learning rates {', '.join(f'{rate:g}' for rate in SPLADE_RATES)}."
+        ]
+        if args.splade
+        else []
+    )
     return [
         f"The whole encoder is trained, once for each form and seed over {', '.join(b.name for b in study.benches)} "
         f"together, {args.max_steps} steps, of texts cut at {args.train_length} tokens, and measured at "
@@ -243,6 +321,7 @@ def notes(study: Study) -> list[str]:
         f"Sums are of raw scores: the words, or beside BM25 the dense vectors, find {CANDIDATES:,} candidates, both "
         f"score them, and the weight of the other score is the best of {len(MULTIPLES)} on dev with seed {first}, one "
         f"for all sets. {TWO_MODELS} are two encoders.",
+        *stock,
     ]
 
 
@@ -269,7 +348,7 @@ def main() -> None:
         "name": args.name,
         "seeds": args.seeds,
         "settings_tried": len({(row["system"], row["setting"]) for row in study.tried}),
-        "models": {args.backbone: fingerprint(folder)},
+        "models": {name: fingerprint(fetch(name)) for name in (args.backbone, args.splade) if name},
         "data": made_here(*args.datasets),
         "drawn": [],
         "rows": rows,

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from transformers import (
     AlbertConfig,
     AlbertModel,
+    AutoConfig,
     AutoModel,
     AutoTokenizer,
     BertConfig,
@@ -1017,6 +1018,16 @@ def test_the_fine_tuned_benchmark_trains_each_form_once(backbone, tmp_path):
     assert run(*forms) == 0, "nothing is missing"
     again = json.loads((tmp_path / "out" / "unifier-finetuned.json").read_text(encoding="utf-8"))
     assert [again["rows"], again["claims"]] == [results["rows"], results["claims"]]
+
+    stock = tmp_path / "stock"
+    BertForMaskedLM(AutoConfig.from_pretrained(backbone)).save_pretrained(stock)
+    AutoTokenizer.from_pretrained(backbone).save_pretrained(stock)
+    assert run(*forms, "--splade", str(stock)) == 3, "two learning rates, of which the second seed has the better"
+    beside = json.loads((tmp_path / "out" / "unifier-finetuned.json").read_text(encoding="utf-8"))
+    found = {row["system"]: row for row in beside["rows"] if row["metric"] == "nDCG@10"}
+    assert found.keys() - rows.keys() == {"SPLADE", "dense only + SPLADE, sum"}
+    assert found["SPLADE"]["seeds"] == 2 and found["SPLADE"]["flops"] > 0 and beside["settings_tried"] == 5
+    assert beside["claims"] == results["claims"] and str(stock) in beside["models"]
 
 
 @pytest.mark.parametrize(
