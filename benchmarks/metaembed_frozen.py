@@ -86,8 +86,8 @@ RATES = ("5e-4", "1e-3", "2e-3")
 LEARNED = ("--label_weight 1", "--label_weight 0.3 --maxsim_weight 1")
 TRIES = {
     NESTED: [
-        f"{rate} --score mean {learned} {side}".strip()
-        for side in ("", "--query_side tokens")
+        f"{rate} --score mean {learned} --query_side {side}"
+        for side in ("meta", "tokens")
         for rate in RATES
         for learned in LEARNED
     ],
@@ -342,7 +342,7 @@ def of_heads(benches: Sequence[Bench], args: Arguments, chosen: Mapping[str, str
     for bench in benches:
         folder = bench.fitted_head(Fit(NESTED, lasting(chosen[NESTED], args.steps), args.seeds[0]))
         seconds[bench.name] = float(read_json(folder.parent / "training.json")["seconds"])
-        documents = bench.given(folder)[2][8]
+        documents = bench.given(folder)[1][8]
         vectors = torch.from_numpy(np.asarray(documents.values, np.float32)).view(len(documents), 8, -1)
         pairs = torch.triu_indices(8, 8, 1)
         cosines[bench.name] = float((vectors @ vectors.transpose(1, 2))[:, pairs[0], pairs[1]].mean())

@@ -176,7 +176,7 @@ def test_one_index_finds_by_its_first_vector_and_orders_by_all(late):
     assert both["first_stage_bytes"] == rows["MetaEmbed, 1"]["bytes_per_document"] == 16 * 2
     assert both["value"] == most["value"]  # of so few documents the first vector finds all
     assert both["settings"] == {"vectors": "1 finds 200, 32 order them"}
-    assert rows["MetaEmbed, 4"]["settings"] == {"vectors": "2 of a query, 4 of a document"}
+    assert rows["MetaEmbed, 4"]["settings"] == {"vectors": "all tokens of a query, 4 of a document"}
 
 
 def test_rows_of_a_router_are_what_it_makes_of_cached_vectors(tmp_path, pages, models):
