@@ -7,10 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from ...data.dataset import RetrievalDataset
 from ...encoding.views import encode_views, part_with_views, views_of
 from ...evaluation.hybrid import Tuned, choose_weight
+from ...hub.folder import fastest_dtype
 from ...search.ranking import tie_ranks
 from ...search.weighted import View, find_candidates
 
@@ -37,14 +39,15 @@ def choose_dense_weight(model: Any, datasets: Sequence[RetrievalDataset]) -> Non
     config = part_with_views(model).model.config
     if not datasets or config.dense_weight is not None:
         return
-    views = views_of(model)
+    views, half = views_of(model), fastest_dtype("auto")
     tuned = []
     for dataset in map(_smaller, datasets):
         bar = f"{dataset.name}: weight of views"
-        encoded = [
-            encode_views(model, list(texts.values()), list(views), task=task, progress=f"{bar}, {task}")
-            for task, texts in (("query", dataset.queries), ("document", dataset.corpus))
-        ]
+        with torch.autocast(model.device.type, half, enabled=half != torch.float32):
+            encoded = [
+                encode_views(model, list(texts.values()), list(views), task=task, progress=f"{bar}, {task}")
+                for task, texts in (("query", dataset.queries), ("document", dataset.corpus))
+            ]
         compared = [View(encoded[0][name], encoded[1][name], view.similarity) for name, view in views.items()]
         ranks = tie_ranks(list(dataset.corpus))
         found = find_candidates(compared, ranks, count=CANDIDATES, left_out=dataset.own)
