@@ -106,6 +106,8 @@ results-sets: $(VENV)/.dev
 		$(BIN)/python evaluate.py models/four/late-interaction-minilm/final --frontier --dataset $$set \
 			--output results || exit 1; \
 	done
+	$(BIN)/python evaluate.py minilm --frontier --dataset tldr_pages --methods unifier dense2sparse csr quantization \
+		--fit_seconds 900 --name frontier-minilm-tldr_pages --output results
 	$(BIN)/python benchmarks/search.py --output results
 	$(BIN)/accelerate launch train.py hub_configs/citadel-minilm --datasets $(FOUR) \
 		--output_dir models/four/citadel-minilm --overwrite
