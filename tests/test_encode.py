@@ -462,3 +462,14 @@ def test_a_process_leaves_the_shards_of_another(static, corpus, tmp_path, monkey
     with pytest.raises(InputError, match="1 records could not be used"):
         encode([str(static), *flags])
     assert read(EncodedCorpus(tmp_path / "out"))[0] == list(TEXTS), "another number of processes goes on"
+
+
+def test_how_many_documents_there_are_is_told_by_all_parts_of_a_file(tmp_path):
+    def total(*sizes: int) -> int | None:
+        path = tmp_path / f"{len(sizes)}.jsonl"
+        path.write_bytes(b"".join(b'{"text": "%s"}\n' % (b"a" * size) for size in sizes))
+        return sources.open_source(str(path), sources.Fields()).total
+
+    assert total(*range(1, 400)) == 399
+    # Of 11 MB, the first fifth has nine of ten documents.
+    assert total(*[100] * 18_000, *[4500] * 2000) == pytest.approx(20_000, rel=0.1)

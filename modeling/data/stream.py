@@ -46,6 +46,10 @@ class Document(NamedTuple):
     content: str | bytes | Path
 
 
+READ_PARTS, READ_BYTES = 64, 2**16
+"""Parts of JSON lines in all, and bytes of each, by which their number is estimated."""
+
+
 @dataclass(frozen=True)
 class Span:
     """Consecutive records of a source.
@@ -169,12 +173,20 @@ def _line_spans(files: list[Path], fields: Fields, size: int) -> Iterator[Span]:
 
 
 def _estimated_lines(files: list[Path]) -> int | None:
-    """Lines by those in the first part of the first file; None for compressed files."""
+    """Lines by those in parts that are spread over the files, whose ends may be unlike; None for compressed files."""
     if any(file.suffix == ".gz" for file in files):
         return None
-    with files[0].open("rb") as opened:
-        first = opened.read(2**20)
-    return sum(file.stat().st_size for file in files) * max(1, first.count(b"\n")) // max(1, len(first))
+    parts, total = max(1, READ_PARTS // len(files)), 0
+    for file in files:
+        size, lines, read = file.stat().st_size, 0, 0
+        step = max(READ_BYTES, size // parts)  # a small file is read whole
+        with file.open("rb") as opened:
+            for start in range(0, size, step):
+                opened.seek(start)
+                content = opened.read(READ_BYTES)
+                lines, read = lines + content.count(b"\n"), read + len(content)
+        total += round(lines * size / max(1, read))
+    return total
 
 
 def _of_parquet(files: list[Path], fields: Fields) -> Source:
