@@ -118,9 +118,10 @@ def index(argv: list[str], *, prog: str = "polyrep index") -> dict[str, int]:
         said = {name: said[name] + getattr(added, name) for name in said}
     said["count"] = target.count()
     seconds = time.perf_counter() - started
+    several = f" of {len(corpora)} corpora" if len(corpora) > 1 else ""
     print(
-        f"{args.uri}: {said['documents']:,} documents written in {seconds:,.1f} s, {said['replaced']:,} of them in "
-        f"place of one with the same id; {said['shards_known']:,} shards were there already; now it has "
+        f"{args.uri}: {said['documents']:,} documents{several} written in {seconds:,.1f} s, {said['replaced']:,} of "
+        f"them in place of one with the same id; {said['shards_known']:,} shards were there already; now it has "
         f"{said['count']:,} documents",
         flush=True,
     )
