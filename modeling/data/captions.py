@@ -101,7 +101,7 @@ def load_captions(folder: Path, split: str, *, restval: str = "train") -> Retrie
     else:
         vectors = _vectors(folder, rows, chosen)
     name = dataset_name(folder)
-    return RetrievalDataset(name, split, corpus, queries, qrels, vectors=vectors)
+    return RetrievalDataset(name, split, corpus, queries, qrels, vectors=vectors, folder=folder)
 
 
 class ImageFiles(Mapping[str, Any]):

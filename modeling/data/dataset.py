@@ -38,6 +38,7 @@ class RetrievalDataset:
             brings what some encoder gave; images that are there as vectors alone are None in the corpus.
         same_ids: Whether a document with the id of a query is that query itself, so that it is no answer to it. None:
             what the texts say, see :attr:`own`.
+        folder: Where it was read from; None if it lies in no folder.
     """
 
     name: str
@@ -48,6 +49,7 @@ class RetrievalDataset:
     given: Given = field(default_factory=dict)
     vectors: Mapping[str, np.ndarray] = field(default_factory=dict)
     same_ids: bool | None = None
+    folder: Path | None = None
 
     @cached_property
     def own(self) -> np.ndarray:

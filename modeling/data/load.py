@@ -87,7 +87,8 @@ def load_retrieval_dataset(
         raise NoSplit(f"{source}: split {split!r} judges no query, so there is nothing to train on or to measure.")
     queries = {q: text for q, text in all_queries.items() if q in qrels}
     qrels = {q: qrels[q] for q in queries}
-    return RetrievalDataset(dataset_name(folder), split, corpus, queries, qrels, same_ids=same_ids(str(path_or_id)))
+    same, place = same_ids(str(path_or_id)), folder if folder.is_dir() else None
+    return RetrievalDataset(dataset_name(folder), split, corpus, queries, qrels, same_ids=same, folder=place)
 
 
 def load_corpus(path_or_id: str | Path, *, revision: str | None = None, keep_empty: bool = False) -> RetrievalDataset:
