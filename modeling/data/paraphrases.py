@@ -72,9 +72,14 @@ class Pairs:
         return self.reworded is not self.dataset
 
     @cached_property
+    def relevant(self) -> tuple[csr_matrix, csr_matrix]:
+        """For each wording ``(pairs, documents)`` whether a document is relevant to it."""
+        return relevance(self.dataset)[self.a], relevance(self.reworded)[self.b]
+
+    @cached_property
     def common(self) -> csr_matrix:
         """``(pairs, documents)`` whether a document is relevant to both wordings."""
-        return relevance(self.dataset)[self.a].multiply(relevance(self.reworded)[self.b]).tocsr()
+        return self.relevant[0].multiply(self.relevant[1]).tocsr()
 
 
 def pairs_of(dataset: RetrievalDataset, source: Source | str = "file", *, seed: int = 0) -> Pairs:

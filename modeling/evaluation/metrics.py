@@ -36,13 +36,23 @@ def per_query_metrics(dataset: RetrievalDataset, ranking: Ranking) -> dict[str, 
     return {metric: measured[metric] for metric in METRICS}
 
 
-def _grades_found(dataset: RetrievalDataset, ranking: Ranking) -> np.ndarray:
-    """Judgment of each document of a ranking, best first, 0 for what is not judged: ``(queries, depth)``."""
+def best_first(dataset: RetrievalDataset, ranking: Ranking, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    """The documents that a ranking has first, equal scores in the order of trec_eval, a query's own document last.
+
+    Returns:
+        Positions and scores, each ``(queries, depth)`` or less; a score of -inf fills a place for which nothing was
+        found.
+    """
     ranks = tie_ranks(list(dataset.corpus))
     positions, scores = without(dataset.own, ranking.positions, ranking.scores, ranking.positions.shape[1])
     # trec_eval holds scores in float32, so what is equal there is a tie.
-    order = np.lexsort((ranks[positions], -scores.astype(np.float32)), axis=1)[:, :DEEPEST]
-    positions = np.take_along_axis(positions, order, 1)
+    order = np.lexsort((ranks[positions], -scores.astype(np.float32)), axis=1)[:, :depth]
+    return np.take_along_axis(positions, order, 1), np.take_along_axis(scores, order, 1)
+
+
+def _grades_found(dataset: RetrievalDataset, ranking: Ranking) -> np.ndarray:
+    """Judgment of each document of a ranking, best first, 0 for what is not judged: ``(queries, depth)``."""
+    positions, scores = best_first(dataset, ranking, DEEPEST)
     place = {identifier: number for number, identifier in enumerate(dataset.corpus)}
     judged = [(-1, 0)]  # so that there is one
     judged += [
@@ -54,8 +64,7 @@ def _grades_found(dataset: RetrievalDataset, ranking: Ranking) -> np.ndarray:
     keys, grades = np.array(sorted(judged), np.int64).T  # of query and document together, in rising order
     wanted = np.arange(len(positions))[:, None] * len(place) + positions
     at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
-    there = np.take_along_axis(scores, order, 1) > -np.inf  # else it fills a place for which nothing was found
-    return np.where((keys[at] == wanted) & there, grades[at], 0)
+    return np.where((keys[at] == wanted) & (scores > -np.inf), grades[at], 0)
 
 
 def _best_grades(dataset: RetrievalDataset) -> np.ndarray:

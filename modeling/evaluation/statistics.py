@@ -36,6 +36,35 @@ def macro_interval(values: Mapping[str, np.ndarray], seed: int = 0, resamples: i
     return float(low), float(high)
 
 
+def clustered_intervals(
+    values: np.ndarray, clusters: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
+) -> np.ndarray | None:
+    """95 % percentile intervals of means over values that come in clusters, which are resampled whole.
+
+    Values of one cluster are no independent draws: to resample them one by one would make the interval too narrow.
+
+    Args:
+        values: ``(measures, values)``.
+        clusters: ``(values,)`` number of the cluster of each.
+        seed: Seed of the resampling.
+        resamples: How many times to resample.
+
+    Returns:
+        ``(measures, 2)``; None if all values are of one cluster, of which nothing can be said.
+    """
+    _, member = np.unique(clusters, return_inverse=True)
+    count = int(member.max(initial=-1)) + 1
+    if count < 2:
+        return None
+    # One row for each cluster: the sum of each measure, and behind them how many values it has.
+    sums = np.stack([np.bincount(member, row, count) for row in (*values, np.ones(len(member)))], axis=1)
+    generator = np.random.default_rng(seed)
+    block = max(1, 2**21 // count)
+    sizes = [min(block, resamples - start) for start in range(0, resamples, block)]
+    drawn = np.concatenate([sums[generator.integers(count, size=(size, count))].sum(1) for size in sizes])
+    return np.percentile(drawn[:, :-1] / drawn[:, -1:], [2.5, 97.5], axis=0).T
+
+
 def compare(
     systems: Mapping[str, np.ndarray], reference: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
 ) -> list[dict[str, Any]]:
