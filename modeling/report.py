@@ -41,6 +41,10 @@ _MAYBE = {
     "mean_of_tasks": int,
     "tasks_of_benchmark": int,
 }
+_OVERLAP = {
+    **{"system": str, "dataset": str, "split": str, "source": str, "group": str, "pairs": int, "k": int},
+    **{"average_overlap": (int, float), "ndcg_a": (int, float), "ndcg_b": (int, float), "short_lists": int},
+}
 _NONE: dict[str, Any] = {"value": 0}
 _CLAIM = {"claim": str, "value": (int, float), "target": (int, float, type(None)), "met": (bool, type(None))}
 
@@ -63,8 +67,9 @@ def write_results(
             stands before a comma) that it shows, none for no picture; and ``gap``, two systems from which a second
             axis counts 0 and 1. Also optional: ``recommendations``, each with a ``text`` and its ``dataset``;
             ``failures``, each a ``system``, its ``dataset`` and the ``reason`` why it has no row; ``notes``, sentences
-            below the tables; ``data``, of a data set that was made on this machine the ``documents``, ``fingerprint``
-            and ``packages``.
+            below the tables; ``paraphrases``, entries of
+            :meth:`polyrep.evaluation.rank_similarity.RankSimilarity.summary`; ``data``, of a data set that was made on
+            this machine the ``documents``, ``fingerprint`` and ``packages``.
         output: Folder to write to; None writes nothing.
         picture: Draws results into a file; default: :func:`draw`.
 
@@ -131,6 +136,8 @@ def check_results(results: dict[str, Any]) -> None:
             _check_fields(entry, layout, f"{kind}[{number}]")
     for number, row in enumerate(results["rows"]):
         _check_fields(row, {name: kind for name, kind in _MAYBE.items() if name in row}, f"rows[{number}]")
+    for number, entry in enumerate(results.get("paraphrases", [])):
+        _check_fields(entry, _OVERLAP, f"paraphrases[{number}]")
     for claim in results["claims"]:
         if (claim["target"] is None) != (claim["met"] is None):
             raise InputError(f"claim {claim['claim']!r}: target and met are both given or both null.")
@@ -164,6 +171,13 @@ def to_markdown(results: dict[str, Any]) -> str:
             f"| {c['claim']} | {c['value']:.4g} | {_or(c['target'], '.4g')} | {c['met']} |" for c in results["claims"]
         ]
         lines += [""]
+    for dataset, split, source in dict.fromkeys(
+        (e["dataset"], e["split"], e["source"]) for e in results.get("paraphrases", [])
+    ):
+        lines += [f"## {dataset}, {split}, two wordings by {source}", ""]
+        lines += _overlap_table(
+            [e for e in results["paraphrases"] if (e["dataset"], e["split"], e["source"]) == (dataset, split, source)]
+        )
     commit = results["commit"][:12] + results["commit"][40:]  # keeps -dirty
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     references = {row["reference"] for row in results["rows"] if "reference" in row}
@@ -389,6 +403,33 @@ def _table_cells(system: str, metrics: dict[str, dict[str, Any]]) -> dict[str, s
         "fit s": _or(main.get("fit_seconds"), ".0f"),
         "front": ", ".join(main.get("pareto", [])),
     }
+
+
+def _overlap_table(entries: list[dict[str, Any]]) -> list[str]:
+    """Lines of a table: how alike each system's results for two wordings are, by groups of pairs."""
+    table = []
+    for entry in entries:
+        cells = {"pairs": f"{entry['group']} ({entry['pairs']:,})", "system": entry["system"]}
+        for name, measure in (("AO", "average_overlap"), ("JS", "jaccard"), ("RBO", "rbo"), ("flips", "flip_rate")):
+            column = name if measure == "flip_rate" else f"{name}@{entry['k']}"
+            cells[column] = _or(entry.get(measure), ".3f")
+            if measure in ("average_overlap", "flip_rate") and f"{measure}_interval" in entry:
+                cells[column] += " [{:.3f}, {:.3f}]".format(*entry[f"{measure}_interval"])
+        if "flip_rate" in entry:
+            for found in ("both", "one", "none"):
+                overlap = _or(entry.get(f"average_overlap_{found}"), ".3f")
+                cells[f"AO {found}"] = f"{overlap} ({entry[f'pairs_{found}']:,})".strip()
+        cells["floor"] = _or(entry.get("floor"), ".3f")
+        cells["nDCG@10 a / b"] = f"{entry['ndcg_a']:.3f} / {entry['ndcg_b']:.3f}"
+        if entry["short_lists"]:
+            cells["short lists"] = f"{entry['short_lists']:,}"
+        table.append(cells)
+    # The group that matters most comes first, whose systems stand side by side.
+    groups = list(dict.fromkeys(entry["group"] for entry in entries))
+    order = sorted(range(len(entries)), key=lambda number: groups.index(entries[number]["group"]))
+    columns = list(dict.fromkeys(column for cells in table for column in cells))
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return [*lines, *("| " + " | ".join(table[n].get(c, "") for c in columns) + " |" for n in order), ""]
 
 
 def _settings_notes(rows: list[dict[str, Any]]) -> list[str]:

@@ -11,13 +11,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sentence_transformers import MultiVectorEncoder
 
 from ..data.dataset import RetrievalDataset
 from ..data.load import load_retrieval_dataset
 from ..data.named import made_here, on_hub
+from ..data.paraphrases import Pairs, pairs_of
 from ..encoding.windows import Windows, refuse_stride
 from ..errors import InputError
 from ..files import refuse_unwritable
@@ -29,7 +30,9 @@ from ..hub.reading import set_length
 from ..report import print_and_write, provenance, refuse_unwritable_results
 from .bm25 import analyzer_of, rank_with_bm25
 from .hybrid import HYBRID_NOTE, Side, load_dev, rank_hybrid, refuse_unfit_hybrid, side_of_bm25, side_of_model
+from .indexes import is_index, open_askers, rank_with_index
 from .mteb import Suite, left_out, mteb_package, open_suites, refuse_unfit, run_suites
+from .rank_similarity import K, paraphrase_entries, paraphrase_notes, refuse_depth
 from .rerank import open_reranker, refuse_depths, rerank_notes
 from .systems import Ranking, rank_with_model, refuse_uncut
 from .table import display_name, notes_on, refuse_doubles, refuse_unknown, table_rows, window_notes
@@ -88,6 +91,22 @@ class EvaluationArguments:
         default_factory=lambda: [50], metadata={"help": "Documents of a query that it orders, e.g. 50 200."}
     )
     rerank_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of it on the Hub."})
+    paraphrases: str | None = field(
+        default=None,
+        metadata={
+            "help": "How alike are results of one need in two wordings: pairs of the data set's paraphrases.jsonl "
+            "(file), of queries with a document in common (qrels), of captions of one image (captions), or of each "
+            "query and the same misspelt or cut short (misspelt, cut)."
+        },
+    )
+    paraphrase_k: int = field(default=K, metadata={"help": "Documents of a list that --paraphrases compares."})
+    index_model: str = field(
+        default="minilm",
+        metadata={"help": "What makes vectors of queries where MODEL is the URI of an index; as --model of search."},
+    )
+    index_weights: str = field(
+        default="", metadata={"help": "Rank there by a weighted sum of several kinds; as --weights of search."}
+    )
     output: str | None = field(default=None, metadata={"help": "Folder for <name>.json, <name>.md and <name>.png."})
     name: str = field(default="results", metadata={"help": "Name of the three files."})
     reference: str | None = field(
@@ -129,12 +148,17 @@ class System:
     Attributes:
         name: In tables.
         source: As the user names it.
-        folder: Where it is; None for BM25.
+        folder: Where it is; None for BM25 and for an index.
     """
 
     name: str
     source: str
     folder: Path | None
+
+    @property
+    def is_index(self) -> bool:
+        """Whether it is an index, which is searched as it is."""
+        return is_index(self.source)
 
     def open(self, args: EvaluationArguments) -> Encoder:
         """The model, with weights and length as they are asked for."""
@@ -158,21 +182,37 @@ class Measurements:
 
     Attributes:
         rankings: Data set -> what each system found there.
+        reworded: Data set -> likewise, for its queries in other words, where these are queries of their own.
         fingerprints: System -> its fingerprint.
         benchmark_rows: Rows of MTEB's tasks, which MTEB measures itself.
         unavailable: Task -> why its data could not be had.
     """
 
     rankings: dict[str, list[Ranking]]
+    reworded: dict[str, list[Ranking]] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
     benchmark_rows: list[dict[str, Any]] = field(default_factory=list)
     unavailable: dict[str, str] = field(default_factory=dict)
 
 
+class Asked(NamedTuple):
+    """Queries that are searched for, and where it is kept what each system found.
+
+    Attributes:
+        dataset: Whose queries.
+        dev: What a weight is chosen on.
+        rankings: One or more for each system, in their order.
+    """
+
+    dataset: RetrievalDataset
+    dev: RetrievalDataset | None
+    rankings: list[Ranking]
+
+
 def evaluate(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, Any]:
     """Measure the models named in ``argv``; see :func:`evaluate_models`."""
     about = "Measure MODELs and print the table; write it as JSON, Markdown and PNG with --output."
-    wanted = "Folders, Hub ids, or minilm; bm25 needs no model."
+    wanted = "Folders, Hub ids, or minilm; bm25 needs no model; or URIs of indexes, with --index_model."
     args, models = parse(EvaluationArguments, argv, prog, about, "MODEL", wanted, nargs="+")
     return evaluate_models(args, models, command=command_line(prog, argv))
 
@@ -182,7 +222,7 @@ def evaluate_models(args: EvaluationArguments, models: Sequence[str], *, command
 
     Args:
         args: What to measure, on what, against what.
-        models: Folders, Hub ids, ``minilm`` or ``bm25``.
+        models: Folders, Hub ids, ``minilm`` or ``bm25``, or URIs of indexes.
         command: What the results say that they were made by; default: the command that asks for the same.
 
     Returns:
@@ -200,10 +240,11 @@ def evaluate_models(args: EvaluationArguments, models: Sequence[str], *, command
     datasets, suites = _open_data(args)
     systems, reference = _open_systems(args, models, bool(datasets))
     _refuse_unfit(args, systems, datasets, suites)
+    pairs = _pairs(args, datasets)
     devs = [load_dev(path, dataset, args) for path, dataset in zip(args.dataset, datasets, strict=True)]
     data = made_here(*args.dataset)
     pair = [next(system for system in systems if system.source == model) for model in models] if args.hybrid else []
-    found = _measure(args, systems, datasets, suites, pair, devs)
+    found = _measure(args, systems, datasets, suites, pair, devs, pairs)
     rows = [
         row | hub_source(*on_hub(path))
         for path, dataset in zip(args.dataset, datasets, strict=True)
@@ -228,6 +269,19 @@ def evaluate_models(args: EvaluationArguments, models: Sequence[str], *, command
             *(note for d in datasets for note in notes_on(d)),
         ],
     }
+    if pairs:
+        results["paraphrases"] = [
+            entry
+            for of in pairs
+            for entry in paraphrase_entries(
+                of,
+                found.rankings[of.dataset.name],
+                found.reworded.get(of.dataset.name),
+                k=args.paraphrase_k,
+                seed=args.seed,
+            )
+        ]
+        results["notes"] += paraphrase_notes(pairs, args.paraphrase_k)
     _write(args, results, suites, found.unavailable)
     return results
 
@@ -265,17 +319,21 @@ def _open_systems(args: EvaluationArguments, models: Sequence[str], searches: bo
             raise InputError(f"--rerank {args.rerank}: orders what is found in --dataset alone. Add one.")
         if args.window:
             raise InputError(f"--window {args.window}: cuts documents of --dataset alone, not those of MTEB. Add one.")
+        if args.paraphrases:
+            raise InputError(f"--paraphrases {args.paraphrases}: compares what is found in --dataset alone. Add one.")
+        if uris := [name for name in models if is_index(name)]:
+            raise InputError(f"{uris[0]}: an index, which is searched with --dataset alone. Add one.")
         baselines = [name for name in baselines if name != "bm25"]
     sources = list(dict.fromkeys([*baselines, *models]))
-    names = [display_name(source) for source in sources]
+    names = [source if is_index(source) else display_name(source) for source in sources]
     ordering = [args.rerank] if args.rerank and args.rerank not in sources else []
     refuse_doubles([*sources, *ordering], [*names, *map(display_name, ordering)])
-    reference = args.reference or display_name(baselines[-1] if baselines else sources[0])
+    reference = args.reference or names[len(set(baselines)) - 1 if baselines else 0]
     refuse_unknown(reference.partition(", ")[0], names)  # a comma and what follows name a pooling
     systems = []
     for name, source in zip(names, sources, strict=True):
         folder = None
-        if source != "bm25":
+        if source != "bm25" and not is_index(source):
             folder = fetch(source, revision=args.revision, trust_remote_code=args.trust_remote_code)
         systems.append(System(name, source, folder))
     return systems, reference
@@ -289,7 +347,7 @@ def _refuse_unfit(
     for flag, used in (("cache_dir", encodes and bool(datasets)), ("mteb_cache", encodes and bool(suites))):
         if used:
             refuse_unwritable(Path(getattr(args, flag)), f"--{flag}")
-    if any(system.folder is None for system in systems):
+    if any(system.source == "bm25" for system in systems):
         for dataset in datasets:
             analyzer_of(dataset, args.language)
     elif args.language != "en":
@@ -297,6 +355,8 @@ def _refuse_unfit(
             f"--language {args.language}: of bm25, which is no row here, so it would change nothing. Add bm25 to "
             "--baselines, with a --dataset, or leave it out."
         )
+    indexes = [system for system in systems if system.is_index]
+    _refuse_unfit_indexes(args, indexes, datasets, suites)
     folders = [system.folder for system in systems if system.folder]
     if args.token_pooling and MultiVectorEncoder not in map(family_of, folders):
         raise InputError(f"--token_pooling {' '.join(args.token_pooling)}: no model here has several vectors a text.")
@@ -312,6 +372,47 @@ def _refuse_unfit(
                 refuse_unfit(system.name, model, suites)
 
 
+def _refuse_unfit_indexes(
+    args: EvaluationArguments, indexes: Sequence[System], datasets: Sequence[RetrievalDataset], suites: Sequence[Suite]
+) -> None:
+    """InputError if an index cannot be asked, or is asked for what it cannot give, or flags for one have no index."""
+    if not indexes:
+        for flag, given in (("index_model", args.index_model != "minilm"), ("index_weights", args.index_weights)):
+            if given:
+                raise InputError(
+                    f"--{flag} {getattr(args, flag)}: of an index, and no MODEL is the URI of one. Name one, e.g. "
+                    "qdrant:///path, or leave it out."
+                )
+        return
+    uri = indexes[0].source
+    if len(datasets) > 1:
+        raise InputError(
+            f"{uri}: an index holds the documents of one data set, and --dataset names {len(datasets)}. Name its own."
+        )
+    for flag, given in (("mteb", suites), ("hybrid", args.hybrid), ("window", args.window)):
+        if given:
+            raise InputError(
+                f"--{flag}: has no part in an index such as {uri}, which is searched as it is. Leave it out."
+            )
+    for system in indexes:
+        open_askers(system.source, args)
+
+
+def _pairs(args: EvaluationArguments, datasets: Sequence[RetrievalDataset]) -> list[Pairs]:
+    """Pairs of wordings of each data set, none unless they are asked for."""
+    if args.paraphrases is None:
+        if args.paraphrase_k != K:
+            raise InputError(
+                f"--paraphrase_k {args.paraphrase_k}: there is no --paraphrases, so no lists are compared. Add it."
+            )
+        return []
+    pairs = []
+    for dataset in datasets:
+        refuse_depth(args.paraphrase_k, dataset)
+        pairs.append(pairs_of(dataset, args.paraphrases))
+    return pairs
+
+
 def _measure(
     args: EvaluationArguments,
     systems: Sequence[System],
@@ -319,19 +420,34 @@ def _measure(
     suites: Sequence[Suite],
     pair: Sequence[System],
     devs: Sequence[RetrievalDataset | None],
+    pairs: Sequence[Pairs],
 ) -> Measurements:
     """Rank every data set by every system and by the sum of a pair, and run the benchmarks.
 
     One model is in memory at a time.
     """
     found = Measurements({dataset.name: [] for dataset in datasets})
-    sides: dict[tuple[str, str], Side] = {}  # of a system and a data set
+    found.reworded = {of.dataset.name: [] for of in pairs if of.needs_second_search}
+    asked = [Asked(d, dev, found.rankings[d.name]) for d, dev in zip(datasets, devs, strict=True)]
+    for of, dev in zip(pairs, devs, strict=True) if pairs else ():
+        if of.needs_second_search:
+            asked.append(Asked(of.reworded, dev, found.reworded[of.dataset.name]))
+    sides: dict[tuple[str, str, str], Side] = {}  # of a system, a data set and its split
     for system in systems:
+        if system.is_index:
+            askers = open_askers(system.source, args)
+            for asker in askers:
+                found.fingerprints[f"{system.name} by {display_name(asker.source)}"] = asker.fingerprint
+            for dataset, _, rankings in asked:
+                depth = args.paraphrase_k if pairs else 1
+                rankings.append(rank_with_index(system.name, system.source, askers, dataset, args, depth))
+            continue
         if not system.folder:
-            for dataset, dev in zip(datasets, devs, strict=True):
-                found.rankings[dataset.name].append(rank_with_bm25(dataset, language=args.language))
+            for dataset, dev, rankings in asked:
+                rankings.append(rank_with_bm25(dataset, language=args.language))
                 if system in pair:
-                    sides[system.name, dataset.name] = side_of_bm25(system.name, dataset, dev, args.language)
+                    side = side_of_bm25(system.name, dataset, dev, args.language)
+                    sides[system.name, dataset.name, dataset.split] = side
             continue
         digest = found.fingerprints[system.name] = fingerprint(system.folder)
         model = system.open(args)
@@ -340,10 +456,11 @@ def _measure(
         pooling = None
         if isinstance(model, MultiVectorEncoder):
             pooling = list(dict.fromkeys(args.token_pooling))  # twins would be taken for seeds
-        for dataset, dev in zip(datasets, devs, strict=True):
-            found.rankings[dataset.name] += rank_with_model(system.name, model, dataset, pooling=pooling, **options)
+        for dataset, dev, rankings in asked:
+            rankings += rank_with_model(system.name, model, dataset, pooling=pooling, **options)
             if system in pair:
-                sides[system.name, dataset.name] = side_of_model(system.name, model, dataset, dev, **options)
+                side = side_of_model(system.name, model, dataset, dev, **options)
+                sides[system.name, dataset.name, dataset.split] = side
         if suites:
             measured = run_suites(
                 system.name,
@@ -356,14 +473,13 @@ def _measure(
             )
             found.benchmark_rows += measured.rows
             found.unavailable = measured.unavailable
-    for dataset, dev in zip(datasets, devs, strict=True) if pair else ():
-        one, other = (sides[system.name, dataset.name] for system in pair)
-        found.rankings[dataset.name] += rank_hybrid(one, other, dataset, dev, args.hybrid_weight)
+    for dataset, dev, rankings in asked if pair else ():
+        one, other = (sides[system.name, dataset.name, dataset.split] for system in pair)
+        rankings += rank_hybrid(one, other, dataset, dev, args.hybrid_weight)
     if reranker := open_reranker(args, datasets):
         found.fingerprints[reranker.name] = reranker.fingerprint
-        for dataset in datasets:
-            first = list(found.rankings[dataset.name])
-            found.rankings[dataset.name] += [reranker.rank(r, dataset, d) for r in first for d in reranker.depths]
+        for dataset, _, rankings in asked:
+            rankings += [reranker.rank(r, dataset, d) for r in list(rankings) for d in reranker.depths]
     return found
 
 

@@ -18,6 +18,7 @@ counted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +51,8 @@ PARAPHRASE_NOTE = (
     "Paraphrases: AO, JS and RBO (p = {p:g}) compare the first {k} documents of two wordings; 1 is the same list. A "
     "ranker that gives every query the same list has 1, too, so read them beside nDCG@10 of both wordings, a / b. "
     "Flips: pairs of which one wording alone finds, among the first {k}, a document that is relevant to both. AO of "
-    "both, one, none: of pairs of which so many wordings find one. Floor: AO of queries without a relevant document in "
-    "common, paired at random. Brackets: 95 % bootstrap interval over documents, which pairs share."
+    "both, one, none: of pairs of which so many wordings find one. Floor: AO of queries without a relevant document "
+    "in common, paired at random. Brackets: 95 % bootstrap interval over documents, which pairs share."
 )
 
 
@@ -283,12 +284,42 @@ def rank_similarity(
     )
 
 
+def paraphrase_entries(
+    pairs: Pairs, rankings: Sequence[Ranking], reworded: Sequence[Ranking] | None, *, k: int = K, seed: int = 0
+) -> list[dict[str, Any]]:
+    """What results files hold of every system: :meth:`RankSimilarity.summary` of its rankings.
+
+    Args:
+        pairs: What is compared.
+        rankings: What each system found for the queries of ``pairs.dataset``.
+        reworded: In the same order, for those of ``pairs.reworded``; None where these are the same.
+        k: See :func:`rank_similarity`.
+        seed: Likewise, and of the bootstrap.
+
+    Raises:
+        InputError: See :func:`rank_similarity`.
+    """
+    others: Sequence[Ranking | None] = [None] * len(rankings) if reworded is None else reworded
+    found = [rank_similarity(pairs, *both, k=k, seed=seed) for both in zip(rankings, others, strict=True)]
+    return [entry for of in found for entry in of.summary(seed)]
+
+
+def paraphrase_notes(pairs: Sequence[Pairs], k: int = K) -> list[str]:
+    """What a reader of :func:`paraphrase_entries` should know."""
+    left_out = [
+        f"{of.dataset.name}, {of.dataset.split}: {of.same_text:,} pairs by {of.source} of equal texts are left out."
+        for of in pairs
+        if of.same_text
+    ]
+    return [PARAPHRASE_NOTE.format(k=k, p=PERSISTENCE), *left_out]
+
+
 def refuse_depth(k: int, dataset: RetrievalDataset) -> None:
     """InputError if lists cannot be compared at depth k."""
     if not 1 <= k <= len(dataset.corpus):
         raise InputError(
-            f"{dataset.name}: k={k}, but lists have 1 to {len(dataset.corpus):,} documents, all that there are, so "
-            "nothing could be compared. Choose k within."
+            f"{dataset.name}: k={k}, but lists have 1 to {len(dataset.corpus):,} documents, so nothing could be "
+            "compared. Choose k within."
         )
 
 

@@ -236,10 +236,11 @@ def _without_unfound(ranking: Ranking, asked: np.ndarray, found: np.ndarray) -> 
 
 
 def _of_both(first: Ranking, second: Ranking) -> Ranking:
-    """A second stage with the bytes and the seconds of both; without seconds where the first was not timed."""
+    """A second stage with the bytes and the seconds of both, but for what is not known of the first."""
     assert second.seconds is not None
-    own = first.costs["bytes_per_document"]
-    costs = {"first_stage_bytes": own, "bytes_per_document": own + second.costs["bytes_per_document"]}
+    costs = {}
+    if (own := first.costs.get("bytes_per_document")) is not None:
+        costs = {"first_stage_bytes": own, "bytes_per_document": own + second.costs["bytes_per_document"]}
     if first.seconds is None:
         return replace(second, costs=costs, seconds=None)
     seconds = first.seconds + second.seconds

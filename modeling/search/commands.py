@@ -102,7 +102,7 @@ def index(argv: list[str], *, prog: str = "polyrep index") -> dict[str, int]:
     """
     about = "Put encoded corpora into an index. Run it again to go on."
     args, folders = parse(IndexArguments, argv, prog, about, "CORPUS", "Folders of `polyrep encode`.", nargs="+")
-    _refuse_no_uri(args.uri)
+    refuse_no_uri(args.uri)
     corpora = [EncodedCorpus(folder) for folder in folders]  # all of them are looked at before anything is written
     for corpus in corpora:
         if corpus.manifest["task"] != "document":
@@ -144,13 +144,44 @@ def search(argv: list[str], *, prog: str = "polyrep search") -> list[list[Hit]]:
     """
     about = "Search an index."
     args, queries = parse(SearchArguments, argv, prog, about, "QUERY", "Texts to search for.", nargs="+")
-    _refuse_no_uri(args.uri)
+    refuse_no_uri(args.uri)
     for query in queries:
         refuse_no_text(query, f"query {query!r}")
     if args.weights and args.name:
         raise InputError(f"--name {args.name}: --weights says which vectors are searched. Leave one of them out.")
-    models = [_Asker.open(source, args) for source in _sources(args.model)]
+    models = open_models(args)
     target = open_index(args.uri, fingerprint=models[0].fingerprint, force=args.force)
+    found = find(target, models, queries, args)
+    for query, hits in zip(queries, found, strict=True):
+        print(query)
+        for hit in hits:
+            sure = "" if hit.probability is None else f"p={hit.probability:.3f}  "
+            where = "" if hit.window is None else f"  window {hit.window}"
+            print(f"  {hit.score:10.4f}  {sure}{hit.id}{where}")
+    return found
+
+
+def open_models(args: SearchArguments) -> list[Asker]:
+    """What makes vectors of queries, as ``--model`` names it.
+
+    Raises:
+        InputError: One cannot be opened.
+    """
+    return [Asker.open(source, args) for source in _sources(args.model)]
+
+
+def find(target: Index, models: Sequence[Asker], queries: Sequence[str], args: SearchArguments) -> list[list[Hit]]:
+    """The hits of each query, as the flags of ``polyrep search`` say.
+
+    Args:
+        target: Where to search.
+        models: What makes vectors of queries.
+        queries: Texts.
+        args: The flags.
+
+    Raises:
+        InputError: The index cannot be asked so, or it and the models do not belong together.
+    """
     weights = (
         weights_of(args.weights) if args.weights else {} if args.name else models[0].weights(target.origins, args.uri)
     )
@@ -167,22 +198,14 @@ def search(argv: list[str], *, prog: str = "polyrep search") -> list[list[Hit]]:
         asked: dict[str, Queries] = {}
         for model in dict.fromkeys(askers.values()):  # one pass of each
             asked |= model.ask(queries, [name for name, asker in askers.items() if asker is model])
-        found = target.search(asked, args.k, weights=weights, candidates=args.candidates, **plan)
-    elif len(models) > 1:
+        return target.search(asked, args.k, weights=weights, candidates=args.candidates, **plan)
+    if len(models) > 1:
         raise InputError(f"--model {args.model}: several models, but no --weights. Add it, or name one model.")
-    else:
-        found = _by_one(models[0], target, queries, args, plan | {"candidates": args.candidates})
-    for query, hits in zip(queries, found, strict=True):
-        print(query)
-        for hit in hits:
-            sure = "" if hit.probability is None else f"p={hit.probability:.3f}  "
-            where = "" if hit.window is None else f"  window {hit.window}"
-            print(f"  {hit.score:10.4f}  {sure}{hit.id}{where}")
-    return found
+    return _by_one(models[0], target, queries, args, plan | {"candidates": args.candidates})
 
 
 def _by_one(
-    asker: _Asker, target: Index, queries: Sequence[str], args: SearchArguments, plan: dict[str, Any]
+    asker: Asker, target: Index, queries: Sequence[str], args: SearchArguments, plan: dict[str, Any]
 ) -> list[list[Hit]]:
     """Search one kind of vectors, by the budget and the candidates of a plan."""
     name = args.name
@@ -200,7 +223,7 @@ def _by_one(
 
 
 @dataclass(frozen=True, eq=False)
-class _Asker:
+class Asker:
     """What makes vectors of queries: a model, or the words that BM25 has counted."""
 
     source: str
@@ -208,7 +231,7 @@ class _Asker:
     fingerprint: str
 
     @classmethod
-    def open(cls, source: str, args: SearchArguments) -> _Asker:
+    def open(cls, source: str, args: SearchArguments) -> Asker:
         """Open a model as ``--model`` names it."""
         if Path(source, bm25.FILE).is_file():
             words = bm25.Bm25.load(Path(source))
@@ -243,7 +266,7 @@ class _Asker:
         return dict.fromkeys(names, embed(self.model, texts, task="query", name="queries", **options)) | found
 
 
-def _asker_of(origin: Origin, models: Sequence[_Asker], args: SearchArguments) -> _Asker:
+def _asker_of(origin: Origin, models: Sequence[Asker], args: SearchArguments) -> Asker:
     """The model that made some vectors; with ``--force`` the only one."""
     for asker in models:
         if asker.made(origin) or (args.force and len(models) == 1):
@@ -287,7 +310,8 @@ def _shown(corpus: EncodedCorpus) -> Iterator[Shard]:
             progress.update(record["documents"])  # not of the shard, which is read only if it is not known yet
 
 
-def _refuse_no_uri(uri: str) -> None:
+def refuse_no_uri(uri: str) -> None:
+    """InputError if no index is named, or one that is gone when the command ends."""
     if not uri:
         raise InputError("--uri: missing. Say which index, e.g. --uri qdrant:///path/of/a/new/folder.")
     if uri.startswith("memory:"):

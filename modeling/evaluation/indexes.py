@@ -1,0 +1,93 @@
+"""An index that is measured as its users search it: with what it lost to quantization, graphs and cut lists."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from ..data.dataset import RetrievalDataset
+from ..errors import InputError
+from ..search.backends import BACKENDS, open_index
+from ..search.commands import Asker, SearchArguments, find, open_models, refuse_no_uri
+from ..search.ranking import deeper
+from .hybrid import filled
+from .metrics import DEEPEST
+from .systems import Ranking
+
+
+class Flags(Protocol):
+    """What of a command's flags is read here."""
+
+    index_model: str
+    index_weights: str
+    revision: str | None
+    trust_remote_code: bool
+    model_dtype: str
+
+
+def is_index(source: str) -> bool:
+    """Whether a name is the URI of an index rather than a model."""
+    return source.partition(":")[0] in BACKENDS and ":" in source
+
+
+def open_askers(uri: str, args: Flags) -> list[Asker]:
+    """What makes vectors of queries for an index.
+
+    Raises:
+        InputError: It cannot be opened, or the index is one that no other command can have filled.
+    """
+    refuse_no_uri(uri)
+    return open_models(_search(uri, args, 1))
+
+
+def rank_with_index(
+    system: str, uri: str, askers: list[Asker], dataset: RetrievalDataset, args: Flags, depth: int = 1
+) -> Ranking:
+    """Search an index for every query of a split, as ``polyrep search`` does.
+
+    Args:
+        system: Name of the row.
+        uri: The index.
+        askers: What makes vectors of queries.
+        dataset: Whose documents the index holds.
+        args: The flags of a command.
+        depth: Documents of a query that are needed; as many as metrics look at are asked for at least.
+
+    Raises:
+        InputError: The index cannot be searched, or holds other documents.
+    """
+    target = open_index(uri, fingerprint=askers[0].fingerprint)
+    if target.count() != len(dataset.corpus):
+        raise InputError(
+            f"{uri}: holds {target.count():,} documents, {dataset.name} has {len(dataset.corpus):,}, so what is found "
+            "could not be judged. Name the data set that was indexed, or index the rest."
+        )
+    k = deeper(min(max(depth, DEEPEST), len(dataset.corpus)), dataset.own)
+    found = find(target, askers, list(dataset.queries.values()), _search(uri, args, k))
+    place = {identifier: number for number, identifier in enumerate(dataset.corpus)}
+    inverted = {origin.kind for origin in target.origins.values()} <= {"sparse", "routed"}
+    best = []
+    for hits in found:
+        # An inverted index finds no document that shares no word with the query; some fill their list with these.
+        hits = [hit for hit in hits if hit.score or not inverted]
+        if stranger := next((hit.id for hit in hits if hit.id not in place), None):
+            raise InputError(
+                f"{uri}: has document {stranger!r}, which is none of {dataset.name}, so rankings of two corpora would "
+                "be compared. Name the data set that was indexed."
+            )
+        best.append((np.array([place[hit.id] for hit in hits], np.int64), np.array([hit.score for hit in hits])))
+    positions, scores = filled(best, len(place))
+    return Ranking(system, positions, scores)
+
+
+def _search(uri: str, args: Flags, k: int) -> SearchArguments:
+    return SearchArguments(
+        uri=uri,
+        model=args.index_model,
+        weights=args.index_weights,
+        k=k,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+        model_dtype=args.model_dtype,
+    )

@@ -1,0 +1,375 @@
+"""Overlap of rankings against loops in float64, pairs of wordings from every source, and the command end to end."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import DOCUMENTS, QUERIES
+
+from polyrep import InputError
+from polyrep.data import RetrievalDataset, load_retrieval_dataset, pairs_of
+from polyrep.data.noise import cut_short
+from polyrep.evaluation.rank_similarity import (
+    average_overlap,
+    best_documents,
+    jaccard,
+    rank_similarity,
+    rbo,
+)
+from polyrep.evaluation.statistics import clustered_intervals
+from polyrep.evaluation.systems import Ranking
+
+# Overlap of two lists
+
+
+def loops(a: list[int], b: list[int], p: float) -> tuple[float, float, float]:
+    """AO, JS and RBO of two lists, by sets and sums as their definitions read; below 0 is no document."""
+    agreement = []
+    for depth in range(1, len(a) + 1):
+        one, other = ({x for x in part[:depth] if x >= 0} for part in (a, b))
+        longer = max(len(one), len(other))
+        agreement.append(len(one & other) / longer if longer else 0.0)
+    united = len(one | other)
+    k = len(a)
+    weighed = sum(share * p**depth for depth, share in enumerate(agreement, start=1))
+    extrapolated = (1 - p) / p * weighed + agreement[-1] * p**k
+    return sum(agreement) / k, len(one & other) / united if united else 0.0, extrapolated
+
+
+def lists(k: int, documents: int, count: int, seed: int, shortest: int) -> np.ndarray:
+    """``(count, k)`` lists of so many of the documents, from ``shortest`` to ``k`` long."""
+    rng = np.random.default_rng(seed)
+    found = np.full((count, k), -1)
+    for row in found:
+        length = rng.integers(shortest, k + 1)
+        row[:length] = rng.choice(documents, length, replace=False)
+    return found
+
+
+@pytest.mark.parametrize(("k", "shortest"), [(1, 1), (10, 10), (10, 0), (37, 3)])
+@pytest.mark.parametrize("p", [0.5, 0.9])
+def test_overlaps_are_what_a_loop_finds(k, shortest, p):
+    one, other = (lists(k, 2 * k, 200, seed, shortest) for seed in (0, 1))
+    expected = np.array([loops(a, b, p) for a, b in zip(one.tolist(), other.tolist(), strict=True)])
+    found = np.stack([average_overlap(one, other), jaccard(one, other), rbo(one, other, p)], axis=1)
+    assert found.dtype == np.float64 and len(np.unique(expected[:, 0])) > 1
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+    again = np.stack([average_overlap(other, one), jaccard(other, one), rbo(other, one, p)], axis=1)
+    np.testing.assert_array_equal(again, found)  # symmetric, to the bit
+
+
+def test_many_pairs_are_compared_in_blocks_to_the_same_numbers(monkeypatch):
+    one, other = (lists(10, 20, 50, seed, 4) for seed in (0, 1))
+    whole = rbo(one, other)
+    monkeypatch.setattr("polyrep.evaluation.rank_similarity.BLOCK", 300)  # three pairs
+    np.testing.assert_array_equal(rbo(one, other), whole)
+
+
+@pytest.mark.parametrize("measure", [average_overlap, jaccard, rbo])
+def test_the_same_list_has_1_and_lists_without_a_common_document_have_0(measure):
+    same = lists(10, 30, 20, 0, 1)  # some are shorter than 10
+    np.testing.assert_allclose(measure(same, same), 1, rtol=1e-12)
+    apart = np.where(same < 0, -1, same + 30)
+    np.testing.assert_array_equal(measure(same, apart), 0)
+    empty = np.full((1, 10), -1)
+    assert measure(empty, empty).tolist() == [0] and measure(empty, same[:1]).tolist() == [0]
+
+
+@pytest.mark.parametrize("measure", [average_overlap, jaccard, rbo])
+def test_the_numbers_of_documents_do_not_matter(measure):
+    one, other = (lists(10, 20, 50, seed, 5) for seed in (0, 1))
+    renamed = np.append(np.random.default_rng(2).permutation(20), -1)  # -1 stays what it is
+    np.testing.assert_array_equal(measure(renamed[one], renamed[other]), measure(one, other))
+
+
+def test_average_overlap_sees_the_order_and_jaccard_does_not():
+    one, turned = np.array([[0, 1, 2, 3]]), np.array([[3, 2, 1, 0]])
+    assert average_overlap(one, turned)[0] == pytest.approx((0 + 0 + 2 / 3 + 1) / 4) and jaccard(one, turned)[0] == 1
+
+
+def test_lists_that_cannot_be_compared_are_refused():
+    fine = np.array([[0, 1]])
+    for other, said in (
+        (np.array([[0, 1, 2]]), r"shapes \(1, 2\) and \(1, 3\)"),
+        (np.array([0, 1]), r"\(2,\) cannot be compared"),
+        (np.array([[1, 1]]), "b: a list has a document twice"),
+    ):
+        with pytest.raises(InputError, match=said):
+            average_overlap(fine, other)
+    for p in (0, 1, 1.5):
+        with pytest.raises(InputError, match=f"rbo: p={p}"):
+            rbo(fine, fine, p)
+
+
+# Pairs
+
+
+PAIRS = [
+    {"split": "test", "a": "q1", "b": "q2", "similarity": 4.5, "kind": "same"},
+    {"split": "test", "a": "q3", "b": "q1", "similarity": None},
+    {"split": "dev", "a": "x1", "b": "x2", "similarity": 1},
+]
+
+
+def write_pairs(folder: Path, pairs: list[Any]) -> Path:
+    path = folder / "paraphrases.jsonl"
+    path.write_text("".join(pair if isinstance(pair, str) else json.dumps(pair) + "\n" for pair in pairs))
+    return path
+
+
+def test_pairs_of_a_file_keep_their_sides_ratings_and_kinds(beir):
+    write_pairs(beir, PAIRS)
+    pairs = pairs_of(load_retrieval_dataset(beir))
+    assert (pairs.a.tolist(), pairs.b.tolist()) == ([0, 2], [1, 0])
+    assert pairs.similarity[0] == 4.5 and np.isnan(pairs.similarity[1])
+    assert pairs.kinds.tolist() == ["same", "file"] and not pairs.needs_second_search and pairs.same_text == 0
+
+
+BAD = {
+    '{"split": "test", "a": "q1"': "not a JSON object",
+    "[1]\n": "not an object but list",
+    '{"a": "q1", "b": "q2"}\n': "no 'split'",
+    '{"split": "test", "a": "q1"}\n': "no 'b'",
+    '{"split": "test", "a": "q1", "b": "q1"}\n': "pairs query 'q1' with itself.*Remove the line",
+    '{"split": "test", "a": "q1", "b": "nobody"}\n': "query 'nobody' is none of split 'test'.*Mend the id",
+    '{"split": "test", "a": "q1", "b": "x1"}\n': "query 'x1' is judged in another split.*lies across splits",
+    '{"split": "test", "a": "q1", "b": "q2", "similarity": 5.1}\n': "similarity=5.1. Expected .* from 0 to 5",
+    '{"split": "test", "a": "q1", "b": "q2", "similarity": -1}\n': "similarity=-1",
+    '{"split": "test", "a": "q1", "b": "q2", "similarity": NaN}\n': "similarity=nan",
+    '{"split": "test", "a": "q1", "b": "q2", "similarity": true}\n': "similarity=True",
+    '{"split": "test", "a": "q1", "b": "q2", "similarity": "4"}\n': "similarity='4'",
+    '{"split": "test", "a": "q1", "b": "q2", "kind": 3}\n': "kind=3",
+    '{"split": "test", "a": "q1", "b": "q3"}\n': "pairs 'q1' with 'q3' again.*Remove one",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_a_line_that_cannot_be_used_is_refused_with_its_place(beir, line):
+    with (beir / "queries.jsonl").open("a") as file:
+        file.write('{"_id": "x1", "text": "of another split"}\n')
+    path = write_pairs(beir, [PAIRS[1], line])  # which has q3 with q1
+    with pytest.raises(InputError, match=f"{path}:2: .*{BAD[line]}"):
+        pairs_of(load_retrieval_dataset(beir))
+
+
+def test_a_split_without_pairs_and_a_set_without_a_file_are_refused(beir):
+    dataset = load_retrieval_dataset(beir)
+    with pytest.raises(InputError, match=r"paraphrases.jsonl: no such file.*take them from qrels, misspelt or cut"):
+        pairs_of(dataset)
+    write_pairs(beir, PAIRS[2:])
+    with pytest.raises(InputError, match=r"no pair of split 'test'; there are pairs of \['dev'\]"):
+        pairs_of(dataset)
+    with pytest.raises(InputError, match="lies in no folder"):
+        pairs_of(replace(dataset, folder=None))
+    with pytest.raises(InputError, match="paraphrases 'guess': no source of pairs. Use one of file, qrels"):
+        pairs_of(dataset, "guess")
+    with pytest.raises(InputError, match="tiny, test: no pair of wordings by qrels, so there is nothing to compare"):
+        pairs_of(dataset, "qrels")  # no two queries have a document in common
+
+
+def test_pairs_of_judgments_are_all_queries_with_a_relevant_document_in_common():
+    rng = np.random.default_rng(0)
+    qrels = {f"q{i}": {f"d{j}": int(rng.integers(0, 3)) for j in rng.choice(9, 3, replace=False)} for i in range(12)}
+    queries = {query: f"text of {query}" for query in qrels} | {"q5": "text of q4"}
+    dataset = RetrievalDataset("any", "test", {f"d{j}": f"text {j}" for j in range(9)}, queries, qrels)
+    relevant = [{d for d, grade in qrels[q].items() if grade > 0} for q in queries]
+    expected = [(i, j) for i in range(12) for j in range(i + 1, 12) if relevant[i] & relevant[j]]
+    assert (4, 5) in expected  # of one text, which is no other wording
+    pairs = pairs_of(dataset, "qrels")
+    assert list(zip(pairs.a, pairs.b, strict=True)) == [pair for pair in expected if pair != (4, 5)]
+    assert pairs.same_text == 1 and np.isnan(pairs.similarity).all()
+    common = [{f"d{j}" for j in row.indices} for row in pairs.common]
+    assert common == [relevant[a] & relevant[b] for a, b in zip(pairs.a, pairs.b, strict=True)]
+
+
+def test_captions_of_one_image_are_pairs_and_other_sets_have_none(tmp_path, beir):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = [{"image": f"{i}.jpg", "split": "test", "captions": [f"{word} {i}" for word in "abc"]} for i in range(2)]
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    np.save(folder / "images.npy", np.eye(2, dtype=np.float32))
+    pairs = pairs_of(load_retrieval_dataset(folder), "captions")
+    expected = [(0, 1), (0, 2), (1, 2), (3, 4), (3, 5), (4, 5)]
+    assert list(zip(pairs.a.tolist(), pairs.b.tolist(), strict=True)) == expected
+    with pytest.raises(InputError, match="tiny: holds no images with captions.*Use qrels"):
+        pairs_of(load_retrieval_dataset(beir), "captions")
+
+
+@pytest.mark.parametrize("how", ["misspelt", "cut"])
+def test_narrowed_queries_are_searched_for_under_their_own_ids(beir, how):
+    dataset = load_retrieval_dataset(beir)
+    pairs = pairs_of(dataset, how)
+    assert pairs.needs_second_search and list(pairs.reworded.queries) == list(QUERIES)
+    assert pairs.reworded.split == f"test-{how}" and pairs.reworded.qrels == dataset.qrels
+    assert all(new != old for new, old in zip(pairs.reworded.queries.values(), QUERIES.values(), strict=True))
+    assert pairs_of(dataset, how).reworded.queries == pairs.reworded.queries
+    assert pairs_of(dataset, how, seed=1).reworded.queries != pairs.reworded.queries
+    if how == "cut":
+        expected = {q: cut_short(text, random.Random(f"0 cut {q}")) for q, text in QUERIES.items()}
+        assert pairs.reworded.queries == expected
+
+
+# What is measured of a system
+
+
+def ranked(scores: np.ndarray, documents: list[str], depth: int | None = None) -> Ranking:
+    order = [sorted(range(len(documents)), key=lambda i, s=row: (s[i], documents[i]), reverse=True) for row in scores]
+    positions = np.array(order)[:, :depth]
+    return Ranking("any", positions, np.take_along_axis(scores, positions, axis=1))
+
+
+def toy(queries: int = 12, documents: int = 30) -> RetrievalDataset:
+    """Queries in twos, of which both have the same relevant document; query 4i and its twin are rated alike."""
+    corpus = {f"d{i}": f"document {i}" for i in np.random.default_rng(0).permutation(documents)}
+    asked = {f"q{i}": f"query {i}" for i in range(queries)}
+    return RetrievalDataset("toy", "test", corpus, asked, {f"q{i}": {f"d{i // 2}": 1} for i in range(queries)})
+
+
+def test_a_constant_ranker_agrees_with_itself_and_finds_nothing():
+    dataset = toy()
+    scores = np.tile(np.arange(30, dtype=np.float32), (12, 1))  # the relevant documents are wherever they are
+    found = rank_similarity(pairs_of(dataset, "qrels"), ranked(scores, list(dataset.corpus)), k=5)
+    [entry] = found.summary()
+    assert entry["average_overlap"] == entry["jaccard"] == 1 and entry["rbo"] == pytest.approx(1)
+    assert entry["floor"] == 1 and entry["flip_rate"] == 0
+    best = {list(dataset.corpus)[-1 - rank]: rank for rank in range(10)}
+    ndcg = [1 / np.log2(best[f"d{i}"] + 2) if f"d{i}" in best else 0 for i in range(6)]
+    assert entry["ndcg_a"] == entry["ndcg_b"] == pytest.approx(np.mean(ndcg)) and entry["ndcg_a"] < 0.5
+
+
+def test_what_is_measured_is_what_a_loop_finds_and_knows_no_order_of_documents():
+    dataset, k = toy(), 5
+    ids = list(dataset.corpus)
+    scores = np.random.default_rng(1).integers(0, 12, (12, 30)).astype(np.float32)  # many ties
+    pairs = pairs_of(dataset, "qrels")
+    found = rank_similarity(pairs, ranked(scores, ids), k=k)
+    tops = [
+        [ids[i] for i in sorted(range(30), key=lambda i, s=row: (s[i], ids[i]), reverse=True)][:k] for row in scores
+    ]
+    for number, (a, b) in enumerate(zip(pairs.a, pairs.b, strict=True)):
+        one, other = ([int(d[1:]) for d in tops[q]] for q in (a, b))
+        assert found.average_overlap[number] == pytest.approx(loops(one, other, 0.9)[0], abs=1e-12)
+        assert found.finds[:, number].tolist() == [f"d{a // 2}" in tops[q] for q in (a, b)]
+    [entry] = found.summary()
+    flips = found.finds[0] != found.finds[1]
+    assert entry["pairs"] == entry["documents"] == 6 and entry["flip_rate"] == pytest.approx(flips.mean())
+    assert 0 < flips.sum() < 6 and entry["pairs_one"] == flips.sum()
+    assert entry["average_overlap_one"] == pytest.approx(found.average_overlap[flips].mean())
+    assert sum(entry[f"pairs_{name}"] for name in ("both", "one", "none")) == 6
+    assert entry["short_lists"] == entry["empty_lists"] == 0
+
+    turned = np.random.default_rng(2).permutation(30)
+    other = replace(dataset, corpus={ids[i]: dataset.corpus[ids[i]] for i in turned})
+    again = rank_similarity(pairs_of(other, "qrels"), ranked(scores[:, turned], list(other.corpus)), k=k)
+    assert again.summary() == found.summary()
+
+
+def test_the_floor_is_the_overlap_of_queries_that_have_nothing_in_common():
+    dataset = toy(queries=80, documents=60)
+    rng = np.random.default_rng(3)
+    scores = rng.standard_normal((80, 60)).astype(np.float32)
+    scores[1::2] = scores[::2]  # both wordings of a pair find the same list, and others lists of their own
+    found = rank_similarity(pairs_of(dataset, "qrels"), ranked(scores, list(dataset.corpus)), k=10)
+    assert found.average_overlap.tolist() == [1.0] * 40
+    # Of two random lists the share in common at depth d is d of 60 on the mean: (1 + ... + 10) / 10 / 60.
+    assert found.floor == pytest.approx(5.5 / 60, rel=0.15)
+
+
+def test_pairs_are_told_by_their_rating_and_by_what_they_have_in_common(tmp_path):
+    folder = tmp_path / "rated"
+    (folder / "qrels").mkdir(parents=True)
+    corpus, queries = DOCUMENTS, {f"q{i}": f"text {i}" for i in range(6)}
+    for stem, texts in (("corpus", corpus), ("queries", queries)):
+        lines = [json.dumps({"_id": key, "text": text}) + "\n" for key, text in texts.items()]
+        (folder / f"{stem}.jsonl").write_text("".join(lines))
+    judged = [f"q{i}\td{1 + i // 3}\t1\n" for i in range(6)]  # q0 to q2 have d1, the others d2
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(judged))
+    ratings = {"q0 q1": 4.0, "q0 q2": 3.999, "q1 q2": 3.0, "q3 q4": 2.9, "q3 q5": None, "q0 q5": 5.0, "q1 q4": 0}
+    rows = [
+        {
+            "split": "test",
+            "a": pair[:2],
+            "b": pair[3:],
+            "similarity": rating,
+            "kind": "other" if rating in (0, 5) else "x",
+        }
+        for pair, rating in ratings.items()
+    ]
+    write_pairs(folder, rows)
+    pairs = pairs_of(load_retrieval_dataset(folder))
+    scores = np.random.default_rng(0).standard_normal((6, 5)).astype(np.float32)
+    found = rank_similarity(pairs, ranked(scores, list(corpus)), k=2)
+    places = {name: np.flatnonzero(members).tolist() for name, members in found.groups().items()}
+    assert places == {
+        "rated >= 4": [0],
+        "rated 3 to 4": [1, 2],
+        "rated < 3": [3],
+        "not rated": [4],
+        "no document in common: other": [5, 6],
+    }
+    entries = {entry["group"]: entry for entry in found.summary()}
+    assert "flip_rate" not in entries["no document in common: other"] and "flip_rate" in entries["not rated"]
+    assert "average_overlap_interval" not in entries["rated 3 to 4"]  # of one document, so nothing can be said
+
+
+def test_a_list_that_is_shorter_is_compared_as_far_as_it_goes():
+    dataset = toy(queries=4)
+    ids = list(dataset.corpus)
+    place = {identifier: number for number, identifier in enumerate(ids)}
+    scores = np.full((4, 30), -np.inf, np.float32)
+    for query, names in enumerate((["d0", "d7"], ["d0"], ["d1", "d2", "d3"], [])):
+        scores[query, [place[name] for name in names]] = [5, 4, 3][: len(names)]
+    pairs = pairs_of(dataset, "qrels")
+    found = rank_similarity(pairs, ranked(scores, ids), k=3)
+    assert found.average_overlap.tolist() == pytest.approx([(1 + 1 / 2 + 1 / 2) / 3, 0])
+    assert found.jaccard.tolist() == [1 / 2, 0] and found.lengths.tolist() == [[2, 3], [1, 0]]
+    [entry] = found.summary()
+    assert (entry["short_lists"], entry["empty_lists"]) == (3, 1)
+
+
+def test_what_shares_no_word_with_the_query_is_not_found_by_an_inverted_index():
+    dataset = toy(queries=2)
+    scores = np.zeros((2, 30), np.float32)
+    scores[:, 3] = 1
+    ranking = ranked(scores, list(dataset.corpus))
+    assert (best_documents(dataset, ranking, 5) >= 0).all()  # a dense model whose scores are 0 by chance
+    inverted = best_documents(dataset, replace(ranking, costs={"active_dims": 2.0}), 5)
+    assert inverted.tolist() == [[3, -1, -1, -1, -1]] * 2
+
+
+def test_rankings_that_do_not_belong_to_the_pairs_are_refused(beir):
+    dataset = load_retrieval_dataset(beir)
+    pairs = pairs_of(dataset, "cut")
+    scores = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
+    ranking = ranked(scores, list(DOCUMENTS))
+    for k in (0, 6):
+        with pytest.raises(InputError, match=f"tiny: k={k}, but lists have 1 to 5 documents"):
+            rank_similarity(pairs, ranking, ranking, k=k)
+    with pytest.raises(InputError, match="any: pairs by cut need a second ranking"):
+        rank_similarity(pairs, ranking, k=3)
+    for wrong in (
+        replace(ranking, positions=ranking.positions[:2]),
+        replace(ranking, positions=ranking.positions[:, :2]),
+        replace(ranking, positions=ranking.positions + 1),
+    ):
+        with pytest.raises(InputError, match="any: a ranking of .* Rank these queries in this corpus"):
+            rank_similarity(pairs, ranking, wrong, k=3)
+    other = replace(pairs, reworded=replace(pairs.reworded, corpus=dict(reversed(DOCUMENTS.items()))))
+    with pytest.raises(InputError, match="tiny and tiny: other documents, or in another order"):
+        rank_similarity(other, ranking, ranking, k=3)
+
+
+def test_clusters_are_resampled_whole():
+    values = np.repeat(np.random.default_rng(0).standard_normal(40), 5)[None]  # five times the same
+    clusters = np.repeat(np.arange(40), 5)
+    [[low, high]] = clustered_intervals(values, clusters)
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / np.sqrt(40), rel=0.05)  # of 40 draws, not of 200
+    [[low, high]] = clustered_intervals(values, np.arange(200))
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / np.sqrt(200), rel=0.05)
+    assert clustered_intervals(values, np.zeros(200)) is None
