@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ...data.named import made_here, on_hub
+from ...data.paraphrases import Pairs, pairs_of
 from ...encoding.embeddings import Embeddings
 from ...encoding.encoders import kind_of
 from ...encoding.windows import Windows, refuse_stride
@@ -31,6 +32,7 @@ from ...registry import ROOMS
 from ...report import hardware, print_and_write, provenance, refuse_unwritable_results
 from ..bm25 import analyzer, rank_with_bm25
 from ..metrics import METRICS, per_query_metrics
+from ..rank_similarity import K, paraphrase_entries, paraphrase_notes, refuse_depth
 from ..rerank import THEN, Reranker, open_reranker, refuse_depths, rerank_notes
 from ..systems import Ranking, costs_of, keep_ranking, latency, refuse_uncut, timed_rows
 from ..table import display_name, metric_rows, notes_on, refuse_doubles, settings_of, window_notes
@@ -93,6 +95,13 @@ class FrontierArguments:
         },
     )
     fit_seconds: float = field(default=90.0, metadata={"help": "Most seconds to fit a head, encoding left out."})
+    paraphrases: str | None = field(
+        default=None,
+        metadata={
+            "help": "How alike are results of two wordings of one need, of every row: pairs by file, qrels or captions, "
+            "as without --frontier."
+        },
+    )
     output: str | None = field(default=None, metadata={"help": "Folder for <name>.json, <name>.md and <name>.png."})
     name: str | None = field(default=None, metadata={"help": "Name of the three files; default: frontier-<data set>."})
     revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of a Hub model."})
@@ -174,6 +183,7 @@ def frontier(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
     models = _open(args, source)
     methods = chosen_methods(args.methods, source, models[0].model)
     reranker = open_reranker(args, [full.dataset for full in models])
+    pairs = _pairs(args, models)
     if any(all_methods()[name].reads_dev for name in methods):
         _ = [full.dev for full in models]  # read before anything is encoded, since it may be refused
     results = {
@@ -204,10 +214,29 @@ def frontier(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
         results["recommendations"] += advice
         results["claims"] += margins
         results["failures"] += found.failures
+        if of := pairs.get(full.dataset.name):
+            results.setdefault("paraphrases", [])
+            results["paraphrases"] += paraphrase_entries(of, found.rankings, None, seed=args.seed)
+    if pairs:
+        results["notes"] += paraphrase_notes(list(pairs.values()))
     if reranker:
         results["models"][reranker.name] = reranker.fingerprint
     print_and_write(results, output, picture=draw)
     return results
+
+
+def _pairs(args: FrontierArguments, models: list[FullModel]) -> dict[str, Pairs]:
+    """Data set -> its pairs of wordings, none unless they are asked for."""
+    if args.paraphrases is None:
+        return {}
+    if args.paraphrases in ("misspelt", "cut"):
+        raise InputError(
+            f"--paraphrases {args.paraphrases}: makes queries that every row would have to be searched with again, "
+            "which --frontier does not. Use file, qrels or captions, or evaluate the model without --frontier."
+        )
+    for full in models:
+        refuse_depth(K, full.dataset)
+    return {full.dataset.name: pairs_of(full.dataset, args.paraphrases) for full in models}
 
 
 def _open(args: FrontierArguments, source: str) -> list[FullModel]:
