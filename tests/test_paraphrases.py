@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import DOCUMENTS, QUERIES
+from conftest import DOCUMENTS, QRELS, QUERIES, ROOT, write_beir
+from PIL import Image
 
 from polyrep import InputError
+from polyrep.cli import main
 from polyrep.data import RetrievalDataset, load_retrieval_dataset, pairs_of
 from polyrep.data.noise import cut_short
+from polyrep.evaluation import RankSimilarityEvaluator
+from polyrep.evaluation.bm25 import rank_with_bm25
+from polyrep.evaluation.evaluate import evaluate
+from polyrep.evaluation.frontier.command import frontier
 from polyrep.evaluation.rank_similarity import (
     average_overlap,
     best_documents,
@@ -23,7 +31,9 @@ from polyrep.evaluation.rank_similarity import (
     rbo,
 )
 from polyrep.evaluation.statistics import clustered_intervals
-from polyrep.evaluation.systems import Ranking
+from polyrep.evaluation.systems import Ranking, rank_with_model
+from polyrep.hub import fingerprint, load
+from polyrep.report import check_results
 
 # Overlap of two lists
 
@@ -373,3 +383,246 @@ def test_clusters_are_resampled_whole():
     [[low, high]] = clustered_intervals(values, np.arange(200))
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / np.sqrt(200), rel=0.05)
     assert clustered_intervals(values, np.zeros(200)) is None
+
+
+# The evaluator of sentence-transformers
+
+
+@pytest.fixture
+def twins(tmp_path) -> Path:
+    """The small data set with a second wording of each query, and pairs of them."""
+    folder = write_beir(tmp_path / "twins")
+    second = {"q1b": "which ports are open", "q2b": "archive files", "q3b": "search files for a pattern"}
+    with (folder / "queries.jsonl").open("a") as file:
+        file.writelines(json.dumps({"_id": query, "text": text}) + "\n" for query, text in second.items())
+    with (folder / "qrels" / "test.tsv").open("a") as file:
+        file.writelines(f"{q}b\t{d}\t{grade}\n" for q, judged in QRELS.items() for d, grade in judged.items())
+    ratings = {"q1": 4.5, "q2": 4, "q3": 2}
+    write_pairs(folder, [{"split": "test", "a": q, "b": f"{q}b", "similarity": of} for q, of in ratings.items()])
+    return folder
+
+
+@pytest.mark.parametrize("family", ["sentence_model", "sparse_model", "multi_vector_model"])
+@pytest.mark.parametrize("source", ["file", "cut"])
+def test_the_evaluator_measures_what_the_command_does_for_all_three_families(tmp_path, twins, request, family, source):
+    model = request.getfixturevalue(family)
+    dataset = load_retrieval_dataset(twins)
+    pairs = pairs_of(dataset, source)
+    evaluator = RankSimilarityEvaluator(dataset, source, k=2, name="twins")
+    assert evaluator.primary_metric == "both_found@2" and evaluator.greater_is_better
+    found = evaluator(model, str(tmp_path / "out"), epoch=1, steps=5)
+    rankings = [
+        rank_with_model("any", model, side, dtype="float32")[0]
+        for side in (dataset, pairs.reworded)[: 1 + pairs.needs_second_search]
+    ]
+    expected = rank_similarity(pairs, *rankings, k=2)
+    members = next(iter(expected.groups().values()))
+    assert found["twins_average_overlap@2"] == pytest.approx(expected.average_overlap[members].mean())
+    assert found["twins_flip_rate"] == pytest.approx((expected.finds[0] != expected.finds[1])[members].mean())
+    assert found["twins_both_found@2"] == pytest.approx(expected.finds.all(0)[members].mean())
+    assert found["twins_ndcg@10_b"] == pytest.approx(expected.ndcg[1, members].mean())
+    assert evaluator.primary_metric == "twins_both_found@2" and evaluator.primary_metric in found
+    evaluator(model, str(tmp_path / "out"), epoch=2)
+    header, *lines = (tmp_path / "out" / "rank_similarity_twins_results.csv").read_text().splitlines()
+    assert header.startswith("epoch,steps,average_overlap@2") and [line[:4] for line in lines] == ["1,5,", "2,-1"]
+
+
+def test_an_evaluator_that_could_measure_nothing_is_refused(beir, twins):
+    with pytest.raises(InputError, match="k=6, but lists have 1 to 5 documents"):
+        RankSimilarityEvaluator(load_retrieval_dataset(twins), k=6)
+    write_pairs(beir, PAIRS)
+    with pytest.raises(InputError, match="tiny, test: no pair has a relevant document in common"):
+        RankSimilarityEvaluator(load_retrieval_dataset(beir), k=2)
+
+
+# The command
+
+
+@pytest.fixture
+def saved(tmp_path, multi_vector_model) -> Path:
+    multi_vector_model.save_pretrained(str(tmp_path / "many"))
+    return tmp_path / "many"
+
+
+def run(tmp_path: Path, *arguments: Any) -> dict[str, Any]:
+    return evaluate([*map(str, arguments), "--cache_dir", str(tmp_path / "cache")])
+
+
+@pytest.mark.parametrize("source", ["file", "misspelt"])
+def test_the_command_compares_wordings_of_every_row(tmp_path, twins, saved, capsys, source):
+    flags = ["--dataset", twins, "--token_pooling", "mean", "--hybrid", "--hybrid_weight", 0.5, "--paraphrase_k", 2]
+    flags += ["--paraphrases", source, "--output", tmp_path / "out", "--name", "x", "--seed", 3]
+    results = run(tmp_path, "bm25", saved, *flags)
+    written = json.loads((tmp_path / "out" / "x.json").read_text())
+    check_results(written)
+    assert written == results
+    systems = list(dict.fromkeys(row["system"] for row in results["rows"]))
+    assert systems == ["BM25", "many", "many, mean", "BM25 + many, summed", "BM25 + many, RRF"]
+    groups = ["rated >= 4", "rated < 3"] if source == "file" else ["all"]
+    entries = results["paraphrases"]
+    assert [(e["system"], e["group"]) for e in entries] == [(s, g) for s in systems for g in groups]
+
+    dataset = load_retrieval_dataset(twins)
+    pairs = pairs_of(dataset, source)
+    rankings = [rank_with_bm25(side) for side in (dataset, pairs.reworded)[: 1 + pairs.needs_second_search]]
+    assert entries[: len(groups)] == rank_similarity(pairs, *rankings, k=2, seed=3).summary(3)
+    queries = {row["queries"] for row in results["rows"]}
+    assert queries == {6}  # the table itself is of the queries of the split
+
+    page = (tmp_path / "out" / "x.md").read_text()
+    assert page in capsys.readouterr().out and f"## twins, test, two wordings by {source}" in page
+    first = entries[0]
+    row = next(line for line in page.splitlines() if line.startswith(f"| {groups[0]} ({first['pairs']}) | BM25 |"))
+    assert f"| {first['average_overlap']:.3f} [" in row and f"{first['ndcg_a']:.3f} / {first['ndcg_b']:.3f}" in row
+    assert "A ranker that gives every query the same list has 1" in page
+
+
+def test_rows_of_a_second_stage_are_compared_too(tmp_path, twins, saved):
+    flags = ["--dataset", twins, "--rerank", saved, "--rerank_depth", 3, "--paraphrases", "cut", "--paraphrase_k", 2]
+    entries = run(tmp_path, "bm25", "--baselines", "none", *flags)["paraphrases"]
+    assert [entry["system"] for entry in entries] == ["BM25", "BM25, then 3 best by many"]
+
+
+def test_the_frontier_compares_wordings_of_every_row(tmp_path, twins, saved):
+    flags = ["--frontier", "--methods", "mean", "--frontier_cache", tmp_path / "rows", "--dataset", twins]
+    (twins / "qrels" / "train.tsv").write_text((twins / "qrels" / "test.tsv").read_text())
+    with pytest.raises(InputError, match="--paraphrases cut: makes queries that every row would have to be searched"):
+        frontier([str(saved), *map(str, flags), "--paraphrases", "cut"])
+    with pytest.raises(InputError, match="twins: k=10, but lists have 1 to 5 documents"):
+        frontier([str(saved), *map(str, flags), "--paraphrases", "file"])
+    with (twins / "corpus.jsonl").open("a") as file:
+        file.writelines(json.dumps({"_id": f"more{i}", "text": f"tool {i}: more"}) + "\n" for i in range(8))
+    flags += ["--paraphrases", "file", "--cache_dir", tmp_path / "cache"]
+    results = frontier([str(saved), *map(str, flags)])
+    systems = dict.fromkeys(row["system"] for row in results["rows"])
+    assert dict.fromkeys(entry["system"] for entry in results["paraphrases"]) == systems and len(systems) > 3
+
+
+def index_of(tmp_path: Path, model: Path, dataset: Path, engine: str) -> str:
+    """The URI of an index of a data set's documents."""
+    encoded = tmp_path / "encoded"
+    assert main(["encode", str(model), "--input", str(dataset), "--output", str(encoded)]) == 0
+    uri = f"{engine}:{tmp_path / 'index'}"
+    assert main(["index", str(encoded), "--uri", uri]) == 0
+    return uri
+
+
+@pytest.mark.parametrize("source", ["file", "misspelt"])
+def test_an_index_is_measured_as_its_users_search_it(tmp_path, twins, sentence_model, source):
+    folder = tmp_path / "one"
+    sentence_model.save_pretrained(str(folder))
+    uri = index_of(tmp_path, folder, twins, "faiss")
+    flags = ["--dataset", twins, "--paraphrases", source, "--paraphrase_k", 2, "--index_model", folder]
+    results = run(tmp_path, uri, folder, "--baselines", "none", *flags)
+    values = {system: [row["value"] for row in results["rows"] if row["system"] == system] for system in (uri, "one")}
+    assert values[uri] == values["one"] and set(values["one"]) != {0}  # an exact index finds what the model does
+    pairs = {
+        system: [{**e, "system": ""} for e in results["paraphrases"] if e["system"] == system] for system in values
+    }
+    assert pairs[uri] == pairs["one"]
+    assert results["models"] == {f"{uri} by one": fingerprint(folder), "one": fingerprint(folder)}
+
+
+def test_an_index_of_other_documents_is_refused(tmp_path, twins, sentence_model):
+    folder = tmp_path / "one"
+    sentence_model.save_pretrained(str(folder))
+    other = write_beir(tmp_path / "other")
+    text = (other / "corpus.jsonl").read_text()
+    (other / "corpus.jsonl").write_text(text.replace('"d5"', '"e5"'))
+    uri = index_of(tmp_path, folder, other, "faiss")
+    flags = ["--index_model", folder, "--baselines", "none"]
+    with pytest.raises(InputError, match="has document 'e5', which is none of twins, so rankings of two corpora"):
+        run(tmp_path, uri, "--dataset", twins, *flags)
+    (twins / "corpus.jsonl").write_text("".join((twins / "corpus.jsonl").read_text().splitlines(True)[:4]))
+    with pytest.raises(InputError, match="holds 5 documents, twins has 4"):
+        run(tmp_path, uri, "--dataset", twins, *flags)
+
+
+REFUSED = {
+    "--paraphrases guess": "paraphrases 'guess': no source",
+    "--paraphrases captions": "holds no images with captions",
+    "--paraphrases file --paraphrase_k 0": "twins: k=0, but lists have 1 to 5 documents",
+    "--paraphrases file": "twins: k=10, but lists have 1 to 5 documents",
+    "--paraphrase_k 2": "--paraphrase_k 2: there is no --paraphrases",
+    "--index_model bm25": "--index_model bm25: of an index, and no MODEL is the URI of one",
+    "--index_weights a=1": "--index_weights a=1: of an index",
+    "memory:": "--uri memory:: is gone when the command ends",
+    "faiss:nowhere --window 4": "--window: has no part in an index such as faiss:nowhere",
+    "faiss:nowhere --hybrid --hybrid_weight 1": "--hybrid: has no part in an index",
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_what_cannot_be_compared_is_refused_before_anything_is_encoded(tmp_path, twins, flags):
+    with pytest.raises(InputError, match=REFUSED[flags]):
+        run(tmp_path, "bm25", *flags.split(), "--dataset", twins)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_pairs_and_indexes_have_no_part_in_benchmarks(monkeypatch):
+    module = sys.modules[evaluate.__module__]
+    monkeypatch.setattr(module, "open_suites", lambda _: [])
+    for words, said in (
+        (["--paraphrases", "cut"], "--paraphrases cut: compares what is found in --dataset alone"),
+        (["faiss:nowhere"], "faiss:nowhere: an index, which is searched with --dataset alone"),
+    ):
+        with pytest.raises(InputError, match=said):
+            evaluate(["minilm", "--mteb", "NanoBEIR", *words])
+
+
+# The table of all models
+
+
+@pytest.fixture
+def benchmark(monkeypatch) -> Any:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("paraphrase_models")
+
+
+def test_the_benchmark_sets_models_beside_a_constant_list(tmp_path, twins, saved, sentence_model, benchmark, capsys):
+    sentence_model.save_pretrained(str(tmp_path / "one"))
+    with (twins / "paraphrases.jsonl").open("a") as file:
+        file.writelines(
+            json.dumps({"split": "test", "a": a, "b": b, "similarity": rating, "kind": "other"}) + "\n"
+            for a, b, rating in (("q1", "q2", 0.5), ("q2", "q3b", 1))
+        )
+    flags = ["--models", saved, "models/lemur-minilm/final", "--sets", f"{twins}=file", "--k", 2]
+    flags += ["--baseline", tmp_path / "one", "--cache_dir", tmp_path / "cache", "--output", tmp_path / "out"]
+    results = benchmark.main([*map(str, flags)])
+    systems = ["BM25", "the same list for all", "one", "many"]
+    assert list(dict.fromkeys(row["system"] for row in results["rows"])) == systems
+    entries = {(e["system"], e["group"]): e for e in results["paraphrases"]}
+    assert len(entries) == 4 * 3 and entries["the same list for all", "rated >= 4"]["average_overlap"] == 1
+    [failure] = results["failures"]
+    recipe = (ROOT / "hub_configs" / "lemur-minilm" / "recipe.yaml").read_text().splitlines()[0]
+    assert failure["system"] == "lemur-minilm" and failure["reason"] == f"not trained yet: {recipe[2:]}"
+
+    claims = {claim["claim"].removeprefix("paraphrase."): claim for claim in results["claims"]}
+    assert 0 <= claims["metric_error"]["value"] <= 1e-12 and claims["metric_error"]["met"]
+    assert (claims["models_measured"]["value"], claims["models_measured"]["met"]) == (3, False)
+    dataset = load_retrieval_dataset(twins)
+    pairs = pairs_of(dataset)
+    overlap = rank_similarity(pairs, rank_with_model("one", load(tmp_path / "one"), dataset)[0], k=2).average_overlap
+    alike, apart = (overlap[:2], overlap[3:])  # rated 4.5 and 4, and 0.5 and 1 of other documents
+    won = np.mean([(a > b) + (a == b) / 2 for a in alike for b in apart])
+    assert claims["discrimination"]["value"] == pytest.approx(won) and claims["discrimination"]["pairs"] == [2, 2]
+    seconds = claims["evaluator_overhead"]["seconds"]
+    assert claims["evaluator_overhead"]["value"] == seconds["compare"] / seconds["search"]
+
+    page = (tmp_path / "out" / "paraphrase-models.md").read_text()
+    assert "| lemur-minilm | failed: not trained yet: accelerate launch" in page and page in capsys.readouterr().out
+    with Image.open(tmp_path / "out" / "paraphrase-models.png") as image:
+        assert image.size == (round(6.5 * 144), 5 * 144)
+
+
+def test_the_benchmark_knows_every_run_that_reads_text(benchmark):
+    runs = {path.parent.name for path in (ROOT / "hub_configs").glob("*/recipe.yaml")}
+    assert set(benchmark.RUNS) == {run for run in runs if "mobilenet" not in run}
+    assert all("hub_configs/" + run in benchmark.missing(f"nowhere/models/{run}/final") for run in benchmark.RUNS)
+
+
+def test_the_benchmark_refuses_what_it_cannot_measure(twins, benchmark):
+    with pytest.raises(InputError, match="--sets scitldr: has no source of pairs"):
+        benchmark.main(["--sets", "scitldr"])
+    with pytest.raises(InputError, match="twins: k=6"):
+        benchmark.main(["--sets", f"{twins}=file", "--k", "6"])

@@ -44,7 +44,8 @@ class RankSimilarityEvaluator(BaseEvaluator):
         write_csv: Append a line to ``rank_similarity_<name>_results.csv`` where a trainer names a folder.
 
     Raises:
-        InputError: There are no pairs, none has a relevant document in common, or ``k`` is less than 1 or more than there are documents.
+        InputError: There are no pairs, none has a relevant document in common, or ``k`` is less than 1 or more than
+            there are documents.
     """
 
     def __init__(

@@ -98,8 +98,8 @@ class FrontierArguments:
     paraphrases: str | None = field(
         default=None,
         metadata={
-            "help": "How alike are results of two wordings of one need, of every row: pairs by file, qrels or captions, "
-            "as without --frontier."
+            "help": "How alike are results of two wordings of one need, of every row: pairs by file, qrels or "
+            "captions, as without --frontier."
         },
     )
     output: str | None = field(default=None, metadata={"help": "Folder for <name>.json, <name>.md and <name>.png."})
@@ -229,11 +229,6 @@ def _pairs(args: FrontierArguments, models: list[FullModel]) -> dict[str, Pairs]
     """Data set -> its pairs of wordings, none unless they are asked for."""
     if args.paraphrases is None:
         return {}
-    if args.paraphrases in ("misspelt", "cut"):
-        raise InputError(
-            f"--paraphrases {args.paraphrases}: makes queries that every row would have to be searched with again, "
-            "which --frontier does not. Use file, qrels or captions, or evaluate the model without --frontier."
-        )
     for full in models:
         refuse_depth(K, full.dataset)
     return {full.dataset.name: pairs_of(full.dataset, args.paraphrases) for full in models}
@@ -468,6 +463,11 @@ def _refuse_flags(args: FrontierArguments) -> None:
         raise InputError("--frontier false: then it is the ordinary table. Leave the flag out.")
     if not args.dataset:
         raise InputError("no --dataset, so there is nothing to measure on. Name data sets.")
+    if args.paraphrases in ("misspelt", "cut"):
+        raise InputError(
+            f"--paraphrases {args.paraphrases}: makes queries that every row would have to be searched with again, "
+            "which --frontier does not. Use file, qrels or captions, or evaluate the model without --frontier."
+        )
     if args.queries not in ("judged", "inverse_cloze"):
         raise InputError(f"--queries {args.queries!r}: use judged or inverse_cloze.")
     if not 0 < args.fit_seconds < float("inf"):
