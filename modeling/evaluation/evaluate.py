@@ -18,7 +18,7 @@ from sentence_transformers import MultiVectorEncoder
 from ..data.dataset import RetrievalDataset
 from ..data.load import load_retrieval_dataset
 from ..data.named import made_here, on_hub
-from ..data.paraphrases import Pairs, pairs_of
+from ..data.paraphrases import Pairs
 from ..encoding.windows import Windows, refuse_stride
 from ..errors import InputError
 from ..files import refuse_unwritable
@@ -30,9 +30,9 @@ from ..hub.reading import set_length
 from ..report import print_and_write, provenance, refuse_unwritable_results
 from .bm25 import analyzer_of, rank_with_bm25
 from .hybrid import HYBRID_NOTE, Side, load_dev, rank_hybrid, refuse_unfit_hybrid, side_of_bm25, side_of_model
-from .indexes import is_index, open_askers, rank_with_index
+from .indexes import is_index, open_askers, rank_with_index, refuse_unfit_indexes
 from .mteb import Suite, left_out, mteb_package, open_suites, refuse_unfit, run_suites
-from .rank_similarity import K, paraphrase_entries, paraphrase_notes, refuse_depth
+from .rank_similarity import K, open_pairs, paraphrase_entries, paraphrase_notes
 from .rerank import open_reranker, refuse_depths, rerank_notes
 from .systems import Ranking, rank_with_model, refuse_uncut
 from .table import display_name, notes_on, refuse_doubles, refuse_unknown, table_rows, window_notes
@@ -194,6 +194,10 @@ class Measurements:
     benchmark_rows: list[dict[str, Any]] = field(default_factory=list)
     unavailable: dict[str, str] = field(default_factory=dict)
 
+    def wordings_of(self, dataset: str) -> tuple[list[Ranking], list[Ranking] | None]:
+        """What each system found for both wordings; None where the second are queries of the data set."""
+        return self.rankings[dataset], self.reworded.get(dataset)
+
 
 class Asked(NamedTuple):
     """Queries that are searched for, and where it is kept what each system found.
@@ -240,7 +244,7 @@ def evaluate_models(args: EvaluationArguments, models: Sequence[str], *, command
     datasets, suites = _open_data(args)
     systems, reference = _open_systems(args, models, bool(datasets))
     _refuse_unfit(args, systems, datasets, suites)
-    pairs = _pairs(args, datasets)
+    pairs = open_pairs(args.paraphrases, args.paraphrase_k, datasets)
     devs = [load_dev(path, dataset, args) for path, dataset in zip(args.dataset, datasets, strict=True)]
     data = made_here(*args.dataset)
     pair = [next(system for system in systems if system.source == model) for model in models] if args.hybrid else []
@@ -270,16 +274,9 @@ def evaluate_models(args: EvaluationArguments, models: Sequence[str], *, command
         ],
     }
     if pairs:
+        how = {"k": args.paraphrase_k, "seed": args.seed}
         results["paraphrases"] = [
-            entry
-            for of in pairs
-            for entry in paraphrase_entries(
-                of,
-                found.rankings[of.dataset.name],
-                found.reworded.get(of.dataset.name),
-                k=args.paraphrase_k,
-                seed=args.seed,
-            )
+            entry for of in pairs for entry in paraphrase_entries(of, *found.wordings_of(of.dataset.name), **how)
         ]
         results["notes"] += paraphrase_notes(pairs, args.paraphrase_k)
     _write(args, results, suites, found.unavailable)
@@ -355,8 +352,7 @@ def _refuse_unfit(
             f"--language {args.language}: of bm25, which is no row here, so it would change nothing. Add bm25 to "
             "--baselines, with a --dataset, or leave it out."
         )
-    indexes = [system for system in systems if system.is_index]
-    _refuse_unfit_indexes(args, indexes, datasets, suites)
+    refuse_unfit_indexes(args, [system.source for system in systems if system.is_index], len(datasets), bool(suites))
     folders = [system.folder for system in systems if system.folder]
     if args.token_pooling and MultiVectorEncoder not in map(family_of, folders):
         raise InputError(f"--token_pooling {' '.join(args.token_pooling)}: no model here has several vectors a text.")
@@ -370,47 +366,6 @@ def _refuse_unfit(
             system.windows(model, args)
             if suites:
                 refuse_unfit(system.name, model, suites)
-
-
-def _refuse_unfit_indexes(
-    args: EvaluationArguments, indexes: Sequence[System], datasets: Sequence[RetrievalDataset], suites: Sequence[Suite]
-) -> None:
-    """InputError if an index cannot be asked, or is asked for what it cannot give, or flags for one have no index."""
-    if not indexes:
-        for flag, given in (("index_model", args.index_model != "minilm"), ("index_weights", args.index_weights)):
-            if given:
-                raise InputError(
-                    f"--{flag} {getattr(args, flag)}: of an index, and no MODEL is the URI of one. Name one, e.g. "
-                    "qdrant:///path, or leave it out."
-                )
-        return
-    uri = indexes[0].source
-    if len(datasets) > 1:
-        raise InputError(
-            f"{uri}: an index holds the documents of one data set, and --dataset names {len(datasets)}. Name its own."
-        )
-    for flag, given in (("mteb", suites), ("hybrid", args.hybrid), ("window", args.window)):
-        if given:
-            raise InputError(
-                f"--{flag}: has no part in an index such as {uri}, which is searched as it is. Leave it out."
-            )
-    for system in indexes:
-        open_askers(system.source, args)
-
-
-def _pairs(args: EvaluationArguments, datasets: Sequence[RetrievalDataset]) -> list[Pairs]:
-    """Pairs of wordings of each data set, none unless they are asked for."""
-    if args.paraphrases is None:
-        if args.paraphrase_k != K:
-            raise InputError(
-                f"--paraphrase_k {args.paraphrase_k}: there is no --paraphrases, so no lists are compared. Add it."
-            )
-        return []
-    pairs = []
-    for dataset in datasets:
-        refuse_depth(args.paraphrase_k, dataset)
-        pairs.append(pairs_of(dataset, args.paraphrases))
-    return pairs
 
 
 def _measure(

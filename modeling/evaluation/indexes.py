@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +22,8 @@ class Flags(Protocol):
 
     index_model: str
     index_weights: str
+    hybrid: bool
+    window: int | None
     revision: str | None
     trust_remote_code: bool
     model_dtype: str
@@ -29,6 +32,40 @@ class Flags(Protocol):
 def is_index(source: str) -> bool:
     """Whether a name is the URI of an index rather than a model."""
     return source.partition(":")[0] in BACKENDS and ":" in source
+
+
+def refuse_unfit_indexes(args: Flags, uris: Sequence[str], datasets: int, benchmarks: bool) -> None:
+    """Refuse what indexes cannot do, before anything is searched.
+
+    Args:
+        args: The flags of a command.
+        uris: The indexes that it names.
+        datasets: How many data sets.
+        benchmarks: Whether MTEB is to be run.
+
+    Raises:
+        InputError: A flag is of an index, and there is none; one cannot be asked for what a flag says; or what makes
+            vectors of queries cannot be opened.
+    """
+    if not uris:
+        for flag, given in (("index_model", args.index_model != "minilm"), ("index_weights", args.index_weights)):
+            if given:
+                raise InputError(
+                    f"--{flag} {getattr(args, flag)}: of an index, and no MODEL is the URI of one. Name one, e.g. "
+                    "qdrant:///path, or leave it out."
+                )
+        return
+    if datasets > 1:
+        raise InputError(
+            f"{uris[0]}: an index holds the documents of one data set, and --dataset names {datasets}. Name its own."
+        )
+    for flag, given in (("mteb", benchmarks), ("hybrid", args.hybrid), ("window", args.window)):
+        if given:
+            raise InputError(
+                f"--{flag}: has no part in an index such as {uris[0]}, which is searched as it is. Leave it out."
+            )
+    for uri in uris:
+        open_askers(uri, args)
 
 
 def open_askers(uri: str, args: Flags) -> list[Asker]:

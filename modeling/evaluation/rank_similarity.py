@@ -26,7 +26,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from ..data.dataset import RetrievalDataset
-from ..data.paraphrases import Pairs
+from ..data.paraphrases import Pairs, pairs_of
 from ..errors import InputError
 from .metrics import best_first, per_query_metrics
 from .statistics import RESAMPLES, clustered_intervals
@@ -250,7 +250,7 @@ def rank_similarity(
 
     Raises:
         InputError: ``k`` is less than 1 or more than there are documents, a ranking is not of these queries and
-            documents or not as deep, or the reworded queries were not searched for.
+            documents, or the reworded queries were not searched for.
     """
     refuse_depth(k, pairs.dataset)
     if reworded is None:
@@ -282,6 +282,26 @@ def rank_similarity(
         np.stack([(best >= 0).sum(1) for best in (first, second)]),
         _floor(pairs, lists[0], lists[1], seed),
     )
+
+
+def open_pairs(source: str | None, k: int, datasets: Sequence[RetrievalDataset]) -> list[Pairs]:
+    """Pairs of wordings of each data set, none unless they are asked for.
+
+    Args:
+        source: See :func:`polyrep.data.pairs_of`; None for no pairs.
+        k: Documents of a list that are to be compared.
+        datasets: Whose queries.
+
+    Raises:
+        InputError: A data set has no such pairs, ``k`` is out of its range, or it is told and nothing is compared.
+    """
+    if source is None:
+        if k != K:
+            raise InputError(f"--paraphrase_k {k}: there is no --paraphrases, so no lists are compared. Add it.")
+        return []
+    for dataset in datasets:
+        refuse_depth(k, dataset)
+    return [pairs_of(dataset, source) for dataset in datasets]
 
 
 def paraphrase_entries(
@@ -327,21 +347,23 @@ def best_documents(dataset: RetrievalDataset, ranking: Ranking, k: int) -> np.nd
     """``(queries, k)`` positions of the documents found first, ties by higher document id, -1 where there are no more.
 
     Raises:
-        InputError: The ranking is not of these queries and documents, or not as deep.
+        InputError: The ranking is not of these queries and documents.
     """
     queries, documents = len(dataset.queries), len(dataset.corpus)
     positions = ranking.positions
-    if len(positions) != queries or positions.shape[1] < k or positions.min() < 0 or positions.max() >= documents:
+    if len(positions) != queries or positions.min() < 0 or positions.max() >= documents:
         raise InputError(
-            f"{ranking.system}: a ranking of {len(positions):,} queries, {positions.shape[1]:,} deep, of positions "
-            f"{positions.min()} to {positions.max()}, but {dataset.name} has {queries:,} queries and {documents:,} "
-            f"documents, of which {k} are compared. Rank these queries in this corpus, at least as deep."
+            f"{ranking.system}: a ranking of {len(positions):,} queries and of positions {positions.min()} to "
+            f"{positions.max()}, but {dataset.name} has {queries:,} queries and {documents:,} documents, so it is of "
+            "others. Rank these queries in this corpus."
         )
     found, scores = best_first(dataset, ranking, k)
     there = scores > -np.inf
     if {"active_dims", "entries_per_document"} & ranking.costs.keys():  # an inverted index
         there &= scores != 0
-    return np.where(there, found, -1)
+    best = np.full((queries, k), -1)
+    best[:, : found.shape[1]] = np.where(there, found, -1)  # fewer where a second stage returns no more
+    return best
 
 
 def _first(relevant: csr_matrix) -> np.ndarray:

@@ -17,7 +17,6 @@ import numpy as np
 from tqdm import tqdm
 
 from ...data.named import made_here, on_hub
-from ...data.paraphrases import Pairs, pairs_of
 from ...encoding.embeddings import Embeddings
 from ...encoding.encoders import kind_of
 from ...encoding.windows import Windows, refuse_stride
@@ -32,7 +31,7 @@ from ...registry import ROOMS
 from ...report import hardware, print_and_write, provenance, refuse_unwritable_results
 from ..bm25 import analyzer, rank_with_bm25
 from ..metrics import METRICS, per_query_metrics
-from ..rank_similarity import K, paraphrase_entries, paraphrase_notes, refuse_depth
+from ..rank_similarity import K, open_pairs, paraphrase_entries, paraphrase_notes
 from ..rerank import THEN, Reranker, open_reranker, refuse_depths, rerank_notes
 from ..systems import Ranking, costs_of, keep_ranking, latency, refuse_uncut, timed_rows
 from ..table import display_name, metric_rows, notes_on, refuse_doubles, settings_of, window_notes
@@ -183,7 +182,7 @@ def frontier(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
     models = _open(args, source)
     methods = chosen_methods(args.methods, source, models[0].model)
     reranker = open_reranker(args, [full.dataset for full in models])
-    pairs = _pairs(args, models)
+    pairs = {of.dataset.name: of for of in open_pairs(args.paraphrases, K, [full.dataset for full in models])}
     if any(all_methods()[name].reads_dev for name in methods):
         _ = [full.dev for full in models]  # read before anything is encoded, since it may be refused
     results = {
@@ -223,15 +222,6 @@ def frontier(argv: list[str], *, prog: str = "polyrep evaluate") -> dict[str, An
         results["models"][reranker.name] = reranker.fingerprint
     print_and_write(results, output, picture=draw)
     return results
-
-
-def _pairs(args: FrontierArguments, models: list[FullModel]) -> dict[str, Pairs]:
-    """Data set -> its pairs of wordings, none unless they are asked for."""
-    if args.paraphrases is None:
-        return {}
-    for full in models:
-        refuse_depth(K, full.dataset)
-    return {full.dataset.name: pairs_of(full.dataset, args.paraphrases) for full in models}
 
 
 def _open(args: FrontierArguments, source: str) -> list[FullModel]:
