@@ -110,7 +110,9 @@ def pairs_of(dataset: RetrievalDataset, source: Source | str = "file", *, seed: 
                 "queries with a relevant document in common."
             )
         known = relevance(dataset).astype(np.int32)
-        a, b = triu(known @ known.T, k=1, format="csr").nonzero()
+        a, b = triu(known @ known.T, k=1).nonzero()
+        order = np.lexsort((b, a))
+        a, b = a[order], b[order]
     first, second = (np.array(list(side.queries.values()), object) for side in (dataset, reworded))
     differ = first[a] != second[b]
     if not differ.any():

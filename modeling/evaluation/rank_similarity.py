@@ -28,6 +28,7 @@ from scipy.sparse import csr_matrix
 from ..data.dataset import RetrievalDataset
 from ..data.paraphrases import Pairs, pairs_of
 from ..errors import InputError
+from ..search.ranking import tie_ranks
 from .metrics import best_first, per_query_metrics
 from .statistics import RESAMPLES, clustered_intervals
 from .systems import Ranking
@@ -96,8 +97,8 @@ def rbo(a: np.ndarray, b: np.ndarray, p: float = PERSISTENCE) -> np.ndarray:
 
 def _agreement(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """``(pairs, k)`` share of the longer list's first d documents that both lists have there."""
+    common = _common(a, b)  # which refuses what cannot be compared
     longer = np.maximum((a >= 0).cumsum(1), (b >= 0).cumsum(1))
-    common = _common(a, b)
     return np.divide(common, longer, out=np.zeros(common.shape), where=longer > 0)
 
 
@@ -221,11 +222,14 @@ class RankSimilarity:
         return found
 
     def _documents(self) -> np.ndarray:
-        """``(pairs,)`` the document that a pair is resampled with: the first in common, else the first wording's."""
-        first = _first(self.pairs.common)
-        relevant = _first(self.pairs.relevant[0])
+        """``(pairs,)`` the document that a pair is resampled with: the first in common, else the first wording's.
+
+        The first by its id, so that the order of the corpus changes no interval.
+        """
+        by_id = np.argsort(tie_ranks(list(self.pairs.dataset.corpus)))
+        first, relevant = (_first(side[:, by_id]) for side in (self.pairs.common, self.pairs.relevant[0]))
         # A query that no document answers is one of its own, behind all documents.
-        relevant = np.where(relevant < 0, self.pairs.common.shape[1] + self.pairs.a, relevant)
+        relevant = np.where(relevant < 0, len(by_id) + self.pairs.a, relevant)
         return np.where(first < 0, relevant, first)
 
 
