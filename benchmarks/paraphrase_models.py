@@ -220,6 +220,13 @@ def claim(name: str, value: float, target: float | None, *, most: bool = False, 
     return {"claim": f"paraphrase.{name}", "value": value, "target": target, "met": met, "split": "test"} | more
 
 
+def correlation(overlap: np.ndarray, rating: np.ndarray) -> float:
+    """Spearman's, 0 where one of the two is the same everywhere and so says nothing of the other."""
+    if min(len(np.unique(overlap)), len(np.unique(rating))) < 2:
+        return 0.0
+    return float(spearmanr(overlap, rating).statistic)
+
+
 def claims(args: Arguments, found: Sequence[Found], measured: int) -> Iterator[dict[str, Any]]:
     """What the table is held to."""
     yield claim("metric_error", max(metric_error(of, args.k) for of in found), 1e-12, most=True)
@@ -231,10 +238,9 @@ def claims(args: Arguments, found: Sequence[Found], measured: int) -> Iterator[d
         rated = ~np.isnan(rating)
         if len(np.unique(rating[rated])) > 1:
             same = rated & common
-            within = spearmanr(overlap.average_overlap[same], rating[same]).statistic if same.sum() > 2 else None
-            value = float(spearmanr(overlap.average_overlap[rated], rating[rated]).statistic)
+            value, within = (correlation(overlap.average_overlap[some], rating[some]) for some in (rated, same))
             more = {"dataset": name, "system": baseline, "pairs": int(rated.sum())}
-            more["with_a_document_in_common"] = None if within is None else float(within)
+            more["with_a_document_in_common"] = within
             yield claim("validity", value, 0.40, **more)
         alike, apart = common & (rating >= ALIKE), ~common & (rating < APART)
         if alike.any() and apart.any():

@@ -564,32 +564,42 @@ def test_pairs_and_indexes_have_no_part_in_benchmarks(monkeypatch):
     module = sys.modules[evaluate.__module__]
     monkeypatch.setattr(module, "open_suites", lambda _: [])
     for words, said in (
-        (["--paraphrases", "cut"], "--paraphrases cut: compares what is found in --dataset alone"),
+        (["minilm", "--paraphrases", "cut"], "--paraphrases cut: compares what is found in --dataset alone"),
         (["faiss:nowhere"], "faiss:nowhere: an index, which is searched with --dataset alone"),
     ):
         with pytest.raises(InputError, match=said):
-            evaluate(["minilm", "--mteb", "NanoBEIR", *words])
+            evaluate([*words, "--mteb", "NanoBEIR"])
 
 
 # The table of all models
 
 
 @pytest.fixture
-def benchmark(monkeypatch) -> Any:
+def script(monkeypatch) -> Any:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     return importlib.import_module("paraphrase_models")
 
 
-def test_the_benchmark_sets_models_beside_a_constant_list(tmp_path, twins, saved, sentence_model, benchmark, capsys):
+def test_the_benchmark_sets_models_beside_a_constant_list(tmp_path, twins, saved, sentence_model, script, capsys):
     sentence_model.save_pretrained(str(tmp_path / "one"))
     with (twins / "paraphrases.jsonl").open("a") as file:
         file.writelines(
             json.dumps({"split": "test", "a": a, "b": b, "similarity": rating, "kind": "other"}) + "\n"
             for a, b, rating in (("q1", "q2", 0.5), ("q2", "q3b", 1))
         )
-    flags = ["--models", saved, "models/lemur-minilm/final", "--sets", f"{twins}=file", "--k", 2]
+    flags = [
+        "--models",
+        saved,
+        tmp_path / "models" / "lemur-minilm" / "final",
+        "--model_dtype",
+        "float32",
+        "--sets",
+        f"{twins}=file",
+        "--k",
+        2,
+    ]
     flags += ["--baseline", tmp_path / "one", "--cache_dir", tmp_path / "cache", "--output", tmp_path / "out"]
-    results = benchmark.main([*map(str, flags)])
+    results = script.main([*map(str, flags)])
     systems = ["BM25", "the same list for all", "one", "many"]
     assert list(dict.fromkeys(row["system"] for row in results["rows"])) == systems
     entries = {(e["system"], e["group"]): e for e in results["paraphrases"]}
@@ -616,14 +626,14 @@ def test_the_benchmark_sets_models_beside_a_constant_list(tmp_path, twins, saved
         assert image.size == (round(6.5 * 144), 5 * 144)
 
 
-def test_the_benchmark_knows_every_run_that_reads_text(benchmark):
+def test_the_benchmark_knows_every_run_that_reads_text(script):
     runs = {path.parent.name for path in (ROOT / "hub_configs").glob("*/recipe.yaml")}
-    assert set(benchmark.RUNS) == {run for run in runs if "mobilenet" not in run}
-    assert all("hub_configs/" + run in benchmark.missing(f"nowhere/models/{run}/final") for run in benchmark.RUNS)
+    assert set(script.RUNS) == {run for run in runs if "mobilenet" not in run}
+    assert all("hub_configs/" + run in script.missing(f"nowhere/models/{run}/final") for run in script.RUNS)
 
 
-def test_the_benchmark_refuses_what_it_cannot_measure(twins, benchmark):
+def test_the_benchmark_refuses_what_it_cannot_measure(twins, script):
     with pytest.raises(InputError, match="--sets scitldr: has no source of pairs"):
-        benchmark.main(["--sets", "scitldr"])
+        script.main(["--sets", "scitldr"])
     with pytest.raises(InputError, match="twins: k=6"):
-        benchmark.main(["--sets", f"{twins}=file", "--k", "6"])
+        script.main(["--sets", f"{twins}=file", "--k", "6"])
