@@ -303,9 +303,10 @@ def open_pairs(source: str | None, k: int, datasets: Sequence[RetrievalDataset])
         if k != K:
             raise InputError(f"--paraphrase_k {k}: there is no --paraphrases, so no lists are compared. Add it.")
         return []
+    pairs = [pairs_of(dataset, source) for dataset in datasets]
     for dataset in datasets:
         refuse_depth(k, dataset)
-    return [pairs_of(dataset, source) for dataset in datasets]
+    return pairs
 
 
 def paraphrase_entries(
