@@ -34,8 +34,8 @@ from polyrep.evaluation.bm25 import rank_with_bm25
 from polyrep.evaluation.rank_similarity import (
     RankSimilarity,
     best_documents,
+    compare_wordings,
     paraphrase_notes,
-    rank_similarity,
     refuse_depth,
 )
 from polyrep.evaluation.systems import DEPTH, Ranking, rank_with_model
@@ -133,7 +133,7 @@ def constant(dataset: RetrievalDataset) -> Ranking:
 def add(of: Found, both: Sequence[Ranking], args: Arguments) -> None:
     """Keep what a system found, for the queries and, where they are others, for the reworded ones."""
     of.rankings.append(both[0])
-    of.overlaps.append(rank_similarity(of.pairs, *both, k=args.k, seed=args.seed))
+    of.overlaps.append(compare_wordings(of.pairs, *both, k=args.k, seed=args.seed))
 
 
 def measure(args: Arguments, found: Sequence[Found]) -> tuple[dict[str, str], list[dict[str, str]]]:
@@ -180,7 +180,7 @@ def overhead(model: Any, of: Found, rankings: Sequence[Ranking], args: Arguments
         exact_search(queries, documents, ranks, left_out=side.own, device=model.device, **how)
         taken["search"] += time.perf_counter() - started
     started = time.perf_counter()
-    compared = rank_similarity(of.pairs, *rankings, k=args.k, seed=args.seed)
+    compared = compare_wordings(of.pairs, *rankings, k=args.k, seed=args.seed)
     taken["compare"] = time.perf_counter() - started
     started = time.perf_counter()
     compared.summary(args.seed)

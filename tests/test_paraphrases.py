@@ -26,8 +26,8 @@ from polyrep.evaluation.frontier.command import frontier
 from polyrep.evaluation.rank_similarity import (
     average_overlap,
     best_documents,
+    compare_wordings,
     jaccard,
-    rank_similarity,
     rbo,
 )
 from polyrep.evaluation.statistics import clustered_intervals
@@ -244,7 +244,7 @@ def toy(queries: int = 12, documents: int = 30) -> RetrievalDataset:
 def test_a_constant_ranker_agrees_with_itself_and_finds_nothing():
     dataset = toy()
     scores = np.tile(np.arange(30, dtype=np.float32), (12, 1))  # the relevant documents are wherever they are
-    found = rank_similarity(pairs_of(dataset, "qrels"), ranked(scores, list(dataset.corpus)), k=5)
+    found = compare_wordings(pairs_of(dataset, "qrels"), ranked(scores, list(dataset.corpus)), k=5)
     [entry] = found.summary()
     assert entry["average_overlap"] == entry["jaccard"] == 1 and entry["rbo"] == pytest.approx(1)
     assert entry["floor"] == 1 and entry["flip_rate"] == 0
@@ -258,7 +258,7 @@ def test_what_is_measured_is_what_a_loop_finds_and_knows_no_order_of_documents()
     ids = list(dataset.corpus)
     scores = np.random.default_rng(1).integers(0, 12, (12, 30)).astype(np.float32)  # many ties
     pairs = pairs_of(dataset, "qrels")
-    found = rank_similarity(pairs, ranked(scores, ids), k=k)
+    found = compare_wordings(pairs, ranked(scores, ids), k=k)
     tops = [
         [ids[i] for i in sorted(range(30), key=lambda i, s=row: (s[i], ids[i]), reverse=True)][:k] for row in scores
     ]
@@ -276,7 +276,7 @@ def test_what_is_measured_is_what_a_loop_finds_and_knows_no_order_of_documents()
 
     turned = np.random.default_rng(2).permutation(30)
     other = replace(dataset, corpus={ids[i]: dataset.corpus[ids[i]] for i in turned})
-    again = rank_similarity(pairs_of(other, "qrels"), ranked(scores[:, turned], list(other.corpus)), k=k)
+    again = compare_wordings(pairs_of(other, "qrels"), ranked(scores[:, turned], list(other.corpus)), k=k)
     assert again.summary() == found.summary()
 
 
@@ -285,7 +285,7 @@ def test_the_floor_is_the_overlap_of_queries_that_have_nothing_in_common():
     rng = np.random.default_rng(3)
     scores = rng.standard_normal((80, 60)).astype(np.float32)
     scores[1::2] = scores[::2]  # both wordings of a pair find the same list, and others lists of their own
-    found = rank_similarity(pairs_of(dataset, "qrels"), ranked(scores, list(dataset.corpus)), k=10)
+    found = compare_wordings(pairs_of(dataset, "qrels"), ranked(scores, list(dataset.corpus)), k=10)
     assert found.average_overlap.tolist() == [1.0] * 40
     # Of two random lists the share in common at depth d is d of 60 on the mean: (1 + ... + 10) / 10 / 60.
     assert found.floor == pytest.approx(5.5 / 60, rel=0.15)
@@ -314,7 +314,7 @@ def test_pairs_are_told_by_their_rating_and_by_what_they_have_in_common(tmp_path
     write_pairs(folder, rows)
     pairs = pairs_of(load_retrieval_dataset(folder))
     scores = np.random.default_rng(0).standard_normal((6, 5)).astype(np.float32)
-    found = rank_similarity(pairs, ranked(scores, list(corpus)), k=2)
+    found = compare_wordings(pairs, ranked(scores, list(corpus)), k=2)
     places = {name: np.flatnonzero(members).tolist() for name, members in found.groups().items()}
     assert places == {
         "rated >= 4": [0],
@@ -336,13 +336,13 @@ def test_a_list_that_is_shorter_is_compared_as_far_as_it_goes():
     for query, names in enumerate((["d0", "d7"], ["d0"], ["d1", "d2", "d3"], [])):
         scores[query, [place[name] for name in names]] = [5, 4, 3][: len(names)]
     pairs = pairs_of(dataset, "qrels")
-    found = rank_similarity(pairs, ranked(scores, ids), k=3)
+    found = compare_wordings(pairs, ranked(scores, ids), k=3)
     assert found.average_overlap.tolist() == pytest.approx([(1 + 1 / 2 + 1 / 2) / 3, 0])
     assert found.jaccard.tolist() == [1 / 2, 0] and found.lengths.tolist() == [[2, 3], [1, 0]]
     [entry] = found.summary()
     assert (entry["short_lists"], entry["empty_lists"]) == (3, 1)
     shallow = replace(ranked(scores, ids, depth=2), system="a second stage of two")
-    assert rank_similarity(pairs, shallow, k=3).lengths.tolist() == [[2, 2], [1, 0]]
+    assert compare_wordings(pairs, shallow, k=3).lengths.tolist() == [[2, 2], [1, 0]]
 
 
 def test_what_shares_no_word_with_the_query_is_not_found_by_an_inverted_index():
@@ -362,18 +362,18 @@ def test_rankings_that_do_not_belong_to_the_pairs_are_refused(beir):
     ranking = ranked(scores, list(DOCUMENTS))
     for k in (0, 6):
         with pytest.raises(InputError, match=f"tiny: k={k}, but lists have 1 to 5 documents"):
-            rank_similarity(pairs, ranking, ranking, k=k)
+            compare_wordings(pairs, ranking, ranking, k=k)
     with pytest.raises(InputError, match="any: pairs by cut need a second ranking"):
-        rank_similarity(pairs, ranking, k=3)
+        compare_wordings(pairs, ranking, k=3)
     for wrong in (
         replace(ranking, positions=ranking.positions[:2]),
         replace(ranking, positions=ranking.positions + 1),
     ):
         with pytest.raises(InputError, match="any: a ranking of .* Rank these queries in this corpus"):
-            rank_similarity(pairs, ranking, wrong, k=3)
+            compare_wordings(pairs, ranking, wrong, k=3)
     other = replace(pairs, reworded=replace(pairs.reworded, corpus=dict(reversed(DOCUMENTS.items()))))
     with pytest.raises(InputError, match="tiny and tiny: other documents, or in another order"):
-        rank_similarity(other, ranking, ranking, k=3)
+        compare_wordings(other, ranking, ranking, k=3)
 
 
 def test_clusters_are_resampled_whole():
@@ -416,7 +416,7 @@ def test_the_evaluator_measures_what_the_command_does_for_all_three_families(tmp
         rank_with_model("any", model, side, dtype="float32")[0]
         for side in (dataset, pairs.reworded)[: 1 + pairs.needs_second_search]
     ]
-    expected = rank_similarity(pairs, *rankings, k=2)
+    expected = compare_wordings(pairs, *rankings, k=2)
     members = next(iter(expected.groups().values()))
     assert found["twins_average_overlap@2"] == pytest.approx(expected.average_overlap[members].mean())
     assert found["twins_flip_rate"] == pytest.approx((expected.finds[0] != expected.finds[1])[members].mean())
@@ -466,7 +466,7 @@ def test_the_command_compares_wordings_of_every_row(tmp_path, twins, saved, caps
     dataset = load_retrieval_dataset(twins)
     pairs = pairs_of(dataset, source)
     rankings = [rank_with_bm25(side) for side in (dataset, pairs.reworded)[: 1 + pairs.needs_second_search]]
-    assert entries[: len(groups)] == rank_similarity(pairs, *rankings, k=2, seed=3).summary(3)
+    assert entries[: len(groups)] == compare_wordings(pairs, *rankings, k=2, seed=3).summary(3)
     queries = {row["queries"] for row in results["rows"]}
     assert queries == {6}  # the table itself is of the queries of the split
 
@@ -613,7 +613,7 @@ def test_the_benchmark_sets_models_beside_a_constant_list(tmp_path, twins, saved
     assert (claims["models_measured"]["value"], claims["models_measured"]["met"]) == (3, False)
     dataset = load_retrieval_dataset(twins)
     pairs = pairs_of(dataset)
-    overlap = rank_similarity(pairs, rank_with_model("one", load(tmp_path / "one"), dataset)[0], k=2).average_overlap
+    overlap = compare_wordings(pairs, rank_with_model("one", load(tmp_path / "one"), dataset)[0], k=2).average_overlap
     alike, apart = (overlap[:2], overlap[3:])  # rated 4.5 and 4, and 0.5 and 1 of other documents
     won = np.mean([(a > b) + (a == b) / 2 for a in alike for b in apart])
     assert claims["discrimination"]["value"] == pytest.approx(won) and claims["discrimination"]["pairs"] == [2, 2]

@@ -15,7 +15,7 @@ from ..encoding.cache import embed
 from ..errors import InputError
 from ..search.ranking import deeper, exact_search, tie_ranks
 from .metrics import DEEPEST
-from .rank_similarity import PERSISTENCE, K, rank_similarity, refuse_depth
+from .rank_similarity import PERSISTENCE, K, compare_wordings, refuse_depth
 from .systems import Ranking, costs_of
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class RankSimilarityEvaluator(BaseEvaluator):
                 device=model.device,
             )
             rankings.append(Ranking("model", *best, costs_of(queries, documents)))
-        entry = rank_similarity(self.pairs, *rankings, k=self.k, p=self.p).summary(resamples=1)[0]
+        entry = compare_wordings(self.pairs, *rankings, k=self.k, p=self.p).summary(resamples=1)[0]
         k = self.k
         found = {f"{name}@{k}": entry[name] for name in ("average_overlap", "jaccard", "rbo")}
         found |= {"flip_rate": entry["flip_rate"], f"both_found@{k}": entry["pairs_both"] / entry["pairs"]}

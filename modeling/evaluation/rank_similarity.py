@@ -233,7 +233,7 @@ class RankSimilarity:
         return np.where(first < 0, relevant, first)
 
 
-def rank_similarity(
+def compare_wordings(
     pairs: Pairs,
     ranking: Ranking,
     reworded: Ranking | None = None,
@@ -318,14 +318,14 @@ def paraphrase_entries(
         pairs: What is compared.
         rankings: What each system found for the queries of ``pairs.dataset``.
         reworded: In the same order, for those of ``pairs.reworded``; None where these are the same.
-        k: See :func:`rank_similarity`.
+        k: See :func:`compare_wordings`.
         seed: Likewise, and of the bootstrap.
 
     Raises:
-        InputError: See :func:`rank_similarity`.
+        InputError: See :func:`compare_wordings`.
     """
     others: Sequence[Ranking | None] = [None] * len(rankings) if reworded is None else reworded
-    found = [rank_similarity(pairs, *both, k=k, seed=seed) for both in zip(rankings, others, strict=True)]
+    found = [compare_wordings(pairs, *both, k=k, seed=seed) for both in zip(rankings, others, strict=True)]
     return [entry for of in found for entry in of.summary(seed)]
 
 
