@@ -274,7 +274,7 @@ def evaluate_models(args: EvaluationArguments, models: Sequence[str], *, command
         ],
     }
     if pairs:
-        how = {"k": args.paraphrase_k, "seed": args.seed}
+        how: dict[str, Any] = {"k": args.paraphrase_k, "seed": args.seed}
         results["paraphrases"] = [
             entry for of in pairs for entry in paraphrase_entries(of, *found.wordings_of(of.dataset.name), **how)
         ]

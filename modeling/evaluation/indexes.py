@@ -59,8 +59,8 @@ def refuse_unfit_indexes(args: Flags, uris: Sequence[str], datasets: int, benchm
         raise InputError(
             f"{uris[0]}: an index holds the documents of one data set, and --dataset names {datasets}. Name its own."
         )
-    for flag, given in (("mteb", benchmarks), ("hybrid", args.hybrid), ("window", args.window)):
-        if given:
+    for flag, unfit in (("mteb", benchmarks), ("hybrid", args.hybrid), ("window", args.window is not None)):
+        if unfit:
             raise InputError(
                 f"--{flag}: has no part in an index such as {uris[0]}, which is searched as it is. Leave it out."
             )

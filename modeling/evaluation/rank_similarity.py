@@ -382,7 +382,7 @@ def _holds(pairs: Pairs, best: np.ndarray) -> np.ndarray:
     """``(pairs,)`` whether a list holds a document that is relevant to both wordings."""
     rows = np.repeat(np.arange(len(best)), best.shape[1])
     hit = np.asarray(pairs.common[rows, best.clip(0).ravel()]).reshape(best.shape)
-    return (hit.astype(bool) & (best >= 0)).any(1)
+    return np.any(hit.astype(bool) & (best >= 0), axis=1)
 
 
 def _floor(pairs: Pairs, first: np.ndarray, second: np.ndarray, seed: int) -> float:
