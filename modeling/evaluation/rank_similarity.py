@@ -269,10 +269,13 @@ def compare_wordings(
             f"{pairs.dataset.name} and {pairs.reworded.name}: other documents, or in another order, so a position "
             "means two things. Search both wordings in one corpus."
         )
-    sides = ((pairs.dataset, ranking, pairs.a), (pairs.reworded, reworded, pairs.b))
-    lists = [best_documents(dataset, found, k) for dataset, found, _ in sides]
-    first, second = (best[places] for best, (_, _, places) in zip(lists, sides, strict=True))
-    ndcg = [per_query_metrics(dataset, found)["nDCG@10"][places] for dataset, found, places in sides]
+    sides = [(pairs.dataset, ranking)]
+    if reworded is not ranking:
+        sides.append((pairs.reworded, reworded))
+    # Of queries of one search, what is found for the first wordings is found for the second ones.
+    lists = [best_documents(dataset, found, k) for dataset, found in sides]
+    gains = [per_query_metrics(dataset, found)["nDCG@10"] for dataset, found in sides]
+    first, second = lists[0][pairs.a], lists[-1][pairs.b]
     return RankSimilarity(
         ranking.system,
         pairs,
@@ -282,9 +285,9 @@ def compare_wordings(
         jaccard(first, second),
         rbo(first, second, p),
         np.stack([_holds(pairs, best) for best in (first, second)]),
-        np.stack(ndcg),
+        np.stack([gains[0][pairs.a], gains[-1][pairs.b]]),
         np.stack([(best >= 0).sum(1) for best in (first, second)]),
-        _floor(pairs, lists[0], lists[1], seed),
+        _floor(pairs, lists[0], lists[-1], seed),
     )
 
 

@@ -93,7 +93,7 @@ def without(
         scores: Likewise; that of a document in the last place becomes -inf.
         k: How many documents to keep at most.
     """
-    if left_out is None:
+    if left_out is None or not (left_out >= 0).any():
         return positions[:, :k], scores[:, :k]
     hit = positions == left_out[:, None]  # (queries, depth)
     order = np.argsort(hit, axis=1, kind="stable")[:, :k]
