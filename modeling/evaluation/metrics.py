@@ -47,10 +47,10 @@ def best_first(dataset: RetrievalDataset, ranking: Ranking, depth: int) -> tuple
     positions, scores = without(dataset.own, ranking.positions, ranking.scores, ranking.positions.shape[1])
     # trec_eval holds scores in float32, so what is equal there is a tie.
     rounded = scores.astype(np.float32)
-    # A ranking is best first, so behind the last tie with the last document that is wanted nothing can be among them.
-    last = rounded[:, min(depth, rounded.shape[1]) - 1, None]
-    tied = int((rounded >= last).sum(1).max(initial=0))
-    positions, scores, rounded = positions[:, :tied], scores[:, :tied], rounded[:, :tied]
+    if rounded.shape[1] > depth and (rounded[:, 1:] <= rounded[:, :-1]).all():
+        # Best first, so behind the last tie with the last document that is wanted nothing can be among them.
+        tied = int((rounded >= rounded[:, depth - 1, None]).sum(1).max(initial=0))
+        positions, scores, rounded = positions[:, :tied], scores[:, :tied], rounded[:, :tied]
     order = np.lexsort((ranks[positions], -rounded), axis=1)[:, :depth]
     return np.take_along_axis(positions, order, 1), np.take_along_axis(scores, order, 1)
 
