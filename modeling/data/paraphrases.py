@@ -71,6 +71,11 @@ class Pairs:
         """Whether the second wordings are queries of their own, which have to be searched for as well."""
         return self.reworded is not self.dataset
 
+    @property
+    def sides(self) -> list[RetrievalDataset]:
+        """What has to be searched for: the queries of the data set, and the reworded ones where they are others."""
+        return [self.dataset, self.reworded] if self.needs_second_search else [self.dataset]
+
     @cached_property
     def relevant(self) -> tuple[csr_matrix, csr_matrix]:
         """For each wording ``(pairs, documents)`` whether a document is relevant to it."""
@@ -144,7 +149,8 @@ def _narrowed(dataset: RetrievalDataset, how: Literal["misspelt", "cut"], seed: 
     queries = narrowed(dataset.queries, how, seed)
     # What is left of a query may not tell any more that a document is that query itself.
     own = bool((dataset.own >= 0).any())
-    return replace(dataset, split=f"{dataset.split}-{how}", queries=queries, same_ids=own, vectors={})
+    vectors = {side: given for side, given in dataset.vectors.items() if side != "query"}  # of the whole queries
+    return replace(dataset, split=f"{dataset.split}-{how}", queries=queries, same_ids=own, vectors=vectors)
 
 
 def _from_file(dataset: RetrievalDataset) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -189,8 +195,8 @@ def _from_file(dataset: RetrievalDataset) -> tuple[np.ndarray, np.ndarray, np.nd
 def _file_of(dataset: RetrievalDataset) -> Path:
     if dataset.folder is None:
         raise InputError(
-            f"{dataset.name}: lies in no folder, in which {FILE} could be. Bring it into one, or take pairs from "
-            "qrels."
+            f"{dataset.name}: is no folder of queries.jsonl or captions but a table, of the Hub or made in memory, so "
+            f"{FILE} has no place in it. Write such a folder, or take pairs from qrels."
         )
     for name in (FILE, f"{FILE}.gz"):
         if (path := dataset.folder / name).is_file():
@@ -236,7 +242,7 @@ def _same_split(said: str, split: str) -> bool:
 def _stranger(dataset: RetrievalDataset, identifier: str) -> str:
     """Why a query cannot be one of a pair: there is none, or it is of another split."""
     known: set[str] = set()
-    if dataset.folder and not is_captions(dataset.folder):
+    if dataset.folder and any((dataset.folder / f"queries.jsonl{packed}").is_file() for packed in ("", ".gz")):
         known = {identifier_in(row) for _, row in read_jsonl(dataset.folder, "queries")}
     if identifier in known:
         return (
