@@ -15,7 +15,7 @@ from ..encoding.cache import embed
 from ..errors import InputError
 from ..search.ranking import deeper, exact_search, tie_ranks
 from .metrics import DEEPEST
-from .rank_similarity import PERSISTENCE, K, compare_wordings, refuse_depth
+from .rank_similarity import PERSISTENCE, K, compare_wordings, refuse_depth, refuse_persistence
 from .systems import Ranking, costs_of
 
 logger = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ class RankSimilarityEvaluator(BaseEvaluator):
         write_csv: Append a line to ``rank_similarity_<name>_results.csv`` where a trainer names a folder.
 
     Raises:
-        InputError: There are no pairs, none has a relevant document in common, or ``k`` is less than 1 or more than
-            there are documents.
+        InputError: There are no pairs, they are of another data set, none has a relevant document in common, ``k`` is
+            less than 1 or more than there are documents, or ``p`` is not between 0 and 1.
     """
 
     def __init__(
@@ -63,7 +63,14 @@ class RankSimilarityEvaluator(BaseEvaluator):
     ):
         super().__init__()
         refuse_depth(k, dataset)
+        refuse_persistence(p)
         self.pairs = pairs if isinstance(pairs, Pairs) else pairs_of(dataset, pairs)
+        if self.pairs.dataset is not dataset:
+            raise InputError(
+                f"{dataset.name}, {dataset.split}: the pairs are of another data set ({self.pairs.dataset.name}, "
+                f"{self.pairs.dataset.split}) or of another copy, so their places could mean other queries. Pass the "
+                "one that they were made of, pairs.dataset."
+            )
         if not self.pairs.common.nnz:
             raise InputError(
                 f"{dataset.name}, {dataset.split}: no pair has a relevant document in common, so nothing says whether "
@@ -105,7 +112,7 @@ class RankSimilarityEvaluator(BaseEvaluator):
         documents = embed(model, self.dataset.corpus, task="document", name=self.dataset.name, **self.options)
         ranks, similarity = tie_ranks(list(self.dataset.corpus)), str(model.similarity_fn_name)
         rankings = []
-        for side in (self.dataset, self.pairs.reworded)[: 1 + self.pairs.needs_second_search]:
+        for side in self.pairs.sides:
             queries = embed(model, side.queries, task="query", name=f"{side.name}-{side.split}", **self.options)
             best = exact_search(
                 queries,

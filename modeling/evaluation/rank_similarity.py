@@ -5,14 +5,16 @@ for indefinite rankings", ACM TOIS 28(4)):
 
 - average overlap, AO@k: the mean over d = 1 ... k of ``|A_d and B_d| / d``;
 - Jaccard similarity, JS@k: ``|A_k and B_k| / |A_k or B_k|``, which knows no order;
-- rank-biased overlap, RBO@k: agreement at depth d weighs ``p ** d``, and goes on beyond k as at k (their equation 32).
+- rank-biased overlap, RBO@k: agreement at depth d weighs ``p ** d``, and goes on beyond k as at k (their equation 32,
+  for two lists of one length).
 
 All are 1 for the same list and 0 for two without a common document. **A ranker that gives every query the same list
 has 1 as well**, so none stands alone: nDCG of both wordings, and whether they find the document, stand beside.
 
 Where a list is shorter than k, agreement at depth d is of the longer of both, ``|A_d and B_d| / max(|A_d|, |B_d|)``,
-so that equal lists have 1 whatever their length; two empty ones agree in nothing. An inverted index finds no document
-that shares no word with the query, so what has a score of 0 there is none that it found. How many lists were short is
+so that equal lists have 1 whatever their length; two empty ones agree in nothing. Equation 32 would guess how a
+shorter list goes on, but here nothing follows: the system found no more. An inverted index finds no document that
+shares no word with the query, so what has a score of 0 there is none that it found. How many lists were short is
 counted.
 """
 
@@ -31,7 +33,7 @@ from ..errors import InputError
 from ..search.ranking import tie_ranks
 from .metrics import best_first, per_query_metrics
 from .statistics import RESAMPLES, clustered_intervals
-from .systems import Ranking
+from .systems import DEPTH, Ranking
 
 K = 10
 """Documents of a list that are compared."""
@@ -88,8 +90,7 @@ def rbo(a: np.ndarray, b: np.ndarray, p: float = PERSISTENCE) -> np.ndarray:
     Raises:
         InputError: As for :func:`average_overlap`, or ``p`` is out of its range.
     """
-    if not 0 < p < 1:
-        raise InputError(f"rbo: p={p!r}, so no sum over ranks exists. Use a number between 0 and 1, e.g. 0.9.")
+    refuse_persistence(p)
     agreement = _agreement(a, b)
     weights = (1 - p) * p ** np.arange(agreement.shape[1])  # (1 - p) / p * p^d of d = 1 ... k
     return agreement @ weights + agreement[:, -1] * p ** agreement.shape[1]
@@ -109,8 +110,8 @@ def _common(a: np.ndarray, b: np.ndarray) -> np.ndarray:
             f"lists of shapes {a.shape} and {b.shape} cannot be compared. Pass two arrays (pairs, k), k from 1 on."
         )
     for name, lists in (("a", a), ("b", b)):
-        inorder = np.sort(lists, axis=1)
-        if ((inorder[:, 1:] == inorder[:, :-1]) & (inorder[:, 1:] >= 0)).any():
+        in_order = np.sort(lists, axis=1)
+        if ((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)).any():
             raise InputError(f"{name}: a list has a document twice, which would count twice. Pass each once.")
     pairs, k = a.shape
     counts = np.empty((pairs, k), np.int64)
@@ -308,7 +309,7 @@ def open_pairs(source: str | None, k: int, datasets: Sequence[RetrievalDataset])
         return []
     pairs = [pairs_of(dataset, source) for dataset in datasets]
     for dataset in datasets:
-        refuse_depth(k, dataset)
+        refuse_depth(k, dataset, DEPTH)
     return pairs
 
 
@@ -342,13 +343,20 @@ def paraphrase_notes(pairs: Sequence[Pairs], k: int = K) -> list[str]:
     return [PARAPHRASE_NOTE.format(k=k, p=PERSISTENCE), *left_out]
 
 
-def refuse_depth(k: int, dataset: RetrievalDataset) -> None:
-    """InputError if lists cannot be compared at depth k."""
-    if not 1 <= k <= len(dataset.corpus):
+def refuse_depth(k: int, dataset: RetrievalDataset, deepest: int | None = None) -> None:
+    """InputError if lists cannot be compared at depth k: there are not as many documents, or rankings end before."""
+    most = min(len(dataset.corpus), deepest or len(dataset.corpus))
+    if not 1 <= k <= most:
         raise InputError(
-            f"{dataset.name}: k={k}, but lists have 1 to {len(dataset.corpus):,} documents, so nothing could be "
-            "compared. Choose k within."
+            f"{dataset.name}: k={k}, but lists have 1 to {most:,} documents, so nothing could be compared. Choose k "
+            "within."
         )
+
+
+def refuse_persistence(p: float) -> None:
+    """InputError if no sum over ranks exists."""
+    if not 0 < p < 1:
+        raise InputError(f"rbo: p={p!r}, so no sum over ranks exists. Use a number between 0 and 1, e.g. 0.9.")
 
 
 def best_documents(dataset: RetrievalDataset, ranking: Ranking, k: int) -> np.ndarray:
@@ -359,11 +367,13 @@ def best_documents(dataset: RetrievalDataset, ranking: Ranking, k: int) -> np.nd
     """
     queries, documents = len(dataset.queries), len(dataset.corpus)
     positions = ranking.positions
-    if len(positions) != queries or positions.min() < 0 or positions.max() >= documents:
+    last, first = positions.max(initial=-1), positions.min(initial=documents)
+    if len(positions) != queries or not positions.size or first < 0 or last >= documents:
         raise InputError(
-            f"{ranking.system}: a ranking of {len(positions):,} queries and of positions {positions.min()} to "
-            f"{positions.max()}, but {dataset.name} has {queries:,} queries and {documents:,} documents, so it is of "
-            "others. Rank these queries in this corpus."
+            f"{ranking.system}: a ranking of {len(positions):,} queries and "
+            + (f"of positions {first} to {last}" if positions.size else "of no documents")
+            + f", but {dataset.name} has {queries:,} queries and {documents:,} documents, so it is of others. Rank "
+            "these queries in this corpus."
         )
     found, scores = best_first(dataset, ranking, k)
     there = scores > -np.inf
