@@ -30,7 +30,7 @@ from ..hub.reading import set_length
 from ..report import print_and_write, provenance, refuse_unwritable_results
 from .bm25 import analyzer_of, rank_with_bm25
 from .hybrid import HYBRID_NOTE, Side, load_dev, rank_hybrid, refuse_unfit_hybrid, side_of_bm25, side_of_model
-from .indexes import is_index, open_askers, rank_with_index, refuse_unfit_indexes
+from .indexes import is_index, open_askers, opened, rank_with_index, refuse_unfit_indexes
 from .mteb import Suite, left_out, mteb_package, open_suites, refuse_unfit, run_suites
 from .rank_similarity import K, open_pairs, paraphrase_entries, paraphrase_notes
 from .rerank import open_reranker, refuse_depths, rerank_notes
@@ -325,7 +325,7 @@ def _open_systems(args: EvaluationArguments, models: Sequence[str], searches: bo
     names = [source if is_index(source) else display_name(source) for source in sources]
     ordering = [args.rerank] if args.rerank and args.rerank not in sources else []
     refuse_doubles([*sources, *ordering], [*names, *map(display_name, ordering)])
-    reference = args.reference or names[len(set(baselines)) - 1 if baselines else 0]
+    reference = args.reference or names[sources.index(baselines[-1]) if baselines else 0]
     refuse_unknown(reference.partition(", ")[0], names)  # a comma and what follows name a pooling
     systems = []
     for name, source in zip(names, sources, strict=True):
@@ -352,7 +352,7 @@ def _refuse_unfit(
             f"--language {args.language}: of bm25, which is no row here, so it would change nothing. Add bm25 to "
             "--baselines, with a --dataset, or leave it out."
         )
-    refuse_unfit_indexes(args, [system.source for system in systems if system.is_index], len(datasets), bool(suites))
+    refuse_unfit_indexes(args, [system.source for system in systems if system.is_index], datasets, bool(suites))
     folders = [system.folder for system in systems if system.folder]
     if args.token_pooling and MultiVectorEncoder not in map(family_of, folders):
         raise InputError(f"--token_pooling {' '.join(args.token_pooling)}: no model here has several vectors a text.")
@@ -393,9 +393,10 @@ def _measure(
             askers = open_askers(system.source, args)
             for asker in askers:
                 found.fingerprints[f"{system.name} by {display_name(asker.source)}"] = asker.fingerprint
-            for dataset, _, rankings in asked:
-                depth = args.paraphrase_k if pairs else 1
-                rankings.append(rank_with_index(system.name, system.source, askers, dataset, args, depth))
+            depth = args.paraphrase_k if pairs else 1
+            with opened(system.source, askers, datasets[0]) as target:
+                for dataset, _, rankings in asked:
+                    rankings.append(rank_with_index(system.source, target, askers, dataset, args, depth))
             continue
         if not system.folder:
             for dataset, dev, rankings in asked:
