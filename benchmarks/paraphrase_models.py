@@ -89,6 +89,7 @@ class Found:
 
     pairs: Pairs
     rankings: list[Ranking]
+    reworded: list[Ranking]
     overlaps: list[RankSimilarity]
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -117,8 +118,8 @@ def opened(sets: Sequence[str], k: int) -> list[Found]:
         if not name:
             raise InputError(f"--sets {said}: has no source of pairs. Write e.g. scitldr=qrels.")
         dataset = load_retrieval_dataset(name)
-        refuse_depth(k, dataset)
-        found.append(Found(pairs_of(dataset, source), [], []))
+        refuse_depth(k, dataset, DEPTH)
+        found.append(Found(pairs_of(dataset, source), [], [], []))
     refuse_doubles(sets, [of.pairs.dataset.name for of in found])
     return found
 
@@ -133,6 +134,7 @@ def constant(dataset: RetrievalDataset) -> Ranking:
 def add(of: Found, both: Sequence[Ranking], args: Arguments) -> None:
     """Keep what a system found, for the queries and, where they are others, for the reworded ones."""
     of.rankings.append(both[0])
+    of.reworded.append(both[-1])
     of.overlaps.append(compare_wordings(of.pairs, *both, k=args.k, seed=args.seed))
 
 
@@ -141,7 +143,7 @@ def measure(args: Arguments, found: Sequence[Found]) -> tuple[dict[str, str], li
     fingerprints, failures = {}, []
     for of in found:
         for rank in (rank_with_bm25, constant):
-            add(of, [rank(side) for side in sides(of.pairs)], args)
+            add(of, [rank(side) for side in of.pairs.sides], args)
     options: dict[str, Any] = {"cache_dir": args.cache_dir, "batch_size": args.batch_size}
     for source in dict.fromkeys([args.baseline, *args.models]):
         name = display_name(source)
@@ -153,7 +155,7 @@ def measure(args: Arguments, found: Sequence[Found]) -> tuple[dict[str, str], li
         fingerprints[name] = fingerprint(folder)
         model = load(folder, dtype=fastest_dtype(args.model_dtype))
         for of in found:
-            both = [rank_with_model(name, model, side, **options)[0] for side in sides(of.pairs)]
+            both = [rank_with_model(name, model, side, **options)[0] for side in of.pairs.sides]
             add(of, both, args)
             if source == args.baseline:
                 of.seconds = overhead(model, of, both, args)
@@ -162,18 +164,13 @@ def measure(args: Arguments, found: Sequence[Found]) -> tuple[dict[str, str], li
     return fingerprints, failures
 
 
-def sides(pairs: Pairs) -> list[RetrievalDataset]:
-    """The data sets whose queries have to be searched for."""
-    return [pairs.dataset, pairs.reworded][: 1 + pairs.needs_second_search]
-
-
 def overhead(model: Any, of: Found, rankings: Sequence[Ranking], args: Arguments) -> dict[str, float]:
     """Seconds of an exact search for all queries, vectors being there, and of the comparison of what it found."""
     options: dict[str, Any] = {"cache_dir": args.cache_dir, "batch_size": args.batch_size}
     documents = embed(model, of.pairs.dataset.corpus, task="document", name=of.pairs.dataset.name, **options)
     ranks = tie_ranks(list(of.pairs.dataset.corpus))
     taken = {"search": 0.0}
-    for side in sides(of.pairs):
+    for side in of.pairs.sides:
         queries = embed(model, side.queries, task="query", name=f"{side.name}-{side.split}", **options)
         started = time.perf_counter()
         how: dict[str, Any] = {"similarity": str(model.similarity_fn_name), "k": deeper(DEPTH, side.own)}
@@ -203,11 +200,10 @@ def by_loops(a: Sequence[int], b: Sequence[int], p: float) -> tuple[float, float
 def metric_error(of: Found, k: int) -> float:
     """The largest difference of the three measures from those of loops, over every pair of every system."""
     worst = 0.0
-    for ranking, overlap in zip(of.rankings, of.overlaps, strict=True):
-        if of.pairs.needs_second_search:
-            continue  # whose second ranking is not kept
-        best = best_documents(of.pairs.dataset, ranking, k)
-        lists = zip(best[of.pairs.a].tolist(), best[of.pairs.b].tolist(), strict=True)
+    for ranking, reworded, overlap in zip(of.rankings, of.reworded, of.overlaps, strict=True):
+        first = best_documents(of.pairs.dataset, ranking, k)[of.pairs.a]
+        second = best_documents(of.pairs.reworded, reworded, k)[of.pairs.b]
+        lists = zip(first.tolist(), second.tolist(), strict=True)
         expected = np.array([by_loops(a, b, overlap.p) for a, b in lists])
         found = np.stack([overlap.average_overlap, overlap.jaccard, overlap.rbo], axis=1)
         worst = max(worst, float(np.abs(found - expected).max()))
@@ -283,11 +279,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     words = list(sys.argv[1:] if argv is None else argv)
     (args,) = HfArgumentParser([Arguments]).parse_args_into_dataclasses(words)
     made_by = provenance(shlex.join(["python", "benchmarks/paraphrase_models.py", *words]))
+    if reason := missing(args.baseline):
+        raise InputError(f"--baseline {args.baseline}: {reason}. Claims are of it; make it first.")
     found = opened(args.sets, args.k)
     fingerprints, failures = measure(args, found)
     baseline = display_name(args.baseline)
-    if baseline not in fingerprints:
-        raise InputError(f"--baseline {args.baseline}: {missing(args.baseline)}. Claims are of it; make it first.")
     results = made_by | {
         "name": args.name,
         "seeds": [args.seed],
