@@ -6,8 +6,10 @@ import importlib
 import json
 import random
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,17 +25,21 @@ from polyrep.evaluation import RankSimilarityEvaluator
 from polyrep.evaluation.bm25 import rank_with_bm25
 from polyrep.evaluation.evaluate import evaluate
 from polyrep.evaluation.frontier.command import frontier
+from polyrep.evaluation.indexes import opened, rank_with_index
+from polyrep.evaluation.metrics import best_first
 from polyrep.evaluation.rank_similarity import (
     average_overlap,
     best_documents,
     compare_wordings,
     jaccard,
+    open_pairs,
     rbo,
 )
 from polyrep.evaluation.statistics import clustered_intervals
-from polyrep.evaluation.systems import Ranking, rank_with_model
+from polyrep.evaluation.systems import DEPTH, Ranking, rank_with_model
 from polyrep.hub import fingerprint, load
 from polyrep.report import check_results
+from polyrep.search.protocol import Hit
 
 # Overlap of two lists
 
@@ -175,7 +181,7 @@ def test_a_split_without_pairs_and_a_set_without_a_file_are_refused(beir):
     write_pairs(beir, PAIRS[2:])
     with pytest.raises(InputError, match=r"no pair of split 'test'; there are pairs of \['dev'\]"):
         pairs_of(dataset)
-    with pytest.raises(InputError, match="lies in no folder"):
+    with pytest.raises(InputError, match="tiny: is no folder of queries.jsonl or captions but a table"):
         pairs_of(replace(dataset, folder=None))
     with pytest.raises(InputError, match="paraphrases 'guess': no source of pairs. Use one of file, qrels"):
         pairs_of(dataset, "guess")
@@ -216,6 +222,7 @@ def test_narrowed_queries_are_searched_for_under_their_own_ids(beir, how):
     dataset = load_retrieval_dataset(beir)
     pairs = pairs_of(dataset, how)
     assert pairs.needs_second_search and list(pairs.reworded.queries) == list(QUERIES)
+    assert [side.split for side in pairs.sides] == ["test", f"test-{how}"]
     assert pairs.reworded.split == f"test-{how}" and pairs.reworded.qrels == dataset.qrels
     assert all(new != old for new, old in zip(pairs.reworded.queries.values(), QUERIES.values(), strict=True))
     assert pairs_of(dataset, how).reworded.queries == pairs.reworded.queries
@@ -223,6 +230,12 @@ def test_narrowed_queries_are_searched_for_under_their_own_ids(beir, how):
     if how == "cut":
         expected = {q: cut_short(text, random.Random(f"0 cut {q}")) for q, text in QUERIES.items()}
         assert pairs.reworded.queries == expected
+
+
+def test_narrowed_captions_keep_the_vectors_of_images_and_not_those_of_captions(beir):
+    given = {side: np.eye(5, dtype=np.float32) for side in ("document", "query")}
+    reworded = pairs_of(replace(load_retrieval_dataset(beir), vectors=given), "cut").reworded
+    assert list(reworded.vectors) == ["document"] and reworded.vectors["document"] is given["document"]
 
 
 # What is measured of a system
@@ -345,6 +358,19 @@ def test_a_list_that_is_shorter_is_compared_as_far_as_it_goes():
     assert compare_wordings(pairs, shallow, k=3).lengths.tolist() == [[2, 2], [1, 0]]
 
 
+@pytest.mark.parametrize("best_is_first", [True, False])
+def test_the_first_of_a_deep_ranking_with_ties_are_those_of_all_of_it(best_is_first):
+    dataset = toy(queries=4, documents=90)
+    ids, rng = list(dataset.corpus), np.random.default_rng(0)
+    scores = rng.integers(0, 6, (4, 90)).astype(np.float32)  # fifteen of each, so that ties go on
+    scores[3, 4:] = -np.inf
+    expected = [sorted(range(90), key=lambda i, s=row: (s[i], ids[i]), reverse=True)[:10] for row in scores]
+    # In no order, or in the order of scores alone, as the ids of ties do not say.
+    order = np.argsort(-scores, axis=1, kind="stable") if best_is_first else rng.permuted([range(90)] * 4, axis=1)
+    found, at = best_first(dataset, Ranking("any", order, np.take_along_axis(scores, order, 1)), 10)
+    assert found.tolist() == expected and at.tolist() == np.take_along_axis(scores, found, 1).tolist()
+
+
 def test_what_shares_no_word_with_the_query_is_not_found_by_an_inverted_index():
     dataset = toy(queries=2)
     scores = np.zeros((2, 30), np.float32)
@@ -368,12 +394,21 @@ def test_rankings_that_do_not_belong_to_the_pairs_are_refused(beir):
     for wrong in (
         replace(ranking, positions=ranking.positions[:2]),
         replace(ranking, positions=ranking.positions + 1),
+        replace(ranking, positions=ranking.positions[:0]),
+        replace(ranking, positions=ranking.positions[:, :0]),
     ):
         with pytest.raises(InputError, match="any: a ranking of .* Rank these queries in this corpus"):
             compare_wordings(pairs, ranking, wrong, k=3)
     other = replace(pairs, reworded=replace(pairs.reworded, corpus=dict(reversed(DOCUMENTS.items()))))
     with pytest.raises(InputError, match="tiny and tiny: other documents, or in another order"):
         compare_wordings(other, ranking, ranking, k=3)
+
+
+def test_lists_are_not_compared_deeper_than_rankings_go():
+    dataset = toy(documents=DEPTH + 20)
+    with pytest.raises(InputError, match=f"toy: k={DEPTH + 1}, but lists have 1 to {DEPTH:,} documents"):
+        open_pairs("qrels", DEPTH + 1, [dataset])
+    assert len(open_pairs("qrels", DEPTH, [dataset])[0]) == 6
 
 
 def test_clusters_are_resampled_whole():
@@ -412,10 +447,7 @@ def test_the_evaluator_measures_what_the_command_does_for_all_three_families(tmp
     evaluator = RankSimilarityEvaluator(dataset, source, k=2, name="twins")
     assert evaluator.primary_metric == "both_found@2" and evaluator.greater_is_better
     found = evaluator(model, str(tmp_path / "out"), epoch=1, steps=5)
-    rankings = [
-        rank_with_model("any", model, side, dtype="float32")[0]
-        for side in (dataset, pairs.reworded)[: 1 + pairs.needs_second_search]
-    ]
+    rankings = [rank_with_model("any", model, side, dtype="float32")[0] for side in pairs.sides]
     expected = compare_wordings(pairs, *rankings, k=2)
     members = next(iter(expected.groups().values()))
     assert found["twins_average_overlap@2"] == pytest.approx(expected.average_overlap[members].mean())
@@ -431,6 +463,10 @@ def test_the_evaluator_measures_what_the_command_does_for_all_three_families(tmp
 def test_an_evaluator_that_could_measure_nothing_is_refused(beir, twins):
     with pytest.raises(InputError, match="k=6, but lists have 1 to 5 documents"):
         RankSimilarityEvaluator(load_retrieval_dataset(twins), k=6)
+    with pytest.raises(InputError, match="rbo: p=1"):
+        RankSimilarityEvaluator(load_retrieval_dataset(twins), k=2, p=1)
+    with pytest.raises(InputError, match="twins, test: the pairs are of another data set"):
+        RankSimilarityEvaluator(load_retrieval_dataset(twins), pairs_of(load_retrieval_dataset(twins)), k=2)
     write_pairs(beir, PAIRS)
     with pytest.raises(InputError, match="tiny, test: no pair has a relevant document in common"):
         RankSimilarityEvaluator(load_retrieval_dataset(beir), k=2)
@@ -465,7 +501,7 @@ def test_the_command_compares_wordings_of_every_row(tmp_path, twins, saved, caps
 
     dataset = load_retrieval_dataset(twins)
     pairs = pairs_of(dataset, source)
-    rankings = [rank_with_bm25(side) for side in (dataset, pairs.reworded)[: 1 + pairs.needs_second_search]]
+    rankings = [rank_with_bm25(side) for side in pairs.sides]
     assert entries[: len(groups)] == compare_wordings(pairs, *rankings, k=2, seed=3).summary(3)
     queries = {row["queries"] for row in results["rows"]}
     assert queries == {6}  # the table itself is of the queries of the split
@@ -524,6 +560,42 @@ def test_an_index_is_measured_as_its_users_search_it(tmp_path, twins, sentence_m
     assert results["models"] == {f"{uri} by one": fingerprint(folder), "one": fingerprint(folder)}
 
 
+@pytest.mark.parametrize("weights", ["", "lexicon=1"])
+def test_hits_of_an_index_are_cut_and_chosen_as_other_rankings_are(monkeypatch, weights):
+    dataset = toy(documents=DEPTH + 20)
+    # The first query is the document of its id, and is no answer to itself.
+    ids = list(dataset.corpus)
+    queries = {ids[0]: "a document", "q": "none"}
+    dataset = replace(dataset, queries=queries, qrels=dict.fromkeys(queries, {"d1": 1}), same_ids=True)
+
+    def find(target, askers, texts, args):
+        assert args.k == DEPTH + 1  # one more, since one may be left out
+        return [[Hit(name, float(max(0, 900 - rank))) for rank, name in enumerate(ids[: args.k])] for _ in texts]
+
+    monkeypatch.setattr("polyrep.evaluation.indexes.find", find)
+    kinds = {"dense": "sentence", "lexicon": "sparse"}
+    target = SimpleNamespace(origins={name: SimpleNamespace(kind=kind) for name, kind in kinds.items()})
+    asker = SimpleNamespace(made=lambda origin: True)
+    args = SimpleNamespace(index_model="", index_weights=weights, revision=None)
+    args.trust_remote_code, args.model_dtype = False, "float32"
+    found = rank_with_index("any:", target, [asker], dataset, args, DEPTH)
+    own = ids[0] != "d1"
+    lengths = (found.scores > -np.inf).sum(1).tolist()
+    assert own and lengths == ([899, 900] if weights else [DEPTH, DEPTH])
+    assert found.positions[:, :2].tolist() == [[1, 2], [0, 1]]
+
+
+@pytest.mark.parametrize("count", [5, 6])
+def test_an_index_is_let_go_of_also_where_it_is_refused(monkeypatch, beir, count):
+    closed = []
+    target = SimpleNamespace(count=lambda: count, close=lambda: closed.append(count))
+    monkeypatch.setattr("polyrep.evaluation.indexes.open_index", lambda uri, fingerprint: target)
+    refused = nullcontext() if count == 5 else pytest.raises(InputError, match="any:: holds 6 documents, tiny has 5")
+    with refused, opened("any:", [SimpleNamespace(fingerprint="f")], load_retrieval_dataset(beir)) as found:
+        assert found is target and not closed
+    assert closed == [count]
+
+
 def test_an_index_of_other_documents_is_refused(tmp_path, twins, sentence_model):
     folder = tmp_path / "one"
     sentence_model.save_pretrained(str(folder))
@@ -549,6 +621,7 @@ REFUSED = {
     "--index_weights a=1": "--index_weights a=1: of an index",
     "memory:": "--uri memory:: is gone when the command ends",
     "faiss:nowhere --window 4": "--window: has no part in an index such as faiss:nowhere",
+    "faiss:nowhere --max_length 8": "--max_length: has no part in an index such as faiss:nowhere",
     "faiss:nowhere --hybrid --hybrid_weight 1": "--hybrid: has no part in an index",
 }
 
@@ -633,6 +706,8 @@ def test_the_benchmark_knows_every_run_that_reads_text(script):
 
 
 def test_the_benchmark_refuses_what_it_cannot_measure(twins, script):
+    with pytest.raises(InputError, match="--baseline .*lemur-minilm/final: not trained yet: accelerate launch"):
+        script.main(["--baseline", f"{twins}/models/lemur-minilm/final", "--sets", f"{twins}=file"])
     with pytest.raises(InputError, match="--sets scitldr: has no source of pairs"):
         script.main(["--sets", "scitldr"])
     with pytest.raises(InputError, match="twins: k=6"):
