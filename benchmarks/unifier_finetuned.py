@@ -20,7 +20,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +47,7 @@ from unifier_study import (
     MOST_FLOPS,
     MOST_WORDS,
     RAW_BM25,
+    SPLADE,
     TWO_MODELS,
     UNIFIER,
     VIEWS,
@@ -72,11 +73,23 @@ from polyrep.training.whole import WholeTraining
 
 TIER = "finetuned_"
 
-SPLADE = "SPLADE"
 SPLADE_RATE = 2e-5
-"""Its learning rate, as the others have one. At 1e-4 an encoder of two layers forgets its rare words."""
+"""Learning rate of the SPLADE, as the others have one. At 1e-4 an encoder of two layers forgets its rare words."""
 REGULARISED = {"query_regularizer_weight": 5e-5, "document_regularizer_weight": 3e-5}
-"""Weights of the FLOPs loss, those of the documentation of sentence-transformers."""
+"""Weights of its FLOPs loss, those of the documentation of sentence-transformers."""
+SHARED = (
+    *(
+        "output_dir",
+        "max_steps",
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "max_grad_norm",
+        "weight_decay",
+    ),
+    *("per_device_train_batch_size", "dataloader_drop_last", "batch_sampler", "multi_dataset_batch_sampler"),
+)
+"""Arguments of training that it has in common with the others."""
 
 FORMS = {
     # A map of its own, and so steps of its own, is of a frozen encoder alone.
@@ -86,7 +99,7 @@ FORMS = {
 }
 """Name -> flags over the run, whose negatives the backbone finds; all but the first three are ablations."""
 
-unifier_study.VIEWS[SPLADE] = ("lexicon",)
+TUNED = (*unifier_study.TUNED, SPLADE)
 
 
 @dataclass
@@ -143,12 +156,10 @@ class Study(unifier_study.Study):
         """File with the vectors that a training gives all data sets, made now or before."""
         args, first = self.args, self.benches[0]
         rate = setting.partition(" --query_top_k")[0]
-        if system == SPLADE:
-            return self.fit_splade(float(rate), seed)
         flags = [
             "--bf16",
             str(HALF),
-            *FORMS[system],
+            *FORMS[WORDS if system == SPLADE else system],
             "--max_steps",
             str(args.max_steps),
             "--learning_rate",
@@ -157,66 +168,22 @@ class Study(unifier_study.Study):
         ]
         lengths = [args.train_length, args.max_length]
         depends = {"flags": flags, "seed": seed, "lengths": lengths, "texts": [bench.texts for bench in self.benches]}
+        if system == SPLADE:
+            depends["splade"] = [fingerprint(fetch(str(args.splade))), REGULARISED]
         digest = first.digest(depends | {"backbone": self.backbone})
         path = Path(args.cache_dir) / "finetuned" / f"unifier-{system.replace(' ', '-')}-{digest}.safetensors"
         if not path.is_file():
             started = time.perf_counter()
-            training = self.trained(flags, seed)
-            training.objective.complete(training.pairs)
-            set_length(training.model, args.max_length, args.backbone)
-            costs = {"fit_seconds": time.perf_counter() - started, "words": training.objective.head.config.words}
-            arrays = self.encoded(training, VIEWS.get(system, ("dense", "lexicon")))
+            model, costs = self.trained(flags, seed, self.splade if system == SPLADE else self.unifier)
+            set_length(model, args.max_length, str(args.splade if system == SPLADE else args.backbone))
+            costs |= {"fit_seconds": time.perf_counter() - started}
+            arrays = self.encoded(model, system)
             keep_vectors(path, arrays, costs | {"seconds": time.perf_counter() - started})
             print(f"{system}, seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
         return path
 
-    def fit_splade(self, rate: float, seed: int) -> Path:
-        """Likewise of the SPLADE: stock modules, loss and trainer, and the pairs and steps of the others."""
-        args, first = self.args, self.benches[0]
-        folder = fetch(str(args.splade))
-        lengths = [args.train_length, args.max_length]
-        steps = {"steps": args.max_steps, "rate": rate, "regularised": REGULARISED, "half": HALF, "flags": first.flags}
-        depends = steps | {"seed": seed, "lengths": lengths, "texts": [bench.texts for bench in self.benches]}
-        digest = first.digest(depends | {"backbone": self.backbone, "model": fingerprint(folder)})
-        path = Path(args.cache_dir) / "finetuned" / f"unifier-{SPLADE}-{digest}.safetensors"
-        if path.is_file():
-            return path
-        started = time.perf_counter()
-        like = self.trained([*FORMS[WORDS], "--max_steps", str(args.max_steps), *first.flags], seed, only_ready=True)
-        model: Any = SparseEncoder(str(folder), device=str(like.model.device))
-        set_length(model, args.train_length, str(args.splade))
-        shared = ("lr_scheduler_type", "warmup_steps", "max_grad_norm", "weight_decay", "batch_sampler")
-        shared += ("per_device_train_batch_size", "dataloader_drop_last", "multi_dataset_batch_sampler")
-        with tempfile.TemporaryDirectory() as scratch:
-            arguments = SparseEncoderTrainingArguments(
-                scratch,
-                **{name: getattr(like.plan.args, name) for name in shared},
-                learning_rate=rate,
-                max_steps=args.max_steps,
-                save_strategy="no",
-                report_to="none",
-                logging_steps=25,
-                seed=seed,
-            )
-            loss = losses.SpladeLoss(model, losses.SparseMultipleNegativesRankingLoss(model), **REGULARISED)
-            trainer = SparseEncoderTrainer(model, arguments, train_dataset=DatasetDict(like.pairs), loss=loss)
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=HALF):  # a flag would ask for every core
-                trainer.train()
-        fit_seconds = time.perf_counter() - started
-        set_length(model, args.max_length, str(args.splade))
-        arrays = {}
-        for bench in self.benches:
-            for which, task, texts in texts_of(bench):
-                with torch.autocast(model.device.type, torch.bfloat16, enabled=HALF):
-                    found = embed(model, texts, task=task, name=f"{bench.name}-{which}", batch_size=ENCODED)
-                few = pruned(found, MOST_WORDS)
-                parts = {"values": few.values.astype(np.float16), "indices": few.indices, "offsets": few.offsets}
-                arrays |= {f"{bench.name}.{which}.lexicon.{part}": array for part, array in parts.items()}
-        keep_vectors(path, arrays, {"fit_seconds": fit_seconds, "seconds": time.perf_counter() - started})
-        return path
-
-    def trained(self, flags: Sequence[str], seed: int, only_ready: bool = False) -> WholeTraining:
-        """A training of the shipped run, done or ready; ``train.py`` would take every core, also those of others."""
+    def trained(self, flags: Sequence[str], seed: int, learn: Callable[[WholeTraining], Any]) -> Any:
+        """What is learned from a training of the shipped run; ``train.py`` would take every core, also of others."""
         args = self.args
         what = ["--datasets", *args.datasets, "--backbone", args.backbone, "--mined_cache", f"{args.cache_dir}/mined"]
         with tempfile.TemporaryDirectory() as scratch:
@@ -226,19 +193,41 @@ class Study(unifier_study.Study):
             training = WholeTraining(plan, Path(scratch) / "init")  # the words of whole texts are the ones that occur
             set_length(training.model, args.train_length, args.backbone)
             training.refuse_no_step()
-            if not only_ready:
-                training.train(None)
-        return training
+            return learn(training)
 
-    def encoded(self, training: WholeTraining, views: Sequence[str]) -> dict[str, np.ndarray]:
-        """Views of all texts that are measured, from one pass, as flat arrays in half precision."""
-        model, config = training.model, training.objective.head.config
+    def unifier(self, training: WholeTraining) -> tuple[Any, dict[str, float]]:
+        """The model of a training, done, and what it cost."""
+        training.train(None)
+        training.objective.complete(training.pairs)
+        config = training.objective.head.config
         config.query_top_k = config.document_top_k = MOST_WORDS
-        arrays: dict[str, np.ndarray] = {}
+        return training.model, {"words": config.words}
+
+    def splade(self, training: WholeTraining) -> tuple[Any, dict[str, float]]:
+        """The SPLADE by stock modules, loss and trainer, with the pairs and the arguments of a training."""
+        model: Any = SparseEncoder(str(fetch(str(self.args.splade))), device=str(training.model.device))
+        set_length(model, self.args.train_length, str(self.args.splade))
+        arguments = SparseEncoderTrainingArguments(**{name: getattr(training.plan.args, name) for name in SHARED})
+        loss = losses.SpladeLoss(model, losses.SparseMultipleNegativesRankingLoss(model), **REGULARISED)
+        trainer = SparseEncoderTrainer(model, arguments, train_dataset=DatasetDict(training.pairs), loss=loss)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=HALF):  # a flag would ask for every core
+            trainer.train()
+        return model, {}
+
+    def encoded(self, model: Any, system: str) -> dict[str, np.ndarray]:
+        """Views of all texts that are measured, from one pass, as flat arrays in half precision."""
+        views, arrays = VIEWS.get(system, ("dense", "lexicon")), {}
         for bench in tqdm(self.benches, desc="encode"):
-            for which, task, texts in texts_of(bench):
+            for which in ("documents", "dev", "test"):
+                dataset = bench.split("dev" if which == "documents" else which)
+                texts = dataset.corpus if which == "documents" else dataset.queries
+                task = "document" if which == "documents" else "query"
                 with torch.autocast(model.device.type, torch.bfloat16, enabled=HALF):
-                    found = encode_views(model, list(texts.values()), views, task=task, batch_size=ENCODED)
+                    if system == SPLADE:
+                        vectors = embed(model, texts, task=task, name=f"{bench.name}-{which}", batch_size=ENCODED)
+                        found = {"lexicon": pruned(vectors, MOST_WORDS)}
+                    else:
+                        found = encode_views(model, list(texts.values()), views, task=task, batch_size=ENCODED)
                 for view, vectors in found.items():
                     parts = {"values": vectors.values.astype(np.float16)}
                     if view == "lexicon":
@@ -262,7 +251,7 @@ class Study(unifier_study.Study):
     @cached_property
     def tried(self) -> list[dict[str, Any]]:
         """Every setting of the forms that are no ablations, with the first seed: what it has on dev."""
-        forms = [form for form in self.fitted if form in (*unifier_study.TUNED, SPLADE)]
+        forms = [form for form in self.fitted if form in TUNED]
         return [row for form in forms for setting in self.tries(form) for row in self.on_dev(form, setting)]
 
     @cached_property
@@ -294,17 +283,10 @@ class Study(unifier_study.Study):
         return [*plain, *self.of_fits(bench, split), *self.of_hybrids(bench, split)]
 
 
-def texts_of(bench: unifier_study.Bench) -> Iterator[tuple[str, str, Mapping[str, str]]]:
-    """What is encoded of a data set: documents and the queries of either split, with the task and the texts."""
-    yield "documents", "document", bench.split("dev").corpus
-    for split in ("dev", "test"):
-        yield split, "query", bench.split(split).queries
-
-
 def notes(study: Study) -> list[str]:
     """What a reader of the tables should know."""
     args, first = study.args, study.args.seeds[0]
-    ablated = [form for form in study.settings if form not in (*unifier_study.TUNED, SPLADE)]
+    ablated = [form for form in study.settings if form not in TUNED]
     beside = f" {', '.join(ablated)}: with UnifieR's setting." if ablated else ""
     stock = (
         [

@@ -49,6 +49,8 @@ CODE = code_of("methods/unifier", "training")
 
 UNIFIER, DENSE, WORDS = "UnifieR", "dense only", "lexicon only"
 TWO_MODELS = f"{DENSE} + {WORDS}"
+SPLADE = "SPLADE"
+"""A stock sparse encoder, which the fine-tuned tier trains beside them where one is named."""
 
 SYSTEMS: dict[str, list[str]] = {
     UNIFIER: [],
@@ -66,7 +68,7 @@ SYSTEMS: dict[str, list[str]] = {
 """Name -> flags over the run; the first three are tuned, each by the same number of settings."""
 
 TUNED = (UNIFIER, DENSE, WORDS)
-VIEWS = {DENSE: ("dense",), WORDS: ("lexicon",)}
+VIEWS = {DENSE: ("dense",), WORDS: ("lexicon",), SPLADE: ("lexicon",)}
 """Of the others both count; a view that learned nothing is no row."""
 
 KEPT = "--query_top_k 48 --document_top_k 128"
