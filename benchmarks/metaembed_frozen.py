@@ -157,11 +157,11 @@ class Bench(reinpool_text.Bench):
         of, flags = (self, HEADS) if fit.system in HEADS else (self.reinpool, RIVALS)
         return of.head([*ALIKE, *OWN_THREADS, *flags[fit.system], "--learning_rate", *fit.setting.split()], fit.seed)
 
-    def _given(self, folder: Path) -> tuple[dict[str, dict[int, Embeddings]], dict[int, Embeddings]]:
-        """What a head of MetaEmbed makes by number of document vectors: queries of each split, and documents."""
+    def _given(self, folder: Path, split: str) -> tuple[dict[int, Embeddings], dict[int, Embeddings]]:
+        """What a head of MetaEmbed makes by number of document vectors: queries of a split, and documents."""
         head = AutoModel.from_pretrained(folder).eval()
         numbers = [k for k in LADDER if k <= head.config.num_document_vectors]
-        queries = {split: queries_by_head(head, self.queries(split), numbers) for split in ("dev", "test")}
+        queries = queries_by_head(head, self.queries(split), numbers)
         return queries, pooled(self.documents, by_head(head, "document", numbers))
 
     def nested(self, system: str, folder: Path, k: int, split: str) -> Ranking:
@@ -170,8 +170,8 @@ class Bench(reinpool_text.Bench):
         path = Path(self.args.cache_dir) / "rankings" / f"{self.name}-{self.digest(depends)}.safetensors"
 
         def make() -> Ranking:
-            queries, documents = self.given(folder)
-            return rank_few(system, queries[split][k], documents[k], self.ranks)
+            queries, documents = self.given(folder, split)
+            return rank_few(system, queries[k], documents[k], self.ranks)
 
         return keep_ranking(path, system, make, reinpool_text.KEPT_DEPTH)
 
@@ -342,18 +342,17 @@ def of_heads(benches: Sequence[Bench], args: Arguments, chosen: Mapping[str, str
     for bench in benches:
         folder = bench.fitted_head(Fit(NESTED, lasting(chosen[NESTED], args.steps), args.seeds[0]))
         seconds[bench.name] = float(read_json(folder.parent / "training.json")["seconds"])
-        documents = bench.given(folder)[1][8]
+        head = AutoModel.from_pretrained(folder).eval()
+        documents = pooled(bench.documents, by_head(head, "document", [8]))[8]
         vectors = torch.from_numpy(np.asarray(documents.values, np.float32)).view(len(documents), 8, -1)
         pairs = torch.triu_indices(8, 8, 1)
         cosines[bench.name] = float((vectors @ vectors.transpose(1, 2))[:, pairs[0], pairs[1]].mean())
-        head = AutoModel.from_pretrained(folder).eval()
         tokens = bench.documents.values[: bench.documents.offsets[1]]  # type: ignore[index]
         text = torch.from_numpy(np.asarray(tokens, np.float32))[None]
         with torch.inference_mode():
             whole = head(text, task="document").token_embeddings
             few = [head(text, task="document", num_vectors=k).token_embeddings - whole[:, :k] for k in LADDER]
         errors.append(max(float(part.abs().max()) for part in few))
-        bench.given.cache_clear()
     common: dict[str, Any] = {"system": NESTED, "split": "test"}
     mean = float(np.mean(list(cosines.values())))
     return [
